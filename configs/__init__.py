@@ -1,0 +1,1 @@
+"""Gin files: `base.gin` lists every knob; leaves set upper-case macros."""

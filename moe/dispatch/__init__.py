@@ -1,0 +1,1 @@
+"""Transports: tokens to rows of experts and back, one file per transport."""

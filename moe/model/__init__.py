@@ -1,0 +1,1 @@
+"""The transformer: containers of parameters and pure functions over them."""

@@ -1,0 +1,143 @@
+"""Causal self-attention with rotary positions, packed rows and a key-value cache."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from moe.model.parameters import scaled
+from moe.settings import ModelSettings
+
+NEVER = -1e30  # added to a score that must not be attended to
+
+
+class Attention(nnx.Module):
+    """Weights of multi-head attention (arXiv:1706.03762)."""
+
+    def __init__(self, key: jax.Array, settings: ModelSettings):
+        M, N, D = settings.model_dim, settings.num_heads, settings.head_dim
+        query_key, key_key, value_key, output_key = jax.random.split(key, 4)
+        inward = ("embed", "heads", "head_dim")
+        self.query = scaled(query_key, (M, N, D), inward, fan_in=M)
+        self.key = scaled(key_key, (M, N, D), inward, fan_in=M)
+        self.value = scaled(value_key, (M, N, D), inward, fan_in=M)
+        self.output = scaled(
+            output_key, (N, D, M), ("heads", "head_dim", "embed"), fan_in=N * D
+        )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """Keys and values of the tokens so far; T is the room for tokens.
+
+    Attributes:
+        key_BTND: rotated keys.
+        value_BTND: values.
+    """
+
+    key_BTND: jax.Array
+    value_BTND: jax.Array
+
+
+def attend(
+    weights: Attention,
+    x_BLM: jax.Array,
+    position_BL: jax.Array,
+    segment_BL: jax.Array,
+    rope_base: float,
+) -> jax.Array:
+    """Attends within each segment to the tokens before and the token itself.
+
+    Args:
+        weights: the layer's parameters.
+        x_BLM: activations; the result has their dtype, scores are float32.
+        position_BL: position of each token in its segment.
+        segment_BL: segment of each token; 0 is padding.
+        rope_base: base of the rotary angles.
+    """
+    query_BLND, key_BLND, value_BLND = _project(weights, x_BLM, position_BL, rope_base)
+    place_L = jnp.arange(x_BLM.shape[1])
+    visible_BLT = (segment_BL[:, :, None] == segment_BL[:, None, :]) & (
+        place_L[:, None] >= place_L
+    )
+    return _mix(weights, query_BLND, key_BLND, value_BLND, visible_BLT)
+
+
+def attend_cached(
+    weights: Attention,
+    x_BLM: jax.Array,
+    start: jax.Array,
+    cache: Cache,
+    rope_base: float,
+) -> tuple[jax.Array, Cache]:
+    """Attends from L new tokens, at `start` and on, to everything before them.
+
+    Args:
+        weights: the layer's parameters.
+        x_BLM: activations of the new tokens.
+        start: int32 scalar, tokens already in the cache.
+        cache: keys and values so far; slots from `start` on are overwritten.
+        rope_base: base of the rotary angles.
+    """
+    position_L = start + jnp.arange(x_BLM.shape[1])
+    position_BL = jnp.broadcast_to(position_L, x_BLM.shape[:2])
+    query_BLND, key_BLND, value_BLND = _project(weights, x_BLM, position_BL, rope_base)
+    cache = Cache(
+        key_BTND=jax.lax.dynamic_update_slice_in_dim(
+            cache.key_BTND, key_BLND, start, axis=1
+        ),
+        value_BTND=jax.lax.dynamic_update_slice_in_dim(
+            cache.value_BTND, value_BLND, start, axis=1
+        ),
+    )
+    place_T = jnp.arange(cache.key_BTND.shape[1])
+    visible_BLT = position_BL[:, :, None] >= place_T
+    y_BLM = _mix(weights, query_BLND, cache.key_BTND, cache.value_BTND, visible_BLT)
+    return y_BLM, cache
+
+
+def _project(
+    weights: Attention, x_BLM: jax.Array, position_BL: jax.Array, rope_base: float
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Queries, keys and values; the first two turned by their positions."""
+
+    def project(matrix: nnx.Param) -> jax.Array:
+        return jnp.einsum("BLM,MND->BLND", x_BLM, matrix[...].astype(x_BLM.dtype))
+
+    return (
+        _rotate(project(weights.query), position_BL, rope_base),
+        _rotate(project(weights.key), position_BL, rope_base),
+        project(weights.value),
+    )
+
+
+def _mix(
+    weights: Attention,
+    query_BLND: jax.Array,
+    key_BTND: jax.Array,
+    value_BTND: jax.Array,
+    visible_BLT: jax.Array,
+) -> jax.Array:
+    """Softmax over what is visible, and the output projection."""
+    D = query_BLND.shape[-1]
+    score_BNLT = jnp.einsum(
+        "BLND,BTND->BNLT", query_BLND, key_BTND, preferred_element_type=jnp.float32
+    )
+    score_BNLT = jnp.where(visible_BLT[:, None], score_BNLT / D**0.5, NEVER)
+    weight_BNLT = jax.nn.softmax(score_BNLT).astype(value_BTND.dtype)
+    mixed_BLND = jnp.einsum("BNLT,BTND->BLND", weight_BNLT, value_BTND)
+    output_NDM = weights.output[...].astype(mixed_BLND.dtype)
+    return jnp.einsum("BLND,NDM->BLM", mixed_BLND, output_NDM)
+
+
+def _rotate(x_BLND: jax.Array, position_BL: jax.Array, base: float) -> jax.Array:
+    """Turns pairs (d, d + D/2) by position · base^(-2d/D) (arXiv:2104.09864, eq. 34)."""
+    half = x_BLND.shape[-1] // 2
+    rate = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle_BLd = position_BL[..., None].astype(jnp.float32) * rate
+    cos_BL1d, sin_BL1d = jnp.cos(angle_BLd)[:, :, None], jnp.sin(angle_BLd)[:, :, None]
+    left, right = jnp.split(x_BLND.astype(jnp.float32), 2, axis=-1)
+    turned = (left * cos_BL1d - right * sin_BL1d, right * cos_BL1d + left * sin_BL1d)
+    return jnp.concatenate(turned, axis=-1).astype(x_BLND.dtype)

@@ -1,0 +1,1 @@
+"""Losses, metrics, optimizers, the train state and the train step."""

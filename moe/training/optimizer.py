@@ -1,0 +1,140 @@
+"""Optimizers and schedules, from Optax."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from moe.settings import OptimizerSettings
+from partitioning import rules
+
+STACKED = ("layers", "expert")  # leading dimensions that hold separate matrices
+
+
+def make_optimizer(
+    settings: OptimizerSettings, train_steps: int, axes: Any
+) -> optax.GradientTransformation:
+    """Chains clipping, the optimizer, weight decay and the learning rate.
+
+    Args:
+        settings: which, and how.
+        train_steps: where the cosine ends.
+        axes: logical axes of the parameters, to tell matrices from stacks of them.
+    """
+    clip = (
+        optax.clip_by_global_norm(settings.clip_norm)
+        if settings.clip_norm > 0
+        else optax.identity()
+    )
+    decay = optax.add_decayed_weights(
+        settings.weight_decay, mask=lambda params: _is_matrix(params, axes)
+    )
+    rate = optax.scale_by_learning_rate(make_schedule(settings, train_steps))
+    if settings.name == "adamw":
+        scale = optax.scale_by_adam(settings.b1, settings.b2, settings.eps)
+        return optax.chain(clip, scale, decay, rate)
+    return optax.chain(
+        clip,
+        _per_matrix(_adafactor(), axes),
+        optax.ema(settings.b1, debias=False) if settings.b1 else optax.identity(),
+        decay,
+        rate,
+    )
+
+
+def make_schedule(settings: OptimizerSettings, train_steps: int) -> optax.Schedule:
+    """Returns the learning rate as a function of the number of updates made."""
+    peak, warmup = settings.learning_rate, settings.warmup_steps
+    if settings.schedule == "cosine":
+        after = optax.cosine_decay_schedule(
+            peak, max(train_steps - warmup, 1), alpha=settings.final_fraction
+        )
+    elif settings.schedule == "rsqrt":
+        start = max(warmup, 1)
+
+        def after(count: jax.Array) -> jax.Array:
+            return peak * jnp.sqrt(start / (count + start))
+
+    else:
+        after = optax.constant_schedule(peak)
+    # The first update is made with 1 / warmup of the peak, not with 0.
+    rise = optax.linear_schedule(peak / max(warmup, 1), peak, max(warmup - 1, 1))
+    return optax.join_schedules([rise, after], [warmup])
+
+
+def state_axes(opt_state_shapes: Any, params: Any, axes: Any) -> Any:
+    """Gives every array of the optimizer's state its logical axes.
+
+    A moment has the axes of its parameter. A factored moment keeps those of the
+    leading stack and is whole in its only other dimension. Counters are whole.
+    """
+    by_path = {
+        f"/{path}/": (param.shape, param_axes)
+        for path, param, param_axes in rules.leaves(params, axes)
+    }
+
+    def axes_of(path: Any, leaf: jax.ShapeDtypeStruct) -> tuple[str | None, ...]:
+        name = f"/{jax.tree_util.keystr(path, simple=True, separator='/')}/"
+        for param_path, (shape, param_axes) in by_path.items():
+            if param_path in name:
+                if leaf.shape == shape:
+                    return param_axes
+                lead = param_axes[: min(num_stacked(param_axes), leaf.ndim)]
+                return (*lead, *(None,) * (leaf.ndim - len(lead)))
+        return (None,) * leaf.ndim
+
+    return jax.tree_util.tree_map_with_path(axes_of, opt_state_shapes)
+
+
+def num_stacked(axes: tuple[str | None, ...]) -> int:
+    """Counts the leading dimensions that index separate matrices."""
+    return next(
+        (i for i, axis in enumerate(axes) if axis not in STACKED), len(axes)
+    )
+
+
+def _adafactor() -> optax.GradientTransformation:
+    """Adafactor's update of one matrix (arXiv:1804.04235, Algorithm 4)."""
+    return optax.chain(
+        optax.scale_by_factored_rms(),
+        optax.clip_by_block_rms(1.0),
+        optax.scale_by_param_block_rms(),
+    )
+
+
+def _per_matrix(
+    inner: optax.GradientTransformation, axes: Any
+) -> optax.GradientTransformation:
+    """Applies a transformation to each matrix of a stack as if it stood alone.
+
+    Factoring, update clipping and parameter scale are defined for one matrix; over a
+    stack of layers and experts they would mix them.
+    """
+
+    def mapped(function: Any, param_axes: tuple[str | None, ...]) -> Any:
+        for _ in range(num_stacked(param_axes)):
+            function = jax.vmap(function)
+        return function
+
+    def init(params: optax.Params) -> optax.OptState:
+        return jax.tree.map(lambda p, a: mapped(inner.init, a)(p), params, axes)
+
+    def update(
+        updates: optax.Updates, state: optax.OptState, params: optax.Params
+    ) -> tuple[optax.Updates, optax.OptState]:
+        leaves, treedef = jax.tree.flatten(updates)
+        columns = (treedef.flatten_up_to(tree) for tree in (state, params, axes))
+        pairs = [
+            mapped(inner.update, a)(u, s, p)
+            for u, s, p, a in zip(leaves, *columns, strict=True)
+        ]
+        new_updates, new_states = zip(*pairs, strict=True)
+        return treedef.unflatten(new_updates), treedef.unflatten(new_states)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _is_matrix(params: Any, axes: Any) -> Any:
+    """True for parameters with at least two dimensions beside their stack."""
+    return jax.tree.map(lambda p, a: p.ndim - num_stacked(a) >= 2, params, axes)

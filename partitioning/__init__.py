@@ -1,0 +1,1 @@
+"""Meshes, the one table from logical to mesh axes, and the placement of arrays."""

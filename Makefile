@@ -63,21 +63,24 @@ clean:  ## remove .venv, caches and build products (never runs/)
 
 # The installers come first, from the lock too, because those that a new environment
 # has are slow (pip) or missing (setuptools); then nothing is built from anything that
-# the lock does not pin.
+# the lock does not pin. What was installed is kept beside it, so that a change of
+# pyproject.toml alone takes seconds.
 $(ready): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "$(PYTHON) is missing or older than 3.11: set PYTHON=..."; exit 1; }
-	@rm -f $(VENV)/.ready-*
 	@$(BIN)/python -c 'import platform, sys; \
 	  sys.exit(platform.python_version() != "$(PYTHON_VERSION)")' 2>/dev/null || \
 	  $(PYTHON) -m venv --clear $(VENV)
-	@echo "Installing requirements.lock into $(VENV) (Python $(PYTHON_VERSION)):" \
-	  "about a minute, 3 GB"
-	@awk '/^(packaging|pip|setuptools|wheel)==/ {on = 1} on {print} !/\\$$/ {on = 0}' \
-	  requirements.lock > $(VENV)/installers.txt
-	@start=$$(date +%s); install="$(BIN)/python -m pip install -qq --no-compile" && \
+	@start=$$(date +%s); install="$(BIN)/python -m pip install -qq --no-compile"; \
+	if ! cmp -s requirements.lock $(VENV)/installed.lock; then \
+	  echo "Installing requirements.lock into $(VENV) (Python $(PYTHON_VERSION)):" \
+	    "about a minute, 3 GB" && \
+	  awk '/^(packaging|pip|setuptools|wheel)==/ {on = 1} on {print} \
+	    !/\\$$/ {on = 0}' requirements.lock > $(VENV)/installers.txt && \
 	  $$install --require-hashes --no-deps -r $(VENV)/installers.txt && \
 	  $$install --require-hashes --no-build-isolation -r requirements.lock && \
-	  $$install --no-deps --no-build-isolation --editable . && \
-	  echo "$(VENV) is ready after $$(($$(date +%s) - start)) s"
+	  cp requirements.lock $(VENV)/installed.lock; \
+	fi && \
+	$$install --no-deps --no-build-isolation --editable . && \
+	echo "$(VENV) is ready after $$(($$(date +%s) - start)) s"
 	@touch $@

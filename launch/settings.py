@@ -1,8 +1,12 @@
 """One run, whole. Read before jax is imported: standard library only."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Literal
 
+import moe.settings
+import partitioning.settings
+import tasks.settings
 from moe.settings import (
     LossSettings,
     ModelSettings,
@@ -10,7 +14,7 @@ from moe.settings import (
     RouterSettings,
     TrainSettings,
 )
-from partitioning.settings import MeshSettings
+from partitioning.settings import AXES, BATCH_AXES, MeshSettings
 from tasks.settings import DataSettings
 
 
@@ -92,3 +96,193 @@ class Settings:
     data: DataSettings
     loop: LoopSettings
     sample: SampleSettings
+
+
+def problems(settings: Settings) -> list[str]:
+    """Lists every rule that the settings break, in each record and between them."""
+    # Where there is no length, which is a problem of its own, one that fits any group.
+    length = settings.data.task_feature_lengths.get("targets", 0)
+    if length < 1:
+        length = max(settings.router.group_size, 1)
+    return [
+        *partitioning.settings.problems(settings.mesh),
+        *moe.settings.problems(
+            settings.model, settings.router, settings.train, length=length
+        ),
+        *tasks.settings.problems(settings.data),
+        *_range_problems(settings),
+        *_text_problems(settings),
+        *_size_problems(settings),
+        *_device_problems(settings.platform, settings.mesh),
+    ]
+
+
+def _range_problems(settings: Settings) -> list[str]:
+    """Numbers out of range, whatever the other settings are."""
+    loop, loss, sample = settings.loop, settings.loss, settings.sample
+    optimizer, platform = settings.optimizer, settings.platform
+    at_least_1 = {
+        "CHECKPOINT_PERIOD": loop.checkpoint_period_steps,
+        "KEEP_CHECKPOINTS": loop.keep_checkpoints,
+        "EVAL_PERIOD": loop.eval_period_steps,
+        "LOG_PERIOD": loop.log_period_steps,
+        "MAX_SKIPPED_STEPS": loop.max_skipped_steps,
+        "MIN_EXPERT_CAPACITY": settings.router.min_capacity,
+        "SAMPLE_TOKENS": sample.num_tokens,
+    }
+    at_least_0 = {
+        "EVAL_BATCHES": loop.eval_batches,
+        "AUX_LOSS_FACTOR": loss.balance_weight,
+        "ROUTER_Z_LOSS_FACTOR": loss.router_z_weight,
+        "Z_LOSS": loss.z_weight,
+        "WARMUP_STEPS": optimizer.warmup_steps,
+        "WEIGHT_DECAY": optimizer.weight_decay,
+        "CLIP_NORM": optimizer.clip_norm,
+        "SIMULATED_DEVICES": platform.simulated_devices,
+        "SAMPLE_TEMPERATURE": sample.temperature,
+        "SAMPLE_TOP_K": sample.top_k,
+    }
+    positive = {
+        "LEARNING_RATE": optimizer.learning_rate,
+        "EPSILON": optimizer.eps,
+        "ROPE_BASE": settings.model.rope_base,
+    }
+    fractions = {
+        "FINAL_LEARNING_RATE_FRACTION": (optimizer.final_fraction, "[0, 1]"),
+        "BETA1": (optimizer.b1, "[0, 1)"),
+        "BETA2": (optimizer.b2, "[0, 1)"),
+        "SAMPLE_TOP_P": (sample.top_p, "(0, 1]"),
+    }
+    seeds = {"SEED": settings.train.seed, "SAMPLE_SEED": sample.seed}
+    return [
+        *(f"{m} = {x}: must be at least 1" for m, x in at_least_1.items() if x < 1),
+        *(f"{m} = {x}: cannot be negative" for m, x in at_least_0.items() if x < 0),
+        *(f"{m} = {x}: must be above 0" for m, x in positive.items() if x <= 0),
+        *(
+            f"{macro} = {x}: must be in {interval}"
+            for macro, (x, interval) in fractions.items()
+            if not 0 <= x <= 1
+            or ("(0" in interval and x == 0)
+            or ("1)" in interval and x == 1)
+        ),
+        *(
+            f"{macro} = {seed}: must be in [0, 2**32)"
+            for macro, seed in seeds.items()
+            if not 0 <= seed < 2**32
+        ),
+    ]
+
+
+def _text_problems(settings: Settings) -> list[str]:
+    """Names that name nothing, and flags that are none."""
+    data, platform = settings.data, settings.platform
+    texts = {
+        "MODEL_DIR": settings.loop.model_dir,
+        "STORE_DIR": data.store_dir,
+        "MIXTURE_OR_TASK_NAME": data.mixture_or_task_name,
+        "VOCABULARY": data.vocabulary,
+        "TRAIN_SPLIT": data.train_split,
+        "HELDOUT_SPLIT": data.heldout_split,
+    }
+    found = [f"{macro} is empty" for macro, text in texts.items() if not text.strip()]
+    module = data.mixture_or_task_module
+    if not all(part.isidentifier() for part in module.split(".")):
+        found.append(
+            f"MIXTURE_OR_TASK_MODULE = {module!r}: must be the dotted name of a "
+            "module, such as 'tasks.python_text'"
+        )
+    flags = {
+        "XLA_FLAGS": platform.xla_flags,
+        "LIBTPU_INIT_ARGS": platform.libtpu_init_args,
+    }
+    for macro, values in flags.items():
+        found += [
+            f"{macro} holds {flag!r}: each flag is one text that starts with -- and "
+            "has no spaces"
+            for flag in values
+            if not flag.startswith("--") or flag.split() != [flag]
+        ]
+    return found
+
+
+def _size_problems(settings: Settings) -> list[str]:
+    """Sizes that do not suit one another."""
+    data, mesh, model = settings.data, settings.mesh, settings.model
+    train, optimizer = settings.train, settings.optimizer
+    found = []
+    pieces = {"bytes": 259, "sentencepiece": data.vocabulary_size}
+    needed = pieces.get(data.vocabulary, 0)
+    if model.vocab_size < needed:
+        found.append(
+            f"VOCAB_SIZE = {model.vocab_size} has no row for every one of the "
+            f"{needed:,} pieces of VOCABULARY = {data.vocabulary!r}: use {needed} or "
+            "more"
+        )
+    if optimizer.warmup_steps > train.train_steps:
+        found.append(
+            f"WARMUP_STEPS = {optimizer.warmup_steps} is longer than the run of "
+            f"TRAIN_STEPS = {train.train_steps}: the peak would never be reached"
+        )
+    if min(dataclasses.astuple(mesh)) < 1:
+        return found  # a problem of its own
+    multiple = mesh.batch_shards * train.microbatches
+    axes = _axes(mesh, BATCH_AXES)
+    shards = f"{mesh.batch_shards} batch shards ({axes})" if axes else "1 batch shard"
+    if multiple >= 1 and train.batch_size >= 1 and train.batch_size % multiple:
+        found.append(
+            f"BATCH_SIZE = {train.batch_size} does not divide over {shards} × "
+            f"MICROBATCHES = {train.microbatches}: "
+            f"{_nearest_multiples(train.batch_size, multiple)}"
+        )
+    if model.moe_every and model.num_experts >= 1 and model.num_experts % mesh.expert:
+        found.append(_expert_problem(model.num_experts, mesh.expert))
+    return found
+
+
+def _expert_problem(num_experts: int, axis_size: int) -> str:
+    """What fits instead: the nearest numbers of experts, and the nearest axis sizes."""
+    below = num_experts // axis_size * axis_size
+    numbers = [n for n in (below, below + axis_size, below + 2 * axis_size) if n]
+    most = min(num_experts, 2 * axis_size)
+    divisors = [n for n in range(2, most + 1) if num_experts % n == 0] or [1]
+    sizes = sorted(sorted(divisors, key=lambda n: abs(n - axis_size))[:3])
+    return (
+        f"NUM_EXPERTS = {num_experts} does not divide over the expert axis of size "
+        f"{axis_size}: use {_choice(numbers)}, or set MESH_EXPERT to {_choice(sizes)}"
+    )
+
+
+def _device_problems(platform: PlatformSettings, mesh: MeshSettings) -> list[str]:
+    """Simulated devices that are too few, or that would not be used."""
+    number = platform.simulated_devices
+    if number < 1:
+        return []
+    if platform.name != "cpu":
+        return [
+            f"SIMULATED_DEVICES = {number} are CPU devices, but PLATFORM = "
+            f"{platform.name!r}: set PLATFORM to 'cpu' or SIMULATED_DEVICES to 0"
+        ]
+    if mesh.num_devices > number:
+        return [
+            f"SIMULATED_DEVICES = {number} are fewer than the {mesh.num_devices} of "
+            f"the mesh ({_axes(mesh, AXES)}): set SIMULATED_DEVICES to "
+            f"{mesh.num_devices}, or an axis smaller"
+        ]
+    return []
+
+
+def _axes(mesh: MeshSettings, axes: Sequence[str]) -> str:
+    """Names the axes larger than 1 as the user sets them."""
+    sizes = {axis: getattr(mesh, axis) for axis in axes}
+    return " × ".join(f"MESH_{a.upper()} {n}" for a, n in sizes.items() if n > 1)
+
+
+def _nearest_multiples(value: int, multiple: int) -> str:
+    below = value // multiple * multiple
+    above = below + multiple
+    return f"nearest are {below} and {above}" if below else f"the least is {above}"
+
+
+def _choice(numbers: Sequence[int]) -> str:
+    *others, last = map(str, numbers)
+    return f"{', '.join(others)} or {last}" if others else last

@@ -15,7 +15,10 @@ class DataSettings:
         task_feature_lengths: tokens per packed row of each feature,
             `{"targets": 256}` for a language model.
         vocabulary: "bytes", "sentencepiece" (trained on the task's own train split
-            when the store is prepared), or the path of a SentencePiece model.
+            when the store is prepared), the path of a SentencePiece model, or "task",
+            which keeps the tokens of a Task that tokenises with a vocabulary of its
+            own. The others are applied to the text of a Task whose preprocessors
+            call `seqio.preprocessors.tokenize`.
         vocabulary_size: pieces of a vocabulary that is trained.
         store_dir: where the prepared tokens are.
         train_split: split that is learnt.
@@ -57,6 +60,11 @@ def problems(data: DataSettings) -> list[str]:
         found.append(
             f"VOCABULARY_SIZE = {data.vocabulary_size}: a SentencePiece vocabulary "
             "with byte fallback needs at least 300 pieces"
+        )
+    if data.train_split == data.heldout_split:
+        found.append(
+            f"HELDOUT_SPLIT = {data.heldout_split!r} is also TRAIN_SPLIT: what is "
+            "scored must not be learnt"
         )
     if data.bad_utf8 not in ("error", "replace"):
         found.append(f"BAD_UTF8 = {data.bad_utf8!r}: use 'error' or 'replace'")

@@ -1,0 +1,137 @@
+"""Puts the parts of a run together and refuses what cannot work, before compiling."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from launch.errors import ConfigError
+from launch.gin_files import ResolvedConfig
+from launch.settings import Settings
+from moe.model import transformer
+from moe.training import state as train_state
+from moe.training.losses import Sums
+from moe.training.optimizer import make_optimizer, make_schedule
+from moe.training.state import TrainState
+from moe.training.train_step import Learner, eval_step, train_step
+from partitioning import rules
+from partitioning.mesh import describe, make_mesh
+from tasks import objectives
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run's settings, made concrete on a mesh.
+
+    Attributes:
+        settings: all of them.
+        mesh: the devices.
+        learner: model, optimizer and losses.
+        shapes: shape and dtype of every array of the state.
+        axes: their logical axes.
+        shardings: where they live.
+        batch_sharding: where the arrays of a batch live.
+    """
+
+    settings: Settings
+    mesh: jax.sharding.Mesh
+    learner: Learner
+    shapes: TrainState
+    axes: TrainState
+    shardings: TrainState
+    batch_sharding: jax.sharding.NamedSharding
+
+    def init_state(self) -> TrainState:
+        """Draws the state of step 0 where it lives; the same on every mesh."""
+        key = jax.random.key(self.settings.train.seed)
+        draw = functools.partial(
+            train_state.init_state,
+            settings=self.settings.model,
+            optimizer=self.learner.optimizer,
+        )
+        return jax.jit(draw, out_shardings=self.shardings)(key)
+
+    def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes of a batch, to compile against."""
+        shape = (self.settings.train.batch_size, self.settings.data.length)
+        array = jax.ShapeDtypeStruct(shape, "int32", sharding=self.batch_sharding)
+        return dict.fromkeys(objectives.FEATURES, array)
+
+    def placed_shapes(self) -> TrainState:
+        """Shapes of the state with their places, to compile or restore against."""
+        return jax.tree.map(
+            lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place),
+            self.shapes,
+            self.shardings,
+        )
+
+    def compile_train_step(self) -> Callable[..., tuple[TrainState, dict]]:
+        """Compiles the step. Its state is donated, and leaves as it came in: without
+        fixed output shardings a resumed run would drift from an undisturbed one."""
+        step = jax.jit(
+            functools.partial(train_step, learner=self.learner),
+            donate_argnums=0,
+            out_shardings=(self.shardings, rules.replicated(self.mesh)),
+        )
+        return step.lower(self.placed_shapes(), self.batch_shapes()).compile()
+
+    def compile_eval_step(self) -> Callable[..., Sums]:
+        """Compiles the scoring of one batch."""
+        step = jax.jit(
+            functools.partial(eval_step, model=self.learner.model),
+            out_shardings=rules.replicated(self.mesh),
+        )
+        return step.lower(self.placed_shapes().params, self.batch_shapes()).compile()
+
+
+def assemble(config: ResolvedConfig) -> Run:
+    """Builds the mesh and describes the run; allocates and compiles nothing.
+
+    Raises:
+        ConfigError: the mesh needs more devices than there are, or an array does not
+            divide over it.
+    """
+    settings = config.settings
+    if jax.device_count() < settings.mesh.num_devices:
+        raise ConfigError(
+            config.where,
+            [
+                f"the mesh {describe(settings.mesh)} needs "
+                f"{settings.mesh.num_devices} devices and {jax.device_count()} are "
+                "here: shrink the MESH_ axes, or set PLATFORM = 'cpu' and "
+                f"SIMULATED_DEVICES = {settings.mesh.num_devices}"
+            ],
+        )
+    mesh = make_mesh(settings.mesh)
+    axes = transformer.param_axes(settings.model)
+    optimizer = make_optimizer(
+        settings.optimizer, settings.train.train_steps, axes
+    )
+    learner = Learner(
+        model=transformer.build(settings.model, settings.router, mesh),
+        optimizer=optimizer,
+        schedule=make_schedule(settings.optimizer, settings.train.train_steps),
+        loss=settings.loss,
+        microbatches=settings.train.microbatches,
+        seed=settings.train.seed,
+    )
+    shapes = train_state.abstract_state(settings.model, optimizer)
+    state_axes = train_state.logical_axes(shapes, settings.model)
+    if problems := rules.problems(mesh, shapes, state_axes):
+        raise ConfigError(config.where, problems)
+    return Run(
+        settings=settings,
+        mesh=mesh,
+        learner=learner,
+        shapes=shapes,
+        axes=state_axes,
+        shardings=train_state.shardings(shapes, state_axes, mesh),
+        batch_sharding=rules.sharding(mesh, ("batch", "length")),
+    )
+
+
+def host(tree: Any) -> Any:
+    """Fetches replicated results as NumPy arrays."""
+    return jax.device_get(tree)

@@ -1,0 +1,333 @@
+"""Checkpoints: Orbax, and around it what Orbax does not check.
+
+A checkpoint is the arrays of the train state and a manifest: a digest per array, the
+configuration, what data it learnt from. It restores on any mesh. Whatever does not fit
+is one error that shows every mismatch.
+"""
+
+import dataclasses
+import importlib.metadata
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+
+from launch.assemble import Run
+from launch.errors import UserError
+from moe.training.state import TrainState
+from tasks.manifest import Manifest as StoreManifest
+
+FOLDER = "checkpoints"
+
+
+class CheckpointError(UserError):
+    """A checkpoint that is missing, damaged or of something else."""
+
+
+class Checkpoints:
+    """The checkpoints of one run; a context manager that waits for the last save.
+
+    Args:
+        model_dir: the run.
+        keep: how many of the newest are kept.
+        read_only: create nothing, delete nothing.
+    """
+
+    def __init__(
+        self, model_dir: str, keep: int, *, read_only: bool = False
+    ) -> None:
+        self.folder = Path(model_dir).absolute() / FOLDER
+        self._manager = ocp.CheckpointManager(
+            self.folder,
+            item_names=("state", "manifest"),
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=None if read_only else keep,
+                create=not read_only,
+                cleanup_tmp_directories=not read_only,
+                read_only=read_only,
+            ),
+        )
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._manager.close()
+
+    def path(self, step: int) -> Path:
+        """Where the checkpoint of a step is."""
+        return self.folder / str(step)
+
+    def latest(self) -> int | None:
+        """Returns the newest step, or None.
+
+        Raises:
+            CheckpointError: the newest folder lacks its manifest: something other than
+                this program put it there.
+        """
+        step = self._manager.latest_step()
+        if step is not None and not (self.path(step) / "manifest").is_dir():
+            raise CheckpointError(
+                f"{self.path(step)} is not a checkpoint: it has no manifest. Move it "
+                "away to go on from the one before"
+            )
+        return step
+
+    def require(self, step: int | None) -> int:
+        """Returns the step asked for, or the newest.
+
+        Raises:
+            CheckpointError: there is none.
+        """
+        found = self.latest() if step is None else step
+        if found is None:
+            raise CheckpointError(
+                f"{self.folder} holds no checkpoint yet: let `switchyard train` run on"
+            )
+        return found
+
+    def save(self, state: TrainState, run: Run, provenance: Mapping[str, Any]) -> None:
+        """Starts to save; returns when the arrays are copied, before they are written.
+
+        Raises:
+            CheckpointError: this step is there already.
+        """
+        step = int(state.step)
+        arrays = named_arrays(state)
+        digests = jax.device_get(_digests(arrays))
+        manifest = {
+            "step": step,
+            "data_index": int(state.data_index),
+            "arrays": {
+                name: {
+                    "shape": list(array.shape),
+                    "dtype": str(array.dtype),
+                    "digest": f"{int(digests[name]):08x}",
+                }
+                for name, array in arrays.items()
+            },
+            "mesh": dataclasses.asdict(run.settings.mesh),
+            "saved_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            **provenance,
+        }
+        try:
+            saved = self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(arrays),
+                    manifest=ocp.args.JsonSave(manifest),
+                ),
+            )
+        except OSError as error:
+            raise CheckpointError(f"cannot write {self.path(step)}: {error}") from error
+        if not saved:
+            raise CheckpointError(
+                f"step {step} was not saved: {self.folder} holds a step as new, "
+                f"{self._manager.latest_step()}"
+            )
+
+    def wait(self) -> None:
+        """Returns when every save has been committed."""
+        try:
+            self._manager.wait_until_finished()
+        except OSError as error:
+            raise CheckpointError(f"cannot write {self.folder}: {error}") from error
+
+    def manifest(self, step: int) -> dict[str, Any]:
+        """Reads what a checkpoint says about itself.
+
+        Raises:
+            CheckpointError: there is no such step, or its manifest cannot be read.
+        """
+        if step not in self._manager.all_steps():
+            there = ", ".join(map(str, sorted(self._manager.all_steps()))) or "none"
+            raise CheckpointError(
+                f"{self.folder} has no checkpoint of step {step}; there are: {there}"
+            )
+        try:
+            restored = self._manager.restore(
+                step, args=ocp.args.Composite(manifest=ocp.args.JsonRestore())
+            )
+        except (OSError, ValueError, KeyError) as error:
+            raise CheckpointError(
+                f"the manifest of {self.path(step)} cannot be read: {_short(error)}"
+            ) from error
+        return restored["manifest"]
+
+    def restore(
+        self, step: int, run: Run, store: StoreManifest | None = None
+    ) -> TrainState:
+        """Restores a whole state, on whatever mesh the run has.
+
+        Args:
+            step: which one.
+            run: gives shapes, and the place of every array.
+            store: if given, the data must be those the checkpoint learnt from.
+        Raises:
+            CheckpointError: the checkpoint is of another model or other data, with
+                every difference; or it is damaged, with every damaged array.
+        """
+        wanted = named_arrays(run.placed_shapes())
+        return unnamed(self._arrays(step, wanted, store), run.shapes)
+
+    def restore_params(self, step: int, run: Run) -> Any:
+        """Restores the parameters alone, for scoring and drawing text."""
+        shapes = run.placed_shapes().params
+        wanted = {
+            f"params/{name}": shape for name, shape in named_arrays(shapes).items()
+        }
+        arrays = self._arrays(step, wanted, None, partial=True)
+        return unnamed(
+            {name.removeprefix("params/"): array for name, array in arrays.items()},
+            run.shapes.params,
+        )
+
+    def _arrays(
+        self,
+        step: int,
+        wanted: Mapping[str, jax.ShapeDtypeStruct],
+        store: StoreManifest | None,
+        *,
+        partial: bool = False,
+    ) -> dict[str, jax.Array]:
+        """Restores named arrays after comparing, and digests them."""
+        manifest = self.manifest(step)
+        self._compare(step, manifest, wanted, store, partial=partial)
+        try:
+            restored = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.PyTreeRestore(
+                        item=dict(wanted),
+                        restore_args=ocp.checkpoint_utils.construct_restore_args(
+                            dict(wanted)
+                        ),
+                        partial_restore=partial,
+                    )
+                ),
+            )["state"]
+        # A truncated or missing file surfaces as a bare Exception here.
+        except Exception as error:
+            raise CheckpointError(
+                f"{self.path(step)} is damaged: {_short(error)}. {self._way_out(step)}"
+            ) from error
+        found = jax.device_get(_digests(restored))
+        damaged = [
+            name
+            for name in restored
+            if f"{int(found[name]):08x}" != manifest["arrays"][name]["digest"]
+        ]
+        if damaged:
+            raise CheckpointError(
+                f"{self.path(step)} is damaged: what was read is not what was saved, "
+                f"in {', '.join(damaged)}. {self._way_out(step)}"
+            )
+        return restored
+
+    def _compare(
+        self,
+        step: int,
+        manifest: Mapping[str, Any],
+        wanted: Mapping[str, jax.ShapeDtypeStruct],
+        store: StoreManifest | None,
+        *,
+        partial: bool,
+    ) -> None:
+        """Raises one error with every difference, in a table."""
+        saved = {
+            name: f"{array['dtype']}{array['shape']}"
+            for name, array in manifest["arrays"].items()
+        }
+        asked = {n: f"{a.dtype}{list(a.shape)}" for n, a in wanted.items()}
+        names = asked if partial else {**asked, **saved}
+        rows = [
+            (name, saved.get(name, "–"), asked.get(name, "–"))
+            for name in names
+            if saved.get(name) != asked.get(name)
+        ]
+        if store is not None:
+            for name, now in fingerprints(store).items():
+                if manifest[name] != now:
+                    rows.append((name, manifest[name], now))
+        if not rows:
+            return
+        width = [max(len(row[i]) for row in [*rows, ("", "saved", "")]) for i in (0, 1)]
+        lines = [
+            f"  {name:{width[0]}}  {before:{width[1]}}  {now}"
+            for name, before, now in [("", "saved", "wanted"), *rows]
+        ]
+        raise CheckpointError(
+            f"{self.path(step)} does not fit this run, in {len(rows)} places:\n"
+            + "\n".join(lines)
+            + f"\nIt was made with {self.folder.parent / 'config.gin'}; use that "
+            "configuration, or another MODEL_DIR to start afresh"
+        )
+
+    def _way_out(self, step: int) -> str:
+        older = [s for s in sorted(self._manager.all_steps()) if s < step]
+        if not older:
+            return "There is no older one: take another MODEL_DIR, or move it away"
+        return f"Move that folder away to go on from step {older[-1]}"
+
+
+def fingerprints(store: StoreManifest) -> dict[str, str]:
+    """What a checkpoint remembers of its data."""
+    return {
+        "data_fingerprint": store.fingerprint,
+        "vocabulary_fingerprint": store.vocabulary_fingerprint,
+    }
+
+
+def provenance(operative: str, store: StoreManifest) -> dict[str, Any]:
+    """Where a checkpoint comes from: configuration, data and code."""
+    return {
+        "config": operative,
+        "task": store.task,
+        "parents": [],
+        "code_version": importlib.metadata.version("switchyard"),
+        "jax_version": jax.__version__,
+        **fingerprints(store),
+    }
+
+
+def named_arrays(tree: Any) -> dict[str, Any]:
+    """Flattens a tree into arrays by path, such as "params/embedding"."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in flat
+    }
+
+
+def unnamed(arrays: Mapping[str, Any], like: Any) -> Any:
+    """Puts named arrays back into a tree."""
+    return jax.tree.structure(like).unflatten([arrays[n] for n in named_arrays(like)])
+
+
+@jax.jit
+def _digests(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """A checksum per array that does not depend on how it is sharded.
+
+    Σ bits · (2·index + 1) modulo 2³²: any single flipped bit changes it, and so do
+    elements that change places.
+    """
+    return {name: _digest(array) for name, array in arrays.items()}
+
+
+def _digest(array: jax.Array) -> jax.Array:
+    size = array.dtype.itemsize
+    bits = jax.lax.bitcast_convert_type(array, {1: "u1", 2: "u2", 4: "u4"}[size])
+    index = jnp.zeros(array.shape, jnp.uint32)
+    for dim, length in enumerate(array.shape):
+        index = index * jnp.uint32(length)
+        index += jax.lax.broadcasted_iota(jnp.uint32, array.shape, dim)
+    return jnp.sum(bits.astype(jnp.uint32) * (2 * index + 1), dtype=jnp.uint32)
+
+
+def _short(error: BaseException) -> str:
+    """The first line of an error, of a length that can be read."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -1,0 +1,85 @@
+"""Sets what jax reads from the environment when it starts."""
+
+import os
+import sys
+from collections.abc import Iterable, MutableMapping
+
+from launch.settings import PlatformSettings
+
+
+def prepare_environment(
+    platform: PlatformSettings, environ: MutableMapping[str, str] = os.environ
+) -> list[str]:
+    """Sets platform, simulated devices, flags and cache, and says what was set.
+
+    What the user exported wins. XLA_FLAGS and LIBTPU_INIT_ARGS are appended to, but a
+    flag that is already in them keeps the user's value.
+
+    Args:
+        platform: what the configuration asks for.
+        environ: changed in place.
+    Returns:
+        One line for every variable that was set, or that kept another value.
+    """
+    assert environ is not os.environ or "jax" not in sys.modules, (
+        "prepare_environment came too late: jax is already imported and has read its "
+        "environment; run the command line in a process of its own"
+    )
+    lines: list[str] = []
+    if platform.name != "auto":
+        lines += _set(environ, "JAX_PLATFORMS", platform.name, "PLATFORM")
+    if platform.simulated_devices > 0:
+        number = str(platform.simulated_devices)
+        lines += _simulate(environ, number)
+    lines += _append(environ, "XLA_FLAGS", platform.xla_flags)
+    lines += _append(environ, "LIBTPU_INIT_ARGS", platform.libtpu_init_args)
+    if cache := platform.compilation_cache_dir:
+        lines += _set(
+            environ, "JAX_COMPILATION_CACHE_DIR", cache, "COMPILATION_CACHE_DIR"
+        )
+    return lines
+
+
+def _set(
+    environ: MutableMapping[str, str], name: str, value: str, macro: str
+) -> list[str]:
+    """Sets a variable, unless the user did; says which."""
+    exported = environ.get(name)
+    if not exported:
+        environ[name] = value
+        return [f"set {name}={value}"]
+    if exported == value:
+        return []
+    return [f"kept your {name}={exported}, where {macro} asks for {value}"]
+
+
+def _simulate(environ: MutableMapping[str, str], number: str) -> list[str]:
+    """Asks for simulated devices, unless the user did so in the older way."""
+    # jax prefers JAX_NUM_CPU_DEVICES to this flag, so setting it would override it.
+    older = "--xla_force_host_platform_device_count"
+    for flag in environ.get("XLA_FLAGS", "").split():
+        if _name(flag) == older and "JAX_NUM_CPU_DEVICES" not in environ:
+            return [f"kept your {flag}, where SIMULATED_DEVICES asks for {number}"]
+    return _set(environ, "JAX_NUM_CPU_DEVICES", number, "SIMULATED_DEVICES")
+
+
+def _append(
+    environ: MutableMapping[str, str], name: str, flags: Iterable[str]
+) -> list[str]:
+    """Appends the flags that the user did not set; says which were kept."""
+    exported = environ.get(name, "").split()
+    theirs = {_name(flag): flag for flag in exported}
+    lines = [
+        f"kept your {theirs[_name(flag)]} in {name}, where the run asks for {flag}"
+        for flag in flags
+        if theirs.get(_name(flag), flag) != flag
+    ]
+    if new := [flag for flag in flags if _name(flag) not in theirs]:
+        environ[name] = " ".join([*exported, *new])
+        verb = "appended to" if exported else "set"
+        lines.append(f"{verb} {name}: {' '.join(new)}")
+    return lines
+
+
+def _name(flag: str) -> str:
+    return flag.partition("=")[0]

@@ -1,0 +1,98 @@
+"""Batches on their devices before they are needed."""
+
+import functools
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import jax
+import numpy as np
+
+Read = Callable[[int, int, int], dict[str, np.ndarray]]
+DeviceBatch = dict[str, jax.Array]
+
+
+def place_batch(
+    read: Read, index: int, shape: tuple[int, int], sharding: jax.sharding.NamedSharding
+) -> DeviceBatch:
+    """Puts batch `index` on its devices; each host reads only its own rows.
+
+    Args:
+        read: `read(index, start, stop)` gives rows [start, stop) of the batch.
+        index: which batch.
+        shape: of the global batch, (B, L).
+        sharding: cuts its first dimension.
+    """
+    rows = functools.lru_cache(maxsize=None)(functools.partial(read, index))
+
+    def piece(slices: tuple[slice, ...], feature: str) -> np.ndarray:
+        start, stop, _ = slices[0].indices(shape[0])
+        return rows(start, stop)[feature][:, slices[1]]
+
+    mine = sharding.addressable_devices_indices_map(shape)
+    start, stop, _ = next(iter(mine.values()))[0].indices(shape[0])
+    return {
+        feature: jax.make_array_from_callback(
+            shape, sharding, functools.partial(piece, feature=feature)
+        )
+        for feature in rows(start, stop)
+    }
+
+
+class Feed:
+    """Yields batches `start`, `start + 1`, … in order, read ahead on a thread.
+
+    Args:
+        read: as in `place_batch`.
+        start: index of the first batch.
+        stop: index after the last.
+        shape: of the global batch.
+        sharding: where it goes.
+        depth: batches in flight at most; bounds memory.
+    """
+
+    def __init__(
+        self,
+        read: Read,
+        *,
+        start: int,
+        stop: int,
+        shape: tuple[int, int],
+        sharding: jax.sharding.NamedSharding,
+        depth: int = 3,
+    ) -> None:
+        self.wait_seconds = 0.0  # in the last `next`
+        self._load = functools.partial(
+            place_batch, read, shape=shape, sharding=sharding
+        )
+        self._indices = iter(range(start, stop))
+        self._depth = depth
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="feed")
+        self._pending: deque[Future[DeviceBatch]] = deque()
+
+    def __enter__(self) -> "Feed":
+        self._fill()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def __iter__(self) -> "Feed":
+        return self
+
+    def __next__(self) -> DeviceBatch:
+        if not self._pending:
+            raise StopIteration
+        began = time.perf_counter()
+        batch = self._pending.popleft().result()
+        self.wait_seconds = time.perf_counter() - began
+        self._fill()
+        return batch
+
+    def _fill(self) -> None:
+        while len(self._pending) < self._depth:
+            index = next(self._indices, None)
+            if index is None:
+                return
+            self._pending.append(self._pool.submit(self._load, index))

@@ -1,0 +1,74 @@
+"""Text from a checkpoint."""
+
+import argparse
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from launch import prepare, progress
+from launch.assemble import Run, assemble
+from launch.checkpoints import Checkpoints
+from launch.errors import EXIT_DONE
+from launch.gin_files import ResolvedConfig
+from moe.model import decoding
+from partitioning import rules
+from tasks.vocabularies import Vocabulary
+
+_PROMPT_STEP = 64  # prompts are padded to a multiple, so that few lengths compile
+
+
+def main(config: ResolvedConfig, options: argparse.Namespace) -> int:
+    """Prints a prompt and its continuation; nothing else goes to standard output."""
+    vocabulary = prepare.open_checked(config).vocabulary
+    run = assemble(config)
+    with (
+        jax.set_mesh(run.mesh),
+        Checkpoints(config.settings.loop.model_dir, keep=1, read_only=True) as saved,
+    ):
+        step = saved.require(options.step)
+        with progress.waiting(f"restoring step {step}", quiet=options.quiet):
+            params = saved.restore_params(step, run)
+        with progress.waiting("drawing tokens", quiet=options.quiet):
+            continuation = continue_prompt(run, params, vocabulary)
+    print(config.settings.sample.prompt + continuation)
+    return EXIT_DONE
+
+
+def continue_prompt(run: Run, params: Any, vocabulary: Vocabulary) -> str:
+    """Draws a continuation of the settings' prompt, on the run's mesh.
+
+    Every shard of the batch draws one row, since a batch is never smaller than its
+    shards; the first row is the answer, the same on every mesh.
+    """
+    sample = run.settings.sample
+    prompt = vocabulary.encode(sample.prompt)
+    room = -(-max(len(prompt), 1) // _PROMPT_STEP) * _PROMPT_STEP
+    rows = run.settings.mesh.batch_shards
+    prompt_BL = np.zeros((rows, room), np.int32)
+    prompt_BL[:, : len(prompt)] = prompt
+    draw = jax.jit(
+        functools.partial(
+            decoding.generate,
+            run.learner.model,
+            num_tokens=sample.num_tokens,
+            vocabulary_size=vocabulary.size,
+            temperature=sample.temperature,
+            top_k=sample.top_k,
+            top_p=sample.top_p,
+        ),
+        out_shardings=rules.replicated(run.mesh),
+    )
+    tokens_BT = draw(
+        params,
+        jax.device_put(prompt_BL, rules.sharding(run.mesh, ("batch", None))),
+        jnp.int32(len(prompt)),
+        jax.random.key(sample.seed),
+    )
+    tokens = np.asarray(tokens_BT)[0].tolist()
+    if vocabulary.eos_id in tokens:
+        tokens = tokens[: tokens.index(vocabulary.eos_id)]
+    whole = vocabulary.decode([*prompt, *tokens])
+    return whole[len(vocabulary.decode(prompt)) :]

@@ -1,0 +1,500 @@
+"""Reads gin files into Settings: the only file that imports gin.
+
+Gin is the syntax here, and its parser the only part of it that runs. `base.gin` binds
+every setting to an upper-case macro; all other files, the leaves, give values to
+macros and include other leaves. So nothing in a gin file can import, call or register
+anything, there is no global state, and the complete list of knobs is one page.
+"""
+
+import dataclasses
+import importlib.resources
+import importlib.util  # gin 0.5.0 needs it, and does not import it
+import io
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from gin import config_parser
+
+from launch.errors import ConfigError, nearest
+from launch.setting_types import annotation, fill, fit, is_text, stand_in
+from launch.settings import Settings, problems
+
+_BASE = "configs/base.gin"
+_MOST_FAULTS = 5  # unreadable statements in one file, before reading stops
+_STATEMENT = re.compile(r"(?:include|import|from)\b|([A-Za-z_][\w./]*)\s*([=:])")
+_MACRO = re.compile(r"[A-Z][A-Z0-9_]*")
+
+
+class Knob(NamedTuple):
+    """A macro, its final value, and the place that set it."""
+
+    macro: str
+    value: Any
+    origin: str
+
+
+@dataclasses.dataclass(frozen=True)
+class ResolvedConfig:
+    """A configuration that obeys every rule.
+
+    Attributes:
+        settings: the ten records of a run.
+        knobs: every macro in the order of `base.gin`.
+        operative: gin text that reads back as the same settings; it is kept beside
+            the checkpoints.
+        where: the files as the user named them.
+    """
+
+    settings: Settings
+    knobs: tuple[Knob, ...]
+    operative: str
+    where: str
+
+
+def read(files: Sequence[str], bindings: Sequence[str] = ()) -> ResolvedConfig:
+    """Reads `base.gin`, then the files, then the bindings; what is later wins.
+
+    Args:
+        files: gin files, sought in the working directory, then in `configs`.
+        bindings: "MACRO=value", as given after `--gin.` on the command line; text
+            may stand there without quotes.
+    Returns:
+        The settings, and where each of them was set.
+    Raises:
+        ConfigError: every fault that was found, each with its place.
+    """
+    reader = _Reader()
+    reader.read_base()
+    for name in files:
+        reader.read_leaf(name)
+    for binding in bindings:
+        reader.read_binding(binding)
+    settings, knobs = reader.finish()
+    where = ", ".join(files) or "the command line"
+    if reader.problems:
+        raise ConfigError(where, reader.problems)
+    return ResolvedConfig(settings, knobs, _operative(knobs, where), where)
+
+
+def _operative(knobs: Iterable[Knob], where: str) -> str:
+    lines = [f"# Every knob of this run, as read from {where!r}."]
+    lines += [
+        # A file's name cannot add a line of its own.
+        f"{knob.macro} = {knob.value!r}  # {' '.join(knob.origin.split())}"
+        for knob in knobs
+    ]
+    return "\n".join(lines) + "\n"
+
+
+# ------------------------------------------------------------------------- syntax
+
+
+@dataclasses.dataclass(frozen=True)
+class _MacroUse:
+    """%NAME in a value."""
+
+    name: str
+
+    def __repr__(self) -> str:
+        return f"%{self.name}"
+
+
+_REQUIRED = _MacroUse("gin.REQUIRED")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Reference:
+    """@name in a value, which nothing here accepts."""
+
+    name: str
+
+
+class _Fault(NamedTuple):
+    """A statement that gin's parser refuses; `macro` if its left side is legible."""
+
+    line: int
+    reason: str
+    macro: str
+
+
+class _Values(config_parser.ParserDelegate):
+    """Turns the two special values of gin into inert records."""
+
+    def macro(self, macro_name: str) -> _MacroUse:
+        return _MacroUse(macro_name)
+
+    def configurable_reference(
+        self, scoped_configurable_name: str, evaluate: bool
+    ) -> _Reference:
+        return _Reference(scoped_configurable_name)
+
+
+def _statements(text: str) -> Iterator[Any]:
+    """Yields gin's statements, and a _Fault for each that is not one.
+
+    After a fault, reading goes on at the next line that looks like a statement.
+    """
+    lines = io.StringIO(text).readlines()
+    read_lines = 0
+    while True:
+        # Blank lines in place of what is read keep the line numbers right.
+        source = io.StringIO("\n" * read_lines + "".join(lines[read_lines:]))
+        begun = read_lines + 1
+        try:
+            parser = config_parser.ConfigParser(source, _Values())
+            while True:
+                begun = max(parser.current_token.start[0], read_lines + 1)
+                statement = parser.parse_statement()
+                if statement is None:
+                    return
+                yield statement
+        except Exception as error:  # gin's parser has many ways to give up
+            line = error.lineno if isinstance(error, SyntaxError) else None
+            start = _next_statement(lines, begun) or line or begun
+            if line is not None and begun <= line < start:
+                start = line
+            yield _fault(lines, start)
+            following = _next_statement(lines, start + 1)
+            if following is None:
+                return
+            read_lines = following - 1
+
+
+def _next_statement(lines: Sequence[str], line: int) -> int | None:
+    """Returns the first line from `line` on, from 1, that looks like a statement."""
+    for number in range(line, len(lines) + 1):
+        if _STATEMENT.match(lines[number - 1]):
+            return number
+    return None
+
+
+def _fault(lines: Sequence[str], line: int) -> _Fault:
+    """Says what is wrong with a statement.
+
+    It does not quote the file, as gin's message would: nobody may have meant to show
+    what is in it.
+    """
+    match = _STATEMENT.match(lines[line - 1]) if line <= len(lines) else None
+    macro, sign = match.groups(default="") if match else ("", "")
+    if sign == "=":
+        reason = (
+            "its value is not one literal: a number, True, False, 'text in quotes', a "
+            "(tuple,), a {'dict': 1} or %OTHER_MACRO, every bracket and quote closed"
+        )
+    else:
+        reason = "this is neither `MACRO = value` nor `include 'file.gin'`"
+    return _Fault(line, reason, macro)
+
+
+# -------------------------------------------------------------------------- files
+
+
+def _configs() -> Path:
+    """The installed `configs` folder."""
+    return Path(str(importlib.resources.files("configs")))
+
+
+def _shown(path: Path) -> str:
+    """Names a file as a reader would: relative to here, or to `configs`."""
+    absolute = Path(os.path.abspath(path))
+    for root, prefix in ((Path.cwd(), Path()), (_configs(), Path("configs"))):
+        if absolute.is_relative_to(root):
+            return str(prefix / absolute.relative_to(root))
+    return str(absolute)
+
+
+def _places(name: str, folder: Path | None) -> list[Path]:
+    """Where a gin file may be, in the order of the search."""
+    places = [Path(name)]
+    if folder is not None:
+        places.append(folder / name)
+    places.append(_configs() / name.removeprefix("configs/"))
+    return list({os.path.abspath(place): place for place in places}.values())
+
+
+class _Assigned(NamedTuple):
+    value: Any
+    origin: str
+
+
+class _Reader:
+    """What has been read so far, and every fault in it."""
+
+    def __init__(self) -> None:
+        self.problems: list[str] = []
+        self._assigned: dict[str, _Assigned] = {}
+        self._default: dict[str, _Assigned] = {}
+        self._bound: dict[str, str] = {}  # "model.num_layers" -> "NUM_LAYERS"
+        self._faulty: set[str] = set()  # macros whose value was not legible
+        self._lost_a_file = False
+
+    # ------------------------------------------------------------------- reading
+
+    def read_base(self) -> None:
+        """Reads defaults and bindings; a fault in them is ours."""
+        text = (_configs() / "base.gin").read_text(encoding="utf-8")
+        for statement in _statements(text):
+            assert isinstance(statement, config_parser.BindingStatement), statement
+            line = statement.location.line_num
+            if statement.arg_name:
+                assert isinstance(statement.value, _MacroUse), statement
+                name = f"{statement.selector}.{statement.arg_name}"
+                assert name not in self._bound, f"{name} is bound twice"
+                self._bound[name] = statement.value.name
+            else:
+                assert statement.selector not in self._assigned, statement.selector
+                origin = f"{_BASE}:{line} (default)"
+                self._assigned[statement.selector] = _Assigned(statement.value, origin)
+        self._default = dict(self._assigned)
+
+    def read_leaf(
+        self,
+        name: str,
+        folder: Path | None = None,
+        place: str = "",
+        open_files: tuple[Path, ...] = (),
+    ) -> set[str]:
+        """Reads a file and what it includes; returns the macros that were set.
+
+        Args:
+            name: as written in the command line or in an `include`.
+            folder: that of the including file.
+            place: of the `include`, for messages: "file:line: ".
+            open_files: the files that are being read, to find a cycle.
+        """
+        path = self._find(name, folder, place)
+        if path is None:
+            return set()
+        shown = _shown(path)
+        if path.resolve() == (_configs() / "base.gin").resolve():
+            self.problems.append(
+                f"{place}{shown} is always read first: take it out of the files to read"
+            )
+            return set()
+        if path.resolve() in open_files:
+            self.problems.append(f"{place}{shown} includes itself")
+            return set()
+        try:
+            text = path.read_text(encoding="utf-8-sig")
+        except (OSError, UnicodeDecodeError) as error:
+            kind = getattr(error, "strerror", None) or "it is not text"
+            self.problems.append(f"{place}{shown} cannot be read: {kind}")
+            self._lost_a_file = True
+            return set()
+        open_files = (*open_files, path.resolve())
+        set_here: dict[str, int] = {}
+        set_by_includes: set[str] = set()
+        faults = 0
+        for statement in _statements(text):
+            faults += isinstance(statement, _Fault)
+            if faults > _MOST_FAULTS:
+                self.problems.append(
+                    f"{shown}: and more of the same: is it a gin file?"
+                )
+                self._lost_a_file = True
+                break
+            if isinstance(statement, config_parser.IncludeStatement):
+                line = statement.location.line_num
+                at = f"{shown}:{line}: "
+                included = self.read_leaf(
+                    statement.filename, path.parent, at, open_files
+                )
+                set_by_includes |= included
+                for macro in sorted(included & set_here.keys()):
+                    self.problems.append(
+                        f"{at}this include sets {macro} again, after line "
+                        f"{set_here[macro]}: put includes first"
+                    )
+            else:
+                self._read_statement(statement, shown, set_here)
+        return set_by_includes | set_here.keys()
+
+    def _find(self, name: str, folder: Path | None, place: str) -> Path | None:
+        places = _places(name, folder)
+        for path in places:
+            if os.path.isfile(path):  # False, too, for what cannot be looked at
+                return path
+        self._lost_a_file = True
+        root = _configs()
+        known = [str(path.relative_to(root)) for path in root.rglob("*.gin")]
+        short = name.removeprefix("configs/")
+        self.problems.append(
+            f"{place}{name} was not found; looked at "
+            f"{', '.join(_shown(path) for path in places)}{nearest(short, known)}"
+        )
+        return None
+
+    def _read_statement(
+        self, statement: Any, shown: str, set_here: dict[str, int]
+    ) -> None:
+        """Takes one statement of a leaf that is not an include."""
+        if isinstance(statement, _Fault):
+            named = f"{statement.macro}: " if statement.macro in self._default else ""
+            self._faulty.add(statement.macro)
+            self.problems.append(f"{shown}:{statement.line}: {named}{statement.reason}")
+            return
+        line = statement.location.line_num
+        at = f"{shown}:{line}"
+        if isinstance(statement, config_parser.ImportStatement):
+            self.problems.append(f"{at}: a gin file cannot import; it only sets macros")
+            return
+        if isinstance(statement, config_parser.BlockDeclaration):
+            return  # each binding in the block follows, and is refused by name
+        macro = statement.selector
+        if not self._may_set(statement, at):
+            self._faulty.add(macro)
+        elif macro in set_here:
+            self.problems.append(
+                f"{at}: {macro} is set a second time, after line {set_here[macro]}"
+            )
+        else:
+            set_here[macro] = line
+            self._assigned[macro] = _Assigned(statement.value, at)
+
+    def _may_set(self, statement: config_parser.BindingStatement, at: str) -> bool:
+        """Whether the statement gives a value to a macro that exists."""
+        macro = statement.selector
+        if statement.scope:
+            fault = "a gin file here has no scopes; it only sets macros"
+        elif statement.arg_name:
+            dotted = f"{macro}.{statement.arg_name}"
+            fault = f"{dotted}: a gin file sets macros only"
+            if dotted in self._bound:
+                fault += f"; set the macro {self._bound[dotted]} instead"
+                self._faulty.add(self._bound[dotted])
+            else:
+                fault += nearest(statement.arg_name, self._default)
+        elif macro not in self._default:
+            fault = f"{macro} is not a knob{nearest(macro, self._default)}"
+        elif any(isinstance(part, _Reference) for part in _parts(statement.value)):
+            fault = f"{macro}: an @reference; a value is a literal or %OTHER_MACRO"
+        else:
+            return True
+        self.problems.append(f"{at}: {fault}")
+        return False
+
+    def read_binding(self, binding: str) -> None:
+        """Takes "MACRO=value" from the command line."""
+        name, equals, value = binding.partition("=")
+        at = f"--gin.{name}"
+        if not equals:
+            self.problems.append(f"{at}: write {at}=value")
+            return
+        statements = list(_statements(f"{name} = {value}\n"))
+        statement: Any = statements[0] if len(statements) == 1 else None
+        parsed = isinstance(statement, config_parser.BindingStatement)
+        quoted = parsed and isinstance(statement.value, str | _MacroUse)
+        if self._is_text(name) and not quoted and value[:1] not in ("'", '"', "%"):
+            # A shell takes quotes away, so text needs none here.
+            self._assigned[name] = _Assigned(value, at)
+        elif not parsed:
+            self._faulty.add(name)
+            fault = statement if isinstance(statement, _Fault) else None
+            reason = fault.reason if fault else "this is not one value"
+            self.problems.append(f"{at}: {reason}")
+        elif self._may_set(statement, at):
+            self._assigned[name] = _Assigned(statement.value, at)
+        else:
+            self._faulty.add(name)
+
+    def _is_text(self, macro: str) -> bool:
+        return any(
+            is_text(annotation(setting))
+            for setting, bound in self._bound.items()
+            if bound == macro
+        )
+
+    # ------------------------------------------------------------------ resolving
+
+    def finish(self) -> tuple[Settings, tuple[Knob, ...]]:
+        """Fills the records, and adds every fault of value or rule to `problems`.
+
+        Where a value is at fault the default stands in for it, so that the rules can
+        still be checked; what they would say of a stand-in is left out.
+        """
+        values, missing = self._resolved()
+        fields = {}
+        for setting, macro in self._bound.items():
+            kind = annotation(setting)
+            try:
+                fields[setting] = fit(values[macro], kind)
+                values[macro] = fields[setting]
+            except KeyError:
+                fields[setting] = self._stand_in(macro, kind)
+            except ValueError as error:
+                fields[setting] = self._stand_in(macro, kind)
+                given, origin = values.pop(macro), self._assigned[macro].origin
+                self.problems.append(f"{origin}: {macro} = {given!r} {error}")
+        settings = fill(fields)
+        if not self._lost_a_file:
+            if missing:
+                self.problems.append(
+                    f"no value for {', '.join(missing)}, which no default would suit: "
+                    f"set each in a gin file, or as --gin.{missing[0]}=..."
+                )
+            unknown = self._default.keys() - values.keys() | self._faulty
+            if "TASK_FEATURE_LENGTHS" in unknown:
+                unknown.add("GROUP_SIZE")  # its rule compares it with the length
+            self.problems += [
+                problem
+                for problem in problems(settings)
+                if unknown.isdisjoint(_MACRO.findall(problem))
+            ]
+        knobs = tuple(
+            Knob(macro, values[macro], assigned.origin)
+            for macro, assigned in self._assigned.items()
+            if macro in values
+        )
+        return settings, knobs
+
+    def _resolved(self) -> tuple[dict[str, Any], list[str]]:
+        """Returns the values of macros, %OTHER resolved, and which have none."""
+        values: dict[str, Any] = {}
+        missing: list[str] = []
+        for macro, assigned in self._assigned.items():
+            try:
+                values[macro] = self._resolve(assigned.value, (macro,))
+            except KeyError:
+                if assigned.value == _REQUIRED and macro not in self._faulty:
+                    missing.append(macro)
+            except ValueError as error:
+                self.problems.append(f"{assigned.origin}: {macro}: {error}")
+        return values, missing
+
+    def _resolve(self, value: Any, path: tuple[str, ...]) -> Any:
+        """Raises KeyError for a value that is missing, ValueError for a faulty one."""
+        if value == _REQUIRED:
+            raise KeyError(path[-1])
+        if isinstance(value, _MacroUse):
+            if value.name in path:
+                raise ValueError(
+                    f"refers to itself: {' -> '.join(path)} -> {value.name}"
+                )
+            if value.name not in self._assigned:
+                hint = nearest(value.name, self._default)
+                raise ValueError(f"%{value.name} is not a knob{hint}")
+            return self._resolve(self._assigned[value.name].value, (*path, value.name))
+        if isinstance(value, dict):
+            return {
+                self._resolve(k, path): self._resolve(v, path) for k, v in value.items()
+            }
+        if isinstance(value, list | tuple):
+            return type(value)(self._resolve(item, path) for item in value)
+        return value
+
+    def _stand_in(self, macro: str, kind: Any) -> Any:
+        default = self._default[macro].value
+        return stand_in(kind) if default == _REQUIRED else fit(default, kind)
+
+
+def _parts(value: Any) -> Iterator[Any]:
+    """Yields a value and everything inside it."""
+    yield value
+    if isinstance(value, dict):
+        value = [*value.keys(), *value.values()]
+    if isinstance(value, list | tuple):
+        for item in value:
+            yield from _parts(item)

@@ -1,0 +1,518 @@
+"""What a user watches while something runs: live on a terminal, plain lines elsewhere.
+
+On a terminal two or three lines are redrawn in place, and whatever is printed or
+logged meanwhile appears above them. Elsewhere (logs, CI) a line comes now and then.
+Everything goes to standard error, so that results on standard output can be piped.
+"""
+
+import contextlib
+import dataclasses
+import logging
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.spinner import Spinner
+from rich.table import Table
+from rich.text import Text
+
+Clock = Callable[[], float]
+_PLAIN_PERIOD_SECONDS = 10.0
+_WARN_DROPPED = 0.05
+_WARN_DATA_WAIT = 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class Extreme:
+    """An expert of a sparse layer, both counted from 0, and its load over the mean."""
+
+    layer: int
+    expert: int
+    relative: float
+
+    def __str__(self) -> str:
+        return f"L{self.layer}·e{self.expert} {self.relative:.1f}×"
+
+
+def load_extremes(load: Sequence[Sequence[float]]) -> tuple[Extreme, Extreme] | None:
+    """Finds the most and the least loaded expert of all sparse layers.
+
+    Args:
+        load: [layers][experts], in any unit; compared with the mean of its layer.
+
+    Returns:
+        The most and the least loaded, the first of equals; None if no layer has a
+        finite, positive load.
+    """
+    found = []
+    for layer, row in enumerate(load):
+        mean = sum(row) / len(row) if len(row) else 0.0
+        if math.isfinite(mean) and mean > 0:
+            found += [Extreme(layer, e, share / mean) for e, share in enumerate(row)]
+    if not found:
+        return None
+    most = max(found, key=lambda extreme: extreme.relative)
+    return most, min(found, key=lambda extreme: extreme.relative)
+
+
+class TrainProgress:
+    """Shows where training stands. Use it as a context manager.
+
+    Args:
+        total_steps: the step at which training is complete.
+        start_step: the step it starts from, above 0 when resumed.
+        quiet: show nothing at all.
+        console: where to show it; standard error by default.
+        clock: seconds, rising.
+    """
+
+    def __init__(
+        self,
+        total_steps: int,
+        *,
+        start_step: int = 0,
+        quiet: bool = False,
+        console: Console | None = None,
+        clock: Clock = time.monotonic,
+    ) -> None:
+        self._total = total_steps
+        self._step = self._start = start_step
+        self._quiet = quiet
+        self._console = console or _stderr()
+        self._clock = clock
+        self._began = clock()
+        self._train: Mapping[str, Any] = {}
+        self._heldout: Mapping[str, Any] = {}
+        self._first: tuple[int, float] | None = None  # step and time, rates start here
+        self._latest = (start_step, self._began)
+        self._printed: float | None = None
+        self._printed_step = -1
+        self._waiting: Spinner | None = None
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> "TrainProgress":
+        if not self._quiet and _is_live(self._console):
+            self._stack.enter_context(
+                _live(self._console, lambda: self, transient=False)
+            )
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._waiting = None
+        self._stack.close()
+
+    def advance(self, step: int) -> None:
+        """Moves the bar to a step whose numbers are not there yet."""
+        self._step = max(self._step, step)
+
+    def update(self, record: Mapping[str, Any]) -> None:
+        """Takes a record of metrics, of training or held out, and shows it."""
+        if record["split"] != "train":
+            self._heldout = record
+            self._say(f"step {record['step']:,}  {_heldout_words(record)}")
+            return
+        now = self._clock()
+        self._train = record
+        self.advance(record["step"])
+        self._first = self._first or (record["step"], now)
+        self._latest = (record["step"], now)
+        if not _is_live(self._console):
+            due = self._printed is None or now - self._printed >= _PLAIN_PERIOD_SECONDS
+            last = record["step"] >= self._total > self._printed_step
+            if due or last:
+                self._printed, self._printed_step = now, record["step"]
+                self._say(self.plain_line())
+
+    @contextlib.contextmanager
+    def waiting(self, message: str) -> Iterator[None]:
+        """Shows what the loop waits for; says how long it took when it is done."""
+        began = self._clock()
+        live = not self._quiet and _is_live(self._console)
+        if live:
+            self._waiting = _spinner(self._console, message, began, self._clock)
+        else:
+            self._say(f"{message} ...")
+        outcome = "stopped after "
+        try:
+            yield
+            outcome = ""
+        finally:
+            self._waiting = None
+            self._say(f"{message}: {outcome}{duration(self._clock() - began)}")
+
+    def plain_line(self) -> str:
+        """The state in one line, as logs show it."""
+        parts: list[Text | str] = [f"step {self._step:,}/{self._total:,}"]
+        parts += self._quantities()
+        if self._step >= self._total:
+            parts.append(f"{duration(self._clock() - self._began)} in all")
+        elif (left := self._seconds_left()) is not None:
+            parts.append(f"{duration(left)} left")
+        parts += [part.plain for part in self._routing()]
+        return "  ".join(str(part) for part in parts)
+
+    def __rich_console__(
+        self, console: Console, options: ConsoleOptions
+    ) -> RenderResult:
+        """The live display: two lines, and a third for sparse layers or a wait."""
+        width = options.max_width
+        yield self._bar_line(width)
+        if self._train:
+            yield _join(self._quantities(), width, console)
+            routing = self._routing()
+            if routing:
+                yield _join(routing, width, console)
+        else:
+            yield _join([Text("waiting for the first step", "dim")], width, console)
+        if self._waiting:
+            yield self._waiting
+
+    def _bar_line(self, width: int) -> Table:
+        left = self._seconds_left()
+        if self._step >= self._total:
+            ending = f"{duration(self._clock() - self._began)} in all"
+        else:
+            ending = "–" if left is None else f"{duration(left)} left"
+        line = Table.grid(padding=(0, 1))
+        line.add_column(no_wrap=True)
+        line.add_column(ratio=1)
+        line.add_column(no_wrap=True)
+        line.expand = True
+        line.width = width
+        done = self._step / self._total if self._total else 1.0
+        line.add_row(
+            Text.assemble(
+                (f"step {self._step:,}", "bold"), (f" / {self._total:,}", "dim")
+            ),
+            ProgressBar(total=max(self._total, 1), completed=self._step),
+            _legible(Text(f"{math.floor(100 * done)} %  {ending}"), self._console),
+        )
+        return line
+
+    def _quantities(self) -> list[Text]:
+        """Loss, held-out loss, speed and the wait for data."""
+        record = self._train
+        parts = []
+        loss = record.get("loss/nats_per_token")
+        if loss is not None:
+            parts.append(Text.assemble("loss ", (f"{loss:.4f}", "bold"), " nats/token"))
+        heldout = self._heldout.get("loss/nats_per_token")
+        if heldout is not None:
+            parts.append(Text.assemble("held-out ", (f"{heldout:.4f}", "bold")))
+        speed = record.get("perf/tokens_per_second")
+        if speed is not None:
+            parts.append(Text(f"{compact(speed)} tokens/s"))
+        wait, step = (record.get(f"perf/{n}_seconds") for n in ("data_wait", "step"))
+        if wait is not None and step:
+            style = "yellow" if wait / step > _WARN_DATA_WAIT else ""
+            parts.append(Text(f"data wait {_percent(wait / step)}", style))
+        return parts
+
+    def _routing(self) -> list[Text]:
+        """Skipped steps, dropped tokens and the extremes of load, where there are."""
+        parts = []
+        skipped = self._train.get("state/skipped_steps")
+        if skipped:
+            parts.append(Text(f"{skipped:,.0f} steps skipped", "bold red"))
+        dropped = self._train.get("router/dropped_fraction")
+        if dropped is not None:
+            style = "yellow" if dropped > _WARN_DROPPED else ""
+            parts.append(Text(f"dropped {_percent(dropped)}", style))
+        extremes = load_extremes(self._train.get("router/load", ()))
+        if extremes:
+            parts += [Text(f"most {extremes[0]}"), Text(f"least {extremes[1]}")]
+        return parts
+
+    def _seconds_left(self) -> float | None:
+        """Time to the last step at the rate since the first record of this process."""
+        if self._first is None:
+            return None
+        (first_step, first_time), (step, seen) = self._first, self._latest
+        if step > first_step:
+            pace = (seen - first_time) / (step - first_step)
+        else:
+            pace = self._train.get("perf/step_seconds") or math.nan
+        left = pace * (self._total - step) - (self._clock() - seen)
+        return max(left, 0.0) if math.isfinite(left) else None
+
+    def _say(self, line: str) -> None:
+        if not self._quiet:
+            _print_line(self._console, line)
+
+
+@contextlib.contextmanager
+def preparing(
+    *,
+    quiet: bool = False,
+    console: Console | None = None,
+    clock: Clock = time.monotonic,
+) -> Iterator[Callable[[Any], None]]:
+    """Shows how far the making of a token store is.
+
+    Gives a callback for the totals so far of one phase, such as a split: an object
+    with `phase` (or `split`), `documents`, `tokens` and `text_bytes` (or `bytes`).
+    Each phase ends with a line that stays.
+    """
+    display = _Preparing(console or _stderr(), quiet, clock)
+    with contextlib.ExitStack() as stack:
+        if display.is_live:
+            stack.enter_context(_live(display.console, display.renderable))
+        yield display.update
+    display.finish_phase()
+
+
+@contextlib.contextmanager
+def waiting(
+    message: str,
+    *,
+    quiet: bool = False,
+    console: Console | None = None,
+    clock: Clock = time.monotonic,
+) -> Iterator[None]:
+    """Shows a spinner beside a message, and the time it took when it is done."""
+    console = console or _stderr()
+    live = not quiet and _is_live(console)
+    began = clock()
+    outcome = "stopped after "
+    try:
+        with contextlib.ExitStack() as stack:
+            if live:
+                spinner = _spinner(console, message, began, clock)
+                stack.enter_context(_live(console, lambda: spinner))
+            elif not quiet:
+                _print_line(console, f"{message} ...")
+            yield
+        outcome = ""
+    finally:
+        if not quiet:
+            _print_line(console, f"{message}: {outcome}{duration(clock() - began)}")
+
+
+def duration(seconds: float) -> str:
+    """Says a duration in at most two units: "42 ms", "3 min 05 s", "2 d 04 h"."""
+    if 0 < seconds < 0.9995:
+        return f"{1000 * seconds:.0f} ms"
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    minutes = whole // 60
+    if minutes < 24 * 60:
+        return f"{minutes // 60} h {minutes % 60:02d} min"
+    return f"{minutes // 1440} d {minutes % 1440 // 60:02d} h"
+
+
+def compact(number: float, unit: str = "") -> str:
+    """Says a count in three digits: 987, "61.2k", "1.23M"; with a unit "12.1 MB"."""
+    if not math.isfinite(number):
+        return str(number)
+    for power, prefix in ((4, "T"), (3, "G" if unit else "B"), (2, "M"), (1, "k")):
+        scaled = number / 1000**power
+        if abs(scaled) >= 0.9995:
+            digits = 2 if abs(scaled) < 9.995 else 1 if abs(scaled) < 99.95 else 0
+            return f"{scaled:.{digits}f}{' ' * bool(unit)}{prefix}{unit}"
+    return f"{number:.0f} {unit}".strip()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Preparation:
+    """A copy of what the token store reported: it may reuse and change its object."""
+
+    phase: str
+    documents: int
+    tokens: int
+    text_bytes: int
+
+    @classmethod
+    def of(cls, state: Any) -> "_Preparation":
+        phase = state.phase if hasattr(state, "phase") else state.split
+        size = state.text_bytes if hasattr(state, "text_bytes") else state.bytes
+        return cls(phase, state.documents, state.tokens, size)
+
+
+class _Preparing:
+    """The display behind `preparing`."""
+
+    def __init__(self, console: Console, quiet: bool, clock: Clock) -> None:
+        self.console = console
+        self.is_live = not quiet and _is_live(console)
+        self._quiet = quiet
+        self._clock = clock
+        self._began = self._printed = clock()
+        self._state: _Preparation | None = None
+        self._spinner = Spinner("dots" if _is_utf8(console) else "line", style="cyan")
+
+    def update(self, state: Any) -> None:
+        new = _Preparation.of(state)
+        if self._state is not None and new.phase != self._state.phase:
+            self.finish_phase()
+        self._state = new
+        now = self._clock()
+        plain = not self.is_live and not self._quiet
+        if plain and now - self._printed >= _PLAIN_PERIOD_SECONDS:
+            self._printed = now
+            _print_line(self.console, self._line())
+
+    def finish_phase(self) -> None:
+        if self._state is not None and not self._quiet:
+            took = duration(self._clock() - self._began)
+            _print_line(self.console, f"{self._line()} · {took}")
+        self._began = self._printed = self._clock()
+
+    def renderable(self) -> Spinner:
+        self._spinner.update(text=_legible(Text(self._line()), self.console))
+        return self._spinner
+
+    def _line(self) -> str:
+        state = self._state
+        if state is None:
+            return "preparing tokens"
+        seconds = self._clock() - self._began
+        parts = []  # a phase such as the vocabulary counts no tokens
+        if state.documents:
+            parts.append(f"{state.documents:,} documents")
+        if state.tokens:
+            parts.append(f"{compact(state.tokens)} tokens")
+        if state.text_bytes:
+            parts.append(compact(state.text_bytes, "B"))
+        if seconds >= 1 and state.text_bytes:  # a rate over less says nothing
+            parts.append(compact(state.text_bytes / seconds, "B/s"))
+        return f"preparing {state.phase}" + ": " * bool(parts) + " · ".join(parts)
+
+
+class _Elapsed:
+    """A spinner's text with the seconds since a moment, read at each redraw."""
+
+    def __init__(
+        self, console: Console, message: str, began: float, clock: Clock
+    ) -> None:
+        self._console = console
+        self._message = message
+        self._began = began
+        self._clock = clock
+
+    def __rich_console__(
+        self, console: Console, options: ConsoleOptions
+    ) -> RenderResult:
+        elapsed = f" {self._clock() - self._began:.0f} s"
+        yield _legible(Text.assemble(self._message, (elapsed, "dim")), self._console)
+
+
+def _stderr() -> Console:
+    return Console(stderr=True, highlight=False)
+
+
+def _is_live(console: Console) -> bool:
+    return console.is_terminal and not console.is_dumb_terminal
+
+
+def _is_utf8(console: Console) -> bool:
+    return console.encoding.lower().startswith("utf")
+
+
+def _spinner(console: Console, message: str, began: float, clock: Clock) -> Any:
+    """One line: a turning sign, the message, the seconds so far."""
+    line = Table.grid(padding=(0, 1))
+    line.add_row(
+        Spinner("dots" if _is_utf8(console) else "line", style="cyan"),
+        _Elapsed(console, message, began, clock),
+    )
+    return line
+
+
+def _percent(fraction: float) -> str:
+    return f"{100 * fraction:.1f} %"
+
+
+def _heldout_words(record: Mapping[str, Any]) -> str:
+    """What a held-out evaluation found."""
+    parts = []
+    nats = record.get("loss/nats_per_token")
+    if nats is not None:
+        parts.append(f"{nats:.4f} nats/token")
+    bits = record.get("loss/bits_per_byte")
+    if bits is not None:
+        parts.append(f"{bits:.4f} bits/byte")
+    if record.get("tokens") is not None:
+        parts.append(f"over {record['tokens']:,} tokens")
+    return "held-out " + "  ".join(parts)
+
+
+def _legible(text: Text, console: Console) -> Text:
+    """The text in the characters that the console has."""
+    if _is_utf8(console):
+        return text
+    plain = text.plain
+    for sign, substitute in {"·": ".", "×": "x", "–": "-"}.items():
+        plain = plain.replace(sign, substitute)
+    plain = plain.encode(console.encoding, "replace").decode(console.encoding)
+    return Text(plain, style=text.style, spans=text.spans)
+
+
+def _join(parts: Sequence[Text], width: int, console: Console) -> Text:
+    """As many parts as fit in one line; the most important come first."""
+    line = Text(no_wrap=True, overflow="ellipsis")
+    for part in parts:
+        more = Text.assemble((" · ", "dim"), part) if line.plain else part
+        if line.cell_len + more.cell_len > width:
+            break
+        line.append_text(more)
+    return _legible(line, console)
+
+
+def _print_line(console: Console, line: str) -> None:
+    """Prints one unbroken line, above a live display where there is one."""
+    text = _legible(Text(line), console)
+    console.print(text, soft_wrap=True, markup=False, highlight=False)
+
+
+@contextlib.contextmanager
+def _live(
+    console: Console, get_renderable: Callable[[], Any], *, transient: bool = True
+) -> Iterator[None]:
+    """A display redrawn four times a second, with log lines led around it.
+
+    rich takes over sys.stdout and sys.stderr; handlers of `logging` (absl's too) hold
+    the stream they were made with, so they are pointed at the new one meanwhile.
+    """
+    old = {
+        id(stream): name
+        for name in ("stdout", "stderr")
+        if (stream := getattr(sys, name))
+    }
+    with Live(
+        console=console,
+        get_renderable=get_renderable,
+        transient=transient,
+        refresh_per_second=4,
+    ):
+        moved = []
+        for handler in _stream_handlers():
+            name = old.get(id(handler.stream))
+            if name is not None:
+                moved.append((handler, handler.stream))
+                handler.setStream(getattr(sys, name))
+        try:
+            yield
+        finally:
+            for handler, stream in moved:
+                handler.setStream(stream)
+
+
+def _stream_handlers() -> list[logging.StreamHandler[Any]]:
+    """Every handler of any logger that writes to a stream."""
+    loggers = [logging.getLogger(), *logging.Logger.manager.loggerDict.values()]
+    handlers = {
+        id(handler): handler
+        for logger in loggers
+        for outer in getattr(logger, "handlers", ())
+        for handler in (outer, getattr(outer, "python_handler", None))
+        if isinstance(handler, logging.StreamHandler)
+    }
+    return list(handlers.values())

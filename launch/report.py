@@ -1,0 +1,398 @@
+"""The page that a run leaves behind: one HTML file that refers to nothing else."""
+
+import html
+import importlib.resources
+import math
+import os
+import pathlib
+import string
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeGuard
+
+import numpy as np
+
+from launch import figures
+from launch.progress import compact, duration, load_extremes
+from launch.writers import read_metrics
+
+REPORT_FILE = "report.html"
+
+Record = Mapping[str, Any]
+_DEAD = 0.1  # an expert below this share of the mean load is called almost idle
+_RECENT = 10  # records of training that stand for the end of a run
+
+
+def write_report(
+    model_dir: str | os.PathLike[str],
+    *,
+    title: str,
+    facts: Sequence[tuple[str, str]] = (),
+    baselines: Mapping[str, float] | None = None,
+    sample: Mapping[str, str] | None = None,
+    knobs: Sequence[tuple[str, str, str]] = (),
+    checkpoint: str = "",
+    command: str = "",
+    manifest: Mapping[str, Any] | None = None,
+    tokens_per_step: int | None = None,
+) -> pathlib.Path:
+    """Writes `report.html` from the metrics of a run.
+
+    Everything is escaped; whatever is missing or not finite is said so or left out.
+
+    Args:
+        model_dir: the run; its `metrics.jsonl` may be missing or empty.
+        title: the heading.
+        facts: names and values that say what was trained on what.
+        baselines: bits per byte of simpler models of the same held-out text, such as
+            {"unigram": 4.6, "gzip": 2.9, "xz": 2.4}; or the token store's, of which
+            those named `*_bits_per_byte` are taken.
+        sample: "prompt" and "continuation", both text.
+        knobs: macro, value, and where the value comes from.
+        checkpoint: where the last one is.
+        command: what reproduces the run.
+        manifest: names and values of provenance: versions, fingerprints.
+        tokens_per_step: gives the loss curve a second axis, in tokens.
+
+    Returns:
+        The path of the page.
+    """
+    records = read_metrics(model_dir)
+    rivals = _rivals(baselines or {})
+    train = [record for record in records if record["split"] == "train"]
+    heldout = [record for record in records if record["split"] == "heldout"]
+    sections = [
+        _headline(train, heldout, rivals, tokens_per_step),
+        _loss(train, heldout, rivals, tokens_per_step),
+        _routing(train, heldout),
+        _pace(train),
+        _sample(sample),
+        _settings(knobs),
+        _reproduce(command, checkpoint, manifest or {}),
+    ]
+    template = importlib.resources.files("launch").joinpath("report.html")
+    page = string.Template(template.read_text(encoding="utf-8")).substitute(
+        title=html.escape(title),
+        facts=_facts(facts),
+        sections="\n".join(section for section in sections if section),
+        max_points=figures.MAX_POINTS,
+    )
+    path = pathlib.Path(model_dir) / REPORT_FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_suffix(".tmp")
+    # A byte-level model can sample half a character, which no encoding can hold.
+    draft.write_bytes(page.encode("utf-8", "replace"))
+    os.replace(draft, path)
+    return path
+
+
+def ledger(train: Sequence[Record], heldout: Sequence[Record]) -> list[str]:
+    """Says in sentences where the routed tokens went; [] for a dense model."""
+    recent = train[-_RECENT:]
+    sentences = []
+    shares = _numbers(recent, "router/dropped_fraction")
+    if shares:
+        per_thousand = 1000 * sum(shares) / len(shares)
+        sentences.append(
+            f"At the end of training, of every 1,000 choices that the routers made, "
+            f"{1000 - per_thousand:,.1f} were computed by their expert and "
+            f"{per_thousand:,.1f} were dropped because it was full; a dropped choice "
+            f"adds nothing and its token goes on along the residual path."
+        )
+        all_shares = _numbers(train, "router/dropped_fraction")
+        sentences.append(
+            f"Over the whole run {_percent(sum(all_shares) / len(all_shares))} were "
+            f"dropped, in the worst record {_percent(max(all_shares))}."
+        )
+    scored = _numbers(heldout[-1:], "router/dropped_fraction")
+    if scored:
+        sentences.append(
+            f"In the last held-out evaluation {_percent(scored[0])} were dropped."
+            if scored[0]
+            else "In the last held-out evaluation none was dropped."
+        )
+    load_TLE = [r["router/load"] for r in recent if r.get("router/load")]
+    load_TLE = [load for load in load_TLE if np.shape(load) == np.shape(load_TLE[-1])]
+    mean_LE = np.array(load_TLE, dtype=float).mean(axis=0) if load_TLE else None
+    extremes = load_extremes([] if mean_LE is None else mean_LE.tolist())
+    if mean_LE is not None and extremes:
+        most, least = extremes
+        idle = int((mean_LE < _DEAD * mean_LE.mean(axis=1, keepdims=True)).sum())
+        verb = "was" if idle == 1 else "were"
+        sentences.append(
+            f"The most loaded expert, {most.expert} of sparse layer {most.layer}, took "
+            f"{most.relative:.2f} times the mean of its layer, the least loaded, "
+            f"{least.expert} of layer {least.layer}, {least.relative:.2f} times; "
+            f"{idle or 'none'} of {mean_LE.size:,} {verb} almost idle (below "
+            f"{100 * _DEAD:.0f} % of the mean)."
+        )
+    return sentences
+
+
+def _headline(
+    train: Sequence[Record],
+    heldout: Sequence[Record],
+    rivals: Mapping[str, float],
+    tokens_per_step: int | None,
+) -> str:
+    """The numbers a reader came for, and what they compare with."""
+    final = heldout[-1] if heldout else {}
+    nats, bits = final.get("loss/nats_per_token"), final.get("loss/bits_per_byte")
+    over = f"over {final['tokens']:,} tokens" if final.get("tokens") else ""
+    about = f"nats per token {over}".strip() if heldout else "not scored"
+    cards = [
+        ("held-out loss", _figure(nats), about),
+        ("held-out bits per byte", _figure(bits), _verdict(bits, rivals)),
+    ]
+    if train:
+        step = train[-1]["step"]
+        seen = compact(step * tokens_per_step) if tokens_per_step else ""
+        cards.append(
+            ("trained", f"{step:,}", f"steps, {seen} tokens" if seen else "steps")
+        )
+    speeds = _numbers(train[1:] or train, "perf/tokens_per_second")
+    if speeds:
+        cards.append(("speed", compact(float(np.median(speeds))), "tokens per second"))
+    drops = _numbers(train[-_RECENT:], "router/dropped_fraction")
+    if drops:
+        cards.append(
+            ("dropped", _percent(sum(drops) / len(drops)), "of choices, lately")
+        )
+    skipped = _numbers(train, "state/skipped_steps")
+    if skipped and max(skipped) > 0:
+        cards.append(
+            ("skipped", f"{max(skipped):,.0f}", "steps with a non-finite gradient")
+        )
+    body = "".join(
+        f'<div class="card"><div class="name">{html.escape(name)}</div>'
+        f'<div class="value">{html.escape(value)}</div>'
+        f'<div class="note">{html.escape(note)}</div></div>'
+        for name, value, note in cards
+    )
+    if rivals:
+        ours = {"this model": bits} if _is_finite(bits) else {}
+        body += "</div>" + _figure_of(
+            figures.bars(ours, rivals, unit="bits per byte, less is better"),
+            "Bits that one byte of the held-out text takes: ours and simpler models.",
+            wide=True,
+        )
+        return f'<section><div class="cards">{body}</section>'
+    return f'<section><div class="cards">{body}</div></section>'
+
+
+def _loss(
+    train: Sequence[Record],
+    heldout: Sequence[Record],
+    rivals: Mapping[str, float],
+    tokens_per_step: int | None,
+) -> str:
+    """The loss curves."""
+    if not train and not heldout:
+        return _section("Loss", '<p class="empty">No metrics were recorded.</p>')
+    reference = None
+    final = heldout[-1] if heldout else {}
+    nats, bits = final.get("loss/nats_per_token"), final.get("loss/bits_per_byte")
+    unigram = rivals.get("unigram")
+    if _is_finite(nats) and _is_finite(bits) and _is_finite(unigram) and bits:
+        reference = ("unigram", unigram * nats / bits)
+    svg = figures.loss(
+        train, heldout, tokens_per_step=tokens_per_step, reference=reference
+    )
+    return _section(
+        "Loss",
+        _figure_of(
+            svg,
+            "Cross-entropy without the auxiliary losses, on the batches being learnt "
+            "and on held-out text.",
+            wide=True,
+        ),
+    )
+
+
+def _routing(train: Sequence[Record], heldout: Sequence[Record]) -> str:
+    """Load, drops and entropy per sparse layer; nothing for a dense model."""
+    body = "".join(
+        f"<p>{html.escape(' '.join(s))}</p>" for s in [ledger(train, heldout)] if s
+    )
+    loads = [record["router/load"] for record in train if record.get("router/load")]
+    if loads:
+        layers, experts = len(loads[-1]), len(loads[-1][0])
+        shown = (
+            ""
+            if layers <= figures.MAX_LAYERS
+            else (f" {figures.MAX_LAYERS} of {layers} layers are shown.")
+        )
+        stride = math.ceil(experts / figures.MAX_ROWS)
+        merged = (
+            ""
+            if stride == 1
+            else (
+                f" Each row shows the one of {stride} neighbouring experts that is "
+                "furthest from the mean."
+            )
+        )
+        body += _figure_of(
+            figures.load(train),
+            "Load of each expert over the mean of its layer: white is balanced, red "
+            f"overloaded, blue idle.{shown}{merged}",
+            wide=True,
+        )
+    pair = ""
+    if any(record.get("router/dropped_fraction_per_layer") for record in train):
+        pair += _figure_of(
+            figures.dropped(train),
+            "Choices dropped in each sparse layer because their expert was full.",
+        )
+    if any(record.get("router/entropy_nats_per_layer") for record in train):
+        pair += _figure_of(
+            figures.entropy(train),
+            "Entropy of the router's probabilities: ln E means undecided among all "
+            "experts, 0 means certain.",
+        )
+    if pair:
+        body += f'<div class="pair">{pair}</div>'
+    return _section("Routing", body) if body else ""
+
+
+def _pace(train: Sequence[Record]) -> str:
+    """Speed and the optimizer."""
+    pair = ""
+    speeds = _numbers(train, "perf/tokens_per_second")
+    if speeds:
+        seconds = _numbers(train[:1], "perf/step_seconds")
+        later = _numbers(train[1:], "perf/step_seconds")
+        apart = ""
+        # The first record holds the compilation, which would flatten the rest.
+        if later:
+            steady = float(np.median(later))
+            apart = f" The median step took {_unbroken(steady)}"
+            if seconds and seconds[0] > 1.5 * steady:
+                apart += (
+                    f", the first record, with compilation, {_unbroken(seconds[0])}"
+                )
+            apart += "."
+        pair += _figure_of(
+            figures.throughput(train[1:] if later else train),
+            f"Speed, and the share of each step spent waiting for data.{apart}",
+        )
+    if any("optimizer/gradient_norm" in record for record in train):
+        pair += _figure_of(
+            figures.optimization(train),
+            "Global gradient norm before clipping, and the learning rate.",
+        )
+    if not pair:
+        return ""
+    return _section("Speed and optimization", f'<div class="pair">{pair}</div>')
+
+
+def _sample(sample: Mapping[str, str] | None) -> str:
+    if not sample:
+        return ""
+    prompt, continuation = (
+        html.escape(str(sample.get(name, ""))) for name in ("prompt", "continuation")
+    )
+    return _section(
+        "A sample",
+        "<p>The prompt is bold; the model wrote the rest.</p>"
+        f'<div class="sample"><span class="prompt">{prompt}</span>{continuation}</div>',
+    )
+
+
+def _settings(knobs: Sequence[tuple[str, str, str]]) -> str:
+    if not knobs:
+        return ""
+    return _section(
+        "Settings",
+        f"<details open><summary>{len(knobs)} settings</summary>"
+        + _table(("setting", "value", "from"), knobs)
+        + "</details>",
+    )
+
+
+def _reproduce(command: str, checkpoint: str, manifest: Mapping[str, Any]) -> str:
+    body = ""
+    if command:
+        body += f"<p>Run:</p><pre>{html.escape(command)}</pre>"
+    if checkpoint:
+        body += f"<p>Last checkpoint: <code>{html.escape(checkpoint)}</code></p>"
+    if manifest:
+        body += _table(("provenance", ""), [*manifest.items()])
+    return _section("Reproduce", body) if body else ""
+
+
+def _section(heading: str, body: str) -> str:
+    return f"<section><h2>{html.escape(heading)}</h2>{body}</section>"
+
+
+def _figure_of(svg: str, caption: str, *, wide: bool = False) -> str:
+    """A figure with its caption; a wide one may scroll on a small screen."""
+    kind = ' class="wide"' if wide else ""
+    said = html.escape(caption)
+    svg = svg.replace("<svg", f'<svg role="img" aria-label="{said}"', 1)
+    return f"<figure{kind}>{svg}<figcaption>{said}</figcaption></figure>"
+
+
+def _facts(facts: Sequence[tuple[str, str]]) -> str:
+    if not facts:
+        return ""
+    items = "".join(
+        f"<div><dt>{html.escape(str(name))}</dt><dd>{html.escape(str(value))}</dd></div>"
+        for name, value in facts
+    )
+    return f'<dl class="facts">{items}</dl>'
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    cells = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in head)
+    body = "".join(
+        "<tr>"
+        + f"<td><code>{html.escape(str(row[0]))}</code></td>"
+        + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row[1:])
+        + "</tr>"
+        for row in rows
+    )
+    return (
+        f'<div class="scroll"><table><thead><tr>{cells}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div>"
+    )
+
+
+def _rivals(baselines: Mapping[str, float]) -> dict[str, float]:
+    """Finite bits per byte by the name of what needs them."""
+    unit = "_bits_per_byte"
+    with_unit = {k.removesuffix(unit): v for k, v in baselines.items() if unit in k}
+    rivals = with_unit or baselines
+    return {name: float(v) for name, v in rivals.items() if _is_finite(v) and v > 0}
+
+
+def _verdict(bits: Any, rivals: Mapping[str, float]) -> str:
+    """How ours compares with the best of the others."""
+    if not rivals or not _is_finite(bits):
+        return ""
+    name = min(rivals, key=lambda rival: rivals[rival])
+    change = 1 - bits / rivals[name]
+    return f"{100 * abs(change):.0f} % {'below' if change >= 0 else 'above'} {name}"
+
+
+def _figure(value: Any) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.4f}" if _is_finite(value) else "not finite"
+
+
+def _is_finite(value: Any) -> TypeGuard[float]:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _numbers(records: Sequence[Record], name: str) -> list[float]:
+    """The finite values of a metric."""
+    values = [record.get(name) for record in records]
+    return [float(value) for value in values if _is_finite(value)]
+
+
+def _unbroken(seconds: float) -> str:
+    """A duration that no line break parts from its unit."""
+    return duration(seconds).replace(" ", "\N{NO-BREAK SPACE}")
+
+
+def _percent(fraction: float) -> str:
+    return f"{100 * fraction:.2f} %"

@@ -1,0 +1,90 @@
+"""What a value must be to become a setting, read from the records' annotations."""
+
+import functools
+import math
+import typing
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+from launch.errors import nearest
+from launch.settings import Settings
+
+
+@functools.cache
+def annotation(setting: str) -> Any:
+    """Returns the type of a setting, such as that of "model.num_layers"."""
+    record, field = setting.split(".")
+    return typing.get_type_hints(typing.get_type_hints(Settings)[record])[field]
+
+
+def is_text(kind: Any) -> bool:
+    """Whether a setting of this type is text, free or one of several words."""
+    return kind is str or typing.get_origin(kind) is Literal
+
+
+def fit(value: Any, kind: Any) -> Any:
+    """Returns the value as the type of a setting.
+
+    An integer may stand for a number and a list for a tuple; True is no integer.
+
+    Raises:
+        ValueError: what the value must be, as the end of a sentence.
+    """
+    if typing.get_origin(kind) is Literal:
+        choices = typing.get_args(kind)
+        if value in choices:
+            return value
+        hint = nearest(value, choices) if isinstance(value, str) else ""
+        raise ValueError(f"must be one of {', '.join(map(repr, choices))}{hint}")
+    make = typing.get_origin(kind) or kind
+    rule, fits = _RULES[make]
+    if not fits(value):
+        quoted = isinstance(value, str) and make in (bool, int, float)
+        raise ValueError(f"must be {rule}{', without quotes' if quoted else ''}")
+    return dict(value) if make is Mapping else make(value)
+
+
+def stand_in(kind: Any) -> Any:
+    """Returns some value of the type, for a setting that was never given."""
+    if typing.get_origin(kind) is Literal:
+        return typing.get_args(kind)[0]
+    make = typing.get_origin(kind) or kind
+    return {"targets": 2} if make is Mapping else make("1")
+
+
+def fill(fields: Mapping[str, Any]) -> Settings:
+    """Builds the records from values such as {"model.num_layers": 4}."""
+    records: dict[str, dict[str, Any]] = {}
+    for setting, value in fields.items():
+        record, field = setting.split(".")
+        records.setdefault(record, {})[field] = value
+    kinds = typing.get_type_hints(Settings)
+    return Settings(**{name: kinds[name](**records.get(name, {})) for name in kinds})
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return _is_int(value) or (isinstance(value, float) and math.isfinite(value))
+
+
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, tuple | list) and all(isinstance(v, str) for v in value)
+
+
+def _is_lengths(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(key, str) and _is_int(number) for key, number in value.items()
+    )
+
+
+_RULES: dict[Any, tuple[str, Callable[[Any], bool]]] = {
+    bool: ("True or False", lambda value: isinstance(value, bool)),
+    int: ("an integer", _is_int),
+    float: ("a finite number", _is_number),
+    str: ("text in quotes", lambda value: isinstance(value, str)),
+    tuple: ("a tuple of texts, such as ('--flag=1',)", _is_texts),
+    Mapping: ("a dict of integers, such as {'targets': 256}", _is_lengths),
+}

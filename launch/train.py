@@ -1,0 +1,238 @@
+"""`switchyard train`: from a configuration to a trained model and its report."""
+
+import argparse
+import contextlib
+import fcntl
+import functools
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from launch import checkpoints as saving
+from launch import dry_run, evaluate, generate, loop, prepare
+from launch.assemble import Run, assemble
+from launch.checkpoints import Checkpoints
+from launch.errors import EXIT_DONE, EXIT_NON_FINITE, UserError
+from launch.gin_files import ResolvedConfig
+from launch.progress import TrainProgress, waiting
+from launch.report import write_report
+from launch.writers import MetricWriter, read_metrics
+from moe.training.state import TrainState
+from tasks.batches import Batches
+from tasks.store import TokenStore
+
+
+class ModelDirError(UserError):
+    """The folder of a run cannot be used."""
+
+
+def main(config: ResolvedConfig, options: argparse.Namespace) -> int:
+    """Trains until TRAIN_STEPS, from the newest checkpoint on if there is one."""
+    settings, quiet = config.settings, options.quiet
+    run = assemble(config)
+    model_dir = Path(settings.loop.model_dir)
+    with (
+        owned(model_dir),
+        jax.set_mesh(run.mesh),
+        Checkpoints(str(model_dir), settings.loop.keep_checkpoints) as saved,
+    ):
+        store = prepare.ensure_store(config, options)
+        found = saved.latest()
+        if found is not None and found >= settings.train.train_steps:
+            return _already_complete(config, run, store, saved, found, options)
+        state = _start(run, store, saved, found, quiet=quiet)
+        (model_dir / "config.gin").write_text(config.operative)
+        with (
+            MetricWriter(model_dir, resume_step=found or 0) as writer,
+            TrainProgress(
+                settings.train.train_steps, start_step=found or 0, quiet=quiet
+            ) as progress,
+        ):
+            with progress.waiting("compiling the train step"):
+                train_step = run.compile_train_step()
+            score = _scorer(run, store)
+            state, code = loop.train(
+                run,
+                state,
+                _batches(run, store),
+                loop.Hooks(
+                    train_step, score, saving.provenance(config.operative, store.manifest)
+                ),
+                saved,
+                writer,
+                progress,
+            )
+            if code != EXIT_DONE:
+                _explain(code, saved, quiet=quiet)
+                return code
+            with progress.waiting("scoring the whole held-out split"):
+                final = score(state.params, 0)
+            writer.write(
+                {"step": settings.train.train_steps, "split": "heldout"} | final
+            )
+        _finish(config, run, store, saved, state.params, final, options)
+    return EXIT_DONE
+
+
+def _start(
+    run: Run, store: TokenStore, saved: Checkpoints, found: int | None, *, quiet: bool
+) -> TrainState:
+    """The state to go on from: restored, or drawn."""
+    if found is None:
+        with waiting("initialising the parameters", quiet=quiet):
+            return jax.block_until_ready(run.init_state())
+    with waiting(f"resuming from {saved.path(found)}", quiet=quiet):
+        return saved.restore(found, run, store.manifest)
+
+
+def _batches(run: Run, store: TokenStore) -> Batches:
+    data, train = run.settings.data, run.settings.train
+    return Batches(
+        store,
+        data.train_split,
+        length=data.length,
+        batch_size=train.batch_size,
+        seed=train.seed,
+        shuffle=data.shuffle,
+    )
+
+
+def _scorer(run: Run, store: TokenStore) -> Any:
+    """Held-out scoring, compiled when it is first asked for."""
+    compiled = functools.cache(run.compile_eval_step)
+
+    def score(params: Any, num_batches: int) -> dict[str, Any]:
+        return evaluate.heldout(run, store, params, compiled(), num_batches)
+
+    return score
+
+
+def _already_complete(
+    config: ResolvedConfig,
+    run: Run,
+    store: TokenStore,
+    saved: Checkpoints,
+    found: int,
+    options: argparse.Namespace,
+) -> int:
+    """Says what is there; writes the report if the run ended before it could."""
+    loop_settings = config.settings.loop
+    print(
+        f"{loop_settings.model_dir} is complete: step {found:,} of "
+        f"{config.settings.train.train_steps:,}. Raise TRAIN_STEPS to go on, or take "
+        "another MODEL_DIR to start afresh."
+    )
+    scores = [
+        record
+        for record in read_metrics(loop_settings.model_dir)
+        if record["split"] == "heldout" and record["step"] == found
+    ]
+    report = Path(loop_settings.model_dir, "report.html")
+    if scores and report.exists():
+        _print_scores(scores[-1], store)
+        print(f"checkpoint    {saved.path(found)}\nreport        {report}")
+        return EXIT_DONE
+    params = saved.restore_params(found, run)
+    with waiting("scoring the whole held-out split", quiet=options.quiet):
+        final = _scorer(run, store)(params, 0)
+    with MetricWriter(loop_settings.model_dir) as writer:
+        writer.write({"step": found, "split": "heldout"} | final)
+    _finish(config, run, store, saved, params, final, options)
+    return EXIT_DONE
+
+
+def _finish(
+    config: ResolvedConfig,
+    run: Run,
+    store: TokenStore,
+    saved: Checkpoints,
+    params: Any,
+    final: dict[str, Any],
+    options: argparse.Namespace,
+) -> None:
+    """Draws a sample, writes the report and prints what came out."""
+    settings = config.settings
+    sample = None
+    if settings.sample.prompt:
+        with waiting("drawing a sample", quiet=options.quiet):
+            text = generate.continue_prompt(run, params, store.vocabulary)
+        sample = {"prompt": settings.sample.prompt, "continuation": text}
+    checkpoint = str(saved.path(settings.train.train_steps))
+    with waiting("writing the report", quiet=options.quiet):
+        report = write_report(
+            settings.loop.model_dir,
+            title=f"Switchyard · {Path(settings.loop.model_dir).name}",
+            facts=dry_run.facts(config, run),
+            baselines=evaluate.baselines(store),
+            sample=sample,
+            knobs=[(k.macro, repr(k.value), k.origin) for k in config.knobs],
+            checkpoint=checkpoint,
+            command=" ".join(["switchyard", *sys.argv[1:]]),
+            manifest=saving.fingerprints(store.manifest) | {"jax": jax.__version__},
+            tokens_per_step=settings.train.batch_size * settings.data.length,
+        )
+    _print_scores(final, store)
+    if sample:
+        print(f"sample        {sample['prompt']}│{sample['continuation']}")
+    print(f"checkpoint    {checkpoint}\nreport        {report}")
+
+
+def _print_scores(final: dict[str, Any], store: TokenStore) -> None:
+    """Held-out loss beside the baselines of the same text."""
+    known = store.manifest.baselines
+    rows = [
+        ("this model", final["loss/nats_per_token"], final["loss/bits_per_byte"]),
+        ("unigram", known["unigram_nats_per_token"], known["unigram_bits_per_byte"]),
+        ("gzip -9", math.nan, known["gzip_bits_per_byte"]),
+        ("xz -9e", math.nan, known["xz_bits_per_byte"]),
+    ]
+    print(f"\n{'held out':13} {'nats/token':>10} {'bits/byte':>10}")
+    for name, nats, bits in rows:
+        shown = "–" if math.isnan(nats) else f"{nats:.4f}"
+        print(f"{name:13} {shown:>10} {bits:>10.4f}")
+    print()
+
+
+def _explain(code: int, saved: Checkpoints, *, quiet: bool) -> None:
+    """Says why a run stopped early, and what to do."""
+    if code == EXIT_NON_FINITE:
+        message = (
+            "too many steps in a row were not finite; nothing of them was kept. The "
+            f"newest checkpoint is {saved.latest()}: lower LEARNING_RATE or set "
+            "CLIP_NORM"
+        )
+    else:
+        message = f"stopped, and saved step {saved.latest()}; the same command resumes"
+    if not quiet or code == EXIT_NON_FINITE:
+        print(message, file=sys.stderr)
+
+
+@contextlib.contextmanager
+def owned(model_dir: Path) -> Iterator[None]:
+    """Makes the folder of a run, and keeps a second run out of it.
+
+    Raises:
+        ModelDirError: it cannot be written, or another run is writing to it.
+    """
+    try:
+        model_dir.mkdir(parents=True, exist_ok=True)
+        lock = open(model_dir / "run.lock", "w")  # noqa: SIM115  held while training
+    except OSError as error:
+        raise ModelDirError(
+            f"cannot write to MODEL_DIR = {str(model_dir)!r}: {error.strerror}"
+        ) from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ModelDirError(
+                f"another run is writing to {model_dir}: take another MODEL_DIR"
+            ) from None
+        lock.write(f"{os.getpid()} {time.time():.0f}\n")
+        yield

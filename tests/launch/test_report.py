@@ -1,0 +1,308 @@
+import html.parser
+import json
+import math
+import re
+import xml.etree.ElementTree
+
+import numpy as np
+import pytest
+
+from launch import figures
+from launch.report import ledger, write_report
+
+LOADS = [[0.45, 0.05, 0.25, 0.25], [0.25] * 4]
+
+
+def _train(step, *, sparse=True, **extra):
+    record = {
+        "step": step,
+        "split": "train",
+        "loss/nats_per_token": 2 + 5 / (1 + step),
+        "optimizer/learning_rate": 1e-3,
+        "optimizer/gradient_norm": 1.0,
+        "perf/tokens_per_second": 60_000.0,
+        "perf/step_seconds": 30.0 if step == 1 else 0.5,
+        "perf/data_wait_seconds": 0.01,
+    }
+    if sparse:
+        record |= {
+            "router/load": LOADS,
+            "router/dropped_fraction": 0.01,
+            "router/dropped_fraction_per_layer": [0.02, 0.0],
+            "router/entropy_nats_per_layer": [1.2, 1.3],
+        }
+    return record | extra
+
+
+def _heldout(step, **extra):
+    record = {
+        "loss/nats_per_token": 2.3456,
+        "loss/bits_per_byte": 1.6543,
+        "tokens": 999,
+    }
+    return {"step": step, "split": "heldout", **record, **extra}
+
+
+def _write(folder, records, **arguments):
+    def word(value):
+        if isinstance(value, list):
+            return [word(item) for item in value]
+        finite = not isinstance(value, float) or math.isfinite(value)
+        return value if finite else str(value)
+
+    lines = [json.dumps({k: word(v) for k, v in record.items()}) for record in records]
+    (folder / "metrics.jsonl").write_text("".join(line + "\n" for line in lines))
+    arguments = {"title": "A run", **arguments}
+    return write_report(folder, **arguments).read_text()
+
+
+class _Page(html.parser.HTMLParser):
+    """What a browser would see: elements with their attributes, and the text."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.elements, self.text = [], ""
+        self._skip = False
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        self._skip = tag == "style"
+
+    def handle_endtag(self, tag):
+        self._skip = False
+
+    def handle_data(self, data):
+        self.text += "" if self._skip else data
+
+
+def _figure_names(page):
+    """Figures by the prefix that their identifiers share."""
+    return [
+        name
+        for name in ("bars", "loss", "load", "dropped", "entropy", "throughput")
+        if f'id="{name}-' in page
+    ]
+
+
+RECORDS = [_train(1), _train(10), _heldout(10), _train(20), _heldout(20)]
+ARGUMENTS = {
+    "facts": [("model", "small")],
+    "baselines": {"unigram": 4.75, "gzip": 3.25, "xz": 2.875},
+    "sample": {"prompt": "Once upon", "continuation": " a time"},
+    "knobs": [("NUM_EXPERTS", "4", "command line")],
+    "checkpoint": "checkpoints/20",
+    "command": "switchyard train --gin_file=runs/a.gin",
+    "manifest": {"code": "abc123"},
+    "tokens_per_step": 4096,
+}
+
+
+@pytest.fixture(scope="module")
+def full_page(tmp_path_factory):
+    return _write(tmp_path_factory.mktemp("run"), RECORDS, **ARGUMENTS)
+
+
+def test_the_page_holds_the_numbers_and_everything_it_was_given(full_page):
+    text = _Page(full_page).text
+    for part in (
+        "2.3456",
+        "1.6543",
+        "over 999 tokens",
+        "42 % below xz",  # 1 - 1.6543 / 2.875 = 0.4246
+        "81.9k tokens",  # 20 steps of 4,096
+        "4.750",
+        "3.250",
+        "2.875",
+        "small",
+        "NUM_EXPERTS",
+        "command line",
+        "checkpoints/20",
+        "switchyard train --gin_file=runs/a.gin",
+        "abc123",
+    ):
+        assert part in text
+    assert "30.0\N{NO-BREAK SPACE}s" in text  # the step that compiled, apart
+
+
+def test_the_page_refers_to_nothing_outside_itself(full_page):
+    page = _Page(full_page)
+    assert len([tag for tag, _ in page.elements if tag == "svg"]) == 7
+    for tag, attributes in page.elements:
+        assert tag not in {"script", "link", "iframe", "object", "embed", "base"}
+        for name in ("src", "href", "xlink:href", "srcset", "data", "action"):
+            assert (attributes.get(name) or "#").startswith(("#", "data:"))
+    outside = [url for url in re.findall(r"url\(([^)]*)\)", full_page) if url[0] != "#"]
+    assert outside == []
+    assert "@import" not in full_page
+    assert "http" not in full_page
+
+
+def test_identifiers_are_unique_and_what_refers_to_them_exists(full_page):
+    ids = re.findall(r'\bid="([^"]*)"', full_page)
+    assert len(ids) == len(set(ids))
+    used = re.findall(r'url\(#([^)]*)\)|href="#([^"]*)"', full_page)
+    assert len(used) > 10
+    assert {a or b for a, b in used} <= set(ids)
+
+
+def test_figures_keep_text_as_text_and_take_their_colours_from_the_page(full_page):
+    assert ">loss (nats per token)</text>" in full_page
+    declared = set(re.findall(r"(--[\w-]+):", full_page))
+    used = set(re.findall(r"var\((--[\w-]+)\)", full_page))
+    assert {"--ink", "--blue", "--depth-0"} <= used <= declared
+    assert "#0102" not in full_page
+    assert "#0103" not in full_page
+
+
+def test_every_figure_is_well_formed(full_page):
+    for svg in re.findall(r"<svg.*?</svg>", full_page, re.DOTALL):
+        xml.etree.ElementTree.fromstring(svg)
+
+
+def test_the_prompt_is_told_from_the_continuation(full_page):
+    assert '<span class="prompt">Once upon</span> a time</div>' in full_page
+
+
+def test_hostile_text_is_escaped(tmp_path):
+    bad = "</div><script>alert(1)</script><img src=x onerror=alert(1)>\"'&"
+    bad += "$title$ $\\frac$ \ud800"
+    page = _write(
+        tmp_path,
+        RECORDS,
+        title=bad,
+        facts=[(bad, bad)],
+        baselines={bad.replace("\ud800", ""): 3.0},
+        sample={"prompt": bad, "continuation": bad},
+        knobs=[(bad, bad, bad)],
+        checkpoint=bad,
+        command=bad,
+        manifest={bad: bad},
+    )
+    seen = _Page(page)
+    tags = {tag for tag, _ in seen.elements}
+    assert not tags & {"script", "img"}
+    assert not [
+        a for _, attributes in seen.elements for a in attributes if a[:2] == "on"
+    ]
+    # Title, fact, baseline, sample and manifest twice, knob thrice, path, command.
+    assert seen.text.count("<script>alert(1)</script>") == 15
+
+
+def test_a_dense_model_has_no_routing(tmp_path):
+    page = _write(tmp_path, [_train(s, sparse=False) for s in (1, 2)] + [_heldout(2)])
+    assert "Routing" not in page
+    assert _figure_names(page) == ["loss", "throughput"]
+
+
+def test_without_metrics_there_is_still_a_page(tmp_path):
+    page = write_report(tmp_path / "new", title="A run").read_text()
+    assert "No metrics were recorded." in page
+    assert _figure_names(page) == []
+
+
+def test_one_record_is_enough(tmp_path):
+    page = _write(tmp_path, [_train(1)])
+    every = ["loss", "load", "dropped", "entropy", "throughput"]
+    assert _figure_names(page) == every
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_non_finite_numbers_are_marked_and_break_nothing(tmp_path, value):
+    def spoil(record):
+        return {
+            name: np.full_like(np.array(v, float), value).tolist() if "/" in name else v
+            for name, v in record.items()
+        }
+
+    some = _write(tmp_path, [_train(1), spoil(_train(2)), _train(3), _heldout(3)])
+    assert ">not finite</text>" in some
+    assert "2.3456" in some
+    every = _write(tmp_path, [spoil(_train(s)) for s in (1, 2)] + [spoil(_heldout(2))])
+    assert ">no finite value</text>" in every
+    assert '<div class="value">not finite</div>' in every
+
+
+def test_a_resumed_run_shows_each_step_once(tmp_path):
+    first = [_train(s, **{"router/dropped_fraction": 0.9}) for s in (10, 20)]
+    page = _write(tmp_path, [*first, _train(10), _train(20)])
+    assert "1.00 %" in page
+    assert "90.00 %" not in page
+
+
+def test_a_long_and_wide_run_makes_a_small_page(tmp_path):
+    layers, experts = 24, 256
+    rng = np.random.default_rng(0)
+    load = rng.dirichlet(np.ones(experts), size=layers).round(5).tolist()
+    sparse = {
+        "router/load": load,
+        "router/dropped_fraction_per_layer": [0.1] * layers,
+        "router/entropy_nats_per_layer": [1.0] * layers,
+    }
+    records = [_train(s, sparse=False) for s in range(1, 4001)]
+    records += [_train(s, sparse=False, **sparse) for s in range(4001, 4041)]
+    page = _write(tmp_path, records)
+    assert len(page) < 1_000_000
+    assert len(re.findall(r">sparse layer \d+</text>", page)) == figures.MAX_LAYERS
+    assert "8 of 24 layers are shown" in page
+    assert "one of 4 neighbouring experts" in page
+
+
+def test_of_the_token_stores_baselines_the_bits_per_byte_are_taken(tmp_path):
+    baselines = {
+        "unigram_nats_per_token": 7.0,
+        "unigram_bits_per_byte": 4.75,
+        "xz_bits_per_byte": 2.875,
+        "compressed_text_bytes": 12_345,
+    }
+    page = _write(tmp_path, RECORDS, baselines=baselines)
+    assert "42 % below xz" in page
+    assert ">4.750</text>" in page
+    assert "7.000" not in page
+    assert "12345" not in page
+
+
+@pytest.mark.fast
+def test_a_reduced_curve_keeps_its_means_and_extremes():
+    steps = np.arange(1000.0)
+    values = np.where(steps == 500, 100.0, 1.0)
+    x, mean, low, high = figures.binned(steps, values, 10)
+    # Ten spans of 100 steps; the spike is in the sixth: (99 + 100) / 100 = 1.99.
+    np.testing.assert_allclose(x, np.arange(10) * 100 + 49.5, atol=1)
+    np.testing.assert_allclose(mean, [1] * 5 + [1.99] + [1] * 4, atol=0.02)
+    assert low.max() == 1.0
+    np.testing.assert_array_equal(high, [1] * 5 + [100] + [1] * 4)
+
+
+@pytest.mark.fast
+def test_a_heat_map_shows_load_over_the_mean():
+    steps, load_TE = np.array([1.0, 2.0]), np.array([[1.0, 3.0], [0.5, 0.5]])
+    heat_ET, stride = figures.load_heat(steps, load_TE)
+    assert stride == 1
+    np.testing.assert_array_equal(heat_ET, [[0.5, 1.0], [1.5, 1.0]])
+
+
+@pytest.mark.fast
+def test_experts_that_share_a_row_show_the_one_furthest_from_the_mean():
+    load_TE = np.ones((1, 2 * figures.MAX_ROWS))
+    load_TE[0, 5] = 3.0  # row 2
+    heat_ET, stride = figures.load_heat(np.array([1.0]), load_TE)
+    assert (heat_ET.shape, stride) == ((figures.MAX_ROWS, 1), 2)
+    assert heat_ET.argmax() == 2
+    assert heat_ET[2, 0] == pytest.approx(3 / (1 + 2 / 128))
+
+
+@pytest.mark.fast
+def test_the_ledger_counts_in_words():
+    records = [_train(s) for s in range(1, 4)]
+    records.append(_train(4, **{"router/dropped_fraction": 0.05}))
+    words = " ".join(ledger(records, [_heldout(4, **{"router/dropped_fraction": 0.0})]))
+    # (3 · 0.01 + 0.05) / 4 = 0.02.
+    assert "980.0 were computed" in words
+    assert "20.0 were dropped" in words
+    assert "in the worst record 5.00 %" in words
+    assert "held-out evaluation none was dropped" in words
+    assert "expert, 0 of sparse layer 0, took 1.80 times" in words
+    assert "1 of layer 0, 0.20 times" in words
+    assert "none of 8 were almost idle" in words
+    assert ledger([_train(1, sparse=False)], [_heldout(1)]) == []

@@ -47,7 +47,7 @@ def main(config: ResolvedConfig, options: argparse.Namespace) -> int:
         if found is not None and found >= settings.train.train_steps:
             return _already_complete(config, run, store, saved, found, options)
         state = _start(run, store, saved, found, quiet=quiet)
-        (model_dir / "config.gin").write_text(config.operative)
+        (model_dir / "config.gin").write_text(config.operative, encoding="utf-8")
         with (
             MetricWriter(model_dir, resume_step=found or 0) as writer,
             TrainProgress(

@@ -40,13 +40,13 @@ class MeshSettings:
 def problems(mesh: MeshSettings) -> list[str]:
     """Lists what is wrong with the sizes alone, before any device is looked at."""
     found = [
-        f"mesh.{axis} = {size}: every axis has a size of at least 1"
+        f"MESH_{axis.upper()} = {size}: every axis has a size of at least 1"
         for axis, size in dataclasses.asdict(mesh).items()
         if size < 1
     ]
     found += [
-        f"mesh.{axis} = {getattr(mesh, axis)}: this version splits work over "
-        f"{', '.join(BATCH_AXES)} only; set mesh.{axis} to 1"
+        f"MESH_{axis.upper()} = {getattr(mesh, axis)}: this version splits work over "
+        f"{', '.join(BATCH_AXES)} only; set MESH_{axis.upper()} to 1"
         for axis in ("stage", "context", "model")
         if getattr(mesh, axis) > 1
     ]

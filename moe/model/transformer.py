@@ -251,8 +251,9 @@ def _block(
 
 
 def _embed(model: Model, weights: Transformer, tokens_BL: jax.Array) -> jax.Array:
+    # Not scaled up by √M: the first blocks would hardly turn such a residual stream, and
+    # a tied output would predict the input token.
     x_BLM = jnp.take(weights.embedding[...], tokens_BL, axis=0)
-    x_BLM = x_BLM * model.settings.model_dim**0.5
     return x_BLM.astype(model.settings.dtype)
 
 

@@ -59,7 +59,7 @@ def train_step(
         return losses.total(batch_sums(params, batch, key, learner), learner.loss)
 
     gradients, metrics = jax.grad(objective, has_aux=True)(state.params)
-    gradient_norm = optax.global_norm(gradients)
+    gradient_norm = optax.tree.norm(gradients)
     updates, opt_state = learner.optimizer.update(
         gradients, state.opt_state, state.params
     )
@@ -80,7 +80,7 @@ def train_step(
     )
     metrics |= {
         "optimizer/gradient_norm": gradient_norm,
-        "optimizer/parameter_norm": optax.global_norm(params),
+        "optimizer/parameter_norm": optax.tree.norm(params),
         "optimizer/learning_rate": learner.schedule(state.step),
         "state/skipped_steps": new_state.skipped_steps,
         "state/skipped_in_a_row": new_state.skipped_in_a_row,

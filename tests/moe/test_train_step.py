@@ -1,0 +1,258 @@
+"""A whole step is the same on every mesh and for any number of microbatches, and the
+compiled step holds the collectives we meant and no others."""
+
+import dataclasses
+import functools
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from moe.model import transformer
+from moe.settings import LossSettings, ModelSettings, OptimizerSettings, RouterSettings
+from moe.testing import MESHES
+from moe.training import losses
+from moe.training import state as train_state
+from moe.training.optimizer import make_optimizer, make_schedule
+from moe.training.train_step import Learner, batch_sums, eval_step, train_step
+from partitioning import rules
+from partitioning.mesh import make_mesh
+
+B, L, V = 16, 16, 32
+MODEL = ModelSettings(
+    vocab_size=V,
+    num_layers=4,
+    model_dim=16,
+    num_heads=2,
+    head_dim=8,
+    mlp_dim=24,
+    num_experts=8,
+    expert_mlp_dim=24,
+    dtype="float32",
+    remat="minimal",
+)
+# Everything that draws is on, so that a draw tied to a device would show.
+ROUTER = RouterSettings(
+    num_selected=2,
+    renormalize=True,
+    second_policy="random",
+    jitter=0.05,
+    group_size=8,
+    min_capacity=1,
+    capacity_factor=1.0,
+)
+LOSS = LossSettings(balance_weight=0.1, router_z_weight=0.01, z_weight=1e-3)
+# A large eps keeps the update from being a mere sign of the gradient.
+OPTIMIZER = OptimizerSettings(
+    learning_rate=1e-2, warmup_steps=0, schedule="constant", eps=1e-3, clip_norm=0.0
+)
+
+
+def make_batch(num_rows=B, padding_value=0):
+    """Rows of two documents and a padded tail; the last two rows are all padding."""
+    rng = np.random.default_rng(1)
+    target = rng.integers(2, V, (B, L)).astype(np.int32)
+    segment = np.repeat([[1] * 7 + [2] * 6 + [0] * 3], B, 0).astype(np.int32)
+    segment[-2:] = 0
+    position = np.tile(np.r_[0:7, 0:6, 0:3], (B, 1)).astype(np.int32)
+    source = np.where(position > 0, np.roll(target, 1, 1), 0)
+    batch = {
+        "decoder_target_tokens": np.where(segment > 0, target, padding_value),
+        "decoder_input_tokens": np.where(segment > 0, source, padding_value),
+        "decoder_loss_weights": (segment > 0).astype(np.int32),
+        "decoder_segment_ids": segment,
+        "decoder_positions": np.where(segment > 0, position, padding_value),
+    }
+    more = ((0, num_rows - B), (0, 0))
+    return {k: np.pad(v, more).astype(np.int32) for k, v in batch.items()}
+
+
+def make_learner(mesh: str, *, microbatches=1, scope="group", **changes):
+    model = dataclasses.replace(MODEL, **changes)
+    axes = transformer.param_axes(model)
+    return Learner(
+        model=transformer.build(model, ROUTER, make_mesh(MESHES[mesh])),
+        optimizer=make_optimizer(OPTIMIZER, 100, axes),
+        schedule=make_schedule(OPTIMIZER, 100),
+        loss=dataclasses.replace(LOSS, balance_scope=scope),
+        microbatches=microbatches,
+        seed=3,
+    )
+
+
+@functools.cache
+def initial_state():
+    """The state of step 0, in host memory."""
+    optimizer = make_optimizer(OPTIMIZER, 100, transformer.param_axes(MODEL))
+    draw = functools.partial(
+        train_state.init_state, settings=MODEL, optimizer=optimizer
+    )
+    return jax.device_get(jax.jit(draw)(jax.random.key(0)))
+
+
+@functools.cache
+def compile_step(mesh: str, num_rows=B, **choices):
+    """The step under the placement of a real run."""
+    learner = make_learner(mesh, **choices)
+    mesh = learner.model.mesh
+    axes = train_state.logical_axes(initial_state(), learner.model.settings)
+    places = train_state.shardings(initial_state(), axes, mesh)
+    step = jax.jit(
+        functools.partial(train_step, learner=learner),
+        in_shardings=(places, rules.sharding(mesh, ("batch", "length"))),
+        out_shardings=(places, None),
+    )
+    with jax.set_mesh(mesh):
+        return step.lower(initial_state(), make_batch(num_rows)).compile()
+
+
+def run_step(mesh: str, *, batch=None, state=None, **choices):
+    batch = batch or make_batch()
+    rows = len(batch["decoder_target_tokens"])
+    compiled = compile_step(mesh, rows, **choices)
+    arguments = (state or initial_state(), batch)
+    placed = jax.device_put(arguments, compiled.input_shardings[0])
+    return jax.device_get(compiled(*placed))
+
+
+def assert_same_step(actual, expected, *, apart_from=()):
+    """Loss, gradients, gradient norm, every metric, and the updated state.
+
+    Without clipping the moments after the first step are 0.1 g and 0.05 g², so they
+    are the gradients.
+    """
+    (state, metrics), (other_state, other_metrics) = actual, expected
+    assert metrics["router/dropped_fraction"] > 0.02, "drops are part of the claim"
+    for name in other_metrics.keys() - set(apart_from):
+        np.testing.assert_allclose(
+            metrics[name], other_metrics[name], 2e-5, 1e-6, err_msg=name
+        )
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=2e-7)
+    jax.tree.map(close, state.opt_state, other_state.opt_state)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=2e-6)
+    jax.tree.map(close, state.params, other_state.params)
+    moved = jax.tree.map(
+        lambda new, old: np.abs(new - old).max(), state.params, initial_state().params
+    )
+    assert min(jax.tree.leaves(moved)) > 0, "a parameter did not learn"
+
+
+@pytest.mark.parametrize(
+    ("mesh", "microbatches", "scope", "transport"),
+    [
+        pytest.param("d4e2", 1, "group", "all_to_all", marks=pytest.mark.fast),
+        ("e8", 1, "global", "einsum"),
+        ("d2e4", 2, "global", "all_to_all"),
+        pytest.param("d4e2", 1, "global", "einsum", marks=pytest.mark.slow),
+        pytest.param("d8", 2, "group", "all_to_all", marks=pytest.mark.slow),
+        pytest.param("d1", 4, "global", "all_to_all", marks=pytest.mark.slow),
+        pytest.param("e8", 2, "group", "all_to_all", marks=pytest.mark.slow),
+    ],
+)
+def test_a_step_on_eight_devices_equals_a_step_on_one(
+    mesh, microbatches, scope, transport
+):
+    choices = {"microbatches": microbatches, "transport": transport}
+    assert_same_step(
+        run_step(mesh, scope=scope, **choices), run_step("d1", scope=scope)
+    )
+
+
+def test_contents_of_padding_change_nothing_bit_for_bit():
+    first, second = (
+        run_step("d1", scope="group", batch=make_batch(padding_value=value))
+        for value in (0, 5)
+    )
+    jax.tree.map(np.testing.assert_array_equal, first, second)
+
+
+def test_groups_of_padding_appended_change_nothing():
+    padding = ("ledger/padding_choices", "ledger/routed_choices")
+    expected = run_step("d1", scope="group")
+    actual = run_step("d1", scope="group", batch=make_batch(num_rows=B + 8))
+    assert_same_step(actual, expected, apart_from=padding)
+    added = 8 * L * ROUTER.num_selected * MODEL.num_sparse_layers
+    for name in padding:
+        assert actual[1][name] == expected[1][name] + added
+
+
+def test_the_ledger_closes():
+    _, metrics = run_step("d1", scope="group")
+    assert metrics["ledger/dropped_choices"] > 0
+    assert metrics["ledger/padding_choices"] > 0
+    assert metrics["ledger/routed_choices"] == (
+        metrics["ledger/computed_choices"]
+        + metrics["ledger/dropped_choices"]
+        + metrics["ledger/padding_choices"]
+    )
+
+
+def count_collectives(text: str, kind: str) -> int:
+    return len(re.findall(rf" {kind}(?:-start)?\(", text))
+
+
+@functools.cache
+def hlo(mesh: str, remat: str, backward: bool) -> str:
+    """The compiled loss, or its gradient."""
+    learner = make_learner(mesh, remat=remat)
+    mesh = learner.model.mesh
+    params = initial_state().params
+    places = train_state.shardings(params, transformer.param_axes(MODEL), mesh)
+
+    def loss(params, batch):
+        sums = batch_sums(params, batch, jax.random.key(0), learner)
+        return losses.total(sums, learner.loss)[0]
+
+    compiled = jax.jit(
+        jax.value_and_grad(loss) if backward else loss,
+        in_shardings=(places, rules.sharding(mesh, ("batch", "length"))),
+        out_shardings=(None, places) if backward else None,
+    )
+    with jax.set_mesh(mesh):
+        return compiled.lower(params, make_batch()).compile().as_text()
+
+
+def test_a_scanned_sparse_layer_has_two_exchanges_forward_and_two_backward():
+    # The layers are scanned, so one layer's exchanges stand once in the text.
+    assert count_collectives(hlo("d2e4", "minimal", False), "all-to-all") == 2
+    assert count_collectives(hlo("d2e4", "minimal", True), "all-to-all") == 4
+
+
+def test_full_remat_repeats_the_exchanges_and_the_default_does_not():
+    repeated = count_collectives(hlo("d2e4", "full", True), "all-to-all")
+    assert repeated > 4, "full remat is meant to recompute the exchanges"
+
+
+def test_no_exchange_is_compiled_for_an_expert_axis_of_one():
+    assert count_collectives(hlo("d8", "minimal", True), "all-to-all") == 0
+
+
+@pytest.mark.parametrize("mesh", ["d2e4", "d8"])
+def test_nothing_is_gathered_or_permuted(mesh):
+    text = hlo(mesh, "minimal", True)
+    for kind in ("all-gather", "collective-permute", "reduce-scatter"):
+        assert count_collectives(text, kind) == 0, kind
+
+
+def test_a_step_that_is_not_finite_changes_nothing_but_counters():
+    broken = jax.tree.map(np.copy, initial_state())
+    broken.params["final_norm"][0] = np.inf
+    state, metrics = run_step("d1", scope="group", state=broken)
+    jax.tree.map(np.testing.assert_array_equal, state.params, broken.params)
+    jax.tree.map(np.testing.assert_array_equal, state.opt_state, broken.opt_state)
+    assert (state.step, state.data_index, state.skipped_steps) == (1, 1, 1)
+    assert metrics["state/skipped_in_a_row"] == 1
+
+
+def test_evaluation_drops_nothing_and_draws_nothing():
+    model = make_learner("d4e2").model
+    with jax.set_mesh(model.mesh):
+        score = jax.jit(functools.partial(eval_step, model=model))
+        first, second = (
+            jax.device_get(score(initial_state().params, make_batch()))
+            for _ in range(2)
+        )
+    assert np.all(first.router.chosen_PE == first.router.kept_PE)
+    assert first.router.chosen_PE.sum() > 0
+    assert first.cross_entropy == second.cross_entropy

@@ -21,7 +21,7 @@ def language_model(
 
     Args:
         tokens_BL: the row's pieces one after the other; anything beyond them.
-        begins_BL: bool, true where a piece begins.
+        begins_BL: bool, true where a piece begins; beyond the pieces, anything.
         num_tokens_B: how many tokens of each row are real.
     Returns:
         int32[B, L] under each name in `FEATURES`. Segments count from 1 in each row
@@ -30,7 +30,6 @@ def language_model(
     """
     place_L = np.arange(tokens_BL.shape[1], dtype=np.int32)
     real_BL = place_L < np.asarray(num_tokens_B)[:, None]
-    begins_BL = begins_BL & real_BL
     begin_of_piece_BL = np.maximum.accumulate(np.where(begins_BL, place_L, 0), axis=1)
     target_BL = np.where(real_BL, tokens_BL, 0).astype(np.int32)
     input_BL = np.zeros_like(target_BL)

@@ -329,10 +329,16 @@ def _examples(task: Any, split: str) -> Iterator[tuple[str, np.ndarray]]:
         seed=0,
         try_in_mem_cache=False,
     )
-    for number, example in enumerate(dataset.as_numpy_iterator()):
-        name = example.get("name")
-        named = isinstance(name, bytes)
-        yield repr(name.decode()) if named else f"{number:,}", example[_FEATURE]
+    try:
+        for number, example in enumerate(dataset.as_numpy_iterator()):
+            name = example.get("name")
+            named = isinstance(name, bytes)
+            yield repr(name.decode()) if named else f"{number:,}", example[_FEATURE]
+    except Exception as error:  # whatever the Task's own code raises
+        raise StoreError(
+            f"task {task.name!r} failed in split {split!r}: "
+            f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        ) from error
 
 
 def _without_end(ids: np.ndarray, eos_id: int) -> np.ndarray:

@@ -122,7 +122,7 @@ def open_store(store_dir: str | Path, data: DataSettings | None = None) -> Token
     if not path.is_dir():
         raise StoreError(_missing(path))
     manifest = read_manifest(path)
-    if data is not None and (found := mismatches(manifest, data)):
+    if data is not None and (found := _mismatches(manifest, data)):
         raise StoreError(
             f"the store {path} is another one than the settings describe: "
             f"{'; '.join(found)}. Set STORE_DIR to a folder of its own, or prepare "
@@ -153,6 +153,19 @@ def _write_pack(folder: Path, index: packing.Pack) -> None:
         unfinished.rename(folder)
     except OSError:  # somebody else was faster, with the same index
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _mismatches(manifest: Manifest, data: DataSettings) -> list[str]:
+    """Those of the manifest, and whether a model file is the one that was used."""
+    found = mismatches(manifest, data)
+    if not found and manifest.vocabulary == "model" and Path(data.vocabulary).exists():
+        model = vocabularies.sentencepiece_model(data.vocabulary)
+        if model.fingerprint != manifest.vocabulary_fingerprint:
+            found.append(
+                f"VOCABULARY = {data.vocabulary!r} is another model than the store "
+                "was prepared with"
+            )
+    return found
 
 
 def _missing(path: Path) -> str:

@@ -288,6 +288,14 @@ def test_a_dotted_binding_is_told_with_its_macro(leaf):
         assert "set the macro EMBED_DIM instead" in problem
 
 
+def test_a_macro_that_a_dotted_binding_meant_is_not_missing_too(leaf):
+    text = (CONFIGS / TINY).read_text(encoding="utf-8")
+    line = "EMBED_DIM = 32"
+    assert line in text
+    name = leaf(text.replace(line, "model.model_dim = 32"), include="hardware/cpu1.gin")
+    assert "set the macro EMBED_DIM instead" in only_problem_of(name)
+
+
 def test_a_dotted_binding_of_another_system_is_told_with_near_macros(leaf):
     problem = only_problem_of(leaf("utils.Trainer.learning_rate = 0.1"))
     assert "nearest: LEARNING_RATE" in problem
@@ -473,7 +481,9 @@ def test_a_file_that_is_not_gin_is_refused_without_its_content(leaf):
         problems = problems_of(leaf(f'include "{name}"'))
         assert secret not in "".join(problems), name
         assert len(problems) <= 6, name
-    assert "is it a gin file?" in problems_of("system_file")[-1]
+    *first, last = problems_of("system_file")
+    assert [p.split(":")[1] for p in first] == ["1", "2", "3", "4", "5"]
+    assert "is it a gin file?" in last
     assert only_problem_of("bytes_file") == "bytes_file cannot be read: it is not text"
 
 

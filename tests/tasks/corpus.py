@@ -43,9 +43,9 @@ def settings(store_dir: Path, name: str = "made_up", **changes) -> DataSettings:
 
 
 def write_split(folder: Path, lengths: list[int], row_length: int):
-    """Writes a split of byte tokens 3, 4, 5, ... without running any Task."""
+    """Writes a split of random byte tokens without running any Task."""
     writer = SplitWriter(folder, ByteVocabulary())
-    for number, length in enumerate(lengths):
-        ids = 3 + (np.arange(length - 1) + 17 * number) % 256
-        writer.add(ids, b"x" * (length - 1))
+    rng = np.random.default_rng(len(lengths))
+    for length in lengths:
+        writer.add(rng.integers(3, 259, length - 1), b"x" * (length - 1))
     return writer.close(row_length)

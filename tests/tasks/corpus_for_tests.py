@@ -15,6 +15,11 @@ TRAIN = functools.partial(documents, "train", 60)
 VALIDATION = functools.partial(documents, "validation", 7)
 
 
+def _failing():
+    yield "good", b"fine"
+    raise OSError("no disk today")
+
+
 def _pair(dataset: tf.data.Dataset) -> tf.data.Dataset:
     return dataset.map(lambda x: {"inputs": x["targets"], "targets": x["targets"]})
 
@@ -32,6 +37,7 @@ add_plain_text_task(
 add_plain_text_task(
     "made_up_empty", {"train": TRAIN, "validation": lambda: [("void", b"")]}
 )
+add_plain_text_task("made_up_failing", {"train": _failing, "validation": VALIDATION})
 add_plain_text_task("made_up_none", {"train": TRAIN, "validation": lambda: []})
 add_plain_text_task(
     "made_up_extra",

@@ -9,7 +9,7 @@ PIECES = [[5, 6, 7, 1], [8, 1], [9, 3, 1]]
 
 def our_row(pieces: list[list[int]]) -> dict[str, np.ndarray]:
     tokens_BL = np.full((1, LENGTH), 99)  # what lies beyond the pieces is not read
-    begins_BL = np.ones((1, LENGTH), bool)
+    begins_BL = np.arange(LENGTH)[None] % 2 == 0
     flat = [token for piece in pieces for token in piece]
     begins = [token == 0 for piece in pieces for token in range(len(piece))]
     tokens_BL[0, : len(flat)], begins_BL[0, : len(flat)] = flat, begins

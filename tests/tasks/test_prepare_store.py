@@ -9,6 +9,7 @@ from corpus import MODULE, settings, texts
 from tasks.manifest import read_manifest
 from tasks.prepare import prepare
 from tasks.store import StoreError, open_store
+from tasks.train_vocabulary import train_sentencepiece
 
 
 def prepared_by(data, report=None):
@@ -86,6 +87,9 @@ def test_a_model_file_gives_the_same_tokens(prepared, tmp_path):
     again = prepared_by(settings(tmp_path / "store", vocabulary=str(path)))
     assert again.manifest.vocabulary == "model"
     assert again.manifest.fingerprint == prepared.manifest.fingerprint
+    path.write_bytes(train_sentencepiece(texts("train", 50), 320).model)
+    with pytest.raises(StoreError, match="another model than the store was prepared"):
+        open_store(again.path, settings(again.path, vocabulary=str(path)))
 
 
 @pytest.mark.parametrize("name", ["made_up", "made_up_with_eos"])
@@ -147,6 +151,7 @@ def test_replaced_characters_are_counted(tmp_path):
         ("made_up_words", {}, "from 250 to 269, so the Task tokenises by itself"),
         ("made_up_words", {"vocabulary": "task"}, "uses a PassThroughVocabulary"),
         ("made_up_empty", {}, r"'validation' .* holds no text \(1 empty documents\)"),
+        ("made_up_failing", {}, "'made_up_failing' failed in .* no disk today"),
         ("made_up_none", {}, r"'validation' .* holds no text \(0 empty documents\)"),
         ("made_up_bad", {}, r"'latin' in split 'train' .* at byte 3 \(0xe9\)"),
         ("made_up", {"heldout_split": "test"}, "HELDOUT_SPLIT = 'test' is not a split"),

@@ -21,22 +21,21 @@ def test_sources_are_the_standard_library_alone(python_text):
 
 
 def test_a_name_decides_the_split(python_text):
-    held = python_text._splits(python_text._topics_and_sources, 0.03)
+    splits = python_text._splits(python_text._topics_and_sources, 0.03)
     sizes = {
         split: {name: len(text) for name, text in documents()}
-        for split, documents in held.items()
+        for split, documents in splits.items()
     }
     assert not sizes["train"].keys() & sizes["validation"].keys()
-    share = sum(sizes["validation"].values()) / sum(map(sum, (
-        sizes["train"].values(), sizes["validation"].values()
-    )))  # fmt: skip
-    assert 0.005 < share < 0.1
+    held_bytes, learnt_bytes = (sum(sizes[s].values()) for s in ("validation", "train"))
+    assert 0.005 < held_bytes / learnt_bytes < 0.1
     for split, documents in sizes.items():
         for name in documents:
             assert python_text.is_held_out(name, 0.03) == (split == "validation")
-    # A digest, not `hash`: the same in every process.
-    assert [name for name in ("lib/a.py", "lib/b.py", "lib/c.py", "lib/d.py")
-            if python_text.is_held_out(name, 0.5)] == ["lib/a.py"]  # fmt: skip
+    # A digest, not `hash`: sha256 of these names begins with fd, 72, 3e and e1.
+    names = [f"lib/{letter}.py" for letter in "abcd"]
+    half = [name for name in names if python_text.is_held_out(name, 0.5)]
+    assert half == ["lib/b.py", "lib/c.py"]
 
 
 def test_the_small_corpus_is_prepared_with_no_code(tmp_path):

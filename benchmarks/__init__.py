@@ -1,0 +1,1 @@
+"""Benchmarks: ours, a reference and the roofline in one run, as ratios."""

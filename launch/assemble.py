@@ -68,8 +68,10 @@ class Run:
         )
 
     def compile_train_step(self) -> Callable[..., tuple[TrainState, dict]]:
-        """Compiles the step. Its state is donated, and leaves as it came in: without
-        fixed output shardings a resumed run would drift from an undisturbed one."""
+        """Compiles the step. Its state is donated, and leaves placed as it came in.
+
+        Without fixed output shardings a resumed run drifts from an undisturbed one.
+        """
         step = jax.jit(
             functools.partial(train_step, learner=self.learner),
             donate_argnums=0,
@@ -106,9 +108,7 @@ def assemble(config: ResolvedConfig) -> Run:
         )
     mesh = make_mesh(settings.mesh)
     axes = transformer.param_axes(settings.model)
-    optimizer = make_optimizer(
-        settings.optimizer, settings.train.train_steps, axes
-    )
+    optimizer = make_optimizer(settings.optimizer, settings.train.train_steps, axes)
     learner = Learner(
         model=transformer.build(settings.model, settings.router, mesh),
         optimizer=optimizer,

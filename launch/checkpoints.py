@@ -37,9 +37,7 @@ class Checkpoints:
         read_only: create nothing, delete nothing.
     """
 
-    def __init__(
-        self, model_dir: str, keep: int, *, read_only: bool = False
-    ) -> None:
+    def __init__(self, model_dir: str, keep: int, *, read_only: bool = False) -> None:
         self.folder = Path(model_dir).absolute() / FOLDER
         self._manager = ocp.CheckpointManager(
             self.folder,
@@ -305,7 +303,8 @@ def named_arrays(tree: Any) -> dict[str, Any]:
 
 def unnamed(arrays: Mapping[str, Any], like: Any) -> Any:
     """Puts named arrays back into a tree."""
-    return jax.tree.structure(like).unflatten([arrays[n] for n in named_arrays(like)])
+    ordered = [arrays[name] for name in named_arrays(like)]
+    return jax.tree.unflatten(jax.tree.structure(like), ordered)
 
 
 @jax.jit

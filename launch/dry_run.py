@@ -11,7 +11,7 @@ from launch.errors import EXIT_DONE
 from launch.gin_files import ResolvedConfig
 from launch.progress import compact
 from moe.accounting import count
-from moe.settings import capacity
+from moe.settings import RouterSettings, capacity
 from partitioning import rules
 from partitioning.mesh import describe
 
@@ -46,7 +46,8 @@ def main(config: ResolvedConfig, options: argparse.Namespace) -> int:
     summary = Table.grid(padding=(0, 2))
     for name, value in facts(config, run):
         summary.add_row(name, value)
-    summary.add_row("state and batch", f"{compact(sum(r[-1] for r in rows), 'B')}/device")
+    held = compact(sum(row[-1] for row in rows), "B")
+    summary.add_row("state and batch", f"{held} on each device")
     console.print(summary)
     console.print("dry run: nothing was compiled, nothing was written")
     return EXIT_DONE
@@ -85,13 +86,13 @@ def facts(config: ResolvedConfig, run: Run) -> list[tuple[str, str]]:
                 f"{capacity(router, model.num_experts, train=False)}",
             )
         )
-        lines.append(("expected drops", _expected_drops(model.num_experts, slots, config)))
+        drops = expected_drops(router, model.num_experts, slots)
+        lines.append(("expected drops", f"{drops:.1%} with a balanced router"))
     return lines
 
 
-def _expected_drops(num_experts: int, slots: int, config: ResolvedConfig) -> str:
-    """Drops of a perfectly balanced but random router: Poisson arrivals per expert."""
-    router = config.settings.router
+def expected_drops(router: RouterSettings, num_experts: int, slots: int) -> float:
+    """Fraction that a balanced but random router drops: arrivals are Poisson."""
     mean = router.num_selected * router.group_size / num_experts
     seated, probability = 0.0, math.exp(-mean)
     reached = probability
@@ -100,4 +101,4 @@ def _expected_drops(num_experts: int, slots: int, config: ResolvedConfig) -> str
         seated += arrivals * probability
         reached += probability
     seated += slots * (1 - reached)
-    return f"{max(0.0, 1 - seated / mean):.1%} with a balanced router"
+    return max(0.0, 1 - seated / mean)

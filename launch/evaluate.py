@@ -97,6 +97,4 @@ def heldout(
 def baselines(store: TokenStore) -> dict[str, float]:
     """Bits per byte of the same held-out text by means that learn no network."""
     known = store.manifest.baselines
-    return {
-        name: known[f"{name}_bits_per_byte"] for name in ("unigram", "gzip", "xz")
-    }
+    return {name: known[f"{name}_bits_per_byte"] for name in ("unigram", "gzip", "xz")}

@@ -57,13 +57,12 @@ def main(config: ResolvedConfig, options: argparse.Namespace) -> int:
             with progress.waiting("compiling the train step"):
                 train_step = run.compile_train_step()
             score = _scorer(run, store)
+            origin = saving.provenance(config.operative, store.manifest)
             state, code = loop.train(
                 run,
                 state,
                 _batches(run, store),
-                loop.Hooks(
-                    train_step, score, saving.provenance(config.operative, store.manifest)
-                ),
+                loop.Hooks(train_step, score, origin),
                 saved,
                 writer,
                 progress,

@@ -45,9 +45,7 @@ def count(model: ModelSettings, router: RouterSettings, length: int) -> Counts:
         router: K and the capacity.
         length: L, for the cost of attention.
     """
-    shapes = jax.eval_shape(
-        lambda: transformer.init_params(jax.random.key(0), model)
-    )
+    shapes = jax.eval_shape(lambda: transformer.init_params(jax.random.key(0), model))
     total = experts = products = embedding = 0
     for path, array, axes in rules.leaves(shapes, transformer.param_axes(model)):
         size = math.prod(array.shape)

@@ -78,12 +78,13 @@ class ModelSettings:
     transport: Literal["all_to_all", "einsum"] = "all_to_all"
     dropout: float = 0.0
     rope_base: float = 10_000.0
-    tie_embeddings: bool = True
+    tie_embeddings: bool = False
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     remat: Literal["none", "minimal", "full"] = "minimal"
 
     @property
     def num_sparse_layers(self) -> int:
+        """Layers with experts."""
         return self.num_layers // self.moe_every if self.moe_every else 0
 
 
@@ -153,12 +154,12 @@ class TrainSettings:
 
 
 def capacity(router: RouterSettings, num_experts: int, *, train: bool) -> int:
-    """Returns C, slots per expert and group: ceil(S·K·factor / E), at least
-    `min_capacity` and at most S, in exact arithmetic.
+    """Returns C, slots per expert and group, in exact arithmetic.
 
-    A float product can round up past the exact value, so the factor is taken as the
-    decimal the user wrote. A token chooses an expert at most once, so S slots can
-    never overflow: that is what a factor of 0 asks for.
+    ceil(S·K·factor / E), at least `min_capacity` and at most S. A float product can
+    round up past the exact value, so the factor is taken as the decimal that the user
+    wrote. A token chooses an expert at most once, so S slots can never overflow: that
+    is what a factor of 0 asks for.
     """
     factor = router.capacity_factor if train else router.eval_capacity_factor
     if factor == 0:
@@ -231,12 +232,15 @@ def _sparse_problems(
     if not 0 <= router.jitter < 1:
         found.append(f"JITTER_NOISE = {router.jitter}: must be in [0, 1)")
     if router.capacity_factor < 0 or router.eval_capacity_factor < 0:
-        found.append("TRAIN_CAPACITY_FACTOR and EVAL_CAPACITY_FACTOR cannot be negative")
+        found.append(
+            "TRAIN_CAPACITY_FACTOR and EVAL_CAPACITY_FACTOR cannot be negative"
+        )
     if router.group_size < 1 or length % router.group_size:
         divisors = [d for d in range(1, length + 1) if length % d == 0]
         nearest = sorted(divisors, key=lambda d: abs(d - router.group_size))[:2]
         found.append(
-            f"GROUP_SIZE = {router.group_size} does not divide a sequence of {length} "
-            f"tokens: nearest are {' and '.join(map(str, sorted(nearest)))}"
+            f"GROUP_SIZE = {router.group_size} does not divide a sequence of "
+            f"{length} tokens: nearest are "
+            f"{' and '.join(map(str, sorted(nearest)))}"
         )
     return found

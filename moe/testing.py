@@ -92,37 +92,67 @@ def one_token_at_a_time(
                 kept.add((s, k))
 
         for s, p in probability.items():
-            x, d_y = x_GSM[g, s], d_y_GSM[g, s]
-            log_z = np.log(np.sum(np.exp(x @ router_ME)))
             out.probability_GE[g] += p
+            gates = [
+                p[e] / (sum(p[i] for i in choices[s]) if settings.renormalize else 1.0)
+                for e in choices[s]
+            ]
+            d_gates = np.zeros(K)
+            for k, e in enumerate(choices[s]):
+                if (s, k) in kept:
+                    d_gates[k] = _one_expert(
+                        out, (g, s, e), x_GSM, up_EMF, down_EFM, gates[k], d_y_GSM[g, s]
+                    )
+
+            d_p = d_probability_GE[g] + _through_gates(
+                p, choices[s], gates, d_gates, settings.renormalize
+            )
+            log_z = np.log(np.sum(np.exp(x_GSM[g, s] @ router_ME)))
             out.z_G[g] += log_z**2
-
-            chosen = choices[s]
-            mass = sum(p[e] for e in chosen) if settings.renormalize else 1.0
-            d_gate = np.zeros(K)
-            for k, e in enumerate(chosen):
-                if (s, k) not in kept:
-                    continue
-                gate = p[e] / mass
-                before = x @ up_EMF[e]
-                hidden = np.maximum(before, 0)
-                out.y_GSM[g, s] += gate * (hidden @ down_EFM[e])
-                d_gate[k] = d_y @ (hidden @ down_EFM[e])
-                d_hidden = gate * (down_EFM[e] @ d_y) * (before > 0)
-                out.d_down_EFM[e] += gate * np.outer(hidden, d_y)
-                out.d_up_EMF[e] += np.outer(x, d_hidden)
-                out.d_x_GSM[g, s] += up_EMF[e] @ d_hidden
-
-            d_p = d_probability_GE[g].astype(np.float64).copy()
-            for k, e in enumerate(chosen):
-                d_p[e] += d_gate[k] / mass
-                if settings.renormalize:
-                    for other in chosen:
-                        d_p[other] -= d_gate[k] * p[e] / mass**2
             d_logits = p * (d_p - p @ d_p) + d_z * 2 * log_z * p
-            out.d_router_ME += np.outer(x, d_logits)
+            out.d_router_ME += np.outer(x_GSM[g, s], d_logits)
             out.d_x_GSM[g, s] += router_ME @ d_logits
     return out
+
+
+def _one_expert(
+    out: OracleResult,
+    place: tuple[int, int, int],
+    x_GSM: np.ndarray,
+    up_EMF: np.ndarray,
+    down_EFM: np.ndarray,
+    gate: float,
+    d_y: np.ndarray,
+) -> float:
+    """Adds one expert's share of one token; returns the gradient of its gate."""
+    g, s, e = place
+    before = x_GSM[g, s] @ up_EMF[e]
+    hidden = np.maximum(before, 0)
+    y = hidden @ down_EFM[e]
+    out.y_GSM[g, s] += gate * y
+    d_hidden = gate * (down_EFM[e] @ d_y) * (before > 0)
+    out.d_down_EFM[e] += gate * np.outer(hidden, d_y)
+    out.d_up_EMF[e] += np.outer(x_GSM[g, s], d_hidden)
+    out.d_x_GSM[g, s] += up_EMF[e] @ d_hidden
+    return float(d_y @ y)
+
+
+def _through_gates(
+    p: np.ndarray,
+    chosen: list[int],
+    gates: list[float],
+    d_gates: np.ndarray,
+    renormalize: bool,
+) -> np.ndarray:
+    """Gradient of the probabilities from that of the gates, gate = p / mass."""
+    d_p = np.zeros_like(p)
+    for e, gate, d_gate in zip(chosen, gates, d_gates, strict=True):
+        mass = p[e] / gate
+        d_p[e] += d_gate / mass
+        if renormalize:
+            for other in chosen:
+                d_p[other] -= d_gate * p[e] / mass**2
+    return d_p
 
 
 def _arrivals(
@@ -130,7 +160,9 @@ def _arrivals(
 ) -> list[tuple[int, int]]:
     """Pairs (token, choice number) in the order in which slots are given out."""
     pairs = [(s, k) for s in sorted(choices) for k in range(num_selected)]
-    return pairs if slot_order == "token_major" else sorted(pairs, key=lambda p: p[::-1])
+    if slot_order == "choice_major":
+        pairs.sort(key=lambda pair: pair[::-1])
+    return pairs
 
 
 def check_assignment(assignment: Assignment, mask_GS: np.ndarray) -> None:
@@ -141,7 +173,7 @@ def check_assignment(assignment: Assignment, mask_GS: np.ndarray) -> None:
     """
     choice_of_slot = np.asarray(assignment.choice_of_slot_GEC)
     slot_of_choice = np.asarray(assignment.slot_of_choice_GSJ)
-    G, E, C = choice_of_slot.shape
+    G, _, C = choice_of_slot.shape
     J = slot_of_choice.shape[-1]
     assert choice_of_slot.dtype == slot_of_choice.dtype == np.int32
     assert assignment.gate_GSJ.dtype == np.float32

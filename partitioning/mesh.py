@@ -34,9 +34,5 @@ def make_mesh(
 
 def describe(settings: MeshSettings) -> str:
     """Names the axes larger than 1: "data 2 × expert 2", or "one device"."""
-    large = [
-        f"{axis} {size}"
-        for axis in AXES
-        if (size := getattr(settings, axis)) > 1
-    ]
+    large = [f"{axis} {size}" for axis in AXES if (size := getattr(settings, axis)) > 1]
     return " × ".join(large) or "one device"

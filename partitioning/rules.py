@@ -71,19 +71,27 @@ def problems(mesh: Mesh, shapes: Any, logical_axes: Any) -> list[str]:
 
 def leaves(shapes: Any, logical_axes: Any) -> list[tuple[str, Any, tuple]]:
     """Pairs every array of a tree with its path and its logical axes."""
-    flat, treedef = jax.tree_util.tree_flatten_with_path(shapes)
-    axes = treedef.flatten_up_to(logical_axes)
+    flat, _ = jax.tree_util.tree_flatten_with_path(shapes)
+    axes = jax.tree.leaves(logical_axes, is_leaf=_is_axes)
     return [
         (jax.tree_util.keystr(path, simple=True, separator="/"), array, tuple(a))
         for (path, array), a in zip(flat, axes, strict=True)
     ]
 
 
+def _is_axes(node: Any) -> bool:
+    """Tells a tuple of logical axes from the tuples of a tree."""
+    return type(node) is tuple and all(a is None or isinstance(a, str) for a in node)
+
+
 def placement_table(
     mesh: Mesh, shapes: Any, logical_axes: Any
 ) -> list[tuple[str, str, str, str, int]]:
-    """Describes where each array lives: path, shape, logical axes, mesh axes, and
-    bytes on one device."""
+    """Says where each array lives.
+
+    Returns:
+        Per array its path, shape, logical axes, mesh axes, and bytes on one device.
+    """
     rows = []
     for path, array, axes in leaves(shapes, logical_axes):
         local = sharding(mesh, axes).shard_shape(array.shape)

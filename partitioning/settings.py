@@ -1,4 +1,4 @@
-"""The mesh as a user asks for it. Read before jax is imported: standard library only."""
+"""The mesh as a user asks for it. Read before jax: standard library only."""
 
 import dataclasses
 import math
@@ -29,6 +29,7 @@ class MeshSettings:
 
     @property
     def num_devices(self) -> int:
+        """Product of all axes."""
         return math.prod(dataclasses.astuple(self))
 
     @property

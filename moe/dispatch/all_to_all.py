@@ -84,8 +84,11 @@ def _seat_forward(x_gSM, choice_of_slot_gT, slot_of_choice_gSJ):
 def _seat_backward(slot_of_choice_gSJ, d_slots_gTM):
     """dx[s] = Σ_j dslots[slot of choice (s, j)]."""
     d_x_gSM = sum(
-        _rows(d_slots_gTM, slot_of_choice_gSJ[..., j]).astype(jnp.float32)
-        for j in range(slot_of_choice_gSJ.shape[-1])
+        (
+            _rows(d_slots_gTM, slot_of_choice_gSJ[..., j]).astype(jnp.float32)
+            for j in range(slot_of_choice_gSJ.shape[-1])
+        ),
+        start=jnp.zeros((), jnp.float32),
     )
     return d_x_gSM.astype(d_slots_gTM.dtype), None, None
 
@@ -102,8 +105,11 @@ def _weigh(
 ) -> jax.Array:
     """y[s] = Σ_j gate[s, j] · slots[slot of choice (s, j)]."""
     y_gSM = sum(
-        gate_gSJ[..., j, None] * _rows(slots_gTM, slot_of_choice_gSJ[..., j])
-        for j in range(gate_gSJ.shape[-1])
+        (
+            gate_gSJ[..., j, None] * _rows(slots_gTM, slot_of_choice_gSJ[..., j])
+            for j in range(gate_gSJ.shape[-1])
+        ),
+        start=jnp.zeros((), jnp.float32),
     )
     return y_gSM.astype(slots_gTM.dtype)
 

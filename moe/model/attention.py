@@ -133,7 +133,7 @@ def _mix(
 
 
 def _rotate(x_BLND: jax.Array, position_BL: jax.Array, base: float) -> jax.Array:
-    """Turns pairs (d, d + D/2) by position · base^(-2d/D) (arXiv:2104.09864, eq. 34)."""
+    """Turns (d, d + D/2) by position · base^(-2d/D) (arXiv:2104.09864, eq. 34)."""
     half = x_BLND.shape[-1] // 2
     rate = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
     angle_BLd = position_BL[..., None].astype(jnp.float32) * rate

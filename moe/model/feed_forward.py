@@ -72,17 +72,15 @@ def expert_feed_forward(
 
 def matrices(weights: FeedForward) -> dict[str, jax.Array]:
     """Returns the layer's matrices by name."""
-    names = ("up", "gate", "down")
-    return {name: getattr(weights, name)[...] for name in names if hasattr(weights, name)}
+    there = (name for name in ("up", "gate", "down") if hasattr(weights, name))
+    return {name: getattr(weights, name)[...] for name in there}
 
 
 def _in_dtype(weights: FeedForward, dtype: jnp.dtype) -> dict[str, jax.Array]:
     return {name: w.astype(dtype) for name, w in matrices(weights).items()}
 
 
-def _activate(
-    up: jax.Array, gate: jax.Array | None, activation: str
-) -> jax.Array:
+def _activate(up: jax.Array, gate: jax.Array | None, activation: str) -> jax.Array:
     if gate is None:
         return PLAIN[activation](up)
     return GATED[activation](gate) * up

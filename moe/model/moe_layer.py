@@ -145,11 +145,9 @@ def _assign(
         jitter_key_g, route_key_g = _group_keys(key, group_g)
         if router.jitter > 0:
             noise_gSM = jax.vmap(
-                lambda k: jax.random.uniform(
-                    k, x_gSM.shape[1:], minval=1 - router.jitter, maxval=1 + router.jitter
-                )
+                lambda k: jax.random.uniform(k, x_gSM.shape[1:], minval=-1, maxval=1)
             )(jitter_key_g)
-            x_gSM = x_gSM * noise_gSM
+            x_gSM = x_gSM * (1 + router.jitter * noise_gSM)
     # On TPU, and with TF32, a plain float32 product would multiply in lower precision.
     logits_gSE = jnp.einsum(
         "gSM,ME->gSE", x_gSM, router_ME, precision=jax.lax.Precision.HIGHEST

@@ -13,7 +13,7 @@ from flax import nnx
 
 
 def normal(
-    key: jax.Array, shape: Sequence[int], axes: Sequence[str], *, stddev: float
+    key: jax.Array, shape: Sequence[int], axes: Sequence[str | None], *, stddev: float
 ) -> nnx.Param:
     """Declares a float32 parameter drawn from N(0, stddev²), truncated at 2 stddev."""
     draw = jax.random.truncated_normal(key, -2.0, 2.0, tuple(shape), jnp.float32)
@@ -22,13 +22,15 @@ def normal(
 
 
 def scaled(
-    key: jax.Array, shape: Sequence[int], axes: Sequence[str], *, fan_in: int
+    key: jax.Array, shape: Sequence[int], axes: Sequence[str | None], *, fan_in: int
 ) -> nnx.Param:
     """Declares a float32 parameter of variance 1 / fan_in."""
     return normal(key, shape, axes, stddev=1.0 / math.sqrt(fan_in))
 
 
-def constant(shape: Sequence[int], axes: Sequence[str], value: float) -> nnx.Param:
+def constant(
+    shape: Sequence[int], axes: Sequence[str | None], value: float
+) -> nnx.Param:
     """Declares a float32 parameter that starts out equal everywhere."""
     return nnx.Param(jnp.full(tuple(shape), value, jnp.float32), axes=tuple(axes))
 
@@ -39,7 +41,7 @@ def logical_axes(container: nnx.Module) -> Any:
     A parameter with one dimension more than it declared is stacked over layers.
     """
 
-    def axes_of(parameter: nnx.Variable) -> tuple[str, ...]:
+    def axes_of(parameter: nnx.Variable) -> tuple[str | None, ...]:
         declared = parameter.get_metadata("axes")
         stacked = len(parameter.shape) == len(declared) + 1
         return ("layers", *declared) if stacked else declared

@@ -21,7 +21,7 @@ Batch = dict[str, jax.Array]  # SeqIO's decoder features, each [B, L]
 
 
 class Block(nnx.Module):
-    """One layer: attention, then a dense or sparse feed-forward, both pre-normalised."""
+    """One layer: attention, then a dense or sparse feed-forward, each normalised."""
 
     def __init__(self, key: jax.Array, settings: ModelSettings, *, sparse: bool):
         attention_key, feed_forward_key = jax.random.split(key)
@@ -251,9 +251,11 @@ def _block(
 
 
 def _embed(model: Model, weights: Transformer, tokens_BL: jax.Array) -> jax.Array:
-    # Not scaled up by √M: the first blocks would hardly turn such a residual stream, and
-    # a tied output would predict the input token.
+    # Scaled to unit variance: beside a smaller residual stream the first attention's
+    # mean would dominate, all tokens look alike, and the routers send them to the same
+    # experts. A tied output then starts out predicting its own input.
     x_BLM = jnp.take(weights.embedding[...], tokens_BL, axis=0)
+    x_BLM = x_BLM * model.settings.model_dim**0.5
     return x_BLM.astype(model.settings.dtype)
 
 

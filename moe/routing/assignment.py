@@ -97,7 +97,7 @@ def fill_slots(
         number, wanted = number_SJ.reshape(-1), wanted_SJ.reshape(-1)
 
         arrival = jnp.argsort(wanted, stable=True).astype(jnp.int32)
-        place = jnp.argsort(arrival).astype(jnp.int32)  # where each choice was sorted to
+        place = jnp.argsort(arrival).astype(jnp.int32)  # where each was sorted to
         size_E = jnp.sum(wanted[:, None] == jnp.arange(num_experts), axis=0)
         start_E = jnp.cumsum(size_E) - size_E
 

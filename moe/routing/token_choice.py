@@ -90,7 +90,9 @@ def route(
         gate_GSJ=gate_GSK,
         sums=RouterSums(
             tokens_G=jnp.sum(mask_GS, axis=1, dtype=jnp.int32),
-            probability_GE=jnp.sum(jnp.where(mask_GS[..., None], prob_GSE, 0.0), axis=1),
+            probability_GE=jnp.sum(
+                jnp.where(mask_GS[..., None], prob_GSE, 0.0), axis=1
+            ),
             first_GE=jnp.sum(first_GSE, axis=1, dtype=jnp.int32),
             chosen_GE=count(chosen_GSKE & active_GSK[..., None]),
             kept_GE=count(chosen_GSKE & kept_GSK[..., None]),

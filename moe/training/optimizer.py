@@ -89,9 +89,7 @@ def state_axes(opt_state_shapes: Any, params: Any, axes: Any) -> Any:
 
 def num_stacked(axes: tuple[str | None, ...]) -> int:
     """Counts the leading dimensions that index separate matrices."""
-    return next(
-        (i for i, axis in enumerate(axes) if axis not in STACKED), len(axes)
-    )
+    return next((i for i, axis in enumerate(axes) if axis not in STACKED), len(axes))
 
 
 def _adafactor() -> optax.GradientTransformation:
@@ -123,14 +121,17 @@ def _per_matrix(
     def update(
         updates: optax.Updates, state: optax.OptState, params: optax.Params
     ) -> tuple[optax.Updates, optax.OptState]:
-        leaves, treedef = jax.tree.flatten(updates)
-        columns = (treedef.flatten_up_to(tree) for tree in (state, params, axes))
-        pairs = [
-            mapped(inner.update, a)(u, s, p)
-            for u, s, p, a in zip(leaves, *columns, strict=True)
-        ]
-        new_updates, new_states = zip(*pairs, strict=True)
-        return treedef.unflatten(new_updates), treedef.unflatten(new_states)
+        pairs = jax.tree.map(
+            lambda u, s, p, a: mapped(inner.update, a)(u, s, p),
+            updates,
+            state,
+            params,
+            axes,
+        )
+        new_updates, new_state = (
+            jax.tree.map(lambda _, pair, i=i: pair[i], updates, pairs) for i in (0, 1)
+        )
+        return new_updates, new_state
 
     return optax.GradientTransformation(init, update)
 

@@ -12,6 +12,8 @@ from moe.settings import ModelSettings
 from moe.training.optimizer import state_axes
 from partitioning import rules
 
+Leaf = Any  # an array, or what stands for it: its shape, its place, its axes
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -27,10 +29,10 @@ class TrainState:
         opt_state: of the optimizer.
     """
 
-    step: jax.Array
-    data_index: jax.Array
-    skipped_steps: jax.Array
-    skipped_in_a_row: jax.Array
+    step: Leaf
+    data_index: Leaf
+    skipped_steps: Leaf
+    skipped_in_a_row: Leaf
     params: Any
     opt_state: Any
 
@@ -55,9 +57,7 @@ def abstract_state(
     settings: ModelSettings, optimizer: optax.GradientTransformation
 ) -> TrainState:
     """Returns the shapes and dtypes of the state, allocating nothing."""
-    return jax.eval_shape(
-        lambda: init_state(jax.random.key(0), settings, optimizer)
-    )
+    return jax.eval_shape(lambda: init_state(jax.random.key(0), settings, optimizer))
 
 
 def logical_axes(shapes: TrainState, settings: ModelSettings) -> TrainState:
@@ -79,4 +79,4 @@ def shardings(shapes: TrainState, axes: TrainState, mesh: jax.sharding.Mesh) -> 
         rules.sharding(mesh, array_axes)
         for _, _, array_axes in rules.leaves(shapes, axes)
     ]
-    return jax.tree.structure(shapes).unflatten(placed)
+    return jax.tree.unflatten(jax.tree.structure(shapes), placed)

@@ -139,8 +139,11 @@ def _rows(batch: Batch) -> jax.Array:
 
 
 def _split(tree: Any, learner: Learner) -> Any:
-    """Cuts [B, ...] into [A, B/A, ...]: piece a is the a-th block of each device's own
-    rows, so that no row moves; a plain reshape would exchange rows."""
+    """Cuts [B, ...] into [A, B/A, ...].
+
+    Piece a is the a-th block of each device's own rows, so that no row moves; a plain
+    reshape would exchange rows.
+    """
     mesh = learner.model.mesh
     shards = math.prod(mesh.shape[a] for a in BATCH_AXES)
 

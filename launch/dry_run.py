@@ -86,6 +86,10 @@ def facts(config: ResolvedConfig, run: Run) -> list[tuple[str, str]]:
                 f"{capacity(router, model.num_experts, train=False)}",
             )
         )
+        if router.slot_order == "choice_major" and router.num_selected > 1:
+            lines.append(
+                ("slot order", "choice by choice: drops depend on later tokens")
+            )
         drops = expected_drops(router, model.num_experts, slots)
         lines.append(("expected drops", f"{drops:.1%} with a balanced router"))
     return lines

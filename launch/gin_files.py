@@ -1,30 +1,36 @@
-"""Reads gin files into Settings: the only file that imports gin.
+"""Reads gin files into Settings.
 
-Gin is the syntax here, and its parser the only part of it that runs. `base.gin` binds
-every setting to an upper-case macro; all other files, the leaves, give values to
-macros and include other leaves. So nothing in a gin file can import, call or register
-anything, there is no global state, and the complete list of knobs is one page.
+`base.gin` binds every setting to an upper-case macro; all other files, the leaves,
+give values to macros and include other leaves. There is no global state, and the
+complete list of knobs is one page.
 """
 
 import dataclasses
 import importlib.resources
-import importlib.util  # gin 0.5.0 needs it, and does not import it
-import io
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gin import config_parser
-
 from launch.errors import ConfigError, nearest
+from launch.gin_syntax import (
+    REQUIRED,
+    Binding,
+    Block,
+    Fault,
+    Import,
+    Include,
+    MacroUse,
+    Reference,
+    parts,
+    statements,
+)
 from launch.setting_types import annotation, fill, fit, is_text, stand_in
 from launch.settings import Settings, problems
 
 _BASE = "configs/base.gin"
 _MOST_FAULTS = 5  # unreadable statements in one file, before reading stops
-_STATEMENT = re.compile(r"(?:include|import|from)\b|([A-Za-z_][\w./]*)\s*([=:])")
 _MACRO = re.compile(r"[A-Z][A-Z0-9_]*")
 
 
@@ -89,106 +95,6 @@ def _operative(knobs: Iterable[Knob], where: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-# ------------------------------------------------------------------------- syntax
-
-
-@dataclasses.dataclass(frozen=True)
-class _MacroUse:
-    """%NAME in a value."""
-
-    name: str
-
-    def __repr__(self) -> str:
-        return f"%{self.name}"
-
-
-_REQUIRED = _MacroUse("gin.REQUIRED")
-
-
-@dataclasses.dataclass(frozen=True)
-class _Reference:
-    """@name in a value, which nothing here accepts."""
-
-    name: str
-
-
-class _Fault(NamedTuple):
-    """A statement that gin's parser refuses; `macro` if its left side is legible."""
-
-    line: int
-    reason: str
-    macro: str
-
-
-class _Values(config_parser.ParserDelegate):
-    """Turns the two special values of gin into inert records."""
-
-    def macro(self, macro_name: str) -> _MacroUse:
-        return _MacroUse(macro_name)
-
-    def configurable_reference(
-        self, scoped_configurable_name: str, evaluate: bool
-    ) -> _Reference:
-        return _Reference(scoped_configurable_name)
-
-
-def _statements(text: str) -> Iterator[Any]:
-    """Yields gin's statements, and a _Fault for each that is not one.
-
-    After a fault, reading goes on at the next line that looks like a statement.
-    """
-    lines = io.StringIO(text).readlines()
-    read_lines = 0
-    while True:
-        # Blank lines in place of what is read keep the line numbers right.
-        source = io.StringIO("\n" * read_lines + "".join(lines[read_lines:]))
-        begun = read_lines + 1
-        try:
-            parser = config_parser.ConfigParser(source, _Values())
-            while True:
-                begun = max(parser.current_token.start[0], read_lines + 1)
-                statement = parser.parse_statement()
-                if statement is None:
-                    return
-                yield statement
-        except Exception as error:  # gin's parser has many ways to give up
-            line = error.lineno if isinstance(error, SyntaxError) else None
-            start = _next_statement(lines, begun) or line or begun
-            if line is not None and begun <= line < start:
-                start = line
-            yield _fault(lines, start)
-            following = _next_statement(lines, start + 1)
-            if following is None:
-                return
-            read_lines = following - 1
-
-
-def _next_statement(lines: Sequence[str], line: int) -> int | None:
-    """Returns the first line from `line` on, from 1, that looks like a statement."""
-    for number in range(line, len(lines) + 1):
-        if _STATEMENT.match(lines[number - 1]):
-            return number
-    return None
-
-
-def _fault(lines: Sequence[str], line: int) -> _Fault:
-    """Says what is wrong with a statement.
-
-    It does not quote the file, as gin's message would: nobody may have meant to show
-    what is in it.
-    """
-    match = _STATEMENT.match(lines[line - 1]) if line <= len(lines) else None
-    macro, sign = match.groups(default="") if match else ("", "")
-    if sign == "=":
-        reason = (
-            "its value is not one literal: a number, True, False, 'text in quotes', a "
-            "(tuple,), a {'dict': 1} or %OTHER_MACRO, every bracket and quote closed"
-        )
-    else:
-        reason = "this is neither `MACRO = value` nor `include 'file.gin'`"
-    return _Fault(line, reason, macro)
-
-
 # -------------------------------------------------------------------------- files
 
 
@@ -236,11 +142,11 @@ class _Reader:
     def read_base(self) -> None:
         """Reads defaults and bindings; a fault in them is ours."""
         text = (_configs() / "base.gin").read_text(encoding="utf-8")
-        for statement in _statements(text):
-            assert isinstance(statement, config_parser.BindingStatement), statement
+        for statement in statements(text):
+            assert isinstance(statement, Binding), statement
             line = statement.location.line_num
             if statement.arg_name:
-                assert isinstance(statement.value, _MacroUse), statement
+                assert isinstance(statement.value, MacroUse), statement
                 name = f"{statement.selector}.{statement.arg_name}"
                 assert name not in self._bound, f"{name} is bound twice"
                 self._bound[name] = statement.value.name
@@ -288,15 +194,15 @@ class _Reader:
         set_here: dict[str, int] = {}
         set_by_includes: set[str] = set()
         faults = 0
-        for statement in _statements(text):
-            faults += isinstance(statement, _Fault)
+        for statement in statements(text):
+            faults += isinstance(statement, Fault)
             if faults > _MOST_FAULTS:
                 self.problems.append(
                     f"{shown}: and more of the same: is it a gin file?"
                 )
                 self._lost_a_file = True
                 break
-            if isinstance(statement, config_parser.IncludeStatement):
+            if isinstance(statement, Include):
                 line = statement.location.line_num
                 at = f"{shown}:{line}: "
                 included = self.read_leaf(
@@ -331,17 +237,17 @@ class _Reader:
         self, statement: Any, shown: str, set_here: dict[str, int]
     ) -> None:
         """Takes one statement of a leaf that is not an include."""
-        if isinstance(statement, _Fault):
+        if isinstance(statement, Fault):
             named = f"{statement.macro}: " if statement.macro in self._default else ""
             self._faulty.add(statement.macro)
             self.problems.append(f"{shown}:{statement.line}: {named}{statement.reason}")
             return
         line = statement.location.line_num
         at = f"{shown}:{line}"
-        if isinstance(statement, config_parser.ImportStatement):
+        if isinstance(statement, Import):
             self.problems.append(f"{at}: a gin file cannot import; it only sets macros")
             return
-        if isinstance(statement, config_parser.BlockDeclaration):
+        if isinstance(statement, Block):
             return  # each binding in the block follows, and is refused by name
         macro = statement.selector
         if not self._may_set(statement, at):
@@ -354,7 +260,7 @@ class _Reader:
             set_here[macro] = line
             self._assigned[macro] = _Assigned(statement.value, at)
 
-    def _may_set(self, statement: config_parser.BindingStatement, at: str) -> bool:
+    def _may_set(self, statement: Binding, at: str) -> bool:
         """Whether the statement gives a value to a macro that exists."""
         macro = statement.selector
         if statement.scope:
@@ -369,7 +275,7 @@ class _Reader:
                 fault += nearest(statement.arg_name, self._default)
         elif macro not in self._default:
             fault = f"{macro} is not a knob{nearest(macro, self._default)}"
-        elif any(isinstance(part, _Reference) for part in _parts(statement.value)):
+        elif any(isinstance(part, Reference) for part in parts(statement.value)):
             fault = f"{macro}: an @reference; a value is a literal or %OTHER_MACRO"
         else:
             return True
@@ -383,16 +289,16 @@ class _Reader:
         if not equals:
             self.problems.append(f"{at}: write {at}=value")
             return
-        statements = list(_statements(f"{name} = {value}\n"))
-        statement: Any = statements[0] if len(statements) == 1 else None
-        parsed = isinstance(statement, config_parser.BindingStatement)
-        quoted = parsed and isinstance(statement.value, str | _MacroUse)
+        read = list(statements(f"{name} = {value}\n"))
+        statement: Any = read[0] if len(read) == 1 else None
+        parsed = isinstance(statement, Binding)
+        quoted = parsed and isinstance(statement.value, str | MacroUse)
         if self._is_text(name) and not quoted and value[:1] not in ("'", '"', "%"):
             # A shell takes quotes away, so text needs none here.
             self._assigned[name] = _Assigned(value, at)
         elif not parsed:
             self._faulty.add(name)
-            fault = statement if isinstance(statement, _Fault) else None
+            fault = statement if isinstance(statement, Fault) else None
             reason = fault.reason if fault else "this is not one value"
             self.problems.append(f"{at}: {reason}")
         elif self._may_set(statement, at):
@@ -458,7 +364,7 @@ class _Reader:
             try:
                 values[macro] = self._resolve(assigned.value, (macro,))
             except KeyError:
-                if assigned.value == _REQUIRED and macro not in self._faulty:
+                if assigned.value == REQUIRED and macro not in self._faulty:
                     missing.append(macro)
             except ValueError as error:
                 self.problems.append(f"{assigned.origin}: {macro}: {error}")
@@ -466,9 +372,9 @@ class _Reader:
 
     def _resolve(self, value: Any, path: tuple[str, ...]) -> Any:
         """Raises KeyError for a value that is missing, ValueError for a faulty one."""
-        if value == _REQUIRED:
+        if value == REQUIRED:
             raise KeyError(path[-1])
-        if isinstance(value, _MacroUse):
+        if isinstance(value, MacroUse):
             if value.name in path:
                 raise ValueError(
                     f"refers to itself: {' -> '.join(path)} -> {value.name}"
@@ -487,14 +393,4 @@ class _Reader:
 
     def _stand_in(self, macro: str, kind: Any) -> Any:
         default = self._default[macro].value
-        return stand_in(kind) if default == _REQUIRED else fit(default, kind)
-
-
-def _parts(value: Any) -> Iterator[Any]:
-    """Yields a value and everything inside it."""
-    yield value
-    if isinstance(value, dict):
-        value = [*value.keys(), *value.values()]
-    if isinstance(value, list | tuple):
-        for item in value:
-            yield from _parts(item)
+        return stand_in(kind) if default == REQUIRED else fit(default, kind)

@@ -5,6 +5,7 @@ wait for the host.
 """
 
 import dataclasses
+import math
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -25,7 +26,6 @@ from moe.training.state import TrainState
 from tasks.batches import Batches
 
 Record = dict[str, Any]
-_STATE_METRICS = "state/skipped_in_a_row"
 
 
 @dataclasses.dataclass
@@ -61,95 +61,104 @@ def train(
 ) -> tuple[TrainState, int]:
     """Takes steps until the last one, a signal, or too many non-finite steps.
 
-    However it ends, the state is saved first, unless it is the one already saved.
+    A run that is asked to stop saves first; one that gives up does not.
 
     Returns:
         The last state and the exit code.
     """
     settings, loop = run.settings, run.settings.loop
     step, data_index = int(state.step), int(state.data_index)
-    last, saved_step = settings.train.train_steps, step
-    tokens = settings.train.batch_size * settings.data.length
+    last = settings.train.train_steps
+    shape = (settings.train.batch_size, settings.data.length)
     feed = Feed(
         batches.read,
         start=data_index,
         stop=data_index + last - step,
-        shape=(settings.train.batch_size, settings.data.length),
+        shape=shape,
         sharding=run.batch_sharding,
     )
-    pending: tuple[int, Record, float] | None = None
-    clock = _StepClock(tokens)
-
-    def take(pending: tuple[int, Record, float]) -> int:
-        """Fetches, shows and writes the metrics of a step; returns skips in a row."""
-        number, metrics, waited = pending
-        record = _record(number, metrics) | clock.tick(waited)
-        progress.update(record)
-        if number % loop.log_period_steps == 0 or number in (1, last):
-            writer.write(record)
-        return int(record[_STATE_METRICS])
-
-    def save() -> None:
-        writer.flush()
-        checkpoints.save(state, run, hooks.provenance)
-
+    log = _Log(writer, progress, loop.log_period_steps, last, math.prod(shape))
     code = EXIT_DONE
     with listening() as signals, feed:
         for batch in feed:
             state, metrics = hooks.train_step(state, batch)
             step += 1
-            due_eval = step % loop.eval_period_steps == 0 and step < last
-            due_save = step % loop.checkpoint_period_steps == 0
-            previous, pending = pending, (step, metrics, feed.wait_seconds)
-            skipped = take(previous) if previous else 0
-            if due_eval or due_save or signals.received or step == last:
-                skipped, pending = take(pending), None
-            if skipped >= loop.max_skipped_steps:
+            log.add(step, metrics, feed.wait_seconds)
+            due_score = step % loop.eval_period_steps == 0 and step < last
+            due_save = step % loop.checkpoint_period_steps == 0 or step == last
+            if due_score or due_save or signals.received:
+                log.drain()
+            if log.skipped_in_a_row >= loop.max_skipped_steps:
                 code = EXIT_NON_FINITE
                 break
-            if due_eval:
-                record = hooks.score(state.params, loop.eval_batches)
-                record = {"step": step, "split": "heldout"} | record
-                writer.write(record)
-                progress.update(record)
-                clock.pause()
-            if due_save:
-                save()
-                saved_step = step
-                clock.pause()
+            if due_score:
+                log.score(step, hooks.score(state.params, loop.eval_batches))
+            if due_save or signals.received:
+                writer.flush()
+                checkpoints.save(state, run, hooks.provenance)
+                log.pause()
             if signals.received and step < last:
                 interrupted = signals.received == signal.SIGINT
                 code = EXIT_INTERRUPTED if interrupted else EXIT_PREEMPTED
                 break
-        if pending is not None:
-            take(pending)
-        if step != saved_step and code != EXIT_NON_FINITE:
-            save()
         with progress.waiting("finishing the checkpoint"):
             checkpoints.wait()
     return state, code
 
 
-class _StepClock:
-    """Times steps; what happens between them is left out."""
+class _Log:
+    """Fetches, writes and shows the metrics of each step while the next one runs."""
 
-    def __init__(self, tokens_per_step: int) -> None:
+    def __init__(
+        self,
+        writer: MetricWriter,
+        progress: TrainProgress,
+        period_steps: int,
+        last_step: int,
+        tokens_per_step: int,
+    ) -> None:
+        self.skipped_in_a_row = 0
+        self._writer = writer
+        self._progress = progress
+        self._period = period_steps
+        self._last_step = last_step
         self._tokens = tokens_per_step
-        self._last = time.perf_counter()
+        self._pending: tuple[int, Record, float] | None = None
+        self._clock = time.perf_counter()
 
-    def tick(self, waited: float) -> Record:
-        """Ends a step and returns its pace."""
+    def add(self, step: int, metrics: Record, waited_seconds: float) -> None:
+        """Takes the metrics of a step just launched, and deals with the one before."""
+        self.drain()
+        self._pending = (step, metrics, waited_seconds)
+
+    def drain(self) -> None:
+        """Waits for the step that was added last."""
+        if self._pending is None:
+            return
+        (step, metrics, waited_seconds), self._pending = self._pending, None
+        record = _record(step, metrics)
         now = time.perf_counter()
-        seconds, self._last = now - self._last, now
-        return {
+        seconds, self._clock = now - self._clock, now
+        record |= {
             "perf/step_seconds": seconds,
             "perf/tokens_per_second": self._tokens / seconds,
-            "perf/data_wait_seconds": waited,
+            "perf/data_wait_seconds": waited_seconds,
         }
+        self.skipped_in_a_row = int(record["state/skipped_in_a_row"])
+        self._progress.update(record)
+        if step % self._period == 0 or step in (1, self._last_step):
+            self._writer.write(record)
+
+    def score(self, step: int, metrics: Record) -> None:
+        """Writes and shows held-out metrics."""
+        record = {"step": step, "split": "heldout"} | metrics
+        self._writer.write(record)
+        self._progress.update(record)
+        self.pause()
 
     def pause(self) -> None:
-        """Starts timing afresh after something that is not a step."""
-        self._last = time.perf_counter()
+        """Keeps what happened between two steps out of the next one's time."""
+        self._clock = time.perf_counter()
 
 
 def _record(step: int, metrics: Record) -> Record:

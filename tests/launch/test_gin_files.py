@@ -164,8 +164,8 @@ def test_the_demo_models_take_the_same_arithmetic_per_token():
             return settings.model.mlp_dim
         return settings.model.expert_mlp_dim * settings.router.num_selected
 
-    assert expert_width("demo_switch") == expert_width("demo_glam") == 1024
-    assert expert_width("demo_dense") == 1024
+    assert expert_width("demo_switch") == expert_width("demo_glam") == 512
+    assert expert_width("demo_dense") == 512
 
 
 def test_the_demo_is_what_it_says():
@@ -584,7 +584,7 @@ def test_rules_do_not_speak_of_values_that_were_never_given(leaf):
         # One rule of each record's own list: they are all asked.
         (["HEAD_DIM=15"], "HEAD_DIM = 15: rotary positions turn pairs"),
         (["BAD_UTF8=skip"], "BAD_UTF8 = 'skip': use 'error' or 'replace'"),
-        (["MESH_DATA=0"], "mesh.data = 0: every axis has a size of at least 1"),
+        (["MESH_DATA=0"], "MESH_DATA = 0: every axis has a size of at least 1"),
     ],
 )
 def test_a_broken_rule_is_told_with_numbers(bindings, problem):

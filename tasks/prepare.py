@@ -39,7 +39,7 @@ class Progress:
     """How far a preparation has come.
 
     Attributes:
-        phase: "vocabulary", the name of a split, or "baselines".
+        phase: "SeqIO", "vocabulary", the name of a split, or "baselines".
         documents: of this phase so far.
         tokens: of this phase so far.
         text_bytes: of this phase so far.
@@ -90,9 +90,10 @@ def prepare(
     """
     if faults := settings.problems(data):
         raise StoreError("; ".join(faults))
+    reporter = _Reporter(report)
+    reporter.now(Progress("SeqIO"))  # takes seconds to import
     seqio = _import_seqio()
     task = _task(seqio, data, allowed_modules)
-    reporter = _Reporter(report)
     with appearing(Path(data.store_dir)) as folder:
         vocabulary = _vocabulary(seqio, task, data, reporter)
         vocabularies.save(vocabulary, folder)
@@ -173,6 +174,11 @@ def _import_seqio() -> Any:
         with quiet_stderr():
             import seqio
             import tensorflow as tf
+
+            # Looks for accelerators, loudly. Refused where somebody has used
+            # TensorFlow in this process already.
+            with contextlib.suppress(RuntimeError):
+                tf.config.set_visible_devices([], "GPU")
     except ImportError as error:
         raise StoreError(
             f"preparing tokens needs SeqIO and TensorFlow ({error}): install them with "
@@ -182,9 +188,6 @@ def _import_seqio() -> Any:
     finally:
         if before is None:
             del os.environ[variable]
-    # Refused where somebody has used TensorFlow in this process already.
-    with contextlib.suppress(RuntimeError):
-        tf.config.set_visible_devices([], "GPU")
     return seqio
 
 

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 
 from moe.routing.assignment import RouterSums
 from moe.settings import LossSettings
-from moe.training.metrics import Mean
 
 
 @jax.tree_util.register_dataclass
@@ -142,15 +141,15 @@ def total(sums: Sums, settings: LossSettings) -> tuple[jax.Array, dict]:
     Returns:
         A scalar, and a dict of scalars.
     """
-    cross_entropy = Mean(sums.cross_entropy, sums.weight).value()
-    z = Mean(sums.z, sums.weight).value()
+    cross_entropy = _mean(sums.cross_entropy, sums.weight)
+    z = _mean(sums.z, sums.weight)
     value = cross_entropy + settings.z_weight * z
     metrics = {
         "loss/nats_per_token": cross_entropy,
-        "accuracy/fraction": Mean(sums.correct, sums.weight).value(),
+        "accuracy/fraction": _mean(sums.correct, sums.weight),
     }
     if sums.router is not None:
-        router_z_P = sums.router.z_P / jnp.maximum(sums.router.tokens_P, 1)
+        router_z_P = _mean(sums.router.z_P, sums.router.tokens_P)
         layer_balance_P = balance_P(sums.router, settings.balance_scope)
         value += settings.balance_weight * jnp.sum(layer_balance_P)
         value += settings.router_z_weight * jnp.sum(router_z_P)
@@ -169,16 +168,14 @@ def ledger(router: RouterTotals) -> dict[str, jax.Array]:
     chosen_P = jnp.sum(router.chosen_PE, axis=-1)
     kept_P = jnp.sum(router.kept_PE, axis=-1)
     load_PE = router.chosen_PE / jnp.maximum(chosen_P, 1)[:, None]
-    dropped_P = (chosen_P - kept_P) / jnp.maximum(chosen_P, 1)
+    dropped_P = _mean(chosen_P - kept_P, chosen_P)
     num_experts = router.chosen_PE.shape[-1]
-    entropy_P = router.entropy_P / jnp.maximum(router.tokens_P, 1)
+    entropy_P = _mean(router.entropy_P, router.tokens_P)
     return {
         "router/load": load_PE,
         "router/dropped_fraction_per_layer": dropped_P,
         "router/entropy_nats_per_layer": entropy_P,
-        "router/dropped_fraction": Mean(
-            jnp.sum(chosen_P - kept_P), jnp.sum(chosen_P)
-        ).value(),
+        "router/dropped_fraction": _mean(jnp.sum(chosen_P - kept_P), jnp.sum(chosen_P)),
         "router/entropy_nats": jnp.mean(entropy_P),
         "router/max_violation": jnp.max(load_PE) * num_experts - 1,
         "router/dead_experts": jnp.sum(router.chosen_PE == 0),
@@ -187,3 +184,8 @@ def ledger(router: RouterTotals) -> dict[str, jax.Array]:
         "ledger/dropped_choices": jnp.sum(chosen_P - kept_P),
         "ledger/padding_choices": jnp.sum(router.padding_P),
     }
+
+
+def _mean(total: jax.Array, weight: jax.Array) -> jax.Array:
+    """total / weight, 0 where nothing was counted."""
+    return total / jnp.maximum(weight, 1)

@@ -187,5 +187,5 @@ def ledger(router: RouterTotals) -> dict[str, jax.Array]:
 
 
 def _mean(total: jax.Array, weight: jax.Array) -> jax.Array:
-    """total / weight, 0 where nothing was counted."""
+    """Divides, and gives 0 where nothing was counted."""
     return total / jnp.maximum(weight, 1)

@@ -22,6 +22,7 @@ from moe.training.state import TrainState
 from tasks.manifest import Manifest as StoreManifest
 
 FOLDER = "checkpoints"
+_IN_MANIFEST = {"arrays", "data_fingerprint", "vocabulary_fingerprint"}
 
 
 class CheckpointError(UserError):
@@ -44,9 +45,9 @@ class Checkpoints:
             item_names=("state", "manifest"),
             options=ocp.CheckpointManagerOptions(
                 max_to_keep=None if read_only else keep,
+                # Orbax's own `read_only` does no more than these, and warns of itself.
                 create=not read_only,
                 cleanup_tmp_directories=not read_only,
-                read_only=read_only,
             ),
         )
 
@@ -96,7 +97,7 @@ class Checkpoints:
         """
         step = int(state.step)
         arrays = named_arrays(state)
-        digests = jax.device_get(_digests(arrays))
+        digests = _digests(arrays)
         manifest = {
             "step": step,
             "data_index": int(state.data_index),
@@ -104,7 +105,7 @@ class Checkpoints:
                 name: {
                     "shape": list(array.shape),
                     "dtype": str(array.dtype),
-                    "digest": f"{int(digests[name]):08x}",
+                    "digest": digests[name],
                 }
                 for name, array in arrays.items()
             },
@@ -152,9 +153,16 @@ class Checkpoints:
             )
         except (OSError, ValueError, KeyError) as error:
             raise CheckpointError(
-                f"the manifest of {self.path(step)} cannot be read: {_short(error)}"
+                f"the manifest of {self.path(step)} cannot be read: {_short(error)}. "
+                f"{self._way_out(step)}"
             ) from error
-        return restored["manifest"]
+        manifest = restored["manifest"]
+        if not isinstance(manifest, dict) or not manifest.keys() >= _IN_MANIFEST:
+            raise CheckpointError(
+                f"the manifest of {self.path(step)} lacks what it should say. "
+                f"{self._way_out(step)}"
+            )
+        return manifest
 
     def restore(
         self, step: int, run: Run, store: StoreManifest | None = None
@@ -172,13 +180,24 @@ class Checkpoints:
         wanted = named_arrays(run.placed_shapes())
         return unnamed(self._arrays(step, wanted, store), run.shapes)
 
-    def restore_params(self, step: int, run: Run) -> Any:
-        """Restores the parameters alone, for scoring and drawing text."""
+    def restore_params(
+        self, step: int, run: Run, store: StoreManifest | None = None
+    ) -> Any:
+        """Restores the parameters alone, for scoring and drawing text.
+
+        Args:
+            step: which one.
+            run: gives shapes, and the place of every array.
+            store: if given, its vocabulary must be the one the checkpoint learnt; its
+                text may be another.
+        Raises:
+            CheckpointError: as `restore`.
+        """
         shapes = run.placed_shapes().params
         wanted = {
             f"params/{name}": shape for name, shape in named_arrays(shapes).items()
         }
-        arrays = self._arrays(step, wanted, None, partial=True)
+        arrays = self._arrays(step, wanted, store, partial=True)
         return unnamed(
             {name.removeprefix("params/"): array for name, array in arrays.items()},
             run.shapes.params,
@@ -213,11 +232,11 @@ class Checkpoints:
             raise CheckpointError(
                 f"{self.path(step)} is damaged: {_short(error)}. {self._way_out(step)}"
             ) from error
-        found = jax.device_get(_digests(restored))
+        found = _digests(restored)
         damaged = [
             name
             for name in restored
-            if f"{int(found[name]):08x}" != manifest["arrays"][name]["digest"]
+            if found[name] != manifest["arrays"][name]["digest"]
         ]
         if damaged:
             raise CheckpointError(
@@ -241,7 +260,9 @@ class Checkpoints:
             for name, array in manifest["arrays"].items()
         }
         asked = {n: f"{a.dtype}{list(a.shape)}" for n, a in wanted.items()}
-        names = asked if partial else {**asked, **saved}
+        if partial:
+            saved = {n: a for n, a in saved.items() if n.startswith("params/")}
+        names = {**asked, **saved}
         rows = [
             (name, saved.get(name, "–"), asked.get(name, "–"))
             for name in names
@@ -249,7 +270,7 @@ class Checkpoints:
         ]
         if store is not None:
             for name, now in fingerprints(store).items():
-                if manifest[name] != now:
+                if manifest[name] != now and not (partial and name.startswith("data")):
                     rows.append((name, manifest[name], now))
         if not rows:
             return
@@ -307,24 +328,35 @@ def unnamed(arrays: Mapping[str, Any], like: Any) -> Any:
     return jax.tree.unflatten(jax.tree.structure(like), ordered)
 
 
+def _digests(arrays: Mapping[str, jax.Array]) -> dict[str, str]:
+    """The digest of each array, in hexadecimal."""
+    # One small program per shape: a parameter and its moments share it.
+    digests = jax.device_get({name: _digest(a) for name, a in arrays.items()})
+    return {name: f"{int(digest):08x}" for name, digest in digests.items()}
+
+
 @jax.jit
-def _digests(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """A checksum per array that does not depend on how it is sharded.
-
-    Σ bits · (2·index + 1) modulo 2³²: any single flipped bit changes it, and so do
-    elements that change places.
-    """
-    return {name: _digest(array) for name, array in arrays.items()}
-
-
 def _digest(array: jax.Array) -> jax.Array:
+    """A checksum that does not depend on how the array is sharded.
+
+    The sum modulo 2³² of every element's bits, mixed with its index. Any change of one
+    element changes it for certain, and other changes, such as elements that change
+    places, but for one chance in 2³².
+    """
     size = array.dtype.itemsize
     bits = jax.lax.bitcast_convert_type(array, {1: "u1", 2: "u2", 4: "u4"}[size])
     index = jnp.zeros(array.shape, jnp.uint32)
     for dim, length in enumerate(array.shape):
         index = index * jnp.uint32(length)
         index += jax.lax.broadcasted_iota(jnp.uint32, array.shape, dim)
-    return jnp.sum(bits.astype(jnp.uint32) * (2 * index + 1), dtype=jnp.uint32)
+    return jnp.sum(_mixed(bits.astype(jnp.uint32) ^ _mixed(index)), dtype=jnp.uint32)
+
+
+def _mixed(words: jax.Array) -> jax.Array:
+    """Permutes the 32-bit words: the last step of MurmurHash3."""
+    words = (words ^ (words >> 16)) * jnp.uint32(0x85EBCA6B)
+    words = (words ^ (words >> 13)) * jnp.uint32(0xC2B2AE35)
+    return words ^ (words >> 16)
 
 
 def _short(error: BaseException) -> str:

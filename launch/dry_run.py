@@ -9,7 +9,7 @@ from rich.table import Table
 from launch.assemble import Run, assemble
 from launch.errors import EXIT_DONE
 from launch.gin_files import ResolvedConfig
-from launch.progress import compact
+from launch.terminal import compact
 from moe.accounting import count
 from moe.settings import RouterSettings, capacity
 from partitioning import rules

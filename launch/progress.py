@@ -2,26 +2,37 @@
 
 On a terminal two or three lines are redrawn in place, and whatever is printed or
 logged meanwhile appears above them. Elsewhere (logs, CI) a line comes now and then.
-Everything goes to standard error, so that results on standard output can be piped.
 """
 
 import contextlib
 import dataclasses
-import logging
 import math
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, ConsoleOptions, RenderResult
-from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-Clock = Callable[[], float]
+from launch.terminal import (
+    Clock,
+    compact,
+    duration,
+    is_live,
+    is_utf8,
+    legible,
+    live,
+    print_line,
+    spinner,
+    stderr,
+)
+
+if TYPE_CHECKING:
+    from tasks.prepare import Progress
+
 _PLAIN_PERIOD_SECONDS = 10.0
 _WARN_DROPPED = 0.05
 _WARN_DATA_WAIT = 0.1
@@ -83,7 +94,7 @@ class TrainProgress:
         self._total = total_steps
         self._step = self._start = start_step
         self._quiet = quiet
-        self._console = console or _stderr()
+        self._console = console or stderr()
         self._clock = clock
         self._began = clock()
         self._train: Mapping[str, Any] = {}
@@ -96,9 +107,9 @@ class TrainProgress:
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> "TrainProgress":
-        if not self._quiet and _is_live(self._console):
+        if not self._quiet and is_live(self._console):
             self._stack.enter_context(
-                _live(self._console, lambda: self, transient=False)
+                live(self._console, lambda: self, transient=False)
             )
         return self
 
@@ -121,7 +132,7 @@ class TrainProgress:
         self.advance(record["step"])
         self._first = self._first or (record["step"], now)
         self._latest = (record["step"], now)
-        if not _is_live(self._console):
+        if not is_live(self._console):
             due = self._printed is None or now - self._printed >= _PLAIN_PERIOD_SECONDS
             last = record["step"] >= self._total > self._printed_step
             if due or last:
@@ -132,9 +143,8 @@ class TrainProgress:
     def waiting(self, message: str) -> Iterator[None]:
         """Shows what the loop waits for; says how long it took when it is done."""
         began = self._clock()
-        live = not self._quiet and _is_live(self._console)
-        if live:
-            self._waiting = _spinner(self._console, message, began, self._clock)
+        if not self._quiet and is_live(self._console):
+            self._waiting = spinner(self._console, message, began, self._clock)
         else:
             self._say(f"{message} ...")
         outcome = "stopped after "
@@ -190,7 +200,7 @@ class TrainProgress:
                 (f"step {self._step:,}", "bold"), (f" / {self._total:,}", "dim")
             ),
             ProgressBar(total=max(self._total, 1), completed=self._step),
-            _legible(Text(f"{math.floor(100 * done)} %  {ending}"), self._console),
+            legible(Text(f"{math.floor(100 * done)} %  {ending}"), self._console),
         )
         return line
 
@@ -242,7 +252,7 @@ class TrainProgress:
 
     def _say(self, line: str) -> None:
         if not self._quiet:
-            _print_line(self._console, line)
+            print_line(self._console, line)
 
 
 @contextlib.contextmanager
@@ -251,89 +261,18 @@ def preparing(
     quiet: bool = False,
     console: Console | None = None,
     clock: Clock = time.monotonic,
-) -> Iterator[Callable[[Any], None]]:
+) -> Iterator[Callable[["Progress"], None]]:
     """Shows how far the making of a token store is.
 
-    Gives a callback for the totals so far of one phase, such as a split: an object
-    with `phase` (or `split`), `documents`, `tokens` and `text_bytes` (or `bytes`).
-    Each phase ends with a line that stays.
+    Gives the callback that `tasks.prepare.prepare` reports to. Each phase ends with a
+    line that stays.
     """
-    display = _Preparing(console or _stderr(), quiet, clock)
+    display = _Preparing(console or stderr(), quiet, clock)
     with contextlib.ExitStack() as stack:
         if display.is_live:
-            stack.enter_context(_live(display.console, display.renderable))
+            stack.enter_context(live(display.console, display.renderable))
         yield display.update
     display.finish_phase()
-
-
-@contextlib.contextmanager
-def waiting(
-    message: str,
-    *,
-    quiet: bool = False,
-    console: Console | None = None,
-    clock: Clock = time.monotonic,
-) -> Iterator[None]:
-    """Shows a spinner beside a message, and the time it took when it is done."""
-    console = console or _stderr()
-    live = not quiet and _is_live(console)
-    began = clock()
-    outcome = "stopped after "
-    try:
-        with contextlib.ExitStack() as stack:
-            if live:
-                spinner = _spinner(console, message, began, clock)
-                stack.enter_context(_live(console, lambda: spinner))
-            elif not quiet:
-                _print_line(console, f"{message} ...")
-            yield
-        outcome = ""
-    finally:
-        if not quiet:
-            _print_line(console, f"{message}: {outcome}{duration(clock() - began)}")
-
-
-def duration(seconds: float) -> str:
-    """Says a duration in at most two units: "42 ms", "3 min 05 s", "2 d 04 h"."""
-    if 0 < seconds < 0.9995:
-        return f"{1000 * seconds:.0f} ms"
-    if seconds < 59.95:
-        return f"{seconds:.1f} s"
-    whole = round(seconds)
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    minutes = whole // 60
-    if minutes < 24 * 60:
-        return f"{minutes // 60} h {minutes % 60:02d} min"
-    return f"{minutes // 1440} d {minutes % 1440 // 60:02d} h"
-
-
-def compact(number: float, unit: str = "") -> str:
-    """Says a count in three digits: 987, "61.2k", "1.23M"; with a unit "12.1 MB"."""
-    if not math.isfinite(number):
-        return str(number)
-    for power, prefix in ((4, "T"), (3, "G" if unit else "B"), (2, "M"), (1, "k")):
-        scaled = number / 1000**power
-        if abs(scaled) >= 0.9995:
-            digits = 2 if abs(scaled) < 9.995 else 1 if abs(scaled) < 99.95 else 0
-            return f"{scaled:.{digits}f}{' ' * bool(unit)}{prefix}{unit}"
-    return f"{number:.0f} {unit}".strip()
-
-
-@dataclasses.dataclass(frozen=True)
-class _Preparation:
-    """A copy of what the token store reported: it may reuse and change its object."""
-
-    phase: str
-    documents: int
-    tokens: int
-    text_bytes: int
-
-    @classmethod
-    def of(cls, state: Any) -> "_Preparation":
-        phase = state.phase if hasattr(state, "phase") else state.split
-        size = state.text_bytes if hasattr(state, "text_bytes") else state.bytes
-        return cls(phase, state.documents, state.tokens, size)
 
 
 class _Preparing:
@@ -341,15 +280,14 @@ class _Preparing:
 
     def __init__(self, console: Console, quiet: bool, clock: Clock) -> None:
         self.console = console
-        self.is_live = not quiet and _is_live(console)
+        self.is_live = not quiet and is_live(console)
         self._quiet = quiet
         self._clock = clock
         self._began = self._printed = clock()
-        self._state: _Preparation | None = None
-        self._spinner = Spinner("dots" if _is_utf8(console) else "line", style="cyan")
+        self._state: Progress | None = None
+        self._spinner = Spinner("dots" if is_utf8(console) else "line", style="cyan")
 
-    def update(self, state: Any) -> None:
-        new = _Preparation.of(state)
+    def update(self, new: "Progress") -> None:
         if self._state is not None and new.phase != self._state.phase:
             self.finish_phase()
         self._state = new
@@ -357,16 +295,16 @@ class _Preparing:
         plain = not self.is_live and not self._quiet
         if plain and now - self._printed >= _PLAIN_PERIOD_SECONDS:
             self._printed = now
-            _print_line(self.console, self._line())
+            print_line(self.console, self._line())
 
     def finish_phase(self) -> None:
         if self._state is not None and not self._quiet:
             took = duration(self._clock() - self._began)
-            _print_line(self.console, f"{self._line()} · {took}")
+            print_line(self.console, f"{self._line()} · {took}")
         self._began = self._printed = self._clock()
 
     def renderable(self) -> Spinner:
-        self._spinner.update(text=_legible(Text(self._line()), self.console))
+        self._spinner.update(text=legible(Text(self._line()), self.console))
         return self._spinner
 
     def _line(self) -> str:
@@ -384,46 +322,6 @@ class _Preparing:
         if seconds >= 1 and state.text_bytes:  # a rate over less says nothing
             parts.append(compact(state.text_bytes / seconds, "B/s"))
         return f"preparing {state.phase}" + ": " * bool(parts) + " · ".join(parts)
-
-
-class _Elapsed:
-    """A spinner's text with the seconds since a moment, read at each redraw."""
-
-    def __init__(
-        self, console: Console, message: str, began: float, clock: Clock
-    ) -> None:
-        self._console = console
-        self._message = message
-        self._began = began
-        self._clock = clock
-
-    def __rich_console__(
-        self, console: Console, options: ConsoleOptions
-    ) -> RenderResult:
-        elapsed = f" {self._clock() - self._began:.0f} s"
-        yield _legible(Text.assemble(self._message, (elapsed, "dim")), self._console)
-
-
-def _stderr() -> Console:
-    return Console(stderr=True, highlight=False)
-
-
-def _is_live(console: Console) -> bool:
-    return console.is_terminal and not console.is_dumb_terminal
-
-
-def _is_utf8(console: Console) -> bool:
-    return console.encoding.lower().startswith("utf")
-
-
-def _spinner(console: Console, message: str, began: float, clock: Clock) -> Any:
-    """One line: a turning sign, the message, the seconds so far."""
-    line = Table.grid(padding=(0, 1))
-    line.add_row(
-        Spinner("dots" if _is_utf8(console) else "line", style="cyan"),
-        _Elapsed(console, message, began, clock),
-    )
-    return line
 
 
 def _percent(fraction: float) -> str:
@@ -444,17 +342,6 @@ def _heldout_words(record: Mapping[str, Any]) -> str:
     return "held-out " + "  ".join(parts)
 
 
-def _legible(text: Text, console: Console) -> Text:
-    """The text in the characters that the console has."""
-    if _is_utf8(console):
-        return text
-    plain = text.plain
-    for sign, substitute in {"·": ".", "×": "x", "–": "-"}.items():
-        plain = plain.replace(sign, substitute)
-    plain = plain.encode(console.encoding, "replace").decode(console.encoding)
-    return Text(plain, style=text.style, spans=text.spans)
-
-
 def _join(parts: Sequence[Text], width: int, console: Console) -> Text:
     """As many parts as fit in one line; the most important come first."""
     line = Text(no_wrap=True, overflow="ellipsis")
@@ -463,56 +350,4 @@ def _join(parts: Sequence[Text], width: int, console: Console) -> Text:
         if line.cell_len + more.cell_len > width:
             break
         line.append_text(more)
-    return _legible(line, console)
-
-
-def _print_line(console: Console, line: str) -> None:
-    """Prints one unbroken line, above a live display where there is one."""
-    text = _legible(Text(line), console)
-    console.print(text, soft_wrap=True, markup=False, highlight=False)
-
-
-@contextlib.contextmanager
-def _live(
-    console: Console, get_renderable: Callable[[], Any], *, transient: bool = True
-) -> Iterator[None]:
-    """A display redrawn four times a second, with log lines led around it.
-
-    rich takes over sys.stdout and sys.stderr; handlers of `logging` (absl's too) hold
-    the stream they were made with, so they are pointed at the new one meanwhile.
-    """
-    old = {
-        id(stream): name
-        for name in ("stdout", "stderr")
-        if (stream := getattr(sys, name))
-    }
-    with Live(
-        console=console,
-        get_renderable=get_renderable,
-        transient=transient,
-        refresh_per_second=4,
-    ):
-        moved = []
-        for handler in _stream_handlers():
-            name = old.get(id(handler.stream))
-            if name is not None:
-                moved.append((handler, handler.stream))
-                handler.setStream(getattr(sys, name))
-        try:
-            yield
-        finally:
-            for handler, stream in moved:
-                handler.setStream(stream)
-
-
-def _stream_handlers() -> list[logging.StreamHandler[Any]]:
-    """Every handler of any logger that writes to a stream."""
-    loggers = [logging.getLogger(), *logging.Logger.manager.loggerDict.values()]
-    handlers = {
-        id(handler): handler
-        for logger in loggers
-        for outer in getattr(logger, "handlers", ())
-        for handler in (outer, getattr(outer, "python_handler", None))
-        if isinstance(handler, logging.StreamHandler)
-    }
-    return list(handlers.values())
+    return legible(line, console)

@@ -12,7 +12,8 @@ from typing import Any, TypeGuard
 import numpy as np
 
 from launch import figures
-from launch.progress import compact, duration, load_extremes
+from launch.progress import load_extremes
+from launch.terminal import compact, duration
 from launch.writers import read_metrics
 
 REPORT_FILE = "report.html"

@@ -20,8 +20,9 @@ from launch.assemble import Run, assemble
 from launch.checkpoints import Checkpoints
 from launch.errors import EXIT_DONE, EXIT_NON_FINITE, UserError
 from launch.gin_files import ResolvedConfig
-from launch.progress import TrainProgress, waiting
+from launch.progress import TrainProgress
 from launch.report import write_report
+from launch.terminal import waiting
 from launch.writers import MetricWriter, read_metrics
 from moe.training.state import TrainState
 from tasks.batches import Batches

@@ -1,13 +1,14 @@
 import io
 import logging
-import types
 
 import numpy as np
 import pytest
 from rich.console import Console
 
 from launch import progress
-from launch.progress import Extreme, TrainProgress, compact, duration, load_extremes
+from launch.progress import Extreme, TrainProgress, load_extremes
+from launch.terminal import compact, duration, waiting
+from tasks.prepare import Progress
 
 pytestmark = pytest.mark.fast
 
@@ -188,7 +189,7 @@ def test_quiet_says_nothing():
         shown.update(HELDOUT)
         with shown.waiting("saving"):
             pass
-    with progress.waiting("compiling", quiet=True, console=console):
+    with waiting("compiling", quiet=True, console=console):
         pass
     with progress.preparing(quiet=True, console=console) as callback:
         callback(_prepared(1))
@@ -204,7 +205,7 @@ def test_a_console_without_these_characters_gets_others():
 
 def test_waiting_says_how_long_it_took():
     console, clock = _plain_console(), _Clock()
-    with progress.waiting("compiling the train step", console=console, clock=clock):
+    with waiting("compiling the train step", console=console, clock=clock):
         clock.now += 12.34
     assert _printed(console) == [
         "compiling the train step ...",
@@ -216,7 +217,7 @@ def test_waiting_says_when_it_was_stopped():
     console, clock = _plain_console(), _Clock()
 
     def fail():
-        with progress.waiting("compiling", console=console, clock=clock):
+        with waiting("compiling", console=console, clock=clock):
             clock.now += 3
             raise RuntimeError
 
@@ -225,10 +226,8 @@ def test_waiting_says_when_it_was_stopped():
     assert _printed(console)[1] == "compiling: stopped after 3.0 s"
 
 
-def _prepared(documents, split="train"):
-    return types.SimpleNamespace(
-        documents=documents, tokens=documents * 300, bytes=documents * 1000, split=split
-    )
+def _prepared(documents, phase="train"):
+    return Progress(phase, documents, documents * 300, documents * 1000)
 
 
 def test_preparing_shows_totals_and_rate_per_split():
@@ -249,14 +248,10 @@ def test_preparing_shows_totals_and_rate_per_split():
 
 def test_preparing_takes_phases_that_count_less():
     console, clock = _plain_console(), _Clock()
-    state = types.SimpleNamespace(
-        phase="vocabulary", documents=7, tokens=0, text_bytes=2000
-    )
     with progress.preparing(console=console, clock=clock) as callback:
-        callback(state)
+        callback(Progress("vocabulary", documents=7, text_bytes=2000))
         clock.now += 4
-        state.phase, state.documents, state.text_bytes = "baselines", 0, 0  # reused
-        callback(state)
+        callback(Progress("baselines"))
         clock.now += 3
     assert _printed(console) == [
         "preparing vocabulary: 7 documents · 2.00 kB · 500 B/s · 4.0 s",

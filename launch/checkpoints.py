@@ -117,7 +117,7 @@ class Checkpoints:
             saved = self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(arrays),
+                    state=ocp.args.PyTreeSave(arrays),
                     manifest=ocp.args.JsonSave(manifest),
                 ),
             )

@@ -9,12 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from launch import prepare, progress
+from launch import prepare
 from launch.assemble import Run, assemble
 from launch.checkpoints import Checkpoints
 from launch.errors import EXIT_DONE
 from launch.feed import Feed
 from launch.gin_files import ResolvedConfig
+from launch.terminal import waiting
 from moe.training import losses
 from moe.training.losses import Sums
 from tasks.batches import HeldoutBatches
@@ -30,9 +31,9 @@ def main(config: ResolvedConfig, options: argparse.Namespace) -> int:
         Checkpoints(config.settings.loop.model_dir, keep=1, read_only=True) as saved,
     ):
         step = saved.require(options.step)
-        with progress.waiting(f"restoring step {step}", quiet=options.quiet):
-            params = saved.restore_params(step, run)
-        with progress.waiting("scoring the held-out split", quiet=options.quiet):
+        with waiting(f"restoring step {step}", quiet=options.quiet):
+            params = saved.restore_params(step, run, store.manifest)
+        with waiting("scoring the held-out split", quiet=options.quiet):
             record = heldout(run, store, params, run.compile_eval_step(), 0)
     for name in ("loss/nats_per_token", "loss/bits_per_byte", "accuracy/fraction"):
         print(f"{name:24} {record[name]:.4f}")

@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from launch import prepare, progress
+from launch import prepare
 from launch.assemble import Run, assemble
 from launch.checkpoints import Checkpoints
 from launch.errors import EXIT_DONE
 from launch.gin_files import ResolvedConfig
+from launch.terminal import waiting
 from moe.model import decoding
 from partitioning import rules
 from tasks.vocabularies import Vocabulary
@@ -22,17 +23,17 @@ _PROMPT_STEP = 64  # prompts are padded to a multiple, so that few lengths compi
 
 def main(config: ResolvedConfig, options: argparse.Namespace) -> int:
     """Prints a prompt and its continuation; nothing else goes to standard output."""
-    vocabulary = prepare.open_checked(config).vocabulary
+    store = prepare.open_checked(config)
     run = assemble(config)
     with (
         jax.set_mesh(run.mesh),
         Checkpoints(config.settings.loop.model_dir, keep=1, read_only=True) as saved,
     ):
         step = saved.require(options.step)
-        with progress.waiting(f"restoring step {step}", quiet=options.quiet):
-            params = saved.restore_params(step, run)
-        with progress.waiting("drawing tokens", quiet=options.quiet):
-            continuation = continue_prompt(run, params, vocabulary)
+        with waiting(f"restoring step {step}", quiet=options.quiet):
+            params = saved.restore_params(step, run, store.manifest)
+        with waiting("drawing tokens", quiet=options.quiet):
+            continuation = continue_prompt(run, params, store.vocabulary)
     print(config.settings.sample.prompt + continuation)
     return EXIT_DONE
 

@@ -1,0 +1,148 @@
+"""Parameters and arithmetic, counted by hand and by the compiler."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from moe import accounting
+from moe.model import transformer
+from moe.settings import ModelSettings, RouterSettings, capacity
+from moe.testing import MESHES
+from partitioning.mesh import make_mesh
+
+# A model for a small machine, with tied embeddings.
+SMALL = ModelSettings(
+    vocab_size=2048,
+    num_layers=4,
+    model_dim=256,
+    num_heads=4,
+    head_dim=64,
+    mlp_dim=1024,
+    activation="relu",
+    num_experts=8,
+    expert_mlp_dim=1024,
+    tie_embeddings=True,
+)
+ROUTER = RouterSettings(num_selected=1, group_size=256, capacity_factor=1.25)
+LENGTH = 256
+
+EMBEDDING = 2048 * 256  # 524,288; the output is the same matrix
+ATTENTION = 4 * 256 * 4 * 64  # 262,144: query, key, value and output
+TWO_MATRICES = 2 * 256 * 1024  # 524,288: one dense layer, or one expert
+NORMS = 4 * 2 * 256 + 256  # two in each layer and the last one
+ROUTERS = 2 * 256 * 8  # of two sparse layers
+# 2·L·N·D for the scores and the same for the mixing of values, in each layer.
+ATTENDING = 4 * 4 * 256 * 4 * 64
+
+
+@pytest.mark.fast
+def test_a_dense_model_is_counted_as_by_hand():
+    counts = accounting.count(
+        dataclasses.replace(SMALL, moe_every=0), ROUTER, length=LENGTH
+    )
+    matrices = 4 * ATTENTION + 4 * TWO_MATRICES
+    assert counts.total == counts.active == EMBEDDING + matrices + NORMS == 3_672_320
+    assert counts.embedding == EMBEDDING
+    flops = 2 * (matrices + EMBEDDING) + ATTENDING
+    assert counts.forward_flops_per_token == flops
+    assert counts.executed_forward_flops_per_token == flops
+    assert counts.train_flops_per_token == 3 * flops
+
+
+@pytest.mark.fast
+def test_a_sparse_model_is_counted_as_by_hand():
+    counts = accounting.count(SMALL, ROUTER, length=LENGTH)
+    shared = 4 * ATTENTION + 2 * TWO_MATRICES + ROUTERS
+    total = EMBEDDING + NORMS + shared + 2 * 8 * TWO_MATRICES
+    assert counts.total == total == 11_016_448
+    # A token meets one expert in each of the two sparse layers.
+    assert counts.active == total - 2 * 7 * TWO_MATRICES == 3_676_416
+    flops = 2 * (shared + EMBEDDING + 2 * TWO_MATRICES) + ATTENDING
+    assert counts.forward_flops_per_token == flops
+    # 8 experts of 256 · 1.25 / 8 = 40 slots compute 320 rows for 256 tokens.
+    executed = flops + 2 * 2 * TWO_MATRICES // 4
+    assert counts.executed_forward_flops_per_token == executed
+
+
+@pytest.mark.fast
+def test_two_experts_per_token_and_a_gate_matrix_are_counted_as_by_hand():
+    model = dataclasses.replace(
+        SMALL, activation="geglu", moe_every=1, tie_embeddings=False
+    )
+    router = dataclasses.replace(ROUTER, num_selected=2, capacity_factor=1.0)
+    counts = accounting.count(model, router, length=LENGTH)
+    expert = 3 * 256 * 1024
+    # The output has a matrix of its own, and all four layers have routers.
+    shared = 4 * ATTENTION + 2 * ROUTERS + EMBEDDING
+    assert counts.total == EMBEDDING + NORMS + shared + 4 * 8 * expert
+    assert counts.active == EMBEDDING + NORMS + shared + 4 * 2 * expert < counts.total
+    flops = 2 * (shared + 4 * 2 * expert) + ATTENDING
+    assert counts.forward_flops_per_token == flops
+    assert counts.executed_forward_flops_per_token == flops, "no slot is spare"
+
+
+@pytest.mark.fast
+def test_spare_slots_are_executed_but_are_not_the_models_work():
+    dropless = dataclasses.replace(ROUTER, capacity_factor=0.0)
+    tight = dataclasses.replace(ROUTER, capacity_factor=1.0)
+    some, most, none = (
+        accounting.count(SMALL, router, length=LENGTH)
+        for router in (ROUTER, dropless, tight)
+    )
+    assert none.executed_forward_flops_per_token == none.forward_flops_per_token
+    assert some.executed_forward_flops_per_token > some.forward_flops_per_token
+    # Dropless, each of the 8 experts has a slot for each of the 256 tokens.
+    spare = 2 * 2 * TWO_MATRICES * (8 - 1)
+    assert most.executed_forward_flops_per_token == most.forward_flops_per_token + spare
+
+
+def xla_flops_per_token(model: ModelSettings, router: RouterSettings) -> float:
+    """What XLA counts in the forward pass of one period of a training step.
+
+    Counted before compiling: a CPU backend may turn products into library calls, which
+    XLA's count passes over. It counts the body of a loop once, so one period only.
+    """
+    B, L = 2, router.group_size
+    shapes = jax.eval_shape(lambda: transformer.init_params(jax.random.key(0), model))
+    names = ("decoder_input_tokens", "decoder_positions", "decoder_segment_ids")
+    batch = {name: jax.ShapeDtypeStruct((B, L), jnp.int32) for name in names}
+    forward = functools.partial(
+        transformer.forward,
+        transformer.build(model, router, make_mesh(MESHES["d1"])),
+    )
+    lowered = jax.jit(forward).lower(shapes, batch, jnp.arange(B), jax.random.key(0))
+    return lowered.cost_analysis()["flops"] / (B * L)
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("capacity_factor", [None, 1.0, 2.0])
+def test_xla_counts_the_same_operations(capacity_factor):
+    # Wide enough for matrix products to be nearly all of the work.
+    model = ModelSettings(
+        vocab_size=512,
+        num_layers=1,
+        model_dim=128,
+        num_heads=2,
+        head_dim=64,
+        mlp_dim=512,
+        moe_every=0 if capacity_factor is None else 1,
+        num_experts=8,
+        expert_mlp_dim=512,
+        activation="relu",
+        dtype="float32",
+        remat="none",
+        tie_embeddings=capacity_factor is None,
+    )
+    router = RouterSettings(
+        num_selected=2, group_size=64, capacity_factor=capacity_factor or 1.0
+    )
+    counts = accounting.count(model, router, length=64)
+    measured = xla_flops_per_token(model, router)
+    # XLA also counts norms, softmax and masks: 0.6 to 0.8 % here.
+    assert 1.0 < measured / counts.executed_forward_flops_per_token < 1.02
+    if capacity_factor == 2.0:
+        assert capacity(router, 8, train=True) == 32
+        assert measured > 1.5 * counts.forward_flops_per_token

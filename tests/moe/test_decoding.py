@@ -1,0 +1,203 @@
+"""Decoding with a cache equals the full forward pass, and draws by the rules."""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from moe.model import transformer
+from moe.model.attention import NEVER
+from moe.model.decoding import empty_cache, generate, keep_likely
+from moe.settings import ModelSettings, RouterSettings
+from moe.testing import MESHES
+from partitioning.mesh import make_mesh
+
+B, L, V = 8, 8, 16
+VOCABULARY_SIZE = 12  # ids from here to V are never drawn
+NUM_TOKENS = 6
+SPARSE = ModelSettings(
+    vocab_size=V,
+    num_layers=2,
+    moe_every=1,
+    model_dim=8,
+    num_heads=2,
+    head_dim=4,
+    mlp_dim=12,
+    num_experts=4,
+    expert_mlp_dim=12,
+    tie_embeddings=False,
+    dtype="float32",
+    remat="none",
+)
+MODELS = {
+    "top1": (SPARSE, RouterSettings(num_selected=1)),
+    "alternating_top2": (
+        dataclasses.replace(SPARSE, num_layers=4, moe_every=2),
+        RouterSettings(num_selected=2, renormalize=True),
+    ),
+    "dense": (dataclasses.replace(SPARSE, moe_every=0), RouterSettings()),
+}
+
+
+@functools.cache
+def parameters(name: str):
+    """Weights large enough for tokens, positions and experts to matter."""
+    settings, _ = MODELS[name]
+    shapes = jax.eval_shape(
+        lambda: transformer.init_params(jax.random.key(0), settings)
+    )
+    rng = np.random.default_rng(0)
+    return jax.tree.map(
+        lambda x: rng.normal(size=x.shape, scale=0.5).astype(np.float32), shapes
+    )
+
+
+def build(name: str, group_size: int, mesh="d1") -> transformer.Model:
+    settings, router = MODELS[name]
+    router = dataclasses.replace(router, group_size=group_size)
+    return transformer.build(settings, router, make_mesh(MESHES[mesh]))
+
+
+@functools.cache
+def compiled_forward(name: str):
+    return jax.jit(functools.partial(transformer.forward, build(name, L)))
+
+
+def full_forward(name: str, tokens_BL) -> np.ndarray:
+    """Logits of all positions from one pass without a cache."""
+    batch = {
+        "decoder_input_tokens": tokens_BL,
+        "decoder_positions": np.tile(np.arange(L, dtype=np.int32), (B, 1)),
+        "decoder_segment_ids": np.ones((B, L), np.int32),
+    }
+    rows = np.arange(B, dtype=np.int32)
+    return np.asarray(compiled_forward(name)(parameters(name), batch, rows)[0])
+
+
+@functools.cache
+def compiled_piece(name: str, length: int):
+    return jax.jit(functools.partial(transformer.forward_cached, build(name, length)))
+
+
+@pytest.mark.parametrize(
+    ("name", "lengths"),
+    [
+        ("alternating_top2", (2, 2, 2, 2)),
+        ("top1", (1,) * L),
+        ("dense", (4, 4)),
+    ],
+)
+def test_a_sequence_read_in_pieces_has_the_logits_of_the_full_forward(name, lengths):
+    tokens_BL = np.random.default_rng(1).integers(0, V, (B, L)).astype(np.int32)
+    cache, logits, start = empty_cache(build(name, L), B, L), [], 0
+    for length in lengths:
+        piece_BLV, cache = compiled_piece(name, length)(
+            parameters(name),
+            tokens_BL[:, start : start + length],
+            np.ones((B, length), bool),
+            np.int32(start),
+            cache,
+        )
+        logits.append(piece_BLV)
+        start += length
+    # Logits are of order 1; the two differ in the order of float32 sums.
+    np.testing.assert_allclose(
+        np.concatenate(logits, axis=1), full_forward(name, tokens_BL), 1e-4, 1e-5
+    )
+
+
+@functools.cache
+def compiled_generate(name: str, mesh: str, temperature: float, top_k: int):
+    return jax.jit(
+        functools.partial(
+            generate,
+            build(name, L, mesh),
+            num_tokens=NUM_TOKENS,
+            vocabulary_size=VOCABULARY_SIZE,
+            temperature=temperature,
+            top_k=top_k,
+        )
+    )
+
+
+PROMPT_BL = np.tile(np.array([5, 3, 9, 1], np.int32), (B, 1))
+
+
+def continue_prompt(
+    length: int, *, name="top1", mesh="d1", temperature=5.0, top_k=0, seed=0
+) -> np.ndarray:
+    """Draws after the first `length` tokens of the prompt; the rest is padding."""
+    prompt_BL = np.where(np.arange(4) < length, PROMPT_BL, 0)
+    run = compiled_generate(name, mesh, temperature, top_k)
+    with jax.set_mesh(make_mesh(MESHES[mesh])):
+        tokens_BL = run(
+            parameters(name), prompt_BL, np.int32(length), jax.random.key(seed)
+        )
+    assert tokens_BL.shape == (B, NUM_TOKENS)
+    assert tokens_BL.dtype == np.int32
+    return np.asarray(tokens_BL)
+
+
+def likeliest_tokens(name: str, length: int, drawn_BL) -> np.ndarray:
+    """What a full forward pass over prompt and continuation finds likeliest."""
+    start_BL = np.zeros((B, 1), np.int32)
+    input_BL = np.concatenate([start_BL, PROMPT_BL[:, :length], drawn_BL], axis=1)
+    input_BL = np.pad(input_BL, ((0, 0), (0, L)))[:, :L]  # causal: the rest is idle
+    logits_BLV = full_forward(name, input_BL)[:, length : length + NUM_TOKENS]
+    return 1 + logits_BLV[..., 1:VOCABULARY_SIZE].argmax(-1)
+
+
+GREEDY = {"name": "top1", "temperature": 0.0}
+TOP_K_1 = {"name": "dense", "temperature": 5.0, "top_k": 1}
+
+
+@pytest.mark.parametrize("choices", [GREEDY, TOP_K_1], ids=["temperature_0", "top_k_1"])
+@pytest.mark.parametrize("length", [0, 2, 4])
+def test_greedy_decoding_takes_the_likeliest_token_of_the_full_forward(choices, length):
+    drawn_BL = continue_prompt(length, **choices)
+    expected_BL = likeliest_tokens(choices["name"], length, drawn_BL)
+    checked = expected_BL.shape[1]
+    assert checked == min(NUM_TOKENS, L - length)
+    np.testing.assert_array_equal(drawn_BL[:, :checked], expected_BL)
+    assert len(set(drawn_BL[0])) > 1, "a constant continuation proves little"
+
+
+def test_a_seed_draws_the_same_tokens_on_one_device_and_on_eight():
+    draw = functools.partial(continue_prompt, 2)
+    one = draw()
+    np.testing.assert_array_equal(draw(mesh="d4e2"), one)
+    assert np.any(draw(seed=1) != one)
+    assert len(np.unique(one, axis=0)) == B, "rows draw for themselves"
+
+
+def test_padding_and_ids_beyond_the_vocabulary_are_never_drawn():
+    drawn = np.concatenate([continue_prompt(2, seed=seed) for seed in range(20)])
+    # 960 draws from 11 flat choices find every one of them, and no other.
+    assert set(drawn.ravel()) == set(range(1, VOCABULARY_SIZE))
+
+
+likely_tokens = jax.jit(keep_likely, static_argnames="top_k")
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    ("top_k", "top_p", "kept"),
+    [
+        (0, 1.0, [0, 1, 2, 3]),
+        (2, 1.0, [1, 3]),
+        # In order 0.4, 0.3, 0.2, 0.1, with 0, 0.4, 0.7, 0.9 before them.
+        (0, 0.75, [1, 2, 3]),
+        (0, 0.6, [1, 3]),
+        (0, 0.3, [1]),
+        (0, 0.0, [1]),  # the likeliest always stays
+        (2, 0.75, [1, 3]),  # both rules hold
+        (2, 0.3, [1]),
+    ],
+)
+def test_the_likely_tokens_are_these(top_k, top_p, kept):
+    logits_BV = np.log([[0.1, 0.4, 0.2, 0.3]]).astype(np.float32)
+    likely_BV = likely_tokens(logits_BV, top_k=top_k, top_p=top_p)
+    expected_V = np.where(np.isin(np.arange(4), kept), logits_BV[0], NEVER)
+    np.testing.assert_array_equal(likely_BV[0], expected_V.astype(np.float32))

@@ -1,0 +1,238 @@
+"""Losses and the ledger: formed once, from sums that merge."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from moe.routing.assignment import RouterSums
+from moe.routing.token_choice import RouterContext, route
+from moe.settings import LossSettings, RouterSettings
+from moe.training import losses
+from moe.training.losses import RouterTotals, Sums
+
+P, B, G, S, E, V = 2, 4, 4, 6, 3, 7
+SCOPES = ("group", "global")
+form_total = jax.jit(losses.total, static_argnames="settings")
+
+
+def router_sums(logits_GSE, mask_GS) -> RouterSums:
+    """Sums of P layers of top-1 routers without drops; layer 2 sees logits doubled."""
+
+    def one_layer(logits_GSE):
+        probability_GSE = jax.nn.softmax(logits_GSE) * mask_GS[..., None]
+        first_GSE = jax.nn.one_hot(jnp.argmax(logits_GSE, -1), logits_GSE.shape[-1])
+        count_GE = jnp.sum(first_GSE * mask_GS[..., None], 1).astype(jnp.int32)
+        z_GS = jax.nn.logsumexp(logits_GSE, axis=-1) ** 2
+        return RouterSums(
+            tokens_G=jnp.sum(mask_GS, 1),
+            probability_GE=jnp.sum(probability_GSE, 1),
+            first_GE=count_GE,
+            chosen_GE=count_GE,
+            kept_GE=count_GE,
+            padding_G=jnp.sum(~mask_GS, 1),
+            z_G=jnp.sum(z_GS * mask_GS, 1),
+            entropy_G=jnp.zeros(len(mask_GS)),
+        )
+
+    return jax.tree.map(
+        lambda *layers: jnp.stack(layers), *map(one_layer, (logits_GSE, 2 * logits_GSE))
+    )
+
+
+@functools.cache
+def problem():
+    """Logits, targets and weights of B rows, and router logits of G groups."""
+    rng = np.random.default_rng(0)
+    weight_BL = (rng.random((B, S)) < 0.7).astype(np.int32)
+    weight_BL[0] = 0  # a row that only merging by weight gets right
+    return {
+        "logits": rng.normal(size=(B, S, V)).astype(np.float32) * 3,
+        "target": rng.integers(0, V, (B, S)).astype(np.int32),
+        "weight": weight_BL,
+        "router": rng.normal(size=(G, S, E)).astype(np.float32) * 2,
+        "mask": weight_BL > 0,
+    }
+
+
+@jax.jit
+def sums_of(problem) -> Sums:
+    router = router_sums(problem["router"], problem["mask"])
+    return losses.sums(problem["logits"], problem["target"], problem["weight"], router)
+
+
+@jax.jit
+def balances(logits_GSE, mask_GS):
+    """The balance loss of every layer, in both scopes."""
+    router = losses.router_totals(router_sums(logits_GSE, mask_GS))
+    return {scope: losses.balance_P(router, scope) for scope in SCOPES}
+
+
+def test_balance_is_one_in_every_layer_when_experts_are_used_alike():
+    # Token s prefers expert s mod 2 by a little: f = ½ each, and P = ½ each.
+    logits_GSE = np.tile([[0.1, 0.0], [0.0, 0.1]], (2, 4, 1)).astype(np.float32)
+    mask_GS = np.ones((2, 8), bool)
+    mask_GS[1, 2:] = False  # a group of two tokens counts as two, not as eight
+    values = balances(logits_GSE, mask_GS)
+    for scope in SCOPES:
+        np.testing.assert_allclose(values[scope], np.ones(P), rtol=1e-6)
+
+
+@pytest.mark.fast
+def test_balance_within_groups_and_over_the_batch_as_worked_out_by_hand():
+    probability_GSE = np.full((2, 8, 2), 0.5)
+    probability_GSE[0, :3] = [0.8, 0.2]
+    probability_GSE[1, :1] = [0.3, 0.7]
+    mask_GS = np.zeros((2, 8), bool)
+    mask_GS[0, :3] = mask_GS[1, :1] = True
+    values = balances(np.log(probability_GSE).astype(np.float32), mask_GS)
+    # Group 1: f = (1, 0), P = (0.8, 0.2): 2 · 0.8 = 1.6, of three tokens.
+    # Group 2: f = (0, 1), P = (0.3, 0.7): 2 · 0.7 = 1.4, of one token.
+    np.testing.assert_allclose(values["group"][0], (3 * 1.6 + 1.4) / 4, rtol=1e-6)
+    # f = (¾, ¼), P = (2.7, 1.3) / 4: 2 · (0.75 · 0.675 + 0.25 · 0.325) = 1.175.
+    np.testing.assert_allclose(values["global"][0], 1.175, rtol=1e-6)
+
+
+def test_the_gradient_of_balance_flows_through_the_probabilities_alone():
+    logits_GSE = problem()["router"][:1]
+    context = RouterContext(mask_GS=np.ones((1, S), bool), key_G=None)
+
+    @jax.jit
+    @jax.jacrev
+    def gradients(logits_GSE):
+        sums = route(logits_GSE, context, RouterSettings(), capacity=S).sums
+        router = losses.router_totals(jax.tree.map(lambda x: x[None], sums))
+        return {scope: losses.balance_P(router, scope)[0] for scope in SCOPES}
+
+    # E·Σ_e f_e·P_e with f constant and P_e = Σ_s p_se / S, so that
+    # d/dlogit_se = E / S · p_se · (f_e − Σ_i f_i p_si).
+    p_SE = np.asarray(jax.nn.softmax(logits_GSE[0]), np.float64)
+    f_E = np.bincount(p_SE.argmax(-1), minlength=E) / S
+    expected_SE = E / S * p_SE * (f_E - (p_SE @ f_E)[:, None])
+    for gradient_GSE in gradients(logits_GSE).values():
+        np.testing.assert_allclose(gradient_GSE[0], expected_SE, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.fast
+def test_router_z_loss_is_a_mean_over_tokens_and_a_sum_over_layers():
+    router = RouterTotals(
+        tokens_P=np.array([4, 4]),
+        probability_PE=np.ones((2, E), np.float32),
+        first_PE=np.ones((2, E), np.int32),
+        chosen_PE=np.ones((2, E), np.int32),
+        kept_PE=np.ones((2, E), np.int32),
+        padding_P=np.array([0, 0]),
+        z_P=np.array([2.0, 6.0], np.float32),
+        entropy_P=np.zeros(2, np.float32),
+        group_balance_P=np.array([4.0, 8.0], np.float32),
+    )
+    settings = LossSettings(balance_weight=0.01, router_z_weight=0.1)
+    value, metrics = form_total(Sums(*[np.zeros(())] * 4, router), settings)
+    # z: 2 / 4 and 6 / 4. Balance: 4 / 4 and 8 / 4. Losses add layers up, metrics show
+    # their mean.
+    np.testing.assert_allclose(value, 0.1 * (0.5 + 1.5) + 0.01 * (1 + 2), rtol=1e-6)
+    np.testing.assert_allclose(metrics["loss/router_z"], 1.0, rtol=1e-6)
+    np.testing.assert_allclose(metrics["loss/balance"], 1.5, rtol=1e-6)
+    np.testing.assert_allclose(metrics["loss/total"], value, rtol=0)
+
+
+def test_cross_entropy_z_and_accuracy_are_weighted_means_over_targets():
+    p = problem()
+    dense = dataclasses.replace(sums_of(p), router=None)
+    value, metrics = form_total(dense, LossSettings(z_weight=0.25))
+    cross_entropy_BL = jax.jit(optax.softmax_cross_entropy_with_integer_labels)(
+        p["logits"], p["target"]
+    )
+    mean = functools.partial(np.average, weights=p["weight"])
+    cross_entropy = mean(cross_entropy_BL)
+    z = mean(np.log(np.exp(p["logits"].astype(np.float64)).sum(-1)) ** 2)
+    accuracy = mean(p["logits"].argmax(-1) == p["target"])
+    assert 0 < accuracy < 1
+    np.testing.assert_allclose(metrics["loss/nats_per_token"], cross_entropy, rtol=1e-6)
+    np.testing.assert_allclose(metrics["accuracy/fraction"], accuracy, rtol=1e-6)
+    np.testing.assert_allclose(value, cross_entropy + 0.25 * z, rtol=1e-6)
+
+
+def test_targets_of_weight_zero_change_nothing():
+    p = problem()
+    hidden_BL = p["weight"] == 0
+    changed = p | {
+        "logits": np.where(hidden_BL[..., None], 9 * p["logits"], p["logits"]),
+        "target": np.where(hidden_BL, 0, p["target"]),
+        "router": np.where(hidden_BL[..., None], -p["router"], p["router"]),
+    }
+    jax.tree.map(np.testing.assert_array_equal, sums_of(changed), sums_of(p))
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_the_sums_of_two_halves_add_up_to_the_whole(scope):
+    settings = LossSettings(balance_scope=scope, z_weight=0.1)
+    halves = [
+        jax.device_get(sums_of(jax.tree.map(lambda x, i=i: x[i : i + 2], problem())))
+        for i in (0, 2)
+    ]
+    merged = jax.tree.map(np.add, *halves)
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-6),
+        merged,
+        jax.device_get(sums_of(problem())),
+    )
+    whole, _ = form_total(sums_of(problem()), settings)
+    np.testing.assert_allclose(form_total(merged, settings)[0], whole, rtol=1e-6)
+    mean_of_means = np.mean([form_total(x, settings)[0] for x in halves])
+    assert abs(mean_of_means - whole) > 0.01, "the halves are meant to weigh unequally"
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_a_batch_without_tokens_gives_finite_numbers(scope):
+    settings = LossSettings(balance_scope=scope, z_weight=0.1)
+    nothing = problem() | {
+        "weight": np.zeros((B, S), np.int32),
+        "mask": np.zeros((G, S), bool),
+    }
+
+    def objective(logits):
+        return losses.total(sums_of(nothing | logits), settings)
+
+    gradients, metrics = jax.jit(jax.grad(objective, has_aux=True))(
+        {name: nothing[name] for name in ("logits", "router")}
+    )
+    assert metrics["loss/total"] == 0
+    for value in jax.tree.leaves((gradients, metrics)):
+        assert np.all(np.isfinite(value))
+
+
+@pytest.mark.fast
+def test_the_ledger_accounts_for_every_choice():
+    router = RouterTotals(
+        tokens_P=np.array([3, 3]),
+        probability_PE=np.ones((2, 3), np.float32),
+        first_PE=np.array([[2, 1, 0], [1, 1, 1]]),
+        chosen_PE=np.array([[4, 2, 0], [2, 2, 2]]),
+        kept_PE=np.array([[3, 2, 0], [2, 1, 2]]),
+        padding_P=np.array([2, 2]),
+        z_P=np.zeros(2, np.float32),
+        entropy_P=np.array([1.5, 3.0], np.float32),
+        group_balance_P=np.zeros(2, np.float32),
+    )
+    expected = {
+        "router/load": [[2 / 3, 1 / 3, 0], [1 / 3] * 3],
+        "router/dropped_fraction_per_layer": [1 / 6, 1 / 6],
+        "router/entropy_nats_per_layer": [0.5, 1.0],  # 1.5 / 3 and 3 / 3
+        "router/dropped_fraction": 2 / 12,
+        "router/entropy_nats": 0.75,
+        "router/max_violation": 1.0,  # the largest load, ⅔, is twice the fair ⅓
+        "router/dead_experts": 1,
+        "ledger/routed_choices": 16,  # 6 + 6 chosen and 2 + 2 of padding
+        "ledger/computed_choices": 10,
+        "ledger/dropped_choices": 2,
+        "ledger/padding_choices": 4,
+    }
+    actual = jax.device_get(jax.jit(losses.ledger)(router))
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_allclose(actual[name], value, rtol=1e-6, err_msg=name)

@@ -1,0 +1,395 @@
+"""The whole transformer: causality, documents, precision, remat, dropout."""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe.model import transformer
+from moe.model.attention import attend
+from moe.model.feed_forward import FeedForward, expert_feed_forward, feed_forward
+from moe.settings import LossSettings, ModelSettings, RouterSettings
+from moe.testing import MESHES
+from moe.training import losses
+from partitioning.mesh import make_mesh
+
+B, L, V = 8, 8, 16
+MODEL = ModelSettings(
+    vocab_size=V,
+    num_layers=2,
+    model_dim=8,
+    num_heads=2,
+    head_dim=4,
+    mlp_dim=12,
+    moe_every=1,
+    num_experts=5,
+    expert_mlp_dim=12,
+    tie_embeddings=False,
+    dtype="float32",
+    remat="none",
+)
+TOP1 = RouterSettings(group_size=L, capacity_factor=1.0, min_capacity=1)
+TOP2 = dataclasses.replace(TOP1, num_selected=2, renormalize=True)
+DENSE = dataclasses.replace(MODEL, moe_every=0)
+
+
+@functools.cache
+def shapes(settings: ModelSettings):
+    return jax.eval_shape(lambda: transformer.init_params(jax.random.key(0), settings))
+
+
+@functools.cache
+def parameters(settings: ModelSettings):
+    """Weights large enough for every part of the model to matter."""
+    rng = np.random.default_rng(0)
+    return jax.tree.map(
+        lambda x: rng.normal(size=x.shape, scale=0.5).astype(np.float32),
+        shapes(settings),
+    )
+
+
+@functools.cache
+def build(settings: ModelSettings, router: RouterSettings, mesh="d1"):
+    return transformer.build(settings, router, make_mesh(MESHES[mesh]))
+
+
+@functools.cache
+def compiled_forward(settings: ModelSettings, router: RouterSettings, mesh="d1"):
+    return jax.jit(
+        functools.partial(transformer.forward, build(settings, router, mesh))
+    )
+
+
+def make_batch(tokens_BL, segment_BL=None, position_BL=None):
+    """One document in every row, if nothing else is said."""
+    if segment_BL is None:
+        segment_BL = np.ones((B, L))
+        position_BL = np.tile(np.arange(L), (B, 1))
+    return {
+        "decoder_input_tokens": tokens_BL.astype(np.int32),
+        "decoder_segment_ids": segment_BL.astype(np.int32),
+        "decoder_positions": position_BL.astype(np.int32),
+    }
+
+
+@functools.cache
+def tokens() -> np.ndarray:
+    return np.random.default_rng(1).integers(1, V, (B, L))
+
+
+def forward(batch, router, settings=MODEL, *, key=None, mesh="d1"):
+    """Logits and router sums; a key makes it a pass of training, with its capacity."""
+    rows = np.arange(B, dtype=np.int32)
+    run = compiled_forward(settings, router, mesh)
+    with jax.set_mesh(make_mesh(MESHES[mesh])):
+        return jax.device_get(run(parameters(settings), batch, rows, key))
+
+
+# Causality.
+
+
+def logits_before_and_after_a_change(router, *, train):
+    """Logits with row b changed at its token b, and the fraction of choices dropped."""
+    changed_BL = tokens().copy()
+    key = jax.random.key(7) if train else None
+    changed_BL[range(B), range(B)] = 1 + tokens()[range(B), range(B)] % (V - 1)
+    (before, sums), (after, _) = (
+        forward(make_batch(x), router, key=key) for x in (tokens(), changed_BL)
+    )
+    assert np.all(before[range(B), range(B)] != after[range(B), range(B)])
+    dropped = 1 - sums.kept_GE.sum() / sums.chosen_GE.sum()
+    earlier = np.tril(np.ones((B, L), bool), -1)  # [b, l] with l < b
+    return before[earlier], after[earlier], dropped
+
+
+@pytest.mark.parametrize(
+    ("router", "train"),
+    [(TOP1, True), (TOP2, True), (TOP2, False)],
+    ids=["top1_with_drops", "top2_with_drops", "top2_dropless"],
+)
+def test_a_token_changes_no_earlier_logit(router, train):
+    before, after, dropped = logits_before_and_after_a_change(router, train=train)
+    np.testing.assert_array_equal(before, after)
+    assert dropped > 0.05 if train else dropped == 0
+
+
+def test_drops_in_choice_major_order_depend_on_later_tokens():
+    router = dataclasses.replace(TOP2, slot_order="choice_major")
+    before, after, _ = logits_before_and_after_a_change(router, train=True)
+    assert np.any(before != after)
+
+
+# Documents and positions.
+
+SEGMENT_BL = np.tile([1, 1, 1, 2, 2, 2, 2, 0], (B, 1))
+POSITION_BL = np.tile([0, 1, 2, 0, 1, 2, 3, 0], (B, 1))
+
+
+def test_documents_of_a_row_do_not_see_each_other():
+    changed_BL = np.where(SEGMENT_BL == 1, 1 + tokens() % (V - 1), tokens())
+    before, after = (
+        forward(make_batch(x, SEGMENT_BL, POSITION_BL), TOP2)[0]
+        for x in (tokens(), changed_BL)
+    )
+    np.testing.assert_array_equal(before[SEGMENT_BL == 2], after[SEGMENT_BL == 2])
+    assert np.all(np.any(before != after, axis=-1) == (SEGMENT_BL == 1))
+
+
+def test_a_packed_document_has_the_logits_it_has_alone():
+    packed, _ = forward(make_batch(tokens(), SEGMENT_BL, POSITION_BL), TOP2)
+    alone, _ = forward(
+        make_batch(
+            np.roll(tokens(), -3, axis=1),
+            np.tile([1, 1, 1, 1, 0, 0, 0, 0], (B, 1)),
+            np.tile([0, 1, 2, 3, 0, 0, 0, 0], (B, 1)),
+        ),
+        TOP2,
+    )
+    # Logits are of order 1; the two differ in the order of float32 sums.
+    np.testing.assert_allclose(packed[:, 3:7], alone[:, :4], rtol=1e-5, atol=1e-5)
+
+
+def test_attention_sees_differences_of_positions_only():
+    block = build(DENSE, TOP1).bind(parameters(DENSE)).periods.blocks[0]
+    weights = jax.tree.map(lambda x: x[0], block.attention)
+    x_BLM = np.random.default_rng(2).normal(size=(1, L, 8)).astype(np.float32)
+    run = jax.jit(
+        lambda position_L: attend(
+            weights, x_BLM, position_L[None], np.ones((1, L), np.int32), 10_000.0
+        )
+    )
+    place_L = np.arange(L)
+    # Angles up to 107 rad are rounded by 107 · 2⁻²⁴ = 6e-6.
+    np.testing.assert_allclose(run(place_L + 100), run(place_L), rtol=0, atol=1e-4)
+    assert np.abs(run(3 * place_L) - run(place_L)).max() > 0.01
+
+
+# Feed-forward layers.
+
+
+def gelu(x):
+    """The approximation by tanh (arXiv:1606.08415, section 2)."""
+    return x / 2 * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+ACTIVATIONS = {
+    "relu": lambda up, gate: np.maximum(up, 0),
+    "gelu": lambda up, gate: gelu(up),
+    "geglu": lambda up, gate: gelu(gate) * up,
+    "swiglu": lambda up, gate: gate / (1 + np.exp(-gate)) * up,
+}
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_dense_layers_and_experts_apply_their_activation(activation):
+    rng = np.random.default_rng(3)
+    E, M, F = 2, 4, 6
+    w = {
+        "up": rng.normal(size=(E, M, F)).astype(np.float32),
+        "down": rng.normal(size=(E, F, M)).astype(np.float32),
+        "gate": rng.normal(size=(E, M, F)).astype(np.float32),
+    }
+    x_ERM = rng.normal(size=(E, 3, M)).astype(np.float32)
+    expected_ERM = (
+        ACTIVATIONS[activation](x_ERM @ w["up"], x_ERM @ w["gate"]) @ w["down"]
+    )
+    if activation in ("relu", "gelu"):
+        del w["gate"]
+
+    @jax.jit
+    def run(w, x_ERM):
+        layer = FeedForward(
+            jax.random.key(0), model_dim=M, mlp_dim=F, activation=activation
+        )
+        assert hasattr(layer, "gate") == ("gate" in w)
+        for name, matrices in w.items():
+            getattr(layer, name)[...] = matrices[0]
+        experts_ERM = expert_feed_forward(w, x_ERM, activation)
+        return experts_ERM, feed_forward(layer, x_ERM[:1], activation)
+
+    experts_ERM, dense_1RM = run(w, x_ERM)
+    np.testing.assert_allclose(experts_ERM, expected_ERM, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(dense_1RM, expected_ERM[:1], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_gated_activations_have_a_gate_matrix_in_every_layer(activation):
+    settings = dataclasses.replace(MODEL, activation=activation, moe_every=2)
+    paths = {
+        jax.tree_util.keystr(path, simple=True, separator="/")
+        for path, _ in jax.tree.leaves_with_path(shapes(settings))
+    }
+    gates = {path for path in paths if path.endswith("/gate")}
+    assert gates == (
+        {
+            "periods/blocks/0/feed_forward/gate",
+            "periods/blocks/1/moe/experts/gate",
+        }
+        if activation in ("geglu", "swiglu")
+        else set()
+    )
+    logits_BLV, _ = jax.eval_shape(
+        functools.partial(transformer.forward, build(settings, TOP2)),
+        shapes(settings),
+        make_batch(tokens()),
+        np.arange(B),
+    )
+    assert (logits_BLV.shape, logits_BLV.dtype) == ((B, L, V), jnp.float32)
+
+
+@pytest.mark.fast
+def test_a_model_without_experts_has_no_router_and_no_sums():
+    settings = dataclasses.replace(MODEL, moe_every=0)
+    assert "moe" not in shapes(settings)["periods"]["blocks"][0]
+    _, sums = jax.eval_shape(
+        functools.partial(transformer.forward, build(settings, TOP2)),
+        shapes(settings),
+        make_batch(tokens()),
+        np.arange(B),
+        jax.random.key(0),
+    )
+    assert sums is None
+
+
+# Precision.
+
+
+def loss_of(params, settings: ModelSettings):
+    batch = make_batch(tokens())
+    rows = np.arange(B, dtype=np.int32)
+    logits_BLV, router = transformer.forward(
+        build(settings, TOP1), params, batch, rows, jax.random.key(7)
+    )
+    sums = losses.sums(logits_BLV, tokens(), np.ones((B, L)), router)
+    return losses.total(sums, LossSettings(balance_weight=0.1))[0]
+
+
+BFLOAT16 = dataclasses.replace(MODEL, dtype="bfloat16", remat="minimal")
+
+
+def equations(jaxpr):
+    """All equations, those of loops, branches and devices too."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jax.tree.leaves(
+            list(equation.params.values()),
+            is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr"),
+        ):
+            if hasattr(inner, "jaxpr"):
+                inner = inner.jaxpr
+            if hasattr(inner, "eqns"):
+                yield from equations(inner)
+
+
+@pytest.mark.fast
+def test_in_bfloat16_the_router_and_everything_that_is_kept_stay_float32():
+    differentiate = jax.value_and_grad(functools.partial(loss_of, settings=BFLOAT16))
+    jaxpr, (loss, gradients) = jax.make_jaxpr(differentiate, return_shape=True)(
+        shapes(BFLOAT16)
+    )
+    for array in jax.tree.leaves((shapes(BFLOAT16), loss, gradients)):
+        assert array.dtype == jnp.float32
+
+    products = [e for e in equations(jaxpr.jaxpr) if e.primitive.name == "dot_general"]
+    # E = 5 is the size of nothing else; the products of experts are batched over it.
+    routers = [
+        product
+        for product in products
+        if product.params["dimension_numbers"][1] == ((), ())
+        and any(5 in v.aval.shape for v in (*product.invars, *product.outvars))
+    ]
+    assert len(routers) == 3, "forward, and backward to the tokens and the weights"
+    highest = jax.lax.Precision.HIGHEST
+    for product in routers:
+        assert {v.aval.dtype for v in product.invars} == {jnp.dtype("float32")}
+        assert product.params["precision"] == (highest, highest)
+    experts = [
+        product
+        for product in products
+        if all(v.aval.shape[:1] == (5,) for v in product.invars)
+    ]
+    assert len(experts) >= 6, "up and down, forward and backward"
+    for product in experts:
+        assert {v.aval.dtype for v in product.invars} == {jnp.dtype("bfloat16")}
+
+
+@functools.cache
+def loss_and_gradients(settings: ModelSettings):
+    differentiate = jax.value_and_grad(functools.partial(loss_of, settings=settings))
+    return jax.device_get(jax.jit(differentiate)(parameters(MODEL)))
+
+
+def test_the_loss_in_bfloat16_is_close_to_the_loss_in_float32():
+    exact, _ = loss_and_gradients(MODEL)
+    rounded = jax.jit(functools.partial(loss_of, settings=BFLOAT16))(parameters(MODEL))
+    assert exact != rounded
+    np.testing.assert_allclose(rounded, exact, rtol=0.02)
+
+
+# Remat.
+
+
+@pytest.mark.parametrize(
+    "remat", ["minimal", pytest.param("full", marks=pytest.mark.slow)]
+)
+def test_every_remat_policy_gives_the_same_gradients(remat):
+    jax.tree.map(
+        # Of order 1; what is recomputed may be fused in another way.
+        functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6),
+        loss_and_gradients(dataclasses.replace(MODEL, remat=remat)),
+        loss_and_gradients(MODEL),
+    )
+
+
+def test_a_stricter_remat_policy_keeps_less():
+    def kept_bytes(remat):
+        settings = dataclasses.replace(MODEL, remat=remat)
+        loss = functools.partial(loss_of, settings=settings)
+        backward = jax.eval_shape(lambda p: jax.vjp(loss, p)[1], shapes(MODEL))
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(backward))
+
+    assert kept_bytes("full") < kept_bytes("minimal") < kept_bytes("none")
+
+
+# Dropout, and experts beyond the number of devices.
+
+
+def test_sixteen_experts_and_dropout_on_eight_devices_equal_one_device():
+    settings = dataclasses.replace(MODEL, num_experts=16, dropout=0.3)
+    run = functools.partial(forward, make_batch(tokens()), TOP2, settings)
+    one = run(key=jax.random.key(7))
+    eight = run(key=jax.random.key(7), mesh="e8")
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), eight, one
+    )
+    other, _ = run(key=jax.random.key(8))
+    assert np.abs(other - one[0]).max() > 0.1, "dropout is meant to be visible"
+
+
+@pytest.mark.parametrize(
+    ("settings", "router", "draws"),
+    [
+        ({}, {}, False),
+        ({"dropout": 0.1}, {}, True),
+        ({}, {"jitter": 0.1}, True),
+        ({}, {"second_policy": "random"}, True),
+    ],
+)
+def test_nothing_is_drawn_that_is_switched_off(settings, router, draws):
+    model = build(
+        dataclasses.replace(MODEL, **settings), dataclasses.replace(TOP2, **router)
+    )
+
+    def primitives(key):
+        jaxpr = jax.make_jaxpr(functools.partial(transformer.forward, model))(
+            shapes(MODEL), make_batch(tokens()), np.arange(B), key
+        )
+        return {equation.primitive.name for equation in equations(jaxpr.jaxpr)}
+
+    assert ("random_bits" in primitives(jax.random.key(0))) == draws
+    assert "random_bits" not in primitives(None)

@@ -1,0 +1,243 @@
+"""Optimizers on stacks of matrices, schedules, clipping, and the axes of the state."""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from moe.model import transformer
+from moe.settings import ModelSettings, OptimizerSettings
+from moe.training.optimizer import make_optimizer, make_schedule, state_axes
+from partitioning import rules
+
+LAYERS, EXPERTS, IN, OUT = 2, 3, 128, 160  # from 128 on Adafactor factors a dimension
+ADAFACTOR = OptimizerSettings(
+    name="adafactor",
+    learning_rate=0.01,
+    schedule="constant",
+    warmup_steps=0,
+    b1=0.0,
+    weight_decay=0.0,
+    clip_norm=0.0,
+)
+ADAMW = dataclasses.replace(ADAFACTOR, name="adamw", b1=0.9)
+STEPS = 3
+
+
+@functools.cache
+def stack():
+    """A stack of matrices and gradients for a few steps, of very unequal scales."""
+    rng = np.random.default_rng(0)
+    shape = (LAYERS, EXPERTS, IN, OUT)
+    scale = 10.0 ** rng.uniform(-3, 3, (2, LAYERS, EXPERTS, 1, 1))
+    params = rng.normal(size=shape) * scale[0]
+    gradients = rng.normal(size=(STEPS, *shape)) * scale[1]
+    return params.astype(np.float32), gradients.astype(np.float32)
+
+
+def learn(optimizer, params, gradients):
+    """Parameters and state after the steps."""
+
+    @jax.jit
+    def run(params, gradients):
+        def step(carried, gradient):
+            params, state = carried
+            updates, state = optimizer.update(gradient, state, params)
+            return (optax.apply_updates(params, updates), state), None
+
+        start = params, optimizer.init(params)
+        return jax.lax.scan(step, start, gradients)[0]
+
+    return run(params, gradients)
+
+
+@functools.cache
+def learned_stack():
+    axes = {"up": ("layers", "expert", "embed", "mlp")}
+    params, gradients = ({"up": x} for x in stack())
+    params, state = learn(make_optimizer(ADAFACTOR, STEPS, axes), params, gradients)
+    return np.asarray(params["up"]), state
+
+
+def test_adafactor_on_a_stack_equals_adafactor_on_each_matrix_alone():
+    params, gradients = stack()
+    alone = jax.jit(functools.partial(learn, optax.adafactor(ADAFACTOR.learning_rate)))
+    stacked, _ = learned_stack()
+    for layer in range(LAYERS):
+        for expert in range(EXPERTS):
+            one = layer, expert
+            expected, _ = alone(params[one], gradients[:, *one])
+            moved = np.abs(expected - params[one]).max()
+            assert moved > 0.01 * np.std(params[one]), "the step is meant to be visible"
+            # The last bit of the largest parameters, 5 standard deviations, is 3e-7 of
+            # one: only the order of the sums in a root mean square differs.
+            np.testing.assert_allclose(
+                stacked[one], expected, rtol=0, atol=3e-7 * np.std(params[one])
+            )
+
+
+def test_factored_moments_keep_layers_and_experts_apart():
+    _, state = learned_stack()
+    shapes = [x.shape for x in jax.tree.leaves(state) if x.size > LAYERS * EXPERTS]
+    assert sorted(shapes) == [(LAYERS, EXPERTS, IN), (LAYERS, EXPERTS, OUT)]
+
+
+TINY = ModelSettings(
+    vocab_size=256,
+    num_layers=2,
+    model_dim=128,
+    num_heads=2,
+    head_dim=128,
+    mlp_dim=128,
+    activation="relu",
+    num_experts=3,
+    expert_mlp_dim=160,
+    tie_embeddings=False,
+)
+
+
+@functools.cache
+def tiny():
+    """Shapes and logical axes of a model whose matrices are large enough to factor."""
+    shapes = jax.eval_shape(lambda: transformer.init_params(jax.random.key(0), TINY))
+    return shapes, transformer.param_axes(TINY)
+
+
+@pytest.mark.parametrize("settings", [ADAMW, ADAFACTOR], ids=lambda s: s.name)
+def test_weight_decay_touches_matrices_only(settings):
+    # Without a gradient a step is the decay alone.
+    settings = dataclasses.replace(settings, learning_rate=0.5, weight_decay=0.1)
+    axes = {
+        "norm": ("embed",),
+        "norms": ("layers", "embed"),
+        "scales": ("layers", "expert", "embed"),
+        "embedding": ("vocab", "embed"),
+        "experts": ("layers", "expert", "embed", "mlp"),
+    }
+    params = {name: np.ones((2,) * len(axes[name]), np.float32) for name in axes}
+    optimizer = make_optimizer(settings, STEPS, axes)
+    gradients = jax.tree.map(lambda p: np.zeros((1, *p.shape), np.float32), params)
+    after, _ = learn(optimizer, params, gradients)
+    for name, value in after.items():
+        expected = 1 - 0.5 * 0.1 if name in ("embedding", "experts") else 1
+        np.testing.assert_allclose(value, expected, rtol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("clip_norm", "norm"),
+    [(1.0, 1.0), (20.0, 10.0), (0.0, 10.0)],  # clipped, small enough, not clipped
+)
+def test_gradients_are_clipped_by_their_global_norm(clip_norm, norm):
+    settings = dataclasses.replace(ADAMW, b1=0.5, clip_norm=clip_norm)
+    gradients = {"a": np.full(4, 3.0, np.float32), "b": np.full(4, 4.0, np.float32)}
+    axes = {"a": ("embed",), "b": ("embed",)}  # 10 = √(4 · 9 + 4 · 16)
+    optimizer = make_optimizer(settings, STEPS, axes)
+    update = jax.jit(optimizer.update)
+    _, state = update(gradients, optimizer.init(gradients), gradients)
+    # The first moment after one step is half of what went in.
+    adam = next(part for part in state if isinstance(part, optax.ScaleByAdamState))
+    np.testing.assert_allclose(2 * adam.mu["a"], 3.0 * norm / 10, rtol=1e-6)
+    np.testing.assert_allclose(2 * adam.mu["b"], 4.0 * norm / 10, rtol=1e-6)
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    ("schedule", "after"),
+    [
+        ("constant", {40: 1, 110: 1}),
+        ("rsqrt", {40: 1 / 2, 90: 1 / 3}),  # √(10 / 40), √(10 / 90)
+        ("cosine", {60: 0.6, 110: 0.2}),  # half-way from 1 to 0.2, and the end
+    ],
+)
+def test_learning_rates_rise_to_their_peak_and_follow_their_schedule(schedule, after):
+    settings = OptimizerSettings(
+        learning_rate=3.0, schedule=schedule, warmup_steps=10, final_fraction=0.2
+    )
+    # The first update is made with a tenth of the peak, the tenth with the peak.
+    expected = {0: 0.1, 4: 0.5, 8: 0.9, 9: 1, 10: 1} | after
+    rate = jax.jit(make_schedule(settings, train_steps=110))
+    np.testing.assert_allclose(
+        rate(np.array(list(expected))), 3 * np.array(list(expected.values())), rtol=1e-6
+    )
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("schedule", ["constant", "rsqrt", "cosine"])
+def test_without_warm_up_the_first_update_is_made_at_the_peak(schedule):
+    settings = OptimizerSettings(learning_rate=3.0, schedule=schedule, warmup_steps=0)
+    rate = jax.jit(make_schedule(settings, train_steps=100))(np.array([0, 1, 50]))
+    assert rate[0] == 3
+    assert np.all(np.diff(rate) <= 0)
+
+
+@functools.cache
+def axes_by_path(settings: OptimizerSettings) -> dict[str, tuple]:
+    """Shape and logical axes of every array of the optimizer's state."""
+    shapes, axes = tiny()
+    optimizer = make_optimizer(settings, STEPS, axes)
+    state = jax.eval_shape(optimizer.init, shapes)
+    table = {}
+    for path, array, array_axes in rules.leaves(state, state_axes(state, shapes, axes)):
+        assert len(array_axes) == array.ndim, path
+        table[path] = array.shape, array_axes
+    return table
+
+
+@pytest.mark.fast
+def test_the_moments_of_adamw_have_the_axes_of_their_parameters():
+    shapes, axes = tiny()
+    table = axes_by_path(ADAMW)
+    for path, array, array_axes in rules.leaves(shapes, axes):
+        for moment in ("mu", "nu"):
+            (where,) = (name for name in table if name.endswith(f"/{moment}/{path}"))
+            assert table[where] == (array.shape, array_axes)
+    counters = [entry for path, entry in table.items() if path.endswith("count")]
+    assert counters == [((), ())] * 2
+    assert len(table) == 2 * len(rules.leaves(shapes, axes)) + len(counters)
+
+
+# Whole moment, row moment and column moment of one parameter of each kind. Where rows
+# and columns stand for the whole, it is a placeholder of one number, and the other way
+# round. Head by head, an attention matrix [128, 2, 128] has rows and columns, too.
+ADAFACTOR_AXES = {
+    "embedding": "1:– | 128:– | 256:–",
+    "final_norm": "128:embed | 1:– | 1:–",
+    "periods/blocks/0/attention/query": (
+        "1:layers 1:– | 1:layers 128:– 2:– | 1:layers 2:– 128:–"
+    ),
+    "periods/blocks/1/feed_forward_norm": (
+        "1:layers 128:embed | 1:layers 1:– | 1:layers 1:–"
+    ),
+    "periods/blocks/1/moe/router": (
+        "1:layers 128:embed 3:– | 1:layers 1:– | 1:layers 1:–"
+    ),
+    "periods/blocks/1/moe/experts/up": (
+        "1:layers 3:expert 1:– | 1:layers 3:expert 128:– | 1:layers 3:expert 160:–"
+    ),
+}
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("path", ADAFACTOR_AXES)
+def test_the_moments_of_adafactor_have_these_axes(path):
+    table = axes_by_path(ADAFACTOR)
+    written = [
+        " ".join(f"{size}:{axis or '–'}" for size, axis in zip(*entry, strict=True))
+        for moment in ("v", "v_row", "v_col")
+        for where, entry in table.items()
+        if f"/{path}/" in where and where.endswith(f"/{moment}")
+    ]
+    assert " | ".join(written) == ADAFACTOR_AXES[path]
+
+
+@pytest.mark.fast
+def test_the_first_moment_of_adafactor_has_the_axes_of_its_parameter():
+    shapes, axes = tiny()
+    with_momentum = axes_by_path(dataclasses.replace(ADAFACTOR, b1=0.9))
+    added = with_momentum.keys() - axes_by_path(ADAFACTOR).keys()
+    for path, array, array_axes in rules.leaves(shapes, axes):
+        (where,) = (name for name in added if name.endswith(f"/ema/{path}"))
+        assert with_momentum[where] == (array.shape, array_axes)

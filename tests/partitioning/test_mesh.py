@@ -1,0 +1,61 @@
+"""Meshes: six axes whatever the sizes, and errors that name the numbers."""
+
+import jax
+import pytest
+from jax.sharding import AxisType
+
+from partitioning.mesh import describe, make_mesh
+from partitioning.settings import AXES, BATCH_AXES, MeshSettings, problems
+
+pytestmark = pytest.mark.fast
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [MeshSettings(), MeshSettings(data=2, expert=4), MeshSettings(replica=2, data=2)],
+)
+def test_all_six_axes_are_there_whatever_their_sizes(settings):
+    mesh = make_mesh(settings)
+    assert mesh.axis_names == AXES
+    assert len(AXES) == 6
+    assert dict(mesh.shape) == {axis: getattr(settings, axis) for axis in AXES}
+    assert mesh.axis_types == (AxisType.Auto,) * 6
+    assert mesh.size == settings.num_devices
+    assert len({device.id for device in mesh.devices.flat}) == mesh.size
+
+
+def test_a_small_mesh_takes_the_first_devices():
+    mesh = make_mesh(MeshSettings(data=2))
+    assert set(mesh.devices.flat) == set(jax.devices()[:2])
+    last = jax.devices()[-2:]
+    assert set(make_mesh(MeshSettings(data=2), last).devices.flat) == set(last)
+
+
+def test_too_few_devices_is_an_error_with_the_numbers():
+    with pytest.raises(ValueError, match="data 4 × expert 4 needs 16 devices"):
+        make_mesh(MeshSettings(data=4, expert=4))  # of the 8 that are here
+    with pytest.raises(ValueError, match="needs 2 devices, and 1 are"):
+        make_mesh(MeshSettings(expert=2), jax.devices()[:1])
+
+
+def test_a_mesh_is_described_by_its_axes_larger_than_one():
+    assert describe(MeshSettings()) == "one device"
+    assert describe(MeshSettings(expert=4, data=2)) == "data 2 × expert 4"
+
+
+def test_the_batch_is_split_over_the_product_of_its_axes():
+    assert BATCH_AXES == ("replica", "data", "expert")
+    settings = MeshSettings(replica=2, data=3, expert=5)
+    assert settings.batch_shards == settings.num_devices == 30
+    assert MeshSettings(stage=2, context=2, model=2).batch_shards == 1
+
+
+def test_sizes_below_one_and_axes_not_built_yet_are_all_listed():
+    assert problems(MeshSettings(replica=2, data=2, expert=2)) == []
+    found = problems(MeshSettings(data=0, expert=-1, model=2, context=4))
+    assert [fault.partition(":")[0] for fault in found] == [
+        "MESH_DATA = 0",
+        "MESH_EXPERT = -1",
+        "MESH_CONTEXT = 4",
+        "MESH_MODEL = 2",
+    ]

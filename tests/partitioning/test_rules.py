@@ -1,0 +1,130 @@
+"""The one table: what it makes of logical axes, of sizes, and of a whole model."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import Mesh, PartitionSpec
+
+from moe.model import transformer
+from moe.settings import ModelSettings
+from moe.testing import MESHES
+from partitioning import rules
+from partitioning.mesh import make_mesh
+from partitioning.settings import AXES, MeshSettings
+
+pytestmark = pytest.mark.fast
+
+TINY = ModelSettings(
+    vocab_size=32,
+    num_layers=4,
+    model_dim=8,
+    num_heads=2,
+    head_dim=4,
+    mlp_dim=16,
+    activation="geglu",
+    num_experts=4,
+    expert_mlp_dim=12,
+    tie_embeddings=False,
+)
+
+
+def array(*shape: int, dtype=jnp.float32) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+@functools.cache
+def mesh_2x4() -> Mesh:
+    return make_mesh(MESHES["d2e4"])
+
+
+@pytest.mark.parametrize(
+    ("logical_axes", "mesh_axes"),
+    [
+        ((), ()),
+        ((None, "embed", "layers"), (None, None, None)),
+        (("batch", "length"), (("replica", "data", "expert"), "context")),
+        (("layers", "expert", "embed", "mlp"), (None, "expert", None, "model")),
+        (("embed", "heads", "head_dim"), (None, "model", None)),
+        (("vocab", "embed"), ("model", None)),
+    ],
+)
+def test_logical_axes_become_mesh_axes(logical_axes, mesh_axes):
+    assert rules.spec(logical_axes) == PartitionSpec(*mesh_axes)
+
+
+def test_the_table_names_mesh_axes_only_and_no_array_uses_one_twice():
+    for mesh_axes in rules.RULES.values():
+        assert set(mesh_axes) <= set(AXES)
+    shapes = jax.eval_shape(lambda: transformer.init_params(jax.random.key(0), TINY))
+    for path, _, axes in rules.leaves(shapes, transformer.param_axes(TINY)):
+        used = [mesh_axis for axis in axes if axis for mesh_axis in rules.RULES[axis]]
+        assert len(used) == len(set(used)), path
+
+
+def test_an_axis_that_is_not_in_the_table_is_an_error():
+    with pytest.raises(KeyError, match="embde"):
+        rules.spec(("embde",))
+
+
+def test_every_dimension_that_does_not_divide_is_listed_with_its_numbers():
+    shapes = {"a": array(6, 5), "b": {"c": array(12), "d": array(8, 8)}}
+    axes = {"a": ("expert", "embed"), "b": {"c": ("batch",), "d": ("expert", None)}}
+    assert rules.problems(mesh_2x4(), shapes, axes) == [
+        "a: its 'expert' dimension of 6 does not divide over the mesh axes expert of "
+        "size 4",
+        "b/c: its 'batch' dimension of 12 does not divide over the mesh axes "
+        "replica×data×expert of size 8",
+    ]
+    assert rules.problems(make_mesh(MeshSettings()), shapes, axes) == []
+
+
+def test_logical_axes_that_do_not_match_the_dimensions_are_an_error():
+    with pytest.raises(ValueError, match="zip"):
+        rules.problems(mesh_2x4(), {"a": array(4, 4)}, {"a": ("expert",)})
+
+
+def test_the_placement_table_gives_the_bytes_on_one_device():
+    shapes = {"w": array(4, 6), "x": array(16, 3, dtype=jnp.bfloat16), "n": array()}
+    axes = {"w": ("expert", "embed"), "x": ("batch", None), "n": ()}
+    assert sorted(rules.placement_table(mesh_2x4(), shapes, axes)) == [
+        ("n", "", "", "", 4),
+        ("w", "4×6", "expert, embed", "expert, –", 24),  # 4·6 / 4 experts · 4 bytes
+        ("x", "16×3", "batch, –", "replica×data×expert, –", 12),  # 16·3 / 8 · 2 bytes
+    ]
+
+
+# Path, mesh axes, bytes on one of 2 × 4 devices. `model` has size 1 there, so only the
+# experts are cut: up has 2 layers · 4 / 4 experts · 8 · 12 numbers of 4 bytes.
+PLACEMENT = """
+embedding | model, – | 1024
+final_norm | – | 32
+head | –, model | 1024
+periods/blocks/0/attention/key | –, –, model, – | 512
+periods/blocks/0/attention/output | –, model, –, – | 512
+periods/blocks/0/attention/query | –, –, model, – | 512
+periods/blocks/0/attention/value | –, –, model, – | 512
+periods/blocks/0/attention_norm | –, – | 64
+periods/blocks/0/feed_forward/down | –, model, – | 1024
+periods/blocks/0/feed_forward/gate | –, –, model | 1024
+periods/blocks/0/feed_forward/up | –, –, model | 1024
+periods/blocks/0/feed_forward_norm | –, – | 64
+periods/blocks/1/attention/key | –, –, model, – | 512
+periods/blocks/1/attention/output | –, model, –, – | 512
+periods/blocks/1/attention/query | –, –, model, – | 512
+periods/blocks/1/attention/value | –, –, model, – | 512
+periods/blocks/1/attention_norm | –, – | 64
+periods/blocks/1/feed_forward_norm | –, – | 64
+periods/blocks/1/moe/experts/down | –, expert, model, – | 768
+periods/blocks/1/moe/experts/gate | –, expert, –, model | 768
+periods/blocks/1/moe/experts/up | –, expert, –, model | 768
+periods/blocks/1/moe/router | –, –, – | 256
+"""
+
+
+def test_the_placement_of_a_tiny_model_is_this():
+    shapes = jax.eval_shape(lambda: transformer.init_params(jax.random.key(0), TINY))
+    table = rules.placement_table(mesh_2x4(), shapes, transformer.param_axes(TINY))
+    lines = sorted(f"{path} | {axes} | {size}" for path, _, _, axes, size in table)
+    assert lines == PLACEMENT.strip().splitlines()

@@ -28,8 +28,8 @@ help:  ## list the targets
 
 setup: $(ready)  ## create .venv from requirements.lock
 
-demo: $(ready)  ## train the demonstration on this machine
-	$(BIN)/switchyard train --gin_file=configs/runs/demo.gin
+demo: $(ready)  ## train the demonstration on this machine; DEMO_FLAGS="--gin.TRAIN_STEPS=50" changes it
+	$(BIN)/switchyard train --gin_file=configs/runs/demo.gin $(DEMO_FLAGS)
 
 # A file's tests stay in one process, so that they share what they compiled.
 pytest = $(BIN)/python -m pytest -n 2 --dist=loadfile --durations=15

@@ -213,7 +213,7 @@ def test_the_ledger_accounts_for_every_choice():
         probability_PE=np.ones((2, 3), np.float32),
         first_PE=np.array([[2, 1, 0], [1, 1, 1]]),
         chosen_PE=np.array([[4, 2, 0], [2, 2, 2]]),
-        kept_PE=np.array([[3, 2, 0], [2, 1, 2]]),
+        kept_PE=np.array([[3, 2, 0], [2, 0, 2]]),
         padding_P=np.array([2, 2]),
         z_P=np.zeros(2, np.float32),
         entropy_P=np.array([1.5, 3.0], np.float32),
@@ -221,15 +221,15 @@ def test_the_ledger_accounts_for_every_choice():
     )
     expected = {
         "router/load": [[2 / 3, 1 / 3, 0], [1 / 3] * 3],
-        "router/dropped_fraction_per_layer": [1 / 6, 1 / 6],
+        "router/dropped_fraction_per_layer": [1 / 6, 2 / 6],
         "router/entropy_nats_per_layer": [0.5, 1.0],  # 1.5 / 3 and 3 / 3
-        "router/dropped_fraction": 2 / 12,
+        "router/dropped_fraction": 3 / 12,
         "router/entropy_nats": 0.75,
         "router/max_violation": 1.0,  # the largest load, ⅔, is twice the fair ⅓
-        "router/dead_experts": 1,
+        "router/dead_experts": 1,  # never chosen; full is another thing
         "ledger/routed_choices": 16,  # 6 + 6 chosen and 2 + 2 of padding
-        "ledger/computed_choices": 10,
-        "ledger/dropped_choices": 2,
+        "ledger/computed_choices": 9,
+        "ledger/dropped_choices": 3,
         "ledger/padding_choices": 4,
     }
     actual = jax.device_get(jax.jit(losses.ledger)(router))

@@ -114,7 +114,7 @@ def test_progress_ends_every_phase(tmp_path):
     seen = []
     store = prepared_by(settings(tmp_path / "store"), seen.append)
     last = {progress.phase: progress for progress in seen}
-    assert list(last) == ["train", "validation", "baselines"]
+    assert list(last) == ["SeqIO", "train", "validation", "baselines"]
     for split in ("train", "validation"):
         manifest = store.manifest.splits[split]
         assert last[split].documents == manifest.documents

@@ -9,13 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from launch import prepare
-from launch.assemble import Run, assemble
-from launch.checkpoints import Checkpoints
+from launch.assemble import Run
 from launch.errors import EXIT_DONE
 from launch.feed import Feed
 from launch.gin_files import ResolvedConfig
 from launch.terminal import waiting
+from launch.trained import restored
 from moe.training import losses
 from moe.training.losses import Sums
 from tasks.batches import HeldoutBatches
@@ -24,17 +23,10 @@ from tasks.store import TokenStore
 
 def main(config: ResolvedConfig, options: argparse.Namespace) -> int:
     """Scores a checkpoint on the whole held-out split."""
-    store = prepare.open_checked(config)
-    run = assemble(config)
-    with (
-        jax.set_mesh(run.mesh),
-        Checkpoints(config.settings.loop.model_dir, keep=1, read_only=True) as saved,
-    ):
-        step = saved.require(options.step)
-        with waiting(f"restoring step {step}", quiet=options.quiet):
-            params = saved.restore_params(step, run, store.manifest)
+    with restored(config, options) as trained:
+        run, store = trained.run, trained.store
         with waiting("scoring the held-out split", quiet=options.quiet):
-            record = heldout(run, store, params, run.compile_eval_step(), 0)
+            record = heldout(run, store, trained.params, run.compile_eval_step(), 0)
     for name in ("loss/nats_per_token", "loss/bits_per_byte", "accuracy/fraction"):
         print(f"{name:24} {record[name]:.4f}")
     for name in ("router/dropped_fraction", "tokens"):

@@ -8,12 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from launch import prepare
-from launch.assemble import Run, assemble
-from launch.checkpoints import Checkpoints
+from launch.assemble import Run
 from launch.errors import EXIT_DONE
 from launch.gin_files import ResolvedConfig
 from launch.terminal import waiting
+from launch.trained import restored
 from moe.model import decoding
 from partitioning import rules
 from tasks.vocabularies import Vocabulary
@@ -23,17 +22,10 @@ _PROMPT_STEP = 64  # prompts are padded to a multiple, so that few lengths compi
 
 def main(config: ResolvedConfig, options: argparse.Namespace) -> int:
     """Prints a prompt and its continuation; nothing else goes to standard output."""
-    store = prepare.open_checked(config)
-    run = assemble(config)
-    with (
-        jax.set_mesh(run.mesh),
-        Checkpoints(config.settings.loop.model_dir, keep=1, read_only=True) as saved,
-    ):
-        step = saved.require(options.step)
-        with waiting(f"restoring step {step}", quiet=options.quiet):
-            params = saved.restore_params(step, run, store.manifest)
+    with restored(config, options) as trained:
+        vocabulary = trained.store.vocabulary
         with waiting("drawing tokens", quiet=options.quiet):
-            continuation = continue_prompt(run, params, store.vocabulary)
+            continuation = continue_prompt(trained.run, trained.params, vocabulary)
     print(config.settings.sample.prompt + continuation)
     return EXIT_DONE
 

@@ -1,0 +1,52 @@
+"""A trained model of a run, ready to be scored or to draw text."""
+
+import argparse
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+
+from launch import prepare
+from launch.assemble import Run, assemble
+from launch.checkpoints import Checkpoints
+from launch.gin_files import ResolvedConfig
+from launch.terminal import waiting
+from tasks.store import TokenStore
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """What a checkpoint holds, on the mesh of its run.
+
+    Attributes:
+        run: the assembled run.
+        store: its data.
+        params: the parameters of the step asked for.
+    """
+
+    run: Run
+    store: TokenStore
+    params: Any
+
+
+@contextlib.contextmanager
+def restored(config: ResolvedConfig, options: argparse.Namespace) -> Iterator[Trained]:
+    """Restores the parameters of `options.step`, or of the newest checkpoint.
+
+    Raises:
+        StoreError: the store of the run is missing or damaged.
+        CheckpointError: there is no such checkpoint, or it does not fit.
+    """
+    store = prepare.open_checked(config)
+    run = assemble(config)
+    model_dir = config.settings.loop.model_dir
+    with (
+        jax.set_mesh(run.mesh),
+        Checkpoints(model_dir, keep=1, read_only=True) as saved,
+    ):
+        step = saved.require(options.step)
+        with waiting(f"restoring step {step}", quiet=options.quiet):
+            params = saved.restore_params(step, run, store.manifest)
+        yield Trained(run, store, params)

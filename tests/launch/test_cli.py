@@ -251,6 +251,10 @@ def test_an_interrupt_is_one_line_and_code_130(capsys, stub):
 # ---------------------------------------------------------------- what a verb gets
 
 
+# What configs/hardware/cpu*.gin ask for.
+YNN = "--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_DOT"
+
+
 def test_the_first_line_and_the_environment_come_before_jax():
     given, shown = run_probe("train", "--gin_file=configs/runs/demo.gin")
     version = importlib.metadata.version("switchyard")
@@ -259,9 +263,14 @@ def test_the_first_line_and_the_environment_come_before_jax():
         "devices, data 2 × expert 2 · runs/demo",
         "  set JAX_PLATFORMS=cpu",
         "  set JAX_NUM_CPU_DEVICES=4",
+        f"  set XLA_FLAGS: {YNN}",
     ]
     assert given["module"] == "launch.train"
-    assert given["environment"] == {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "4"}
+    assert given["environment"] == {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": "4",
+        "XLA_FLAGS": YNN,
+    }
     assert "gin" in given["modules"]
     assert not {"jax", "numpy", "tensorflow", "seqio"} & set(given["modules"])
     assert given["options"]["dry_run"] is False
@@ -321,7 +330,7 @@ def test_prepare_touches_no_environment_of_jax(tmp_path):
 def test_what_the_user_exported_wins_and_is_told():
     given, shown = run_probe("train", TINY, JAX_PLATFORMS="cuda", XLA_FLAGS="--a=1")
     assert given["environment"]["JAX_PLATFORMS"] == "cuda"
-    assert given["environment"]["XLA_FLAGS"] == "--a=1"
+    assert given["environment"]["XLA_FLAGS"] == f"--a=1 {YNN}"
     assert "  kept your JAX_PLATFORMS=cuda, where PLATFORM asks for cpu" in shown
 
 

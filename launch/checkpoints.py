@@ -5,10 +5,12 @@ configuration, what data it learnt from. It restores on any mesh. Whatever does 
 is one error that shows every mismatch.
 """
 
+import contextlib
 import dataclasses
 import importlib.metadata
+import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,6 @@ from moe.training.state import TrainState
 from tasks.manifest import Manifest as StoreManifest
 
 FOLDER = "checkpoints"
-_IN_MANIFEST = {"arrays", "data_fingerprint", "vocabulary_fingerprint"}
 
 
 class CheckpointError(UserError):
@@ -40,13 +41,18 @@ class Checkpoints:
 
     def __init__(self, model_dir: str, keep: int, *, read_only: bool = False) -> None:
         self.folder = Path(model_dir).absolute() / FOLDER
+        for name in ("absl", "asyncio"):
+            logging.getLogger(name).addFilter(_is_no_error)
+        if not read_only:
+            with self._writing(self.folder):
+                self.folder.mkdir(parents=True, exist_ok=True)
         self._manager = ocp.CheckpointManager(
             self.folder,
             item_names=("state", "manifest"),
             options=ocp.CheckpointManagerOptions(
                 max_to_keep=None if read_only else keep,
                 # Orbax's own `read_only` does no more than these, and warns of itself.
-                create=not read_only,
+                create=False,
                 cleanup_tmp_directories=not read_only,
             ),
         )
@@ -54,8 +60,22 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self._manager.close()
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        try:
+            with self._writing(self.folder):
+                self._manager.close()
+        except CheckpointError:
+            if kind is None:  # else the user must hear of what went wrong first
+                raise
+
+    @contextlib.contextmanager
+    def _writing(self, path: Path) -> Iterator[None]:
+        """Says in one line what keeps a checkpoint from being written."""
+        try:
+            yield
+        # Of a full disk TensorStore makes a ValueError, the system an OSError.
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"cannot write {path}: {_short(error)}") from error
 
     def path(self, step: int) -> Path:
         """Where the checkpoint of a step is."""
@@ -113,7 +133,7 @@ class Checkpoints:
             "saved_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             **provenance,
         }
-        try:
+        with self._writing(self.path(step)):
             saved = self._manager.save(
                 step,
                 args=ocp.args.Composite(
@@ -121,8 +141,6 @@ class Checkpoints:
                     manifest=ocp.args.JsonSave(manifest),
                 ),
             )
-        except OSError as error:
-            raise CheckpointError(f"cannot write {self.path(step)}: {error}") from error
         if not saved:
             raise CheckpointError(
                 f"step {step} was not saved: {self.folder} holds a step as new, "
@@ -131,10 +149,8 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Returns when every save has been committed."""
-        try:
+        with self._writing(self.folder):
             self._manager.wait_until_finished()
-        except OSError as error:
-            raise CheckpointError(f"cannot write {self.folder}: {error}") from error
 
     def manifest(self, step: int) -> dict[str, Any]:
         """Reads what a checkpoint says about itself.
@@ -157,7 +173,7 @@ class Checkpoints:
                 f"{self._way_out(step)}"
             ) from error
         manifest = restored["manifest"]
-        if not isinstance(manifest, dict) or not manifest.keys() >= _IN_MANIFEST:
+        if not _is_manifest(manifest):
             raise CheckpointError(
                 f"the manifest of {self.path(step)} lacks what it should say. "
                 f"{self._way_out(step)}"
@@ -280,7 +296,8 @@ class Checkpoints:
             for name, before, now in [("", "saved", "wanted"), *rows]
         ]
         raise CheckpointError(
-            f"{self.path(step)} does not fit this run, in {len(rows)} places:\n"
+            f"{self.path(step)} does not fit this run, in {len(rows)} "
+            f"place{'s' if len(rows) > 1 else ''}:\n"
             + "\n".join(lines)
             + f"\nIt was made with {self.folder.parent / 'config.gin'}; use that "
             "configuration, or another MODEL_DIR to start afresh"
@@ -311,6 +328,17 @@ def provenance(operative: str, store: StoreManifest) -> dict[str, Any]:
         "jax_version": jax.__version__,
         **fingerprints(store),
     }
+
+
+def _is_manifest(found: Any) -> bool:
+    """Whether all is there that a restore compares."""
+    if not isinstance(found, dict):
+        return False
+    needed = {"arrays", "data_fingerprint", "vocabulary_fingerprint"}
+    return found.keys() >= needed and all(
+        array.keys() >= {"shape", "dtype", "digest"}
+        for array in found["arrays"].values()
+    )
 
 
 def named_arrays(tree: Any) -> dict[str, Any]:
@@ -360,5 +388,11 @@ def _mixed(words: jax.Array) -> jax.Array:
 
 
 def _short(error: BaseException) -> str:
-    """The first line of an error, of a length that can be read."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    """The first line of an error; of a long one, how it begins and how it ends."""
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return line if len(line) <= 200 else f"{line[:80]} … {line[-120:]}"
+
+
+def _is_no_error(record: logging.LogRecord) -> bool:
+    """Keeps from the terminal what Orbax logs in every thread before it raises it."""
+    return record.levelno < logging.ERROR

@@ -1,0 +1,271 @@
+"""A run that was killed, stopped or moved goes on as if nothing had happened.
+
+Processes of their own, without the flags that make compiling in the tests fast.
+"""
+
+import dataclasses
+import json
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import commands
+import jax
+import numpy as np
+import pytest
+from commands import Done, Trained
+
+from launch import gin_files
+from launch.assemble import assemble
+from launch.checkpoints import Checkpoints, named_arrays
+from launch.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED
+from launch.feed import place_batch
+from launch.writers import read_metrics
+from tasks.batches import Batches
+from tasks.store import open_store
+
+
+def steps_of(folder: Path) -> list[int]:
+    """The steps of which a whole checkpoint is there."""
+    names = [path.name for path in (folder / "checkpoints").glob("*")]
+    return sorted(int(name) for name in names if name.isdecimal())
+
+
+def records_of(folder: Path) -> list[dict]:
+    """Everything a run recorded, but for its speed."""
+    return [
+        {name: value for name, value in r.items() if not name.startswith("perf/")}
+        for r in read_metrics(folder)
+    ]
+
+
+def manifest_of(folder: Path, step: int) -> dict:
+    path = folder / "checkpoints" / str(step) / "manifest" / "metadata"
+    return json.loads(path.read_text())
+
+
+def state_of(folder: Path, step: int) -> dict[str, np.ndarray]:
+    """The arrays of a checkpoint, on one device."""
+    run = assemble(gin_files.read([str(folder / "config.gin")], ["MESH_DATA=1"]))
+    with Checkpoints(str(folder), keep=1, read_only=True) as saved:
+        arrays = named_arrays(saved.restore(step, run))
+    return {name: np.asarray(array) for name, array in arrays.items()}
+
+
+def assert_ended_alike(folder: Path, undisturbed: Path) -> None:
+    """Both runs are at step 20, and no bit tells them apart."""
+    ours, theirs = manifest_of(folder, 20), manifest_of(undisturbed, 20)
+    assert ours["data_index"] == theirs["data_index"] == 20
+    assert ours["arrays"] == theirs["arrays"]
+    ours, theirs = state_of(folder, 20), state_of(undisturbed, 20)
+    for name, array in ours.items():
+        np.testing.assert_array_equal(
+            array.view("u4"), theirs[name].view("u4"), strict=True, err_msg=name
+        )
+    assert {name.partition("/")[0] for name in ours} == {
+        *("step", "data_index", "skipped_steps", "skipped_in_a_row"),
+        *("params", "opt_state"),
+    }
+    assert records_of(folder) == records_of(undisturbed)
+
+
+class Life:
+    """A run in a process of its own, which waits before it reads a batch."""
+
+    def __init__(self, trained: Trained, folder: Path, pause_at: int) -> None:
+        self._process = trained.start(
+            *("train", *trained.knobs(folder)),
+            program=commands.PAUSED,
+            PAUSE_AT=str(pause_at),
+        )
+
+    def wait(self) -> None:
+        """Returns when it waits."""
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        assert line == "paused\n", self._process.communicate()
+
+    def end(self, number: signal.Signals) -> Done:
+        self._process.send_signal(number)
+        return commands.finish(self._process)
+
+
+def wait_for_step(folder: Path, step: int) -> None:
+    deadline = time.monotonic() + 60
+    while step not in steps_of(folder):
+        assert time.monotonic() < deadline, f"no checkpoint of step {step}"
+        time.sleep(0.01)
+
+
+@dataclasses.dataclass
+class Story:
+    """What became of a run that was killed, then stopped, then left in peace."""
+
+    folder: Path
+    second: Done
+    killed: Done
+    steps_after_kill: list[int]
+    stopped: Done
+    steps_after_stop: list[int]
+    ended: Done
+
+
+@pytest.fixture(scope="module")
+def story(trained, tmp_path_factory) -> Story:
+    """Three lives of one run of 20 steps, checkpoints at every tenth."""
+    folder = tmp_path_factory.mktemp("story") / "run"
+    life = Life(trained, folder, pause_at=14)
+    life.wait()
+    wait_for_step(folder, 10)
+    second = commands.inline("train", *trained.knobs(folder))
+    killed = life.end(signal.SIGKILL)
+    steps_after_kill = steps_of(folder)
+    life = Life(trained, folder, pause_at=15)
+    life.wait()
+    stopped = life.end(signal.SIGTERM)
+    steps_after_stop = steps_of(folder)
+    ended = trained.run("train", *trained.knobs(folder), program=commands.LIGHT)
+    return Story(
+        folder, second, killed, steps_after_kill, stopped, steps_after_stop, ended
+    )
+
+
+def test_a_second_run_in_the_same_folder_is_refused(story):
+    assert story.second.code == 1
+    assert "ModelDirError: another run is writing to " in story.second.err
+    assert "Traceback" not in story.second.err
+
+
+def test_a_killed_run_keeps_its_last_checkpoint(story):
+    assert story.killed.code == -signal.SIGKILL
+    assert story.steps_after_kill == [10]
+
+
+def test_sigterm_saves_and_asks_to_be_started_again(story):
+    assert story.stopped.code == EXIT_PREEMPTED == 42, story.stopped.err
+    assert f"resuming from {story.folder}/checkpoints/10" in story.stopped.err
+    (step,) = set(story.steps_after_stop) - {10}
+    assert 10 < step < 20
+    assert f"stopped, and saved step {step}; the same command" in story.stopped.err
+    assert f"resuming from {story.folder}/checkpoints/{step}" in story.ended.err
+
+
+def test_a_run_goes_on_from_its_store_without_tensorflow(story):
+    assert story.ended.code == 0, story.ended.err  # 99 if it was imported
+
+
+def test_a_killed_and_a_stopped_run_end_bit_for_bit_as_an_undisturbed_one(
+    story, trained
+):
+    assert_ended_alike(story.folder, trained.folder)
+    # What is compared does change from step to step.
+    before, after = (manifest_of(trained.folder, step)["arrays"] for step in (10, 20))
+    same = {name for name in after if before[name] == after[name]}
+    assert same == {"skipped_steps", "skipped_in_a_row"}
+
+
+def losses_of(folder: Path) -> list[float]:
+    """The loss of every step."""
+    records = [r for r in read_metrics(folder) if r["split"] == "train"]
+    assert [r["step"] for r in records] == list(range(1, 21))
+    return [record["loss/nats_per_token"] for record in records]
+
+
+def moved(source: Path, folder: Path) -> Path:
+    """A copy of a run as it was at step 10."""
+    shutil.copytree(source, folder)
+    shutil.rmtree(folder / "checkpoints" / "20")
+    return folder
+
+
+def test_a_run_of_one_device_learns_the_same_on_eight(trained):
+    mesh = ["SIMULATED_DEVICES=8", "MESH_DATA=4", "MESH_EXPERT=2"]
+    run = assemble(gin_files.read([str(trained.folder / "config.gin")], mesh))
+    store = open_store(trained.store)
+    data, settings = run.settings.data, run.settings.train
+    batches = Batches(
+        *(store, data.train_split),
+        length=data.length,
+        batch_size=settings.batch_size,
+        seed=settings.seed,
+        shuffle=data.shuffle,
+    )
+    losses = []
+    with (
+        jax.set_mesh(run.mesh),
+        Checkpoints(str(trained.folder), keep=1, read_only=True) as saved,
+    ):
+        state = saved.restore(10, run, store.manifest)
+        step = run.compile_train_step()
+        for index in range(10, 15):
+            shape = (settings.batch_size, data.length)
+            batch = place_batch(batches.read, index, shape, run.batch_sharding)
+            state, metrics = step(state, batch)
+            losses.append(float(metrics["loss/nats_per_token"]))
+    assert losses == pytest.approx(losses_of(trained.folder)[10:15], rel=1e-5)
+    assert int(state.data_index) == 15
+
+
+@pytest.mark.slow
+def test_a_run_of_one_device_ends_on_eight(trained, tmp_path):
+    folder = moved(trained.folder, tmp_path / "run")
+    mesh = {"SIMULATED_DEVICES": 8, "MESH_DATA": 4, "MESH_EXPERT": 2}
+    done = trained.run("train", *trained.knobs(folder, **mesh))
+    assert done.code == 0, done.err
+    assert f"resuming from {folder}/checkpoints/10" in done.err
+    assert manifest_of(folder, 20)["mesh"]["data"] == 4
+    assert losses_of(folder) == pytest.approx(losses_of(trained.folder), rel=1e-5)
+    assert steps_of(folder) == [10, 20]
+
+
+@pytest.mark.slow
+def test_a_run_of_four_devices_goes_on_on_one(trained, tmp_path):
+    mesh = {"SIMULATED_DEVICES": 4, "MESH_DATA": 2, "MESH_EXPERT": 2}
+    on_four = tmp_path / "on_four"
+    done = trained.run("train", *trained.knobs(on_four, **mesh))
+    assert done.code == 0, done.err
+    folder = moved(on_four, tmp_path / "run")
+    done = trained.run("train", *trained.knobs(folder))
+    assert done.code == 0, done.err
+    assert losses_of(folder) == pytest.approx(losses_of(on_four), rel=1e-5)
+    # The mesh is no part of what is learnt.
+    assert losses_of(on_four) == pytest.approx(losses_of(trained.folder), rel=1e-5)
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_and_ends_as_the_shell_expects(trained, tmp_path):
+    folder = tmp_path / "run"
+    life = Life(trained, folder, pause_at=7)
+    life.wait()
+    done = life.end(signal.SIGINT)
+    assert done.code == EXIT_INTERRUPTED == 130, done.err
+    (step,) = steps_of(folder)
+    assert 0 < step < 20
+    assert f"stopped, and saved step {step}; the same command" in done.err
+    assert trained.run("train", *trained.knobs(folder)).code == 0
+    assert_ended_alike(folder, trained.folder)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_run_survives_kills_at_any_moment(trained, tmp_path):
+    """Saves at every step, is killed while it saves, and compiles afresh each time."""
+    knobs = {"COMPILATION_CACHE_DIR": "", "CHECKPOINT_PERIOD": 1}
+    folder, kills = tmp_path / "run", 0
+    for number in range(6):
+        process = trained.start("train", *trained.knobs(folder, **knobs))
+        known = steps_of(folder)
+        while process.poll() is None and steps_of(folder) == known:
+            time.sleep(0.001)
+        time.sleep(0.003 * number)
+        kills += process.poll() is None
+        process.kill()
+        process.communicate()
+    assert kills >= 3
+    done = trained.run("train", *trained.knobs(folder, **knobs))
+    assert done.code == 0, done.err
+    assert "skipped" not in done.err
+    assert_ended_alike(folder, trained.folder)
+    leftovers = [p for p in (folder / "checkpoints").iterdir() if "tmp" in p.name]
+    assert not leftovers

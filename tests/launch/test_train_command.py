@@ -1,0 +1,284 @@
+"""A tiny run through the command line: what it leaves, what other verbs make of it."""
+
+import html
+import json
+import math
+import re
+import shutil
+from pathlib import Path
+
+import jax
+import pytest
+from commands import TINY, inline
+
+from launch import evaluate, gin_files
+from launch.writers import read_metrics
+from moe.accounting import count
+from tasks.store import open_store
+
+TRAIN_METRICS = {
+    "loss/total",
+    "loss/nats_per_token",
+    "loss/balance",
+    "loss/router_z",
+    "accuracy/fraction",
+    "ledger/routed_choices",
+    "ledger/computed_choices",
+    "ledger/dropped_choices",
+    "ledger/padding_choices",
+    "router/dropped_fraction",
+    "router/dropped_fraction_per_layer",
+    "router/entropy_nats",
+    "router/entropy_nats_per_layer",
+    "router/load",
+    "router/max_violation",
+    "router/dead_experts",
+    "optimizer/gradient_norm",
+    "optimizer/parameter_norm",
+    "optimizer/learning_rate",
+    "state/skipped_steps",
+    "state/skipped_in_a_row",
+    "perf/step_seconds",
+    "perf/tokens_per_second",
+    "perf/data_wait_seconds",
+}
+HELDOUT_METRICS = {
+    *(name for name in TRAIN_METRICS if name.startswith(("loss", "ledger", "router"))),
+    "accuracy/fraction",
+    "loss/bits_per_byte",
+    "tokens",
+}
+SPLITS = {"train": TRAIN_METRICS, "heldout": HELDOUT_METRICS}
+
+
+def last_score(folder: Path) -> dict:
+    """The last held-out record of a run."""
+    return [r for r in read_metrics(folder) if r["split"] == "heldout"][-1]
+
+
+@pytest.fixture(scope="module")
+def config(trained):
+    return gin_files.read([str(trained.folder / "config.gin")])
+
+
+# ------------------------------------------------------------------ what a run leaves
+
+
+def test_a_run_prepares_its_store_trains_and_says_so_first(trained):
+    first, *rest = trained.done.err.splitlines()
+    assert re.fullmatch(
+        rf"switchyard \S+ · train · runs/tiny.gin · 1 CPU device · {trained.folder}",
+        first,
+    )
+    assert "Traceback" not in trained.done.err
+    assert any(line.startswith("preparing train: 6 documents") for line in rest)
+    assert any(line.startswith("step 20/20  loss ") for line in rest)
+    assert sorted(p.name for p in trained.folder.iterdir()) == [
+        "checkpoints",
+        "config.gin",
+        "metrics.jsonl",
+        "report.html",
+        "run.lock",
+        "tensorboard",
+    ]
+    steps = sorted(int(p.name) for p in (trained.folder / "checkpoints").iterdir())
+    assert steps == [10, 20]
+
+
+def test_metrics_have_their_names_and_steps_only_grow(trained):
+    text = (trained.folder / "metrics.jsonl").read_text()
+    records = [json.loads(line) for line in text.splitlines()]
+    steps = {
+        split: [r["step"] for r in records if r["split"] == split] for split in SPLITS
+    }
+    assert steps == {"train": list(range(1, 21)), "heldout": [10, 20]}
+    for record in records:
+        assert record.keys() == {"step", "split"} | SPLITS[record["split"]]
+        assert record["ledger/routed_choices"] == sum(
+            record[f"ledger/{kind}_choices"]
+            for kind in ("computed", "dropped", "padding")
+        )
+    losses = [r["loss/nats_per_token"] for r in records if r["split"] == "train"]
+    assert losses[-1] < losses[0] - 0.5
+    assert abs(losses[0] - math.log(384)) < 0.6
+
+
+def test_tensorboard_has_a_file_for_each_split(trained):
+    for split in SPLITS:
+        (file,) = (trained.folder / "tensorboard" / split).iterdir()
+        assert file.name.startswith("events")
+        assert file.stat().st_size > 1000
+
+
+def test_the_configuration_that_is_kept_reads_back_as_the_same_settings(
+    trained, config
+):
+    knobs = trained.knobs(trained.folder, SAMPLE_PROMPT="def ")
+    words = [w.removeprefix("--gin.") for w in knobs if w.startswith("--gin.")]
+    given = gin_files.read(["runs/tiny.gin"], words)
+    assert config.settings == given.settings
+    assert given.settings.loop.log_period_steps == 1
+
+
+def test_bits_per_byte_are_the_nats_of_the_bytes_that_tokens_stand_for(trained):
+    store = open_store(trained.store)
+    split = store.manifest.splits["validation"]
+    # A byte is a token, and each document has an end more.
+    assert split.tokens == split.text_bytes + split.documents
+    score = last_score(trained.folder)
+    assert score["tokens"] == split.tokens
+    nats = score["loss/nats_per_token"] * split.tokens
+    bits = nats / math.log(2) / split.text_bytes
+    assert score["loss/bits_per_byte"] == pytest.approx(bits, rel=1e-12)
+
+
+def test_the_report_and_the_terminal_tell_the_score_and_the_sample(trained):
+    score = last_score(trained.folder)
+    nats, bits = (score[f"loss/{n}"] for n in ("nats_per_token", "bits_per_byte"))
+    (line,) = [s for s in trained.done.out.splitlines() if s.startswith("this model")]
+    assert line.split()[2:] == [f"{nats:.4f}", f"{bits:.4f}"]
+    page = html.unescape((trained.folder / "report.html").read_text())
+    assert f">{nats:.4f}<" in page
+    assert f">{bits:.4f}<" in page
+    assert str(trained.folder / "checkpoints" / "20") in page
+    sample = trained.done.out.partition("sample        def │")[2]
+    assert len(sample.partition("\ncheckpoint ")[0]) >= 4
+    assert f"report        {trained.folder / 'report.html'}" in trained.done.out
+
+
+# ------------------------------------------------------------------------- once again
+
+
+def test_a_complete_run_says_so_and_changes_nothing(trained, tmp_path):
+    folder = shutil.copytree(trained.folder, tmp_path / "copy")
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    done = inline("train", *trained.knobs(folder))
+    assert done.code == 0, done.err
+    assert f"{folder} is complete: step 20 of 20. Raise TRAIN_STEPS" in done.out
+    nats = last_score(folder)["loss/nats_per_token"]
+    assert f"{nats:.4f}" in done.out
+    assert "compiling" not in done.err
+    after = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    lock = folder / "run.lock"
+    assert before.pop(lock) != after.pop(lock)
+    assert before == after
+
+
+@pytest.mark.slow
+def test_a_complete_run_whose_report_was_lost_writes_it_again(trained, tmp_path):
+    folder = shutil.copytree(trained.folder, tmp_path / "copy")
+    (folder / "report.html").unlink()
+    wanted = last_score(folder)
+    done = inline("train", *trained.knobs(folder))
+    assert done.code == 0, done.err
+    assert (folder / "report.html").stat().st_size > 10_000
+    again = last_score(folder)
+    assert again["step"] == 20
+    assert again["loss/nats_per_token"] == pytest.approx(
+        wanted["loss/nats_per_token"], rel=1e-6
+    )
+
+
+# ----------------------------------------------------------------- the other verbs
+
+
+def test_generate_prints_the_sample_of_the_run_and_nothing_else(trained):
+    done = trained.run("generate", f"--model_dir={trained.folder}")
+    assert done.code == 0, done.err
+    assert done.out.startswith("def ")
+    continuation = done.out.removeprefix("def ").removesuffix("\n")
+    # The same seed gives the same text in another process.
+    assert f"sample        def │{continuation}\ncheckpoint " in trained.done.out
+    assert "WARNING" not in done.err
+    assert "Traceback" not in done.err
+
+
+def drawn(trained, *words) -> str:
+    """A continuation of "def " in this process."""
+    done = inline(
+        *("generate", f"--model_dir={trained.folder}", "--quiet"),
+        *("--prompt=def ", "--num_tokens=16", *words),
+    )
+    assert done.code == 0, done.err
+    assert done.err == ""
+    assert done.out.startswith("def ")
+    return done.out.removeprefix("def ")
+
+
+@pytest.mark.slow
+def test_what_is_likeliest_does_not_depend_on_the_seed(trained):
+    likeliest = drawn(trained, "--temperature=0", "--seed=1")
+    assert likeliest == drawn(trained, "--temperature=0", "--seed=2")
+    assert f"│{likeliest}" not in trained.done.out
+
+
+@pytest.mark.slow
+def test_what_is_drawn_depends_on_the_seed(trained):
+    assert drawn(trained, "--seed=1") == drawn(trained, "--seed=1")
+    assert drawn(trained, "--seed=1") != drawn(trained, "--seed=2")
+
+
+def test_evaluate_on_another_mesh_finds_the_score_of_the_run(trained, monkeypatch):
+    found = []
+
+    def heldout(*args):
+        found.append(original(*args))
+        return found[-1]
+
+    original = evaluate.heldout
+    monkeypatch.setattr(evaluate, "heldout", heldout)
+    done = inline(
+        *("evaluate", f"--model_dir={trained.folder}"),
+        *("--gin.MESH_EXPERT=2", "--gin.SIMULATED_DEVICES=2"),
+    )
+    assert done.code == 0, done.err
+    assert "2 simulated CPU devices, expert 2" in done.err
+    wanted, (score,) = last_score(trained.folder), found
+    printed = dict(re.findall(r"^(\S+) +([\d.,]+)$", done.out, re.MULTILINE))
+    for name in ("loss/nats_per_token", "loss/bits_per_byte"):
+        assert score[name] == pytest.approx(wanted[name], rel=1e-6)
+        assert printed[name] == f"{score[name]:.4f}"
+    assert score["tokens"] == wanted["tokens"]
+    assert printed["tokens"] == f"{wanted['tokens']:,}"
+    # The same tokens met the same experts, in float32.
+    assert score["router/load"] == wanted["router/load"]
+    assert "gzip baseline" in done.out
+
+
+# -------------------------------------------------------------------------- a dry run
+
+
+def test_a_dry_run_tells_all_and_compiles_and_writes_nothing(
+    tmp_path, monkeypatch, caplog
+):
+    monkeypatch.chdir(tmp_path)
+    with jax.log_compiles():
+        done = inline(
+            *("train", TINY, "--dry_run", "--gin.MESH_DATA=2", "--gin.MESH_EXPERT=2"),
+            *("--gin.SIMULATED_DEVICES=4", "--gin.TRAIN_CAPACITY_FACTOR=1.5"),
+        )
+        assert "Compiling" not in caplog.text
+        jax.jit(lambda x: x + 1)(1)
+        assert "Compiling" in caplog.text
+    assert done.code == 0, done.err
+    assert list(tmp_path.iterdir()) == []
+    rows = [re.sub(r"[│\s]+", " ", line).strip() for line in done.out.splitlines()]
+    config = gin_files.read(["runs/tiny.gin"], ["TRAIN_CAPACITY_FACTOR=1.5"])
+    assert "TRAIN_CAPACITY_FACTOR 1.5 --gin.TRAIN_CAPACITY_FACTOR" in rows
+    for knob in config.knobs:
+        assert any(
+            row.startswith(f"{knob.macro} ")
+            and row.endswith((knob.origin, f"--gin.{knob.macro}"))
+            for row in rows
+        ), knob
+    settings = config.settings
+    counts = count(settings.model, settings.router, settings.data.length)
+    text = " ".join(rows)
+    assert f"{counts.total:,} total, {counts.active:,} active" in text
+    # 1 choice per token, 64 tokens, 4 experts: ceil(64 x 1.5 / 4) slots.
+    assert "24 slots per expert in groups of 64 tokens: 1 × 64 / 4 × 1.5" in text
+    assert "mesh data 2 × expert 2 (cpu)" in text
+    up = "params/periods/blocks/1/moe/experts/up 1×4×32×64 layers, expert, embed, mlp"
+    # float32; 2 of the 4 experts on each device.
+    assert f"{up} –, expert, –, model {4 * 1 * 2 * 32 * 64:,}" in text
+    assert text.endswith("dry run: nothing was compiled, nothing was written")

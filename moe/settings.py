@@ -115,7 +115,7 @@ class OptimizerSettings:
         learning_rate: its peak.
         schedule: after the warm-up, "rsqrt" decays as 1/√step, "cosine" falls to
             `final_fraction` at the last step, "constant" stays.
-        warmup_steps: linear rise from 0.
+        warmup_steps: linear rise, from peak / warmup_steps in the first.
         final_fraction: end of the cosine, as a fraction of the peak.
         b1: decay of the first moment; adafactor keeps one only if it is above 0.
         b2: decay of the second moment (adamw).
@@ -228,6 +228,11 @@ def _sparse_problems(
         found.append(
             "SECOND_EXPERT_POLICY = 'random' is defined for NUM_SELECTED_EXPERTS = 2, "
             f"not {router.num_selected}"
+        )
+    if router.renormalize and router.num_selected == 1:
+        found.append(
+            "RENORMALIZE_GATES = True with NUM_SELECTED_EXPERTS = 1 makes each gate 1, "
+            "and the router would learn nothing from the loss: set it to False"
         )
     if not 0 <= router.jitter < 1:
         found.append(f"JITTER_NOISE = {router.jitter}: must be in [0, 1)")

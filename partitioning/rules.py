@@ -71,17 +71,15 @@ def problems(mesh: Mesh, shapes: Any, logical_axes: Any) -> list[str]:
 
 def leaves(shapes: Any, logical_axes: Any) -> list[tuple[str, Any, tuple]]:
     """Pairs every array of a tree with its path and its logical axes."""
-    flat, _ = jax.tree_util.tree_flatten_with_path(shapes)
-    axes = jax.tree.leaves(logical_axes, is_leaf=_is_axes)
-    return [
-        (jax.tree_util.keystr(path, simple=True, separator="/"), array, tuple(a))
-        for (path, array), a in zip(flat, axes, strict=True)
-    ]
+    found: list[tuple[str, Any, tuple]] = []
 
+    def note(path: Any, array: Any, axes: tuple) -> None:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        found.append((name, array, tuple(axes)))
 
-def _is_axes(node: Any) -> bool:
-    """Tells a tuple of logical axes from the tuples of a tree."""
-    return type(node) is tuple and all(a is None or isinstance(a, str) for a in node)
+    # Refuses trees that differ.
+    jax.tree_util.tree_map_with_path(note, shapes, logical_axes)
+    return found
 
 
 def placement_table(

@@ -34,7 +34,12 @@ def combine(
     slots_gECM = from_experts(rows_eRM, g, axis_size)
     slots_gTM = slots_gECM.reshape(g, E * C, -1).astype(jnp.float32)
     seat_gSJT = jax.nn.one_hot(assignment.slot_of_choice_GSJ, E * C)
-    weight_gST = jnp.einsum("gSJT,gSJ->gST", seat_gSJT, assignment.gate_GSJ)
+    weight_gST = jnp.einsum(
+        "gSJT,gSJ->gST",
+        seat_gSJT,
+        assignment.gate_GSJ,
+        precision=jax.lax.Precision.HIGHEST,
+    )
     y_gSM = jnp.einsum(
         "gST,gTM->gSM", weight_gST, slots_gTM, precision=jax.lax.Precision.HIGHEST
     )

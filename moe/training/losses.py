@@ -188,4 +188,4 @@ def ledger(router: RouterTotals) -> dict[str, jax.Array]:
 
 def _mean(total: jax.Array, weight: jax.Array) -> jax.Array:
     """Divides, and gives 0 where nothing was counted."""
-    return total / jnp.maximum(weight, 1)
+    return total / jnp.where(weight > 0, weight, 1)

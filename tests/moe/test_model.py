@@ -18,6 +18,7 @@ from moe.training import losses
 from partitioning.mesh import make_mesh
 
 B, L, V = 8, 8, 16
+ROWS = np.arange(B)
 MODEL = ModelSettings(
     vocab_size=V,
     num_layers=2,
@@ -35,6 +36,7 @@ MODEL = ModelSettings(
 TOP1 = RouterSettings(group_size=L, capacity_factor=1.0, min_capacity=1)
 TOP2 = dataclasses.replace(TOP1, num_selected=2, renormalize=True)
 DENSE = dataclasses.replace(MODEL, moe_every=0)
+NOISY = dataclasses.replace(MODEL, num_experts=16, dropout=0.3)
 
 
 @functools.cache
@@ -81,46 +83,35 @@ def tokens() -> np.ndarray:
     return np.random.default_rng(1).integers(1, V, (B, L))
 
 
-def forward(batch, router, settings=MODEL, *, key=None, mesh="d1"):
+def forward(batch, router, settings=MODEL, *, key=None, mesh="d1", row_B=ROWS):
     """Logits and router sums; a key makes it a pass of training, with its capacity."""
-    rows = np.arange(B, dtype=np.int32)
     run = compiled_forward(settings, router, mesh)
     with jax.set_mesh(make_mesh(MESHES[mesh])):
-        return jax.device_get(run(parameters(settings), batch, rows, key))
+        return jax.device_get(run(parameters(settings), batch, row_B, key))
 
 
 # Causality.
 
 
-def logits_before_and_after_a_change(router, *, train):
-    """Logits with row b changed at its token b, and the fraction of choices dropped."""
-    changed_BL = tokens().copy()
-    key = jax.random.key(7) if train else None
-    changed_BL[range(B), range(B)] = 1 + tokens()[range(B), range(B)] % (V - 1)
-    (before, sums), (after, _) = (
-        forward(make_batch(x), router, key=key) for x in (tokens(), changed_BL)
-    )
-    assert np.all(before[range(B), range(B)] != after[range(B), range(B)])
-    dropped = 1 - sums.kept_GE.sum() / sums.chosen_GE.sum()
-    earlier = np.tril(np.ones((B, L), bool), -1)  # [b, l] with l < b
-    return before[earlier], after[earlier], dropped
-
-
 @pytest.mark.parametrize(
-    ("router", "train"),
-    [(TOP1, True), (TOP2, True), (TOP2, False)],
+    ("router", "settings", "train"),
+    [(TOP1, MODEL, True), (TOP2, NOISY, True), (TOP2, MODEL, False)],
     ids=["top1_with_drops", "top2_with_drops", "top2_dropless"],
 )
-def test_a_token_changes_no_earlier_logit(router, train):
-    before, after, dropped = logits_before_and_after_a_change(router, train=train)
-    np.testing.assert_array_equal(before, after)
+def test_a_token_changes_no_earlier_logit(router, settings, train):
+    key = jax.random.key(7) if train else None
+    diagonal = ROWS, ROWS  # row b is changed at its token b
+    changed_BL = tokens().copy()
+    changed_BL[diagonal] = 1 + tokens()[diagonal] % (V - 1)
+    (before, sums), (after, _) = (
+        forward(make_batch(x), router, settings, key=key)
+        for x in (tokens(), changed_BL)
+    )
+    dropped = 1 - sums.kept_GE.sum() / sums.chosen_GE.sum()
     assert dropped > 0.05 if train else dropped == 0
-
-
-def test_drops_in_choice_major_order_depend_on_later_tokens():
-    router = dataclasses.replace(TOP2, slot_order="choice_major")
-    before, after, _ = logits_before_and_after_a_change(router, train=True)
-    assert np.any(before != after)
+    assert np.all(np.any(before[diagonal] != after[diagonal], axis=-1))
+    earlier_BL = np.tril(np.ones((B, L), bool), -1)
+    np.testing.assert_array_equal(before[earlier_BL], after[earlier_BL])
 
 
 # Documents and positions.
@@ -237,20 +228,19 @@ def test_gated_activations_have_a_gate_matrix_in_every_layer(activation):
         functools.partial(transformer.forward, build(settings, TOP2)),
         shapes(settings),
         make_batch(tokens()),
-        np.arange(B),
+        ROWS,
     )
     assert (logits_BLV.shape, logits_BLV.dtype) == ((B, L, V), jnp.float32)
 
 
 @pytest.mark.fast
 def test_a_model_without_experts_has_no_router_and_no_sums():
-    settings = dataclasses.replace(MODEL, moe_every=0)
-    assert "moe" not in shapes(settings)["periods"]["blocks"][0]
+    assert "moe" not in shapes(DENSE)["periods"]["blocks"][0]
     _, sums = jax.eval_shape(
-        functools.partial(transformer.forward, build(settings, TOP2)),
-        shapes(settings),
+        functools.partial(transformer.forward, build(DENSE, TOP2)),
+        shapes(DENSE),
         make_batch(tokens()),
-        np.arange(B),
+        ROWS,
         jax.random.key(0),
     )
     assert sums is None
@@ -261,9 +251,8 @@ def test_a_model_without_experts_has_no_router_and_no_sums():
 
 def loss_of(params, settings: ModelSettings):
     batch = make_batch(tokens())
-    rows = np.arange(B, dtype=np.int32)
     logits_BLV, router = transformer.forward(
-        build(settings, TOP1), params, batch, rows, jax.random.key(7)
+        build(settings, TOP1), params, batch, ROWS, jax.random.key(7)
     )
     sums = losses.sums(logits_BLV, tokens(), np.ones((B, L)), router)
     return losses.total(sums, LossSettings(balance_weight=0.1))[0]
@@ -359,16 +348,25 @@ def test_a_stricter_remat_policy_keeps_less():
 # Dropout, and experts beyond the number of devices.
 
 
+def run_with_dropout(**choices):
+    """Logits and sums of the same tokens in every row, with 16 experts."""
+    batch = make_batch(np.tile(tokens()[:1], (B, 1)))
+    return forward(batch, TOP2, NOISY, key=jax.random.key(7), **choices)
+
+
 def test_sixteen_experts_and_dropout_on_eight_devices_equal_one_device():
-    settings = dataclasses.replace(MODEL, num_experts=16, dropout=0.3)
-    run = functools.partial(forward, make_batch(tokens()), TOP2, settings)
-    one = run(key=jax.random.key(7))
-    eight = run(key=jax.random.key(7), mesh="e8")
     jax.tree.map(
-        functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), eight, one
+        functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5),
+        run_with_dropout(mesh="e8"),
+        run_with_dropout(),
     )
-    other, _ = run(key=jax.random.key(8))
-    assert np.abs(other - one[0]).max() > 0.1, "dropout is meant to be visible"
+
+
+def test_dropout_depends_on_the_global_row_of_a_sequence_alone():
+    logits_BLV, _ = run_with_dropout()
+    assert len(np.unique(logits_BLV[:, 0], axis=0)) == B, "each row draws for itself"
+    moved_BLV, _ = run_with_dropout(row_B=ROWS[::-1])
+    np.testing.assert_allclose(moved_BLV, logits_BLV[::-1], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -387,7 +385,7 @@ def test_nothing_is_drawn_that_is_switched_off(settings, router, draws):
 
     def primitives(key):
         jaxpr = jax.make_jaxpr(functools.partial(transformer.forward, model))(
-            shapes(MODEL), make_batch(tokens()), np.arange(B), key
+            shapes(MODEL), make_batch(tokens()), ROWS, key
         )
         return {equation.primitive.name for equation in equations(jaxpr.jaxpr)}
 

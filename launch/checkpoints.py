@@ -357,10 +357,17 @@ def unnamed(arrays: Mapping[str, Any], like: Any) -> Any:
 
 
 def _digests(arrays: Mapping[str, jax.Array]) -> dict[str, str]:
-    """The digest of each array, in hexadecimal."""
-    # One small program per shape: a parameter and its moments share it.
-    digests = jax.device_get({name: _digest(a) for name, a in arrays.items()})
-    return {name: f"{int(digest):08x}" for name, digest in digests.items()}
+    """The digest of each array, in hexadecimal.
+
+    One small program per shape, which a parameter and its moments share, and one at a
+    time: simulated devices share a few threads, and with many programs in flight, each
+    waiting for its peers, none was left for the peers to run on.
+    """
+    jax.block_until_ready(arrays)
+    return {
+        name: f"{int(jax.block_until_ready(_digest(array))):08x}"
+        for name, array in arrays.items()
+    }
 
 
 @jax.jit

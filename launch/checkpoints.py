@@ -9,6 +9,8 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import logging
+import os
+import re
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -75,7 +77,9 @@ class Checkpoints:
             yield
         # Of a full disk TensorStore makes a ValueError, the system an OSError.
         except (OSError, ValueError) as error:
-            raise CheckpointError(f"cannot write {path}: {_short(error)}") from error
+            code = re.search(r"os_error_code='(\d+)'", str(error))
+            why = os.strerror(int(code[1])) if code else _short(error)
+            raise CheckpointError(f"cannot write {path}: {why}") from error
 
     def path(self, step: int) -> Path:
         """Where the checkpoint of a step is."""

@@ -80,6 +80,12 @@ class Life:
             PAUSE_AT=str(pause_at),
         )
 
+    def __enter__(self) -> "Life":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._process.kill()
+
     def wait(self) -> None:
         """Returns when it waits."""
         assert self._process.stdout is not None
@@ -115,15 +121,15 @@ class Story:
 def story(trained, tmp_path_factory) -> Story:
     """Three lives of one run of 20 steps, checkpoints at every tenth."""
     folder = tmp_path_factory.mktemp("story") / "run"
-    life = Life(trained, folder, pause_at=14)
-    life.wait()
-    wait_for_step(folder, 10)
-    second = commands.inline("train", *trained.knobs(folder))
-    killed = life.end(signal.SIGKILL)
+    with Life(trained, folder, pause_at=14) as life:
+        life.wait()
+        wait_for_step(folder, 10)
+        second = commands.inline("train", *trained.knobs(folder))
+        killed = life.end(signal.SIGKILL)
     steps_after_kill = steps_of(folder)
-    life = Life(trained, folder, pause_at=15)
-    life.wait()
-    stopped = life.end(signal.SIGTERM)
+    with Life(trained, folder, pause_at=15) as life:
+        life.wait()
+        stopped = life.end(signal.SIGTERM)
     steps_after_stop = steps_of(folder)
     ended = trained.run("train", *trained.knobs(folder), program=commands.LIGHT)
     return Story(
@@ -236,9 +242,9 @@ def test_a_run_of_four_devices_goes_on_on_one(trained, tmp_path):
 @pytest.mark.slow
 def test_ctrl_c_saves_and_ends_as_the_shell_expects(trained, tmp_path):
     folder = tmp_path / "run"
-    life = Life(trained, folder, pause_at=7)
-    life.wait()
-    done = life.end(signal.SIGINT)
+    with Life(trained, folder, pause_at=7) as life:
+        life.wait()
+        done = life.end(signal.SIGINT)
     assert done.code == EXIT_INTERRUPTED == 130, done.err
     (step,) = steps_of(folder)
     assert 0 < step < 20

@@ -33,10 +33,15 @@ def steps_of(folder: Path) -> list[int]:
 
 
 def records_of(folder: Path) -> list[dict]:
-    """Everything a run recorded, but for its speed."""
+    """Every line that a run recorded, in its order, but for its speed."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
     return [
-        {name: value for name, value in r.items() if not name.startswith("perf/")}
-        for r in read_metrics(folder)
+        {
+            name: v
+            for name, v in json.loads(line).items()
+            if not name.startswith("perf/")
+        }
+        for line in lines
     ]
 
 

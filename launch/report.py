@@ -11,7 +11,7 @@ from typing import Any, TypeGuard
 
 import numpy as np
 
-from launch import figures
+from launch import drawing, figures, series
 from launch.progress import load_extremes
 from launch.terminal import compact, duration
 from launch.writers import read_metrics
@@ -75,7 +75,7 @@ def write_report(
         title=html.escape(title),
         facts=_facts(facts),
         sections="\n".join(section for section in sections if section),
-        max_points=figures.MAX_POINTS,
+        max_points=drawing.MAX_POINTS,
     )
     path = pathlib.Path(model_dir) / REPORT_FILE
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -219,10 +219,10 @@ def _routing(train: Sequence[Record], heldout: Sequence[Record]) -> str:
         layers, experts = len(loads[-1]), len(loads[-1][0])
         shown = (
             ""
-            if layers <= figures.MAX_LAYERS
-            else (f" {figures.MAX_LAYERS} of {layers} layers are shown.")
+            if layers <= drawing.MAX_LAYERS
+            else (f" {drawing.MAX_LAYERS} of {layers} layers are shown.")
         )
-        stride = math.ceil(experts / figures.MAX_ROWS)
+        stride = math.ceil(experts / series.MAX_ROWS)
         merged = (
             ""
             if stride == 1

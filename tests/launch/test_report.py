@@ -7,7 +7,7 @@ import xml.etree.ElementTree
 import numpy as np
 import pytest
 
-from launch import figures
+from launch import drawing, series
 from launch.report import ledger, write_report
 
 LOADS = [[0.45, 0.05, 0.25, 0.25], [0.25] * 4]
@@ -243,7 +243,7 @@ def test_a_long_and_wide_run_makes_a_small_page(tmp_path):
     records += [_train(s, sparse=False, **sparse) for s in range(4001, 4041)]
     page = _write(tmp_path, records)
     assert len(page) < 1_000_000
-    assert len(re.findall(r">sparse layer \d+</text>", page)) == figures.MAX_LAYERS
+    assert len(re.findall(r">sparse layer \d+</text>", page)) == drawing.MAX_LAYERS
     assert "8 of 24 layers are shown" in page
     assert "one of 4 neighbouring experts" in page
 
@@ -266,7 +266,7 @@ def test_of_the_token_stores_baselines_the_bits_per_byte_are_taken(tmp_path):
 def test_a_reduced_curve_keeps_its_means_and_extremes():
     steps = np.arange(1000.0)
     values = np.where(steps == 500, 100.0, 1.0)
-    x, mean, low, high = figures.binned(steps, values, 10)
+    x, mean, low, high = series.binned(steps, values, 10)
     # Ten spans of 100 steps; the spike is in the sixth: (99 + 100) / 100 = 1.99.
     np.testing.assert_allclose(x, np.arange(10) * 100 + 49.5, atol=1)
     np.testing.assert_allclose(mean, [1] * 5 + [1.99] + [1] * 4, atol=0.02)
@@ -277,17 +277,17 @@ def test_a_reduced_curve_keeps_its_means_and_extremes():
 @pytest.mark.fast
 def test_a_heat_map_shows_load_over_the_mean():
     steps, load_TE = np.array([1.0, 2.0]), np.array([[1.0, 3.0], [0.5, 0.5]])
-    heat_ET, stride = figures.load_heat(steps, load_TE)
+    heat_ET, stride = series.load_heat(steps, load_TE)
     assert stride == 1
     np.testing.assert_array_equal(heat_ET, [[0.5, 1.0], [1.5, 1.0]])
 
 
 @pytest.mark.fast
 def test_experts_that_share_a_row_show_the_one_furthest_from_the_mean():
-    load_TE = np.ones((1, 2 * figures.MAX_ROWS))
+    load_TE = np.ones((1, 2 * series.MAX_ROWS))
     load_TE[0, 5] = 3.0  # row 2
-    heat_ET, stride = figures.load_heat(np.array([1.0]), load_TE)
-    assert (heat_ET.shape, stride) == ((figures.MAX_ROWS, 1), 2)
+    heat_ET, stride = series.load_heat(np.array([1.0]), load_TE)
+    assert (heat_ET.shape, stride) == ((series.MAX_ROWS, 1), 2)
     assert heat_ET.argmax() == 2
     assert heat_ET[2, 0] == pytest.approx(3 / (1 + 2 / 128))
 

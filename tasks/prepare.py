@@ -230,8 +230,8 @@ def _import_task_module(module: str, allowed_modules: tuple[str, ...]) -> None:
     if not module.startswith("tasks.") and module not in allowed_modules:
         raise StoreError(
             f"MIXTURE_OR_TASK_MODULE = {module!r} is not one of Switchyard's own, and "
-            "importing it runs its code: if you trust it, add "
-            f"--allow_module={module} to the command"
+            "importing it runs its code: if you trust it, add --allow_module to the "
+            "command"
         )
     try:
         importlib.import_module(module)

@@ -48,7 +48,8 @@ def main(config: ResolvedConfig, options: argparse.Namespace) -> int:
         if found is not None and found >= settings.train.train_steps:
             return _already_complete(config, run, store, saved, found, options)
         state = _start(run, store, saved, found, quiet=quiet)
-        (model_dir / "config.gin").write_text(config.operative, encoding="utf-8")
+        with _writing(model_dir):
+            (model_dir / "config.gin").write_text(config.operative, encoding="utf-8")
         with (
             MetricWriter(model_dir, resume_step=found or 0) as writer,
             TrainProgress(
@@ -220,19 +221,29 @@ def owned(model_dir: Path) -> Iterator[None]:
     Raises:
         ModelDirError: it cannot be written, or another run is writing to it.
     """
+    with contextlib.ExitStack() as held:
+        with _writing(model_dir):
+            model_dir.mkdir(parents=True, exist_ok=True)
+            # It may be another run's: nothing is changed before it is locked. Without
+            # a buffer, a full disk is noticed here, and not when the file is closed.
+            lock = held.enter_context(open(model_dir / "run.lock", "ab", buffering=0))
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ModelDirError(
+                    f"another run is writing to {model_dir}: take another MODEL_DIR"
+                ) from None
+            lock.truncate(0)
+            lock.write(f"{os.getpid()} {time.time():.0f}\n".encode())
+        yield
+
+
+@contextlib.contextmanager
+def _writing(model_dir: Path) -> Iterator[None]:
+    """Says in one line what keeps the folder of a run from being written."""
     try:
-        model_dir.mkdir(parents=True, exist_ok=True)
-        lock = open(model_dir / "run.lock", "w")  # noqa: SIM115  held while training
+        yield
     except OSError as error:
         raise ModelDirError(
-            f"cannot write to MODEL_DIR = {str(model_dir)!r}: {error.strerror}"
+            f"cannot write to MODEL_DIR = {str(model_dir)!r}: {error.strerror or error}"
         ) from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ModelDirError(
-                f"another run is writing to {model_dir}: take another MODEL_DIR"
-            ) from None
-        lock.write(f"{os.getpid()} {time.time():.0f}\n")
-        yield

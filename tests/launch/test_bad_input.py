@@ -1,7 +1,9 @@
 """What a user gets wrong is one readable error, exit code 1, and nothing half done."""
 
 import dataclasses
+import os
 import re
+import resource
 import shutil
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import pytest
 from commands import TINY, Done, inline
 
 from launch.checkpoints import Checkpoints
+from launch.train import ModelDirError, owned
 from tasks import vocabularies
 from tasks.manifest import read_manifest, write_manifest
 
@@ -184,6 +187,30 @@ def test_a_folder_that_cannot_be_written_is_said(trained, tmp_path, name):
     assert (tmp_path / "file").read_text() == "mine"
 
 
+def test_a_full_disk_is_said_before_anything_begins(tmp_path):
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limit[1]))
+    try:
+        words = r"cannot write to MODEL_DIR = .*: File too large$"
+        with pytest.raises(ModelDirError, match=words), owned(tmp_path):
+            raise AssertionError("the lock says nothing")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+
+
+def test_the_lock_of_another_run_is_left_as_it_is(tmp_path):
+    with owned(tmp_path):
+        before = (tmp_path / "run.lock").read_text()
+        assert before.split()[0] == str(os.getpid())
+        words = "another run is writing to "
+        with pytest.raises(ModelDirError, match=words), owned(tmp_path):
+            raise AssertionError("two runs in one folder")
+        assert (tmp_path / "run.lock").read_text() == before
+    (tmp_path / "run.lock").write_text("a longer line, of a run that was killed\n")
+    with owned(tmp_path):
+        assert (tmp_path / "run.lock").read_text().split()[0] == str(os.getpid())
+
+
 def test_a_run_without_a_checkpoint_is_said(trained, tmp_path):
     shutil.copy(trained.folder / "config.gin", tmp_path)
     error = error_of(inline("evaluate", f"--model_dir={tmp_path}"))
@@ -285,6 +312,7 @@ def test_documents_that_cannot_be_learnt_are_said(
     path = f"{commands.ROOT}:{tmp_path}"
     refused = error_of(trained.run(verb, *words, PYTHONPATH=path))
     assert "importing it runs its code" in refused
+    assert refused.endswith("add --allow_module to the command")
     error = error_of(trained.run(verb, *words, "--allow_module", PYTHONPATH=path))
     assert message in error
     assert_nothing_begun(run, stores)

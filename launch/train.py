@@ -21,7 +21,6 @@ from launch.checkpoints import Checkpoints
 from launch.errors import EXIT_DONE, EXIT_NON_FINITE, UserError
 from launch.gin_files import ResolvedConfig
 from launch.progress import TrainProgress
-from launch.report import write_report
 from launch.terminal import waiting
 from launch.writers import MetricWriter, read_metrics
 from moe.training.state import TrainState
@@ -158,6 +157,8 @@ def _finish(
     options: argparse.Namespace,
 ) -> None:
     """Draws a sample, writes the report and prints what came out."""
+    from launch.report import write_report  # imports matplotlib, which takes a second
+
     settings = config.settings
     sample = None
     if settings.sample.prompt:

@@ -116,6 +116,18 @@ def test_training_starts_without_seqio_and_tensorflow(name):
     assert not {one.package for one in reached_from(file)} & HEAVY
 
 
+@pytest.mark.parametrize("name", ["__main__", "cli", "train", "loop", "dry_run"])
+def test_training_starts_without_matplotlib(name):
+    # A second to import, for the report at the very end.
+    reached = {one.package for one in reached_from(ROOT / "launch" / f"{name}.py")}
+    assert "matplotlib" not in reached
+
+
+def test_the_report_is_what_imports_matplotlib():
+    reached = {one.package for one in reached_from(ROOT / "launch" / "report.py")}
+    assert "matplotlib" in reached  # so that the test above could fail
+
+
 @pytest.mark.parametrize("name", SETTINGS)
 def test_settings_are_read_without_jax(name):
     # They decide on platform and simulated devices, which jax reads when imported.

@@ -324,7 +324,12 @@ def _read_config(
     from launch import gin_files
 
     files, knobs = list(options.gin_file), list(bindings)
-    if model_dir := getattr(options, "model_dir", None):
+    if (model_dir := getattr(options, "model_dir", None)) is not None:
+        if not model_dir.strip():
+            raise UsageError(
+                "--model_dir is empty: give the folder of a run, such as "
+                f"--model_dir=runs/demo{_runs_beside(Path('runs/demo'))}"
+            )
         written = Path(model_dir, "config.gin")
         if not written.is_file():
             raise UsageError(

@@ -47,6 +47,15 @@ def is_user_error(error: BaseException) -> bool:
     )
 
 
+def is_utf8(text: str) -> bool:
+    """Whether text can be written to a file: a byte that is none, or half, cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Returns "; nearest: ..." to end a message with, or "" if nothing is near."""
     by_upper = {other.upper(): other for other in known}

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from launch.errors import ConfigError, nearest
+from launch.errors import ConfigError, is_utf8, nearest
 from launch.gin_syntax import (
     REQUIRED,
     Binding,
@@ -32,6 +32,10 @@ from launch.settings import Settings, problems
 _BASE = "configs/base.gin"
 _MOST_FAULTS = 5  # unreadable statements in one file, before reading stops
 _MACRO = re.compile(r"[A-Z][A-Z0-9_]*")
+_WHAT_TO_GIVE = {
+    "MODEL_DIR": "the folder of the run, such as 'runs/mine'",
+    "STORE_DIR": "the folder of the tokens, such as 'runs/stores/mine'",
+}
 
 
 class Knob(NamedTuple):
@@ -171,6 +175,10 @@ class _Reader:
             place: of the `include`, for messages: "file:line: ".
             open_files: the files that are being read, to find a cycle.
         """
+        if not is_utf8(name):
+            self._lost_a_file = True
+            self.problems.append(f"{place}{name!r} is not UTF-8: rename that file")
+            return set()
         path = self._find(name, folder, place)
         if path is None:
             return set()
@@ -289,6 +297,10 @@ class _Reader:
         if not equals:
             self.problems.append(f"{at}: write {at}=value")
             return
+        if not is_utf8(binding):
+            self._faulty.add(name)
+            self.problems.append(f"{at}: {value!r} is not UTF-8")
+            return
         read = list(statements(f"{name} = {value}\n"))
         statement: Any = read[0] if len(read) == 1 else None
         parsed = isinstance(statement, Binding)
@@ -327,6 +339,8 @@ class _Reader:
             kind = annotation(setting)
             try:
                 fields[setting] = fit(values[macro], kind)
+                if macro in _WHAT_TO_GIVE and not fields[setting].strip():
+                    raise ValueError(f"is empty: give {_WHAT_TO_GIVE[macro]}")
                 values[macro] = fields[setting]
             except KeyError:
                 fields[setting] = self._stand_in(macro, kind)

@@ -6,7 +6,7 @@ import typing
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-from launch.errors import nearest
+from launch.errors import is_utf8, nearest
 from launch.settings import Settings
 
 
@@ -41,6 +41,9 @@ def fit(value: Any, kind: Any) -> Any:
     if not fits(value):
         quoted = isinstance(value, str) and make in (bool, int, float)
         raise ValueError(f"must be {rule}{', without quotes' if quoted else ''}")
+    texts = (value,) if make is str else value if make is tuple else ()
+    if not all(map(is_utf8, texts)):
+        raise ValueError("is not UTF-8: \\ud800 to \\udfff in it are no characters")
     return dict(value) if make is Mapping else make(value)
 
 

@@ -195,7 +195,13 @@ def test_every_command_in_the_help_can_be_read(run_folder, monkeypatch):
         (["train"], "UsageError: no configuration: give --gin_file=FILE"),
         (["train", "--gin.SEED=3"], "UsageError: no configuration"),
         (["evaluate"], "the following arguments are required: --model_dir"),
+        (["evaluate", "--model_dir="], "UsageError: --model_dir is empty: give the f"),
+        (["generate", TINY, "--model_dir= "], "UsageError: --model_dir is empty"),
         (["evaluate", "--model_dir=x", "--step=new"], "--step: invalid int value"),
+        (
+            ["train", TINY, "--gin.SAMPLE_PROMPT=\udcff"],
+            "ConfigError: 1 problem in runs/tiny.gin\n  --gin.SAMPLE_PROMPT: ",
+        ),
         (["train", TINY, "--gin.SEDE=3"], "ConfigError: 1 problem in runs/tiny.gin\n"),
     ],
 )
@@ -304,6 +310,13 @@ def test_generate_reads_the_run_where_it_is_now_and_what_overrides_it(run_folder
     sample = given["sample"]
     assert (sample["prompt"], sample["num_tokens"]) == ("it's 100%\n", 5)
     assert (sample["temperature"], sample["top_p"], sample["top_k"]) == (0, 0.5, 3)
+
+
+def test_a_prompt_that_is_not_utf8_is_said(capsys, run_folder):
+    words = ["generate", f"--model_dir={run_folder}", "--prompt=caf\udce9"]
+    assert cli.main(words) == errors.EXIT_USER_ERROR
+    line = r"--gin.SAMPLE_PROMPT: SAMPLE_PROMPT = 'caf\udce9' is not UTF-8: "
+    assert line in capsys.readouterr().err
 
 
 def test_evaluate_takes_the_newest_step_and_overrides(run_folder, tmp_path):

@@ -186,6 +186,20 @@ def test_a_reference_to_an_unknown_macro_is_a_fault(leaf):
 
 
 @pytest.mark.parametrize(
+    "line",
+    [r"SAMPLE_PROMPT = 'a\udcff'", r"MODEL_DIR = '\ud83d'", r"XLA_FLAGS = ('\ud800',)"],
+)
+def test_text_that_no_file_could_hold_is_a_fault(leaf, line):
+    problem = only_problem_of(leaf(line))
+    assert problem.startswith(f"mine.gin:2: {line} is not UTF-8: ")
+
+
+def test_a_file_whose_name_is_not_utf8_is_a_fault(leaf):
+    problem = only_problem_of([TINY, "\udcff.gin"])
+    assert problem == r"'\udcff.gin' is not UTF-8: rename that file"
+
+
+@pytest.mark.parametrize(
     ("binding", "fault"),
     [
         ("SEED", "--gin.SEED: write --gin.SEED=value"),
@@ -197,6 +211,15 @@ def test_a_reference_to_an_unknown_macro_is_a_fault(leaf):
         ("SEDE=1", "--gin.SEDE: SEDE is not a knob; nearest: SEED"),
         ("model.num_layers=1", "--gin.model.num_layers: model.num_layers: "),
         ("DTYPE=float61", "--gin.DTYPE: DTYPE = 'float61' must be one of"),
+        (
+            "MODEL_DIR=",
+            "--gin.MODEL_DIR: MODEL_DIR = '' is empty: give the folder of the run",
+        ),
+        ("STORE_DIR=' '", "--gin.STORE_DIR: STORE_DIR = ' ' is empty: give the folder"),
+        # As a byte that is not UTF-8 comes from the shell.
+        ("SAMPLE_PROMPT=\udcff", r"--gin.SAMPLE_PROMPT: '\udcff' is not UTF-8"),
+        ("SAMPLE_PROMPT='\udcff'", "--gin.SAMPLE_PROMPT: "),
+        ("SEED=\udcff", r"--gin.SEED: '\udcff' is not UTF-8"),
     ],
 )
 def test_a_faulty_binding_of_the_command_line_is_told(binding, fault):
@@ -333,7 +356,7 @@ def test_rules_do_not_speak_of_values_that_were_never_given(leaf):
             "has no spaces",
         ),
         (["LIBTPU_INIT_ARGS=('a',)"], "LIBTPU_INIT_ARGS holds 'a': each flag is one"),
-        (["STORE_DIR="], "STORE_DIR is empty"),
+        (["TRAIN_SPLIT="], "TRAIN_SPLIT is empty"),
         (["EVAL_PERIOD=0"], "EVAL_PERIOD = 0: must be at least 1"),
         (["CLIP_NORM=-1"], "CLIP_NORM = -1.0: cannot be negative"),
         (["LEARNING_RATE=0"], "LEARNING_RATE = 0.0: must be above 0"),

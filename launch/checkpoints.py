@@ -22,6 +22,7 @@ import orbax.checkpoint as ocp
 
 from launch.assemble import Run
 from launch.errors import UserError
+from launch.settings import Settings
 from moe.training.state import TrainState
 from tasks.manifest import Manifest as StoreManifest
 
@@ -134,6 +135,7 @@ class Checkpoints:
                 for name, array in arrays.items()
             },
             "mesh": dataclasses.asdict(run.settings.mesh),
+            "data_order": data_order(run.settings),
             "saved_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             **provenance,
         }
@@ -194,11 +196,13 @@ class Checkpoints:
             run: gives shapes, and the place of every array.
             store: if given, the data must be those the checkpoint learnt from.
         Raises:
-            CheckpointError: the checkpoint is of another model or other data, with
-                every difference; or it is damaged, with every damaged array.
+            CheckpointError: the checkpoint is of another model or other data, or of
+                the same data in another order, with every difference; or it is
+                damaged, with every damaged array.
         """
         wanted = named_arrays(run.placed_shapes())
-        return unnamed(self._arrays(step, wanted, store), run.shapes)
+        order = data_order(run.settings)
+        return unnamed(self._arrays(step, wanted, store, order), run.shapes)
 
     def restore_params(
         self, step: int, run: Run, store: StoreManifest | None = None
@@ -228,12 +232,13 @@ class Checkpoints:
         step: int,
         wanted: Mapping[str, jax.ShapeDtypeStruct],
         store: StoreManifest | None,
+        order: Mapping[str, Any] | None = None,
         *,
         partial: bool = False,
     ) -> dict[str, jax.Array]:
         """Restores named arrays after comparing, and digests them."""
         manifest = self.manifest(step)
-        self._compare(step, manifest, wanted, store, partial=partial)
+        self._compare(step, manifest, wanted, store, order, partial=partial)
         try:
             restored = self._manager.restore(
                 step,
@@ -271,6 +276,7 @@ class Checkpoints:
         manifest: Mapping[str, Any],
         wanted: Mapping[str, jax.ShapeDtypeStruct],
         store: StoreManifest | None,
+        order: Mapping[str, Any] | None,
         *,
         partial: bool,
     ) -> None:
@@ -292,6 +298,13 @@ class Checkpoints:
             for name, now in fingerprints(store).items():
                 if manifest[name] != now and not (partial and name.startswith("data")):
                     rows.append((name, manifest[name], now))
+        # A checkpoint from before the order was kept fits any.
+        before = manifest.get("data_order", {})
+        rows += [
+            (macro, str(before[macro]), str(now))
+            for macro, now in (order or {}).items()
+            if macro in before and before[macro] != now
+        ]
         if not rows:
             return
         width = [max(len(row[i]) for row in [*rows, ("", "saved", "")]) for i in (0, 1)]
@@ -322,6 +335,16 @@ def fingerprints(store: StoreManifest) -> dict[str, str]:
     }
 
 
+def data_order(settings: Settings) -> dict[str, Any]:
+    """The knobs without which a position in the data means nothing."""
+    return {
+        "BATCH_SIZE": settings.train.batch_size,
+        "SEED": settings.train.seed,
+        "SHUFFLE": settings.data.shuffle,
+        "TASK_FEATURE_LENGTHS": dict(settings.data.task_feature_lengths),
+    }
+
+
 def provenance(operative: str, store: StoreManifest) -> dict[str, Any]:
     """Where a checkpoint comes from: configuration, data and code."""
     return {
@@ -339,6 +362,8 @@ def _is_manifest(found: Any) -> bool:
     if not isinstance(found, dict):
         return False
     needed = {"arrays", "data_fingerprint", "vocabulary_fingerprint"}
+    if not isinstance(found.get("data_order", {}), dict):
+        return False
     return found.keys() >= needed and all(
         array.keys() >= {"shape", "dtype", "digest"}
         for array in found["arrays"].values()

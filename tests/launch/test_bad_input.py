@@ -242,6 +242,18 @@ def test_a_checkpoint_of_another_model_is_one_table(trained, folder):
     assert (folder / "config.gin").read_text() == before
 
 
+def test_another_order_of_the_data_is_said(trained, folder):
+    knobs = {"SEED": 1, "BATCH_SIZE": 16, "TRAIN_STEPS": 30}
+    error = error_of(inline("train", *trained.knobs(folder, **knobs)))
+    first, _, *rows, remedy = error.splitlines()
+    assert first.endswith("checkpoints/20 does not fit this run, in 2 places:")
+    assert [row.split() for row in rows] == [
+        ["BATCH_SIZE", "8", "16"],
+        ["SEED", "0", "1"],
+    ]
+    assert f"{folder}/config.gin" in remedy
+
+
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
 def test_a_checkpoint_that_is_damaged_is_said(trained, folder, damage):
     state = folder / "checkpoints" / "20" / "state"

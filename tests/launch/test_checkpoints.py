@@ -139,6 +139,10 @@ def test_the_manifest_says_where_a_checkpoint_comes_from(run, saved):
     assert re.fullmatch(r"\d+\.\d+\.\d+.*", manifest["code_version"])
     assert manifest["jax_version"] == jax.__version__
     assert manifest["mesh"] == dataclasses.asdict(run.settings.mesh)
+    assert manifest["data_order"] == {
+        **{"BATCH_SIZE": 16, "SEED": 0, "SHUFFLE": True},
+        "TASK_FEATURE_LENGTHS": {"targets": 64},
+    }
     assert re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d", manifest["saved_at"])
     arrays = named_arrays(run.shapes)
     assert manifest["arrays"].keys() == arrays.keys()
@@ -323,6 +327,32 @@ def test_other_data_are_refused(run, saved):
         checkpoint.restore_params(3, run, OTHER_DATA)
     row = str(raised.value).splitlines()[2].split()
     assert row == ["data_fingerprint", DATA.fingerprint, OTHER_DATA.fingerprint]
+
+
+def test_the_same_data_in_another_order_are_refused(saved, tmp_path):
+    lengths = "TASK_FEATURE_LENGTHS={'targets': 128}"
+    other = tiny("BATCH_SIZE=32", "SEED=1", "SHUFFLE=False", lengths)
+    with opened(saved) as checkpoint:
+        with pytest.raises(CheckpointError, match="in 4 places:") as raised:
+            checkpoint.restore(3, other, DATA)
+        checkpoint.restore_params(3, other, DATA)
+    _, header, *rows, remedy = str(raised.value).splitlines()
+    assert header.split() == ["saved", "wanted"]
+    assert [re.split(r"\s{2,}", row.strip()) for row in rows] == [
+        ["BATCH_SIZE", "16", "32"],
+        ["SEED", "0", "1"],
+        ["SHUFFLE", "True", "False"],
+        ["TASK_FEATURE_LENGTHS", "{'targets': 64}", "{'targets': 128}"],
+    ]
+    assert "use that configuration, or another MODEL_DIR" in remedy
+    # A checkpoint from before the order was kept is taken as it is.
+    folder = shutil.copytree(saved, tmp_path / "copy")
+    path = folder / "checkpoints" / "3" / "manifest" / "metadata"
+    manifest = json.loads(path.read_text())
+    del manifest["data_order"]
+    path.write_text(json.dumps(manifest))
+    with opened(folder) as checkpoint:
+        checkpoint.restore(3, other, DATA)
 
 
 def test_parameters_are_refused_for_another_vocabulary(run, saved):

@@ -58,16 +58,18 @@ def grouped_feed_forward(
         rows_RM, zero past the last expert's. Its inputs to the non-linearity are saved
         for the way back under the name "expert_hidden".
     """
-    if activation not in GATED:
-        w = {name: _gated_shape(name, array) for name, array in w.items()}
+    w = {name: _flat(name, array) for name, array in w.items()}
     if _uses_ragged_dot(method):
         return _ragged_dot(w, rows_RM, size_e, activation)
     return _blocked(w, rows_RM, size_e, activation)
 
 
-def _gated_shape(name: str, array: jax.Array) -> jax.Array:
-    """Gives "up" and its bias a dimension I: the number of the activation's inputs."""
-    return jnp.expand_dims(array, -2) if name.startswith("up") else array
+def _flat(name: str, array: jax.Array) -> jax.Array:
+    """Makes "up" [e, M, U] and its bias [e, U]; U is F, or 2F of a gated layer.
+
+    In products of two dimensions only, XLA on CPU copies nothing.
+    """
+    return array.reshape(*array.shape[: 1 if name == "up_bias" else 2], -1)
 
 
 def _uses_ragged_dot(method: Method) -> bool:
@@ -81,21 +83,20 @@ def _ragged_dot(
 ) -> jax.Array:
     """Two ragged products; their kernels leave rows of no expert unwritten."""
     w = {name: array.astype(rows_RM.dtype) for name, array in w.items()}
-    R = rows_RM.shape[0]
-    e, M, I, F = w["up"].shape  # noqa: E741
-    place_R = jnp.arange(R)
+    place_R = jnp.arange(rows_RM.shape[0])
     expert_R = jnp.searchsorted(jnp.cumsum(size_e), place_R, side="right")
+    expert_R = jnp.minimum(expert_R, size_e.shape[0] - 1)
 
     def product(rows_RX: jax.Array, matrix_eXY: jax.Array, bias: str) -> jax.Array:
         y_RY = jax.lax.ragged_dot(rows_RX, matrix_eXY, size_e)
         if bias in w:
-            y_RY += w[bias].reshape(e, -1)[jnp.minimum(expert_R, e - 1)]
+            y_RY += w[bias][expert_R]
         return _zero_past(y_RY, size_e)
 
     rows_RM = _zero_past(rows_RM, size_e)
-    up_RIF = product(rows_RM, w["up"].reshape(e, M, I * F), "up_bias").reshape(R, I, F)
-    up_RIF = checkpoint_name(up_RIF, "expert_hidden")
-    return product(_activate(activation, up_RIF), w["down"], "down_bias")
+    up_RU = checkpoint_name(product(rows_RM, w["up"], "up_bias"), "expert_hidden")
+    hidden_RF = _activate(activation, *_inputs(activation, up_RU))
+    return product(hidden_RF, w["down"], "down_bias")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -113,27 +114,27 @@ def _blocked_forward(
     x_RM = _zero_past(rows_RM, size_e, pad=_overshoot(R))
 
     def forward(carried: Any, own: Weights, block: Block) -> Any:
-        y_RM, up_RIF = carried
-        up_rIF = _product("rM,MIF->rIF", block.read(x_RM), own["up"])
-        up_rIF += own.get("up_bias", 0)
-        hidden_rF = _activate(activation, up_rIF)
+        y_RM, up_RU = carried
+        up_rU = _product("rM,MU->rU", block.read(x_RM), own["up"])
+        up_rU += own.get("up_bias", 0)
+        hidden_rF = _activate(activation, *_inputs(activation, up_rU))
         y_rM = _product("rF,FM->rM", hidden_rF, own["down"])
         y_rM += own.get("down_bias", 0)
-        return block.write(y_RM, y_rM), block.write(up_RIF, up_rIF)
+        return block.write(y_RM, y_rM), block.write(up_RU, up_rU)
 
     zeros = (
         jnp.zeros_like(x_RM),
-        jnp.zeros((x_RM.shape[0], *w["up"].shape[2:]), x_RM.dtype),
+        jnp.zeros((x_RM.shape[0], w["up"].shape[2]), x_RM.dtype),
     )
-    y_RM, up_RIF = _each_block(forward, w, x_RM, size_e, zeros)
-    up_RIF = checkpoint_name(up_RIF, "expert_hidden")
-    return _zero_past(y_RM[:R], size_e), (w, rows_RM, size_e, up_RIF)
+    y_RM, up_RU = _each_block(forward, w, x_RM, size_e, R, zeros)
+    up_RU = checkpoint_name(up_RU, "expert_hidden")
+    return _zero_past(y_RM[:R], size_e), (w, rows_RM, size_e, up_RU)
 
 
 def _blocked_backward(
     activation: str, saved: Any, dy_RM: jax.Array
 ) -> tuple[Weights, jax.Array, None]:
-    w, rows_RM, size_e, up_RIF = saved
+    w, rows_RM, size_e, up_RU = saved
     R = rows_RM.shape[0]
     x_RM = _zero_past(rows_RM, size_e, pad=_overshoot(R))
     dy_RM = _zero_past(dy_RM, size_e, pad=_overshoot(R))
@@ -142,14 +143,17 @@ def _blocked_backward(
         dx_RM, dw = carried
         # Rows of a block that are not its expert's enter every sum through this zero.
         dy_rM = jnp.where(block.mask_r1, block.read(dy_RM), 0)
-        x_rM, up_rIF = block.read(x_RM), block.read(up_RIF)
-        hidden_rF, back = jax.vjp(functools.partial(_activate, activation), up_rIF)
-        (dup_rIF,) = back(_product("rM,FM->rF", dy_rM, own["down"]))
-        dx_rM = _product("rIF,MIF->rM", dup_rIF, own["up"])
+        x_rM, up_rU = block.read(x_RM), block.read(up_RU)
+        hidden_rF, back = jax.vjp(
+            functools.partial(_activate, activation), *_inputs(activation, up_rU)
+        )
+        dhidden_rF = _product("rM,FM->rF", dy_rM, own["down"])
+        dup_rU = jnp.concatenate(back(dhidden_rF), axis=1)
+        dx_rM = _product("rU,MU->rM", dup_rU, own["up"])
         terms = {
-            "up": lambda: _sum_product("rM,rIF->MIF", x_rM, dup_rIF),
+            "up": lambda: _sum_product("rM,rU->MU", x_rM, dup_rU),
             "down": lambda: _sum_product("rF,rM->FM", hidden_rF, dy_rM),
-            "up_bias": lambda: jnp.sum(dup_rIF, axis=0, dtype=jnp.float32),
+            "up_bias": lambda: jnp.sum(dup_rU, axis=0, dtype=jnp.float32),
             "down_bias": lambda: jnp.sum(dy_rM, axis=0, dtype=jnp.float32),
         }
         dw = {name: block.add(dw[name], terms[name]()) for name in dw}
@@ -159,7 +163,7 @@ def _blocked_backward(
         jnp.zeros_like(x_RM),
         {name: jnp.zeros(array.shape, jnp.float32) for name, array in w.items()},
     )
-    dx_RM, dw = _each_block(backward, w, x_RM, size_e, zeros)
+    dx_RM, dw = _each_block(backward, w, x_RM, size_e, R, zeros)
     dw = {name: array.astype(w[name].dtype) for name, array in dw.items()}
     return dw, _zero_past(dx_RM[:R], size_e), None
 
@@ -206,12 +210,13 @@ def _each_block(
     w: Weights,
     x_RM: jax.Array,
     size_e: jax.Array,
+    num_rows: int,
     carried: Any,
 ) -> Any:
     """Calls carried = step(carried, weights of the expert, block), in order of rows."""
     start_e = jnp.cumsum(size_e) - size_e
     with_rows_first_e = jnp.argsort(size_e == 0, stable=True)
-    block_rows = _block_rows(x_RM.shape[0])
+    block_rows = _block_rows(num_rows)
 
     def one_expert(n: jax.Array, carried: Any) -> Any:
         e = with_rows_first_e[n]
@@ -261,10 +266,15 @@ def _zero_past(x_RX: jax.Array, size_e: jax.Array, pad: int = 0) -> jax.Array:
     return jnp.pad(jnp.where(real_R1, x_RX, 0), ((0, pad), (0, 0)))
 
 
-def _activate(activation: str, up_RIF: jax.Array) -> jax.Array:
+def _inputs(activation: str, up_RU: jax.Array) -> list[jax.Array]:
+    """Splits [R, U] into the inputs of the activation, each [R, F]."""
+    return jnp.split(up_RU, 2, axis=1) if activation in GATED else [up_RU]
+
+
+def _activate(activation: str, *inputs: jax.Array) -> jax.Array:
     if activation in GATED:
-        return GATED[activation](up_RIF[:, 0]) * up_RIF[:, 1]
-    return PLAIN[activation](up_RIF[:, 0])
+        return GATED[activation](inputs[0]) * inputs[1]
+    return PLAIN[activation](inputs[0])
 
 
 def _product(spec: str, left: jax.Array, right: jax.Array) -> jax.Array:

@@ -122,10 +122,11 @@ def _mix(
 ) -> jax.Array:
     """Softmax over what is visible, and the output projection."""
     D = query_BLND.shape[-1]
+    query_BLND = query_BLND / D**0.5  # there are T / D times as many scores
     score_BNLT = jnp.einsum(
         "BLND,BTND->BNLT", query_BLND, key_BTND, preferred_element_type=jnp.float32
     )
-    score_BNLT = jnp.where(visible_BLT[:, None], score_BNLT / D**0.5, NEVER)
+    score_BNLT = jnp.where(visible_BLT[:, None], score_BNLT, NEVER)
     weight_BNLT = jax.nn.softmax(score_BNLT).astype(value_BTND.dtype)
     mixed_BLND = jnp.einsum("BNLT,BTND->BLND", weight_BNLT, value_BTND)
     output_NDM = weights.output[...].astype(mixed_BLND.dtype)

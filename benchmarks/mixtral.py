@@ -63,12 +63,15 @@ def main() -> None:
 
     steps = {"switchyard": prepare_step(config), "transformers": torch_step}
     seconds: dict[str, list[float]] = {name: [] for name in steps}
+    cpu_seconds: dict[str, list[float]] = {name: [] for name in steps}
     gflops = []
     for _ in range(options.steps):
         gflops.append(matmul_gflops(jax))
         for name, step in steps.items():
+            began = time.process_time()
             seconds[name].append(timed(step))
-    report(config, seconds, statistics.median(gflops))
+            cpu_seconds[name].append(time.process_time() - began)
+    report(config, seconds, cpu_seconds, statistics.median(gflops))
     parts = prepare_parts(config)
     part_seconds: dict[str, list[float]] = {name: [] for name in parts}
     whole = []
@@ -189,9 +192,16 @@ def prepare_parts(config: gin_files.ResolvedConfig) -> dict[str, Callable[[], No
 
 
 def report(
-    config: gin_files.ResolvedConfig, seconds: dict[str, list[float]], gflops: float
+    config: gin_files.ResolvedConfig,
+    seconds: dict[str, list[float]],
+    cpu_seconds: dict[str, list[float]],
+    gflops: float,
 ) -> None:
-    """Prints tokens per second, their ratio, and the share of the roofline."""
+    """Prints tokens per second, their ratio, and the share of the roofline.
+
+    Where other jobs hold the cores, seconds of CPU over all threads say more; then set
+    OMP_WAIT_POLICY=passive, or PyTorch's include those its threads spin away.
+    """
     from moe.accounting import count
 
     settings = config.settings
@@ -199,13 +209,16 @@ def report(
     counts = count(settings.model, settings.router, settings.data.length)
     theirs = tokens / statistics.median(seconds["transformers"])
     print(f"\nroofline: {gflops:.0f} GFLOP/s in float32 products\n")
-    print(f"{'step':13} {'tokens/s':>9} {'÷ theirs':>9} {'÷ roofline':>11} {'best':>7}")
+    print(
+        f"{'step':13} {'tokens/s':>9} {'÷ theirs':>9} {'÷ roofline':>11} {'best':>7} "
+        f"{'CPU s':>6}"
+    )
     for name, times in seconds.items():
         speed = tokens / statistics.median(times)
         share = speed * counts.train_flops_per_token / 1e9 / gflops
         print(
             f"{name:13} {speed:9,.0f} {speed / theirs:9.2f} {share:11.2f} "
-            f"{tokens / min(times):7,.0f}"
+            f"{tokens / min(times):7,.0f} {statistics.median(cpu_seconds[name]):6.2f}"
         )
 
 

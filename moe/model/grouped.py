@@ -69,7 +69,8 @@ def _flat(name: str, array: jax.Array) -> jax.Array:
 
     In products of two dimensions only, XLA on CPU copies nothing.
     """
-    return array.reshape(*array.shape[: 1 if name == "up_bias" else 2], -1)
+    kept = {"up": 2, "up_bias": 1}.get(name, array.ndim - 1)
+    return array.reshape(*array.shape[:kept], -1)
 
 
 def _uses_ragged_dot(method: Method) -> bool:

@@ -21,7 +21,7 @@ ready := $(VENV)/.ready-$(PYTHON_VERSION)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-fast test-all lint bench lock clean
+.PHONY: help setup demo test test-fast test-all tpu-compiler lint bench lock clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -40,22 +40,36 @@ test: $(ready)  ## run all tests but the slow ones
 test-fast: $(ready)  ## run the tests of seconds
 	$(pytest) -m fast
 
-test-all: $(ready)  ## run all tests; SHARD=i/n runs the i-th of n parts
+test-all: $(ready) $(VENV)/.tpu-compiler  ## run all tests; SHARD=i/n runs the i-th of n parts
 	SWITCHYARD_SHARD=$(SHARD) $(pytest)
+
+tpu-compiler: $(VENV)/.tpu-compiler  ## install the TPU's compiler, for test-all; no TPU is needed
 
 lint: $(ready)  ## check format, lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: $(ready)  ## time the train step
+bench: $(ready)  ## time the train step and the sparse layer
 	$(BIN)/python -m benchmarks.train_step
+	$(BIN)/python -m benchmarks.moe_layer --ynn
 
 # uv does not read pip's settings: for an index of your own set UV_DEFAULT_INDEX.
 lock: $(ready)  ## write requirements.lock; UPGRADE=--upgrade takes newer versions
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 \
 	  --generate-hashes --no-header --no-annotate --extra data --extra dev \
 	  $(UPGRADE) --output-file requirements.lock pyproject.toml
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 \
+	  --generate-hashes --no-header --no-annotate --extra tpu \
+	  --constraint requirements.lock pyproject.toml | \
+	  awk '/^libtpu==/ {on = 1} on {print} !/\\$$/ {on = 0}' > requirements-tpu.lock
+
+# Beside the environment, not in it: jax would look for a TPU whenever it starts.
+$(VENV)/.tpu-compiler: requirements-tpu.lock | $(ready)
+	rm -rf $(VENV)/tpu-compiler
+	$(BIN)/python -m pip install -qq --require-hashes --no-deps \
+	  --target $(VENV)/tpu-compiler -r requirements-tpu.lock
+	@touch $@
 
 clean:  ## remove .venv, caches and build products (never runs/)
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

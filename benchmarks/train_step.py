@@ -79,11 +79,12 @@ def prepare_step(config: gin_files.ResolvedConfig) -> Callable[[], None]:
     }
     batch = {name: array.astype(np.int32) for name, array in batch.items()}
     batch = jax.device_put(batch, run.batch_sharding)
-    held = [state]
+    held: list[Any] = [state, np.int32(0)]
 
     def once() -> None:
-        held[0], metrics = step(held[0], batch)
-        jax.block_until_ready(metrics)
+        held[0], metrics = step(held[0], batch, held[1])
+        held[1] += 1
+        assert metrics["state/taken"] == 1
 
     once()
     return once

@@ -15,7 +15,7 @@ from moe.training import state as train_state
 from moe.training.losses import Sums
 from moe.training.optimizer import make_optimizer, make_schedule
 from moe.training.state import TrainState
-from moe.training.train_step import Learner, eval_step, train_step
+from moe.training.train_step import Learner, eval_step, in_rounds, train_step
 from partitioning import rules
 from partitioning.mesh import describe, make_mesh
 from tasks import objectives
@@ -49,6 +49,7 @@ class Run:
         draw = functools.partial(
             train_state.init_state,
             settings=self.settings.model,
+            router=self.settings.router,
             optimizer=self.learner.optimizer,
         )
         return jax.jit(draw, out_shardings=self.shardings)(key)
@@ -67,17 +68,25 @@ class Run:
             self.shardings,
         )
 
-    def compile_train_step(self) -> Callable[..., tuple[TrainState, dict]]:
+    def compile_train_step(
+        self, *, rounds: bool = False
+    ) -> Callable[..., tuple[TrainState, dict]]:
         """Compiles the step. Its state is donated, and leaves placed as it came in.
 
         Without fixed output shardings a resumed run drifts from an undisturbed one.
+
+        Args:
+            rounds: the step that computes in rounds what exceeds the row budget.
         """
         step = jax.jit(
-            functools.partial(train_step, learner=self.learner),
+            functools.partial(
+                train_step, learner=in_rounds(self.learner) if rounds else self.learner
+            ),
             donate_argnums=0,
             out_shardings=(self.shardings, rules.replicated(self.mesh)),
         )
-        return step.lower(self.placed_shapes(), self.batch_shapes()).compile()
+        index = jax.ShapeDtypeStruct((), "int32", sharding=rules.replicated(self.mesh))
+        return step.lower(self.placed_shapes(), self.batch_shapes(), index).compile()
 
     def compile_eval_step(self) -> Callable[..., Sums]:
         """Compiles the scoring of one batch."""
@@ -107,7 +116,7 @@ def assemble(config: ResolvedConfig) -> Run:
             ],
         )
     mesh = make_mesh(settings.mesh)
-    axes = transformer.param_axes(settings.model)
+    axes = transformer.param_axes(settings.model, settings.router)
     optimizer = make_optimizer(settings.optimizer, settings.train.train_steps, axes)
     learner = Learner(
         model=transformer.build(settings.model, settings.router, mesh),
@@ -117,8 +126,8 @@ def assemble(config: ResolvedConfig) -> Run:
         microbatches=settings.train.microbatches,
         seed=settings.train.seed,
     )
-    shapes = train_state.abstract_state(settings.model, optimizer)
-    state_axes = train_state.logical_axes(shapes, settings.model)
+    shapes = train_state.abstract_state(settings.model, settings.router, optimizer)
+    state_axes = train_state.logical_axes(shapes, settings.model, settings.router)
     if problems := rules.problems(mesh, shapes, state_axes):
         raise ConfigError(config.where, problems)
     return Run(

@@ -234,6 +234,12 @@ def _train_flags(parser: _Parser) -> None:
         action="store_true",
         help="say what the run would do, and stop before it does anything",
     )
+    parser.add_argument(
+        "--self_check",
+        choices=["on", "off"],
+        help="compare the sparse layer with the oracle on these devices before "
+        "training; sets SELF_CHECK",
+    )
     _allow_module_flag(parser)
 
 
@@ -343,7 +349,9 @@ def _read_config(
                 # Quoted, because a prompt may hold quotes and % of its own.
                 text = repr(value) if option == "prompt" else value
                 knobs.append(f"{macro}={text}")
-    elif not files:
+    if getattr(options, "self_check", None):
+        knobs.append(f"SELF_CHECK={options.self_check!r}")
+    if not files:
         raise UsageError(
             "no configuration: give --gin_file=FILE, such as "
             "--gin_file=configs/runs/demo.gin"

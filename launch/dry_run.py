@@ -3,15 +3,18 @@
 import argparse
 import math
 
+import jax
 from rich.console import Console
 from rich.table import Table
 
 from launch.assemble import Run, assemble
 from launch.errors import EXIT_DONE
 from launch.gin_files import ResolvedConfig
+from launch.settings import Settings
 from launch.terminal import compact
 from moe.accounting import count
-from moe.settings import RouterSettings, capacity
+from moe.dispatch import choice
+from moe.settings import RouterSettings, capacity, never_drops
 from partitioning import rules
 from partitioning.mesh import describe
 
@@ -64,9 +67,9 @@ def facts(config: ResolvedConfig, run: Run) -> list[tuple[str, str]]:
         (
             "FLOPs per token",
             f"{compact(counts.forward_flops_per_token)} forward, "
-            f"{compact(counts.train_flops_per_token)} in training; the forward pass "
-            f"executes {compact(counts.executed_forward_flops_per_token)} "
-            "with capacity padding",
+            f"{compact(counts.train_flops_per_token)} in training; slots of fixed "
+            "capacity would make the forward pass "
+            f"{compact(counts.executed_forward_flops_per_token)}",
         ),
         ("mesh", f"{describe(settings.mesh)} ({run.mesh.devices.flat[0].platform})"),
         (
@@ -76,28 +79,71 @@ def facts(config: ResolvedConfig, run: Run) -> list[tuple[str, str]]:
         ),
     ]
     if model.moe_every:
-        slots = capacity(router, model.num_experts, train=True)
-        lines.append(
-            (
-                "capacity",
-                f"{slots} slots per expert in groups of {router.group_size} tokens: "
-                f"{router.num_selected} × {router.group_size} / {model.num_experts} × "
-                f"{router.capacity_factor}; held-out "
-                f"{capacity(router, model.num_experts, train=False)}",
-            )
+        lines += sparse_facts(settings, run.mesh)
+    return lines
+
+
+def sparse_facts(settings: Settings, mesh: jax.sharding.Mesh) -> list[tuple[str, str]]:
+    """Router, transport, capacity, and what to expect of them."""
+    model, router = settings.model, settings.router
+    E, S = model.num_experts, router.group_size
+    lines = [("router", _describe_router(settings))]
+    axis_size = mesh.shape["expert"]
+    platform = mesh.devices.flat[0].platform
+    picks = {}
+    for train in (True, False):
+        name, reason = choice.pick(model, router, axis_size, platform, train=train)
+        picks[train] = f"{name} ({reason})"
+    same = picks[True] == picks[False]
+    lines.append(
+        (
+            "transport",
+            picks[True] if same else f"{picks[True]}; held-out {picks[False]}",
         )
-        if router.slot_order == "choice_major" and router.num_selected > 1:
-            lines.append(
-                ("slot order", "choice by choice: drops depend on later tokens")
-            )
-        drops = expected_drops(router, model.num_experts, slots)
+    )
+    slots = capacity(router, E, train=True)
+    if never_drops(router, E, train=True):
+        budget = f"; room for {router.row_budget:g} × an even share of rows"
+        lines.append(("capacity", f"nothing drops{budget if axis_size > 1 else ''}"))
+        return lines
+    heldout = capacity(router, E, train=False)
+    lines.append(
+        (
+            "capacity",
+            f"{slots} slots per expert in groups of {S} tokens, even load "
+            f"{float(router.mean_choices(E)) * S / E:g}; held-out "
+            f"{'nothing drops' if heldout == S else heldout}",
+        )
+    )
+    if router.slot_order == "choice_major" and router.num_choices(E) > 1:
+        lines.append(("slot order", "choice by choice: drops depend on later tokens"))
+    if router.family != "expert_choice":
+        drops = expected_drops(router, E, slots)
         lines.append(("expected drops", f"{drops:.1%} with a balanced router"))
     return lines
 
 
+def _describe_router(settings: Settings) -> str:
+    """Names the router, and says which losses it has no use for."""
+    router, loss = settings.router, settings.loss
+    words = {
+        "token_choice": f"top-{router.num_selected} of {settings.model.num_experts}",
+        "prototypes": f"top-{router.num_selected} in each of {router.num_prototypes} "
+        "prototypes",
+        "expert_choice": "experts choose tokens",
+        "hashed": f"a table from token id to {router.num_selected} expert(s)",
+        "sinkhorn": f"top-{router.num_selected} of balanced assignments",
+    }[router.family]
+    if router.allow_future_leak:
+        words += "; ALLOW_FUTURE_LEAK: tokens may depend on later ones"
+    if router.family == "hashed" and (loss.balance_weight or loss.router_z_weight):
+        words += "; it has no logits, so balance and z losses are 0"
+    return words
+
+
 def expected_drops(router: RouterSettings, num_experts: int, slots: int) -> float:
     """Fraction that a balanced but random router drops: arrivals are Poisson."""
-    mean = router.num_selected * router.group_size / num_experts
+    mean = float(router.mean_choices(num_experts)) * router.group_size / num_experts
     seated, probability = 0.0, math.exp(-mean)
     reached = probability
     for arrivals in range(1, slots):

@@ -293,6 +293,8 @@ class _Reader:
     def read_binding(self, binding: str) -> None:
         """Takes "MACRO=value" from the command line."""
         name, equals, value = binding.partition("=")
+        if name != name.strip():  # "MACRO = value", as in a file
+            name, value = name.strip(), value.lstrip()
         at = f"--gin.{name}"
         if not equals:
             self.problems.append(f"{at}: write {at}=value")

@@ -26,6 +26,7 @@ from moe.training.state import TrainState
 from tasks.batches import Batches
 
 Record = dict[str, Any]
+Step = Callable[[TrainState, Any, Any], tuple[TrainState, Record]]
 
 
 @dataclasses.dataclass
@@ -41,11 +42,13 @@ class Hooks:
 
     Attributes:
         train_step: compiled; donates its state.
+        in_rounds: returns the compiled step that always fits the row budget.
         score: held-out metrics of parameters, on some or on all (0) batches.
         provenance: what a checkpoint says of its origin.
     """
 
-    train_step: Callable[[TrainState, Any], tuple[TrainState, Record]]
+    train_step: Step
+    in_rounds: Callable[[], Step]
     score: Callable[[Any, int], Record]
     provenance: Record
 
@@ -78,24 +81,24 @@ def train(
         sharding=run.batch_sharding,
     )
     log = _Log(writer, progress, loop.log_period_steps, last, math.prod(shape))
+    steps = Steps(state, hooks, log)
     code = EXIT_DONE
     with listening() as signals, feed:
-        for batch in feed:
-            state, metrics = hooks.train_step(state, batch)
+        for index, batch in enumerate(feed, start=data_index):
             step += 1
-            log.add(step, metrics, feed.wait_seconds)
+            steps.take(Launched(step, index, batch, feed.wait_seconds))
             due_score = step % loop.eval_period_steps == 0 and step < last
             due_save = step % loop.checkpoint_period_steps == 0 or step == last
             if due_score or due_save or signals.received:
-                log.drain()
+                steps.settle()
             if log.skipped_in_a_row >= loop.max_skipped_steps:
                 code = EXIT_NON_FINITE
                 break
             if due_score:
-                log.score(step, hooks.score(state.params, loop.eval_batches))
+                log.score(step, hooks.score(steps.state.params, loop.eval_batches))
             if due_save or signals.received:
                 writer.flush()
-                checkpoints.save(state, run, hooks.provenance)
+                checkpoints.save(steps.state, run, hooks.provenance)
                 log.pause()
             if signals.received and step < last:
                 interrupted = signals.received == signal.SIGINT
@@ -103,7 +106,59 @@ def train(
                 break
         with progress.waiting("finishing the checkpoint"):
             checkpoints.wait()
-    return state, code
+    return steps.state, code
+
+
+@dataclasses.dataclass
+class Launched:
+    """A step on its way: its number, its batch, and in the end its metrics."""
+
+    step: int
+    index: int
+    batch: Any
+    waited_seconds: float
+    metrics: Record = dataclasses.field(default_factory=dict)
+
+
+class Steps:
+    """Launches each step before the one before has been looked at.
+
+    A step that found no room for its rows left the state as it was, and so did the one
+    launched after it: the first is taken again in rounds, then the second.
+    """
+
+    def __init__(self, state: TrainState, hooks: Hooks, log: "_Log") -> None:
+        self.state = state
+        self._hooks = hooks
+        self._log = log
+        self._pending: Launched | None = None
+
+    def take(self, launched: Launched) -> None:
+        """Launches a step, and settles the one before."""
+        before, self._pending = self._pending, launched
+        self._launch(launched, self._hooks.train_step)
+        if before is not None and not self._settled(before):
+            self._launch(launched, self._hooks.train_step)
+
+    def settle(self) -> None:
+        """Waits for the step that was launched last."""
+        if self._pending is not None:
+            launched, self._pending = self._pending, None
+            self._settled(launched)
+
+    def _launch(self, launched: Launched, step: Step) -> None:
+        index = np.int32(launched.index)
+        self.state, launched.metrics = step(self.state, launched.batch, index)
+
+    def _settled(self, launched: Launched) -> bool:
+        """Logs a step that is done; False if it had to be taken again."""
+        fitted = bool(launched.metrics["state/taken"])
+        if not fitted:
+            too_many = launched.metrics["router/over_budget_rows"]
+            self._launch(launched, self._hooks.in_rounds())
+            launched.metrics["router/over_budget_rows"] = too_many
+        self._log.add(launched, again=not fitted)
+        return fitted
 
 
 class _Log:
@@ -118,31 +173,26 @@ class _Log:
         tokens_per_step: int,
     ) -> None:
         self.skipped_in_a_row = 0
+        self._steps_again = 0
         self._writer = writer
         self._progress = progress
         self._period = period_steps
         self._last_step = last_step
         self._tokens = tokens_per_step
-        self._pending: tuple[int, Record, float] | None = None
         self._clock = time.perf_counter()
 
-    def add(self, step: int, metrics: Record, waited_seconds: float) -> None:
-        """Takes the metrics of a step just launched, and deals with the one before."""
-        self.drain()
-        self._pending = (step, metrics, waited_seconds)
-
-    def drain(self) -> None:
-        """Waits for the step that was added last."""
-        if self._pending is None:
-            return
-        (step, metrics, waited_seconds), self._pending = self._pending, None
-        record = _record(step, metrics)
+    def add(self, launched: Launched, *, again: bool) -> None:
+        """Waits for a step and deals with its metrics."""
+        step = launched.step
+        record = _record(step, launched.metrics)
         now = time.perf_counter()
         seconds, self._clock = now - self._clock, now
+        self._steps_again += again
         record |= {
             "perf/step_seconds": seconds,
             "perf/tokens_per_second": self._tokens / seconds,
-            "perf/data_wait_seconds": waited_seconds,
+            "perf/data_wait_seconds": launched.waited_seconds,
+            "perf/steps_taken_again": self._steps_again,
         }
         self.skipped_in_a_row = int(record["state/skipped_in_a_row"])
         self._progress.update(record)

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Literal
 
-import moe.settings
+import moe.constraints
 import partitioning.settings
 import tasks.settings
 from moe.settings import (
@@ -50,6 +50,8 @@ class LoopSettings:
             score every held-out token once.
         log_period_steps: between records of metrics.
         max_skipped_steps: consecutive non-finite steps after which the run gives up.
+        self_check: whether the sparse layer is compared with the oracle before
+            training.
     """
 
     model_dir: str
@@ -59,6 +61,7 @@ class LoopSettings:
     eval_batches: int = 0
     log_period_steps: int = 10
     max_skipped_steps: int = 10
+    self_check: Literal["on", "off"] = "on"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,8 +109,12 @@ def problems(settings: Settings) -> list[str]:
         length = max(settings.router.group_size, 1)
     return [
         *partitioning.settings.problems(settings.mesh),
-        *moe.settings.problems(
-            settings.model, settings.router, settings.train, length=length
+        *moe.constraints.problems(
+            settings.model,
+            settings.router,
+            settings.loss,
+            settings.train,
+            length=length,
         ),
         *tasks.settings.problems(settings.data),
         *_range_problems(settings),
@@ -127,13 +134,14 @@ def _range_problems(settings: Settings) -> list[str]:
         "EVAL_PERIOD": loop.eval_period_steps,
         "LOG_PERIOD": loop.log_period_steps,
         "MAX_SKIPPED_STEPS": loop.max_skipped_steps,
-        "MIN_EXPERT_CAPACITY": settings.router.min_capacity,
         "SAMPLE_TOKENS": sample.num_tokens,
     }
     at_least_0 = {
         "EVAL_BATCHES": loop.eval_batches,
         "AUX_LOSS_FACTOR": loss.balance_weight,
         "ROUTER_Z_LOSS_FACTOR": loss.router_z_weight,
+        "IMPORTANCE_LOSS_FACTOR": loss.importance_weight,
+        "LOAD_LOSS_FACTOR": loss.load_weight,
         "Z_LOSS": loss.z_weight,
         "WARMUP_STEPS": optimizer.warmup_steps,
         "WEIGHT_DECAY": optimizer.weight_decay,

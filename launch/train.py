@@ -8,14 +8,15 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from launch import checkpoints as saving
-from launch import dry_run, evaluate, generate, loop, prepare
+from launch import dry_run, evaluate, generate, loop, prepare, self_check
 from launch.assemble import Run, assemble
 from launch.checkpoints import Checkpoints
 from launch.errors import EXIT_DONE, EXIT_NON_FINITE, UserError
@@ -36,6 +37,9 @@ def main(config: ResolvedConfig, options: argparse.Namespace) -> int:
     """Trains until TRAIN_STEPS, from the newest checkpoint on if there is one."""
     settings, quiet = config.settings, options.quiet
     run = assemble(config)
+    if settings.model.moe_every and not quiet:
+        for name, fact in dry_run.sparse_facts(settings, run.mesh):
+            print(f"  {name}: {fact}", file=sys.stderr, flush=True)
     model_dir = Path(settings.loop.model_dir)
     with (
         owned(model_dir),
@@ -46,6 +50,7 @@ def main(config: ResolvedConfig, options: argparse.Namespace) -> int:
         found = saved.latest()
         if found is not None and found >= settings.train.train_steps:
             return _already_complete(config, run, store, saved, found, options)
+        compiling = _in_background(run.mesh, run.compile_train_step)
         state = _start(run, store, saved, found, quiet=quiet)
         with _writing(model_dir):
             (model_dir / "config.gin").write_text(config.operative, encoding="utf-8")
@@ -55,15 +60,20 @@ def main(config: ResolvedConfig, options: argparse.Namespace) -> int:
                 settings.train.train_steps, start_step=found or 0, quiet=quiet
             ) as progress,
         ):
+            if settings.loop.self_check == "on":
+                with progress.waiting("comparing the sparse layer with the oracle"):
+                    checked = self_check.check(run)
+                if checked and not quiet:
+                    print(f"self-check: {checked}", file=sys.stderr)
             with progress.waiting("compiling the train step"):
-                train_step = run.compile_train_step()
+                train_step = compiling.result()
             score = _scorer(run, store)
             origin = saving.provenance(config.operative, store.manifest)
             state, code = loop.train(
                 run,
                 state,
                 _batches(run, store),
-                loop.Hooks(train_step, score, origin),
+                loop.Hooks(train_step, _in_rounds(run, progress), score, origin),
                 saved,
                 writer,
                 progress,
@@ -101,6 +111,30 @@ def _batches(run: Run, store: TokenStore) -> Batches:
         seed=train.seed,
         shuffle=data.shuffle,
     )
+
+
+def _in_background(mesh: jax.sharding.Mesh, work: Callable[[], Any]) -> Future[Any]:
+    """Starts work that runs nothing on the devices, such as compiling."""
+
+    def under_mesh() -> Any:
+        with jax.set_mesh(mesh):  # which belongs to a thread
+            return work()
+
+    pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="compile")
+    future = pool.submit(under_mesh)
+    pool.shutdown(wait=False)
+    return future
+
+
+def _in_rounds(run: Run, progress: TrainProgress) -> Any:
+    """The step that always fits, compiled when it is first needed."""
+
+    @functools.cache
+    def compiled() -> Any:
+        with progress.waiting("compiling the step in rounds: rows exceed ROW_BUDGET"):
+            return run.compile_train_step(rounds=True)
+
+    return compiled
 
 
 def _scorer(run: Run, store: TokenStore) -> Any:

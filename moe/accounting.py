@@ -2,11 +2,13 @@
 
 import dataclasses
 import math
+from fractions import Fraction
 
 import jax
 
 from moe.model import transformer
 from moe.settings import ModelSettings, RouterSettings, capacity
+from moe.training.optimizer import num_stacked
 from partitioning import rules
 
 
@@ -16,13 +18,14 @@ class Counts:
 
     Attributes:
         total: parameters.
-        active: parameters that one token meets: all, but K of E experts.
+        active: parameters that one token meets: all, but of the experts only those
+            that it chooses, or that choose it on average.
         embedding: of them, in the input embedding.
         forward_flops_per_token: 2 per active parameter in a matrix product, and
             attention's 4·N·D·L per layer as if nothing were masked
             (arXiv:2204.02311, appendix B).
-        executed_forward_flops_per_token: the same with the empty slots that capacity
-            makes the experts compute.
+        executed_forward_flops_per_token: the same with the empty slots that transports
+            of fixed capacity make the experts compute.
     """
 
     total: int
@@ -42,30 +45,37 @@ def count(model: ModelSettings, router: RouterSettings, length: int) -> Counts:
 
     Args:
         model: sizes.
-        router: K and the capacity.
+        router: choices per token and the capacity.
         length: L, for the cost of attention.
     """
-    shapes = jax.eval_shape(lambda: transformer.init_params(jax.random.key(0), model))
-    total = experts = products = embedding = 0
-    for path, array, axes in rules.leaves(shapes, transformer.param_axes(model)):
+    shapes = jax.eval_shape(
+        lambda: transformer.init_params(jax.random.key(0), model, router)
+    )
+    total = experts = expert_products = products = embedding = 0
+    for path, array, axes in rules.leaves(
+        shapes, transformer.param_axes(model, router)
+    ):
         size = math.prod(array.shape)
+        is_matrix = array.ndim - num_stacked(axes) >= 2
         total += size
         if "expert" in axes:
             experts += size
+            expert_products += size if is_matrix else 0
         elif path == "embedding":
             embedding = size
             products += size if model.tie_embeddings else 0
-        elif array.ndim >= 2 and not path.endswith("norm"):
+        elif is_matrix:
             products += size
-    K, E = router.num_selected, max(model.num_experts, 1)
-    active_experts = experts * K // E
+    E = max(model.num_experts, 1)
+    chosen = router.mean_choices(E) / E
     attention = 4 * model.num_layers * model.num_heads * model.head_dim * length
-    rows = E * capacity(router, E, train=True) / (K * router.group_size)
+    slots = Fraction(capacity(router, E, train=True), router.group_size)
     return Counts(
         total=total,
-        active=total - experts + active_experts,
+        active=total - experts + int(experts * chosen),
         embedding=embedding,
-        forward_flops_per_token=2 * (products + active_experts) + attention,
-        executed_forward_flops_per_token=2 * (products + int(active_experts * rows))
+        forward_flops_per_token=2 * (products + int(expert_products * chosen))
+        + attention,
+        executed_forward_flops_per_token=2 * (products + int(expert_products * slots))
         + attention,
     )

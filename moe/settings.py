@@ -12,32 +12,104 @@ from typing import Literal
 
 @dataclasses.dataclass(frozen=True)
 class RouterSettings:
-    """How tokens choose experts.
+    """How tokens choose experts, or experts tokens.
 
     Attributes:
-        num_selected: K, experts per token. 1 is Switch (arXiv:2101.03961), 2 GLaM
-            (arXiv:2112.06905).
-        renormalize: divide the K gates by their sum, before anything is dropped.
+        family: "token_choice" (Switch, GShard, GLaM, Mixtral, DeepSeek), "prototypes"
+            (M6-T), "expert_choice", "hashed" or "sinkhorn"; one file each in
+            `moe/routing`.
+        num_selected: K, experts per token: 1 is Switch (arXiv:2101.03961), 2 GLaM
+            (arXiv:2112.06905). Per prototype; on average, in expert choice.
+        scores: "softmax" over the experts, or "sigmoid" of each logit by itself
+            (DeepSeek-V3, arXiv:2412.19437, eq. 15).
+        renormalize: divide a token's gates by their sum: "no" (Switch, V-MoE, T5X);
+            "before_drop", over its choices (GLaM; a softmax over the selected logits,
+            as in Mixtral, is the same); "after_drop", over those that got a slot.
+        gate_scale: multiplies every gate (DeepSeek-V3: 2.5).
         second_policy: "all" keeps every choice; "random" keeps the second with
             probability 2·g2 (GShard, arXiv:2006.16668, Algorithm 1). Training only.
+        num_prototypes: Z, groups of experts each of which a token visits.
+        num_expert_groups: groups of neighbouring experts, such as those of one node.
+        num_selected_groups: groups that one token's choices may lie in.
+        group_score: of a group of experts: its best score ("max", DeepSeek-V2) or the
+            sum of its two best ("top2_sum", DeepSeek-V3).
+        max_experts_per_token: cap of expert choice; 0 sets none.
+        sinkhorn_iterations: row and column scalings of the Sinkhorn router.
+        hash_seed: of the hash router's table.
         jitter: multiply the router's input by U(1 - jitter, 1 + jitter), in training.
+        logit_noise: standard deviation of noise on the logits, times 1/E, in training
+            (V-MoE, arXiv:2106.05974: 1).
+        bias_update_rate: step of a bias on each expert's score, for selection only,
+            that evens out loads without a loss (arXiv:2408.15664: 1e-3); 0 has none.
         slot_order: "token_major" fills slots token by token, so that no later token
-            can evict an earlier one; "choice_major" fills all first choices first.
+            can evict an earlier one; "choice_major" fills all first choices first;
+            "batch_priority" does so by falling gate (V-MoE).
+        overflow: a choice that finds its expert full is dropped ("drop"), or tries the
+            token's next best expert once and is then dropped ("spill").
+        allow_future_leak: permit routers through which a token may depend on later
+            ones; a causal model then cannot be trusted to generate.
         group_size: S, tokens that compete for the same slots.
-        capacity_factor: slots per expert are ceil(S·K·capacity_factor / E).
-        eval_capacity_factor: the same outside training; 0 means that nothing drops.
+        capacity_factor: slots per expert are S·K·capacity_factor / E; 0 drops nothing.
+        eval_capacity_factor: the same outside training.
         min_capacity: the least number of slots per expert and group.
+        capacity_counts_choices: whether K is in that product: True in V-MoE, MaxText
+            and Megatron, False in Mesh-TensorFlow, Flaxformer and Praxis.
+        capacity_rounding: "ceil" (V-MoE), "floor" (Mesh-TensorFlow, Praxis) or
+            "half_even" (Flaxformer).
+        capacity_multiple: round further up to a multiple of this: 4 in Praxis, V-MoE.
+        row_budget: where nothing drops, rows that the experts of a device have room
+            for, over an even share. A step that needs more is repeated in rounds.
     """
 
+    family: Literal[
+        "token_choice", "prototypes", "expert_choice", "hashed", "sinkhorn"
+    ] = "token_choice"
     num_selected: int = 1
-    renormalize: bool = False
+    scores: Literal["softmax", "sigmoid"] = "softmax"
+    renormalize: Literal["no", "before_drop", "after_drop"] = "no"
+    gate_scale: float = 1.0
     second_policy: Literal["all", "random"] = "all"
+    num_prototypes: int = 1
+    num_expert_groups: int = 1
+    num_selected_groups: int = 1
+    group_score: Literal["max", "top2_sum"] = "max"
+    max_experts_per_token: int = 0
+    sinkhorn_iterations: int = 8
+    hash_seed: int = 0
     jitter: float = 0.0
-    slot_order: Literal["token_major", "choice_major"] = "token_major"
+    logit_noise: float = 0.0
+    bias_update_rate: float = 0.0
+    slot_order: Literal["token_major", "choice_major", "batch_priority"] = "token_major"
+    overflow: Literal["drop", "spill"] = "drop"
+    allow_future_leak: bool = False
     group_size: int = 256
     capacity_factor: float = 1.25
     eval_capacity_factor: float = 0.0
     min_capacity: int = 4
+    capacity_counts_choices: bool = True
+    capacity_rounding: Literal["ceil", "floor", "half_even"] = "ceil"
+    capacity_multiple: int = 1
+    row_budget: float = 1.5
+
+    @property
+    def selection_bias(self) -> bool:
+        """Whether experts have a bias for selection."""
+        return self.bias_update_rate > 0
+
+    def mean_choices(self, num_experts: int) -> Fraction:
+        """Returns the experts that a token visits on average, if none is full."""
+        if self.family == "expert_choice":
+            slots = capacity(self, num_experts, train=True)
+            return Fraction(slots * num_experts, self.group_size)
+        return Fraction(self.num_choices(num_experts))
+
+    def num_choices(self, num_experts: int) -> int:
+        """Returns J, choices that a token may hold."""
+        if self.family == "expert_choice":
+            return min(self.max_experts_per_token or num_experts, num_experts)
+        if self.family == "prototypes":
+            return self.num_prototypes * self.num_selected
+        return self.num_selected
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,11 +124,19 @@ class ModelSettings:
         head_dim: D.
         mlp_dim: F of a dense layer.
         activation: "relu", "gelu", "geglu" or "swiglu"; the last two are gated.
-        moe_every: every n-th layer is sparse; 0 makes every layer dense.
+        mlp_biases: whether feed-forwards, dense and expert, have biases.
+        first_dense_layers: layers at the bottom that are dense (DeepSeek-V3: 3).
+        moe_every: of the others every n-th is sparse; 0 makes every layer dense.
         num_experts: E.
         expert_mlp_dim: F of one expert.
-        transport: how tokens travel: "all_to_all", or "einsum", the readable oracle.
+        shared_expert_mlp_dim: F of the experts that every token visits, side by side
+            as one (DeepSeekMoE, arXiv:2401.06066, section 3.2); 0 has none.
+        transport: how tokens travel: one of the files in `moe/dispatch`, or "auto".
         dropout: probability of zeroing an activation on the residual path.
+        expert_dropout: the same inside the experts, for fine-tuning (Switch, section
+            2.4: 0.4).
+        init_scale: variance of the initial weights, times their fan-in (Switch,
+            section 2.4: 0.1).
         rope_base: base of the rotary position angles (arXiv:2104.09864).
         tie_embeddings: the output projection is the embedding.
         dtype: type of activations; parameters, router and losses are float32.
@@ -72,11 +152,16 @@ class ModelSettings:
     head_dim: int
     mlp_dim: int
     activation: Literal["relu", "gelu", "geglu", "swiglu"] = "gelu"
+    mlp_biases: bool = False
+    first_dense_layers: int = 0
     moe_every: int = 2
     num_experts: int = 8
     expert_mlp_dim: int = 1024
-    transport: Literal["all_to_all", "einsum"] = "all_to_all"
+    shared_expert_mlp_dim: int = 0
+    transport: Literal["auto", "all_to_all", "einsum", "ring", "ragged"] = "auto"
     dropout: float = 0.0
+    expert_dropout: float = 0.0
+    init_scale: float = 1.0
     rope_base: float = 10_000.0
     tie_embeddings: bool = False
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
@@ -85,7 +170,12 @@ class ModelSettings:
     @property
     def num_sparse_layers(self) -> int:
         """Layers with experts."""
-        return self.num_layers // self.moe_every if self.moe_every else 0
+        return self.num_periods if self.moe_every else 0
+
+    @property
+    def num_periods(self) -> int:
+        """Periods of `moe_every` layers above the first dense ones."""
+        return (self.num_layers - self.first_dense_layers) // max(self.moe_every, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,14 +184,27 @@ class LossSettings:
 
     Attributes:
         balance_weight: of the auxiliary load-balance loss (arXiv:2101.03961, eq. 4).
-        balance_scope: "group" forms E·Σ f·P in every group and averages; "global"
-            forms it once over the whole batch.
+        balance_scope: "group" forms E·Σ f·P in every group and averages, "sequence" in
+            every sequence (DeepSeek-V3, eq. 17); "global" forms it once over the whole
+            batch.
+        balance_counts: f are fractions of first choices ("first": Switch, Praxis) or
+            of all choices ("all": DeepSeek, Megatron).
+        over_layers: all losses of routers are summed over the sparse layers
+            (Mesh-TensorFlow, Praxis) or averaged ("mean": Flaxformer).
+        importance_weight: of the squared coefficient of variation of the experts'
+            summed probabilities (V-MoE, arXiv:2106.05974, eq. 8; 0.005).
+        load_weight: of that of their chances to be chosen once more (V-MoE, eq. 9;
+            0.005); needs noisy logits.
         router_z_weight: of the router z-loss (arXiv:2202.08906, eq. 5).
         z_weight: of (log Z)² of the output softmax.
     """
 
     balance_weight: float = 1e-2
-    balance_scope: Literal["group", "global"] = "group"
+    balance_scope: Literal["group", "sequence", "global"] = "group"
+    balance_counts: Literal["first", "all"] = "first"
+    over_layers: Literal["sum", "mean"] = "sum"
+    importance_weight: float = 0.0
+    load_weight: float = 0.0
     router_z_weight: float = 1e-3
     z_weight: float = 0.0
 
@@ -156,96 +259,31 @@ class TrainSettings:
 def capacity(router: RouterSettings, num_experts: int, *, train: bool) -> int:
     """Returns C, slots per expert and group, in exact arithmetic.
 
-    ceil(S·K·factor / E), at least `min_capacity` and at most S. A float product can
-    round up past the exact value, so the factor is taken as the decimal that the user
-    wrote. A token chooses an expert at most once, so S slots can never overflow: that
-    is what a factor of 0 asks for.
+    S·K·factor / E, rounded as the settings say, at least `min_capacity` and at most S.
+    A float product can round up past the exact value, so the factor is taken as the
+    decimal that the user wrote. A token chooses an expert at most once, so S slots can
+    never overflow: that is what a factor of 0 asks for. Experts that choose always
+    need a limit, so outside training they then keep that of training.
     """
     factor = router.capacity_factor if train else router.eval_capacity_factor
+    if factor == 0 and router.family == "expert_choice":
+        factor = router.capacity_factor
     if factor == 0:
         return router.group_size
-    tokens = router.group_size * router.num_selected
-    slots = math.ceil(tokens * Fraction(str(factor)) / num_experts)
-    return min(max(slots, router.min_capacity), router.group_size)
-
-
-def problems(
-    model: ModelSettings, router: RouterSettings, train: TrainSettings, *, length: int
-) -> list[str]:
-    """Lists the rules that the settings break, whatever the mesh."""
-    found = []
-
-    def require(holds: bool, fault: str) -> None:
-        if not holds:
-            found.append(fault)
-
-    positive = {
-        "VOCAB_SIZE": model.vocab_size,
-        "NUM_LAYERS": model.num_layers,
-        "EMBED_DIM": model.model_dim,
-        "NUM_HEADS": model.num_heads,
-        "HEAD_DIM": model.head_dim,
-        "MLP_DIM": model.mlp_dim,
-        "BATCH_SIZE": train.batch_size,
-        "MICROBATCHES": train.microbatches,
-        "TRAIN_STEPS": train.train_steps,
+    choices = router.num_selected if router.capacity_counts_choices else 1
+    if router.family == "prototypes":
+        choices *= router.num_prototypes
+    exact = router.group_size * choices * Fraction(str(factor)) / num_experts
+    rounded = {
+        "ceil": math.ceil(exact),
+        "floor": math.floor(exact),
+        "half_even": round(exact),
     }
-    for macro, value in positive.items():
-        require(value >= 1, f"{macro} = {value}: must be at least 1")
-    require(
-        model.head_dim % 2 == 0,
-        f"HEAD_DIM = {model.head_dim}: rotary positions turn pairs, so it must be even",
-    )
-    require(
-        0 <= model.dropout < 1, f"DROPOUT_RATE = {model.dropout}: must be in [0, 1)"
-    )
-    require(model.moe_every >= 0, f"MOE_EVERY = {model.moe_every}: 0 means dense")
-    if model.moe_every > 0:
-        found += _sparse_problems(model, router, length)
-    return found
+    slots = max(rounded[router.capacity_rounding], router.min_capacity)
+    slots = -(-slots // router.capacity_multiple) * router.capacity_multiple
+    return min(slots, router.group_size)
 
 
-def _sparse_problems(
-    model: ModelSettings, router: RouterSettings, length: int
-) -> list[str]:
-    """The rules that only a model with sparse layers must obey."""
-    found = []
-    if model.num_layers % model.moe_every:
-        found.append(
-            f"NUM_LAYERS = {model.num_layers} is not a multiple of MOE_EVERY = "
-            f"{model.moe_every}: layers repeat in periods of MOE_EVERY"
-        )
-    if model.num_experts < 1:
-        found.append(f"NUM_EXPERTS = {model.num_experts}: must be at least 1")
-    if model.expert_mlp_dim < 1:
-        found.append(f"EXPERT_MLP_DIM = {model.expert_mlp_dim}: must be at least 1")
-    if not 1 <= router.num_selected <= max(model.num_experts, 1):
-        found.append(
-            f"NUM_SELECTED_EXPERTS = {router.num_selected}: must be between 1 and "
-            f"NUM_EXPERTS = {model.num_experts}"
-        )
-    if router.second_policy == "random" and router.num_selected != 2:
-        found.append(
-            "SECOND_EXPERT_POLICY = 'random' is defined for NUM_SELECTED_EXPERTS = 2, "
-            f"not {router.num_selected}"
-        )
-    if router.renormalize and router.num_selected == 1:
-        found.append(
-            "RENORMALIZE_GATES = True with NUM_SELECTED_EXPERTS = 1 makes each gate 1, "
-            "and the router would learn nothing from the loss: set it to False"
-        )
-    if not 0 <= router.jitter < 1:
-        found.append(f"JITTER_NOISE = {router.jitter}: must be in [0, 1)")
-    if router.capacity_factor < 0 or router.eval_capacity_factor < 0:
-        found.append(
-            "TRAIN_CAPACITY_FACTOR and EVAL_CAPACITY_FACTOR cannot be negative"
-        )
-    if router.group_size < 1 or length % router.group_size:
-        divisors = [d for d in range(1, length + 1) if length % d == 0]
-        nearest = sorted(divisors, key=lambda d: abs(d - router.group_size))[:2]
-        found.append(
-            f"GROUP_SIZE = {router.group_size} does not divide a sequence of "
-            f"{length} tokens: nearest are "
-            f"{' and '.join(map(str, sorted(nearest)))}"
-        )
-    return found
+def never_drops(router: RouterSettings, num_experts: int, *, train: bool) -> bool:
+    """Whether every choice finds a slot, however uneven they are."""
+    return capacity(router, num_experts, train=train) == router.group_size

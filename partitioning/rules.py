@@ -26,6 +26,7 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "mlp": ("model",),
     "embed": (),
     "head_dim": (),
+    "pair": (),  # a gate and what it gates
     "layers": (),
 }
 

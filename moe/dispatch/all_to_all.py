@@ -1,40 +1,37 @@
-"""The portable default: gather into fixed-capacity slots, exchange, and gather back.
-
-Both local movements are gathers in both directions: the transpose of a gather through
-one map of an Assignment is a gather through the other, so nothing ever scatters.
-"""
+"""The portable default: gather into fixed-capacity slots, exchange, and gather back."""
 
 import jax
 import jax.numpy as jnp
 
 from moe.dispatch.exchange import from_experts, to_experts
+from moe.dispatch.gathers import seat, weigh
+from moe.dispatch.room import Room
 from moe.routing.assignment import Assignment
 
 
 def dispatch(
-    x_gSM: jax.Array, assignment: Assignment, axis_size: int
+    x_gSM: jax.Array, assignment: Assignment, room: Room, first_row: jax.Array | int = 0
 ) -> tuple[jax.Array, None, None]:
     """Lays tokens out as rows of their experts and sends the rows there.
 
     Args:
         x_gSM: this device's groups of tokens.
         assignment: who sits where, for the same groups.
-        axis_size: size of the mesh axis `expert`.
+        room: size of the mesh axis `expert`.
+        first_row: of the round; every row passes in the first.
     Returns:
         rows_eRM, zero where a slot is empty; sizes, None: every row of the rectangle
         counts; and the plan of the way back, None: the assignment is enough.
     """
-    g, E, C = assignment.choice_of_slot_GEC.shape
-    slots_gTM = _seat(
-        x_gSM,
-        assignment.choice_of_slot_GEC.reshape(g, E * C),
-        assignment.slot_of_choice_GSJ,
-    )
-    return to_experts(slots_gTM.reshape(g, E, C, -1), axis_size), None, None
+    del first_row
+    _, E, _ = assignment.choice_of_slot_GEC.shape
+    rows_TM = seat(x_gSM.reshape(-1, x_gSM.shape[-1]), *_maps(assignment))
+    rows_ERM = rows_TM.reshape(E, -1, x_gSM.shape[-1])
+    return to_experts(rows_ERM, room.axis_size), None, None
 
 
 def combine(
-    rows_eRM: jax.Array, assignment: Assignment, plan: None, axis_size: int
+    rows_eRM: jax.Array, assignment: Assignment, plan: None, room: Room
 ) -> jax.Array:
     """Brings the rows home and sums each token's expert outputs by its gates.
 
@@ -42,102 +39,27 @@ def combine(
         rows_eRM: outputs of this device's experts, in the order of `dispatch`.
         assignment: the one that was dispatched.
         plan: what `dispatch` returned.
-        axis_size: size of the mesh axis `expert`.
+        room: size of the mesh axis `expert`.
     Returns:
         y_gSM in the rows' dtype, summed in float32; zero for a token that has no slot.
     """
     del plan
-    g, E, C = assignment.choice_of_slot_GEC.shape
-    slots_gECM = from_experts(rows_eRM, g, axis_size)
-    return _weigh(
-        slots_gECM.reshape(g, E * C, -1),
-        assignment.gate_GSJ,
-        assignment.choice_of_slot_GEC.reshape(g, E * C),
-        assignment.slot_of_choice_GSJ,
-    )
+    g, S, J = assignment.gate_GSJ.shape
+    rows_ERM = from_experts(rows_eRM, room.axis_size)
+    M = rows_ERM.shape[-1]
+    gate_TJ = assignment.gate_GSJ.reshape(g * S, J)
+    y_TM = weigh(rows_ERM.reshape(-1, M), gate_TJ, *_maps(assignment))
+    return y_TM.reshape(g, S, M)
 
 
-def _rows(source_gRM: jax.Array, index: jax.Array) -> jax.Array:
-    """Takes rows of each group by index, zeros for -1. index is [g, ...]."""
-    flat_gT = index.reshape(index.shape[0], -1)
-    taken_gTM = jax.vmap(lambda rows, at: rows.at[at].get(mode="promise_in_bounds"))(
-        source_gRM, jnp.maximum(flat_gT, 0)
-    )
-    taken_gTM = jnp.where(flat_gT[..., None] >= 0, taken_gTM, 0)
-    return taken_gTM.reshape(*index.shape, source_gRM.shape[-1])
-
-
-@jax.custom_vjp
-def _seat(
-    x_gSM: jax.Array, choice_of_slot_gT: jax.Array, slot_of_choice_gSJ: jax.Array
-) -> jax.Array:
-    """slots[t] = x[token of the choice in slot t]."""
-    num_choices = slot_of_choice_gSJ.shape[-1]
-    return _rows(x_gSM, choice_of_slot_gT // num_choices)  # -1 // J is -1
-
-
-def _seat_forward(x_gSM, choice_of_slot_gT, slot_of_choice_gSJ):
-    slots_gTM = _seat(x_gSM, choice_of_slot_gT, slot_of_choice_gSJ)
-    return slots_gTM, slot_of_choice_gSJ
-
-
-def _seat_backward(slot_of_choice_gSJ, d_slots_gTM):
-    """dx[s] = Σ_j dslots[slot of choice (s, j)]."""
-    d_x_gSM = sum(
-        (
-            _rows(d_slots_gTM, slot_of_choice_gSJ[..., j]).astype(jnp.float32)
-            for j in range(slot_of_choice_gSJ.shape[-1])
-        ),
-        start=jnp.zeros((), jnp.float32),
-    )
-    return d_x_gSM.astype(d_slots_gTM.dtype), None, None
-
-
-_seat.defvjp(_seat_forward, _seat_backward)
-
-
-@jax.custom_vjp
-def _weigh(
-    slots_gTM: jax.Array,
-    gate_gSJ: jax.Array,
-    choice_of_slot_gT: jax.Array,
-    slot_of_choice_gSJ: jax.Array,
-) -> jax.Array:
-    """y[s] = Σ_j gate[s, j] · slots[slot of choice (s, j)]."""
-    y_gSM = sum(
-        (
-            gate_gSJ[..., j, None] * _rows(slots_gTM, slot_of_choice_gSJ[..., j])
-            for j in range(gate_gSJ.shape[-1])
-        ),
-        start=jnp.zeros((), jnp.float32),
-    )
-    return y_gSM.astype(slots_gTM.dtype)
-
-
-def _weigh_forward(slots_gTM, gate_gSJ, choice_of_slot_gT, slot_of_choice_gSJ):
-    y_gSM = _weigh(slots_gTM, gate_gSJ, choice_of_slot_gT, slot_of_choice_gSJ)
-    return y_gSM, (slots_gTM, gate_gSJ, choice_of_slot_gT, slot_of_choice_gSJ)
-
-
-def _weigh_backward(saved, d_y_gSM):
-    """dslots[t] = gate of the choice in t · dy[its token]; dgate[s, j] = slots · dy."""
-    slots_gTM, gate_gSJ, choice_of_slot_gT, slot_of_choice_gSJ = saved
-    g, _, J = gate_gSJ.shape
-    gate_of_slot_gT = _rows(gate_gSJ.reshape(g, -1, 1), choice_of_slot_gT)
-    d_y_of_slot_gTM = _rows(d_y_gSM, choice_of_slot_gT // J)
-    d_slots_gTM = (gate_of_slot_gT * d_y_of_slot_gTM).astype(slots_gTM.dtype)
-    d_gate_gSJ = jnp.stack(
-        [
-            jnp.sum(
-                _rows(slots_gTM, slot_of_choice_gSJ[..., j]).astype(jnp.float32)
-                * d_y_gSM,
-                axis=-1,
-            )
-            for j in range(J)
-        ],
-        axis=-1,
-    )
-    return d_slots_gTM, d_gate_gSJ, None, None
-
-
-_weigh.defvjp(_weigh_forward, _weigh_backward)
+def _maps(assignment: Assignment) -> tuple[jax.Array, jax.Array]:
+    """The two maps with rows in the order expert, group, slot."""
+    g, _, C = assignment.choice_of_slot_GEC.shape
+    _, S, J = assignment.slot_of_choice_GSJ.shape
+    group_g11 = jnp.arange(g, dtype=jnp.int32)[:, None, None]
+    choice_gEC = assignment.choice_of_slot_GEC
+    choice_gEC = jnp.where(choice_gEC >= 0, choice_gEC + group_g11 * (S * J), -1)
+    slot_gSJ = assignment.slot_of_choice_GSJ
+    row_gSJ = (slot_gSJ // C * g + group_g11) * C + slot_gSJ % C
+    row_gSJ = jnp.where(slot_gSJ >= 0, row_gSJ, -1)
+    return choice_gEC.swapaxes(0, 1).reshape(-1), row_gSJ.reshape(g * S, J)

@@ -97,23 +97,21 @@ def keep_likely(logits_BV: jax.Array, top_k: int, top_p: float) -> jax.Array:
     return jnp.where(kept_BV, logits_BV, NEVER)
 
 
-def empty_cache(model: Model, num_rows: int, room: int) -> Cache:
+def empty_cache(model: Model, num_rows: int, room: int) -> tuple[Cache, ...]:
     """Allocates keys and values of all layers for `room` tokens."""
     settings = model.settings
-    per_period = max(settings.moe_every, 1)
-    shape = (
-        settings.num_layers // per_period,
-        per_period,
-        num_rows,
-        room,
-        settings.num_heads,
-        settings.head_dim,
-    )
-    zeros = jnp.zeros(shape, settings.dtype)
-    return Cache(key_BTND=zeros, value_BTND=zeros)
+
+    def zeros(periods: int, layers: int) -> Cache:
+        shape = (periods, layers, num_rows, room, settings.num_heads, settings.head_dim)
+        array = jnp.zeros(shape, settings.dtype)
+        return Cache(key_BTND=array, value_BTND=array)
+
+    dense = settings.first_dense_layers
+    first = (zeros(dense, 1),) if dense else ()
+    return (*first, zeros(settings.num_periods, max(settings.moe_every, 1)))
 
 
 def _grouped(model: Model, group_size: int) -> Model:
     """The same model, routing the given tokens of each sequence together."""
     router = dataclasses.replace(model.router, group_size=group_size)
-    return dataclasses.replace(model, router=router)
+    return dataclasses.replace(model, router=router, in_rounds=True)

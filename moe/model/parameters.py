@@ -22,10 +22,15 @@ def normal(
 
 
 def scaled(
-    key: jax.Array, shape: Sequence[int], axes: Sequence[str | None], *, fan_in: int
+    key: jax.Array,
+    shape: Sequence[int],
+    axes: Sequence[str | None],
+    *,
+    fan_in: int,
+    scale: float = 1.0,
 ) -> nnx.Param:
-    """Declares a float32 parameter of variance 1 / fan_in."""
-    return normal(key, shape, axes, stddev=1.0 / math.sqrt(fan_in))
+    """Declares a float32 parameter of variance scale / fan_in."""
+    return normal(key, shape, axes, stddev=math.sqrt(scale / fan_in))
 
 
 def constant(

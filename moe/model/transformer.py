@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from moe.dispatch.exchange import TRAVELLED_NAMES
 from moe.model.attention import Attention, Cache, attend, attend_cached
 from moe.model.feed_forward import FeedForward, feed_forward
-from moe.model.moe_layer import MoE, moe_layer
+from moe.model.moe_layer import Layer, MoE, Tokens, moe_layer
 from moe.model.parameters import constant, logical_axes, normal
 from moe.routing.assignment import RouterSums
 from moe.settings import ModelSettings, RouterSettings
@@ -23,51 +23,86 @@ Batch = dict[str, jax.Array]  # SeqIO's decoder features, each [B, L]
 class Block(nnx.Module):
     """One layer: attention, then a dense or sparse feed-forward, each normalised."""
 
-    def __init__(self, key: jax.Array, settings: ModelSettings, *, sparse: bool):
+    def __init__(
+        self,
+        key: jax.Array,
+        settings: ModelSettings,
+        router: RouterSettings,
+        *,
+        sparse: bool,
+    ):
         attention_key, feed_forward_key = jax.random.split(key)
         M = settings.model_dim
         self.attention_norm = constant((M,), ("embed",), 1.0)
         self.attention = Attention(attention_key, settings)
         self.feed_forward_norm = constant((M,), ("embed",), 1.0)
         if sparse:
-            self.moe = MoE(feed_forward_key, settings)
+            self.moe = MoE(feed_forward_key, settings, router)
         else:
             self.feed_forward = FeedForward(
                 feed_forward_key,
                 model_dim=M,
                 mlp_dim=settings.mlp_dim,
                 activation=settings.activation,
+                biases=settings.mlp_biases,
+                init_scale=settings.init_scale,
             )
 
 
 class Period(nnx.Module):
-    """The layers that repeat: `moe_every - 1` dense ones, then a sparse one."""
+    """The layers that repeat: `moe_every - 1` dense ones, then a sparse one.
 
-    def __init__(self, key: jax.Array, settings: ModelSettings):
-        num_blocks = max(settings.moe_every, 1)
+    Those at the bottom that are dense are periods of one layer.
+    """
+
+    def __init__(
+        self,
+        key: jax.Array,
+        settings: ModelSettings,
+        router: RouterSettings,
+        *,
+        dense: bool = False,
+    ):
+        num_blocks = 1 if dense else max(settings.moe_every, 1)
         keys = jax.random.split(key, num_blocks)
+        last = -1 if dense else settings.moe_every - 1
         self.blocks = nnx.List(
-            Block(keys[i], settings, sparse=i == settings.moe_every - 1)
+            Block(keys[i], settings, router, sparse=i == last)
             for i in range(num_blocks)
         )
 
 
 class Transformer(nnx.Module):
-    """All parameters; those of the periods are stacked, for `jax.lax.scan`."""
+    """All parameters; those of the periods are stacked, for `jax.lax.scan`.
 
-    def __init__(self, key: jax.Array, settings: ModelSettings):
+    `first_layers`, the dense ones at the bottom, are there only if there are any.
+    """
+
+    def __init__(self, key: jax.Array, settings: ModelSettings, router: RouterSettings):
         embedding_key, head_key, periods_key = jax.random.split(key, 3)
         V, M = settings.vocab_size, settings.model_dim
-        num_periods = settings.num_layers // max(settings.moe_every, 1)
+
+        def stack(key: jax.Array, number: int, **kind: bool) -> Period:
+            keys = jax.random.split(key, number)
+            definition = nnx.graphdef(
+                nnx.eval_shape(lambda: Period(keys[0], settings, router, **kind))
+            )
+            return nnx.merge(
+                definition,
+                jax.vmap(lambda k: nnx.state(Period(k, settings, router, **kind)))(
+                    keys
+                ),
+            )
+
         self.embedding = normal(
             embedding_key, (V, M), ("vocab", "embed"), stddev=M**-0.5
         )
-        period_keys = jax.random.split(periods_key, num_periods)
-        definition = nnx.graphdef(
-            nnx.eval_shape(lambda: Period(period_keys[0], settings))
-        )
-        stacked = jax.vmap(lambda k: nnx.state(Period(k, settings)))(period_keys)
-        self.periods = nnx.merge(definition, stacked)
+        if settings.first_dense_layers:
+            first_key = jax.random.fold_in(periods_key, 0)
+            self.first_layers = stack(
+                first_key, settings.first_dense_layers, dense=True
+            )
+        self.periods = stack(periods_key, settings.num_periods)
         self.final_norm = constant((M,), ("embed",), 1.0)
         if not settings.tie_embeddings:
             self.head = normal(head_key, (M, V), ("embed", "vocab"), stddev=M**-0.5)
@@ -82,12 +117,19 @@ class Model:
         router: settings of its routers.
         mesh: the mesh it runs on.
         definition: NNX's description of the containers.
+        in_rounds: whether sparse layers compute what exceeds their row budget.
     """
 
     settings: ModelSettings
     router: RouterSettings
     mesh: Mesh
     definition: Any
+    in_rounds: bool = False
+
+    @property
+    def layer(self) -> Layer:
+        """What the sparse layers share."""
+        return Layer(self.settings, self.router, self.mesh, self.in_rounds)
 
     def bind(self, params: Any) -> Transformer:
         """Puts the arrays back into their containers."""
@@ -96,19 +138,19 @@ class Model:
 
 def build(settings: ModelSettings, router: RouterSettings, mesh: Mesh) -> Model:
     """Describes a model without allocating it."""
-    shapes = nnx.eval_shape(lambda: Transformer(jax.random.key(0), settings))
+    shapes = nnx.eval_shape(lambda: Transformer(jax.random.key(0), settings, router))
     return Model(settings, router, mesh, nnx.graphdef(shapes))
 
 
-def init_params(key: jax.Array, settings: ModelSettings) -> Any:
+def init_params(key: jax.Array, settings: ModelSettings, router: RouterSettings) -> Any:
     """Draws all parameters: a pure dict of float32 arrays."""
-    return nnx.to_pure_dict(nnx.state(Transformer(key, settings)))
+    return nnx.to_pure_dict(nnx.state(Transformer(key, settings, router)))
 
 
-def param_axes(settings: ModelSettings) -> Any:
+def param_axes(settings: ModelSettings, router: RouterSettings) -> Any:
     """Returns the logical axes of every parameter: the same dict, of tuples."""
     return logical_axes(
-        nnx.eval_shape(lambda: Transformer(jax.random.key(0), settings))
+        nnx.eval_shape(lambda: Transformer(jax.random.key(0), settings, router))
     )
 
 
@@ -133,39 +175,42 @@ def forward(
         layers, None in a dense model.
     """
     segment_BL = batch["decoder_segment_ids"]
+    id_BL = batch["decoder_input_tokens"]
+    tokens = Tokens(mask_BL=segment_BL > 0, row_B=row_B, id_BL=id_BL)
     weights = model.bind(params)
-    x_BLM = _embed(model, weights, batch["decoder_input_tokens"])
+    x_BLM = _embed(model, weights, id_BL)
 
-    def one_period(x_BLM: jax.Array, scanned: Any) -> tuple[jax.Array, Any]:
-        period_state, index = scanned
-        period = nnx.merge(period_definition, period_state)
-        sums = None
-        for i, block in enumerate(period.blocks):
-            layer = index * len(period.blocks) + i
-            layer_key = None if key is None else jax.random.fold_in(key, layer)
+    def mix(attention: Attention, y_BLM: jax.Array) -> jax.Array:
+        return attend(
+            attention,
+            y_BLM,
+            batch["decoder_positions"],
+            segment_BL,
+            model.settings.rope_base,
+        )
 
-            def mix(attention: Attention, y_BLM: jax.Array) -> jax.Array:
-                return attend(
-                    attention,
-                    y_BLM,
-                    batch["decoder_positions"],
-                    segment_BL,
-                    model.settings.rope_base,
+    sums = None
+    for stack, first in _stacks(model, weights):
+        definition, stacked = nnx.split(stack)
+
+        def one_period(
+            x_BLM: jax.Array, scanned: Any, definition: Any = definition
+        ) -> tuple[jax.Array, Any]:
+            state, layer = scanned
+            sums = None
+            for i, block in enumerate(nnx.merge(definition, state).blocks):
+                layer_key = None if key is None else jax.random.fold_in(key, layer + i)
+                x_BLM, block_sums = _block(
+                    model, block, x_BLM, mix, tokens, layer_key, layer + i
                 )
+                sums = block_sums if block_sums is not None else sums
+            return x_BLM, sums
 
-            x_BLM, block_sums = _block(
-                model, block, x_BLM, mix, segment_BL > 0, row_B, layer_key
-            )
-            sums = block_sums if block_sums is not None else sums
-        return x_BLM, sums
-
-    period_definition, stacked = nnx.split(weights.periods)
-    num_periods = model.settings.num_layers // max(model.settings.moe_every, 1)
-    x_BLM, sums = jax.lax.scan(
-        _rematerialised(one_period, model.settings.remat),
-        x_BLM,
-        (stacked, jnp.arange(num_periods)),
-    )
+        x_BLM, sums = jax.lax.scan(
+            rematerialised(one_period, model.settings.remat),
+            x_BLM,
+            (stacked, first),
+        )
     return _logits(model, weights, x_BLM), sums
 
 
@@ -175,8 +220,8 @@ def forward_cached(
     tokens_BL: jax.Array,
     mask_BL: jax.Array,
     start: jax.Array,
-    cache: Cache,
-) -> tuple[jax.Array, Cache]:
+    cache: tuple[Cache, ...],
+) -> tuple[jax.Array, tuple[Cache, ...]]:
     """Computes logits of L new tokens after `start` tokens already in the cache.
 
     Args:
@@ -185,36 +230,52 @@ def forward_cached(
         tokens_BL: input tokens.
         mask_BL: False for padding, which takes no slot.
         start: int32 scalar, where the first of them goes.
-        cache: stacked over periods and layers of a period, `[P, I, B, T, N, D]`.
+        cache: one for each stack, `[periods, layers of a period, B, T, N, D]`.
     Returns:
         logits_BLV and the cache with the new tokens in it.
     """
     weights = model.bind(params)
     x_BLM = _embed(model, weights, tokens_BL)
     row_B = jnp.arange(tokens_BL.shape[0])
+    tokens = Tokens(mask_BL=mask_BL, row_B=row_B, id_BL=tokens_BL)
+    new_caches = []
+    for (stack, first), old_cache in zip(_stacks(model, weights), cache, strict=True):
+        definition, stacked = nnx.split(stack)
 
-    def one_period(x_BLM: jax.Array, scanned: Any) -> tuple[jax.Array, Cache]:
-        period_state, cache_I = scanned
-        period = nnx.merge(period_definition, period_state)
-        filled = []
-        for i, block in enumerate(period.blocks):
-            layer_cache = jax.tree.map(lambda c, i=i: c[i], cache_I)
+        def one_period(
+            x_BLM: jax.Array, scanned: Any, definition: Any = definition
+        ) -> tuple[jax.Array, Cache]:
+            state, layer, cache_I = scanned
+            filled = []
+            for i, block in enumerate(nnx.merge(definition, state).blocks):
+                layer_cache = jax.tree.map(lambda c, i=i: c[i], cache_I)
 
-            def mix(
-                attention: Attention, y_BLM: jax.Array, layer_cache: Cache = layer_cache
-            ) -> jax.Array:
-                y_BLM, new_cache = attend_cached(
-                    attention, y_BLM, start, layer_cache, model.settings.rope_base
-                )
-                filled.append(new_cache)
-                return y_BLM
+                def mix(
+                    attention: Attention,
+                    y_BLM: jax.Array,
+                    layer_cache: Cache = layer_cache,
+                ) -> jax.Array:
+                    y_BLM, new_cache = attend_cached(
+                        attention, y_BLM, start, layer_cache, model.settings.rope_base
+                    )
+                    filled.append(new_cache)
+                    return y_BLM
 
-            x_BLM, _ = _block(model, block, x_BLM, mix, mask_BL, row_B, None)
-        return x_BLM, jax.tree.map(lambda *c: jnp.stack(c), *filled)
+                x_BLM, _ = _block(model, block, x_BLM, mix, tokens, None, layer + i)
+            return x_BLM, jax.tree.map(lambda *c: jnp.stack(c), *filled)
 
-    period_definition, stacked = nnx.split(weights.periods)
-    x_BLM, cache = jax.lax.scan(one_period, x_BLM, (stacked, cache))
-    return _logits(model, weights, x_BLM), cache
+        x_BLM, new_cache = jax.lax.scan(one_period, x_BLM, (stacked, first, old_cache))
+        new_caches.append(new_cache)
+    return _logits(model, weights, x_BLM), tuple(new_caches)
+
+
+def _stacks(model: Model, weights: Transformer) -> list[tuple[Period, jax.Array]]:
+    """The stacks of periods from the bottom up, with each period's first layer."""
+    dense = model.settings.first_dense_layers
+    per_period = max(model.settings.moe_every, 1)
+    first = dense + per_period * jnp.arange(model.settings.num_periods)
+    stacks = [(weights.first_layers, jnp.arange(dense))] if dense else []
+    return [*stacks, (weights.periods, first)]
 
 
 def _block(
@@ -222,29 +283,20 @@ def _block(
     block: Block,
     x_BLM: jax.Array,
     mix: Callable[[Attention, jax.Array], jax.Array],
-    mask_BL: jax.Array,
-    row_B: jax.Array,
+    tokens: Tokens,
     key: jax.Array | None,
+    index: jax.Array,
 ) -> tuple[jax.Array, RouterSums | None]:
     """Adds attention and feed-forward to the residual stream."""
     keys = (None,) * 3 if key is None else jax.random.split(key, 3)
-    rate = model.settings.dropout
+    rate, row_B = model.settings.dropout, tokens.row_B
 
     y_BLM = mix(block.attention, _rms_norm(block.attention_norm, x_BLM))
     x_BLM = x_BLM + _dropout(y_BLM, keys[0], row_B, rate)
 
     y_BLM, sums = _rms_norm(block.feed_forward_norm, x_BLM), None
     if hasattr(block, "moe"):
-        y_BLM, sums = moe_layer(
-            block.moe,
-            y_BLM,
-            mask_BL,
-            row_B,
-            keys[1],
-            model=model.settings,
-            router=model.router,
-            mesh=model.mesh,
-        )
+        y_BLM, sums = moe_layer(block.moe, y_BLM, tokens, keys[1], index, model.layer)
     else:
         y_BLM = feed_forward(block.feed_forward, y_BLM, model.settings.activation)
     return x_BLM + _dropout(y_BLM, keys[2], row_B, rate), sums
@@ -292,7 +344,7 @@ def _dropout(
     return jnp.where(keep_BLM, x_BLM / (1 - rate), 0).astype(x_BLM.dtype)
 
 
-def _rematerialised(body: Callable, remat: str) -> Callable:
+def rematerialised(body: Callable, remat: str) -> Callable:
     """Wraps the body of the layer scan in the named remat policy."""
     if remat == "none":
         return body

@@ -5,10 +5,34 @@ tokens, forward and backward, is a gather through one map or the other.
 """
 
 import dataclasses
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
+
+from moe.settings import RouterSettings
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RouterContext:
+    """What a router may need beside the logits.
+
+    Attributes:
+        mask_GS: bool, True for real tokens.
+        key_G: one key per group, derived from its global index; None outside
+            training, where nothing is drawn.
+        bias_E: float32, added to the scores for selection alone; None without.
+        clean_logits_GSE: the logits before noise; None where there is no noise.
+        token_GS: int32, ids of the tokens; hash routing only.
+        order_V: int32, this layer's random order of the vocabulary; hash routing only.
+    """
+
+    mask_GS: jax.Array
+    key_G: jax.Array | None = None
+    bias_E: jax.Array | None = None
+    clean_logits_GSE: jax.Array | None = None
+    token_GS: jax.Array | None = None
+    order_V: jax.Array | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -23,22 +47,32 @@ class RouterSums:
         tokens_G: real tokens.
         probability_GE: router probabilities, the only sum with a gradient to the
             router through the balance loss.
+        load_GE: chances of being chosen once more if the noise were drawn again
+            (arXiv:2106.05974, eq. 9); zero without noise.
         first_GE: tokens whose first choice was the expert.
         chosen_GE: choices made, before capacity.
         kept_GE: choices that received a slot.
+        spilled_GE: of them, those that received it at a second attempt.
         padding_G: choices that padding tokens would have made.
         z_G: squared log-sum-exp of the logits.
         entropy_G: entropy of the router's probabilities, in nats.
+        square_G: mean squared logit.
+        excess_G: rows beyond the budget of this group's device, counted in the first
+            group of the device; filled in by the layer.
     """
 
     tokens_G: jax.Array
     probability_GE: jax.Array
+    load_GE: jax.Array
     first_GE: jax.Array
     chosen_GE: jax.Array
     kept_GE: jax.Array
+    spilled_GE: jax.Array
     padding_G: jax.Array
     z_G: jax.Array
     entropy_G: jax.Array
+    square_G: jax.Array
+    excess_G: jax.Array
 
 
 @jax.tree_util.register_dataclass
@@ -47,7 +81,8 @@ class Assignment:
     """Tokens to slots and back, within each group.
 
     Choice number s·J + j is the j-th choice of token s; slot number e·C + c is the
-    c-th slot of expert e. The two maps invert each other.
+    c-th slot of expert e. The two maps invert each other. The slots of an expert are
+    filled from the first on, without gaps.
 
     Attributes:
         choice_of_slot_GEC: int32, the choice that fills a slot, or -1 if it is empty.
@@ -62,55 +97,194 @@ class Assignment:
     sums: RouterSums
 
 
-def fill_slots(
-    expert_GSJ: jax.Array,
-    active_GSJ: jax.Array,
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Choices:
+    """What a router decided, before slots are given out.
+
+    Attributes:
+        expert_GSJ: int32, the expert of each choice.
+        active_GSJ: bool, False for choices that want no slot, such as padding's.
+        first_GSJ: bool, choices that count as first ones.
+        gate_GSJ: float32.
+        probability_GSE: float32, what balance losses even out; 0 where there is none.
+        load_GSE: as in `RouterSums`, per token; None without noise.
+        spill_GSJ: int32 experts and float32 gates of where each choice goes if its
+            expert is full; None to drop.
+        priority_GS: float32, tokens with more are seated first; None for their order.
+    """
+
+    expert_GSJ: jax.Array
+    active_GSJ: jax.Array
+    first_GSJ: jax.Array
+    gate_GSJ: jax.Array
+    probability_GSE: jax.Array
+    load_GSE: jax.Array | None = None
+    spill_GSJ: tuple[jax.Array, jax.Array] | None = None
+    priority_GS: jax.Array | None = None
+
+
+def assign(
+    choices: Choices,
+    logits_GSE: jax.Array | None,
+    mask_GS: jax.Array,
+    settings: RouterSettings,
+    *,
+    capacity: int,
+) -> Assignment:
+    """Gives out the slots, settles the gates, and adds up what happened.
+
+    A choice that finds its expert full is dropped: its gate multiplies nothing and
+    only the residual passes.
+
+    Args:
+        choices: a router's decisions.
+        logits_GSE: float32; with several softmaxes one dimension more, [G, S, Z, E/Z];
+            None for a router that has none.
+        mask_GS: bool, True for real tokens.
+        settings: slot order, renormalisation after dropping, gate scale.
+        capacity: C, slots per expert per group.
+    """
+    E, J = choices.probability_GSE.shape[-1], choices.expert_GSJ.shape[-1]
+    fill = jax.vmap(
+        lambda *arrays: _fill_group(
+            *arrays, num_experts=E, capacity=capacity, order=settings.slot_order
+        )
+    )
+    choice_of_slot_GEC, slot_of_choice_GSJ = fill(
+        choices.expert_GSJ, choices.active_GSJ, choices.priority_GS, None
+    )
+    kept_GE = _filled(choice_of_slot_GEC)
+    spilled_GE = jnp.zeros_like(kept_GE)
+    gate_GSJ = choices.gate_GSJ
+    if choices.spill_GSJ is not None:
+        next_GSJ, next_gate_GSJ = choices.spill_GSJ
+        homeless_GSJ = choices.active_GSJ & (slot_of_choice_GSJ < 0)
+        second_GEC, second_GSJ = fill(
+            next_GSJ, homeless_GSJ, choices.priority_GS, kept_GE
+        )
+        choice_of_slot_GEC = jnp.maximum(choice_of_slot_GEC, second_GEC)
+        slot_of_choice_GSJ = jnp.maximum(slot_of_choice_GSJ, second_GSJ)
+        gate_GSJ = jnp.where(second_GSJ >= 0, next_gate_GSJ, gate_GSJ)
+        spilled_GE = _filled(second_GEC)
+        kept_GE = kept_GE + spilled_GE
+    if settings.renormalize == "after_drop":
+        kept_gate_GSJ = jnp.where(slot_of_choice_GSJ >= 0, gate_GSJ, 0.0)
+        gate_GSJ = _over_sum(gate_GSJ, kept_gate_GSJ)
+
+    def count(flag_GSJ: jax.Array) -> jax.Array:
+        is_expert_GSJE = choices.expert_GSJ[..., None] == jnp.arange(E)
+        counted = is_expert_GSJE & (flag_GSJ & choices.active_GSJ)[..., None]
+        return jnp.sum(counted, axis=(1, 2), dtype=jnp.int32)
+
+    def over_tokens(x_GS: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.where(mask_GS, x_GS, 0.0), axis=1)
+
+    probability_GSE = jnp.where(mask_GS[..., None], choices.probability_GSE, 0.0)
+    zero_G = jnp.zeros(mask_GS.shape[0])
+    load_GE = jnp.zeros_like(probability_GSE[:, 0])
+    if choices.load_GSE is not None:
+        load_GE = jnp.sum(jnp.where(mask_GS[..., None], choices.load_GSE, 0.0), axis=1)
+    log_p_GSE = jnp.log(jnp.maximum(choices.probability_GSE, 1e-30))
+    return Assignment(
+        choice_of_slot_GEC=choice_of_slot_GEC,
+        slot_of_choice_GSJ=slot_of_choice_GSJ,
+        gate_GSJ=gate_GSJ * settings.gate_scale,
+        sums=RouterSums(
+            tokens_G=jnp.sum(mask_GS, axis=1, dtype=jnp.int32),
+            probability_GE=jnp.sum(probability_GSE, axis=1),
+            load_GE=load_GE,
+            first_GE=count(choices.first_GSJ),
+            chosen_GE=count(jnp.ones_like(choices.active_GSJ)),
+            kept_GE=kept_GE,
+            spilled_GE=spilled_GE,
+            padding_G=J * jnp.sum(~mask_GS, axis=1, dtype=jnp.int32),
+            z_G=zero_G if logits_GSE is None else over_tokens(_z(logits_GSE)),
+            entropy_G=over_tokens(-jnp.sum(choices.probability_GSE * log_p_GSE, -1)),
+            square_G=zero_G
+            if logits_GSE is None
+            else over_tokens(_mean_square(jax.lax.stop_gradient(logits_GSE))),
+            excess_G=jnp.zeros(mask_GS.shape[0], jnp.int32),
+        ),
+    )
+
+
+def _z(logits_GSE: jax.Array) -> jax.Array:
+    """Squared log-sum-exp of each token, averaged over its softmaxes."""
+    z = jax.nn.logsumexp(logits_GSE, axis=-1) ** 2
+    return z if z.ndim == 2 else jnp.mean(z, axis=2)
+
+
+def _mean_square(logits_GSE: jax.Array) -> jax.Array:
+    return jnp.mean(logits_GSE**2, axis=tuple(range(2, logits_GSE.ndim)))
+
+
+def renormalized(gate_GSJ: jax.Array) -> jax.Array:
+    """Divides the gates of each token by their sum."""
+    return _over_sum(gate_GSJ, gate_GSJ)
+
+
+def _over_sum(gate_GSJ: jax.Array, summed_GSJ: jax.Array) -> jax.Array:
+    # Sigmoid scores can all be 0; the bound keeps 0 / 0 out of the gradient too.
+    return gate_GSJ / jnp.maximum(jnp.sum(summed_GSJ, axis=-1, keepdims=True), 1e-20)
+
+
+def _filled(choice_of_slot_GEC: jax.Array) -> jax.Array:
+    return jnp.sum(choice_of_slot_GEC >= 0, axis=-1, dtype=jnp.int32)
+
+
+def _fill_group(
+    expert_SJ: jax.Array,
+    active_SJ: jax.Array,
+    priority_S: jax.Array | None,
+    taken_E: jax.Array | None,
     *,
     num_experts: int,
     capacity: int,
-    slot_order: Literal["token_major", "choice_major"],
+    order: str,
 ) -> tuple[jax.Array, jax.Array]:
-    """Gives slots to choices in order of arrival until an expert is full.
+    """Gives the slots of one group to choices in order of arrival.
 
     Cost does not grow with the number of experts: a stable sort by expert leaves each
     expert's choices side by side, in order.
 
     Args:
-        expert_GSJ: int32, the expert of each choice.
-        active_GSJ: bool, False for choices that want no slot.
+        expert_SJ: int32, the expert of each choice.
+        active_SJ: bool, False for choices that want no slot.
+        priority_S: the tokens' priorities; None for the order of their positions.
+        taken_E: int32, slots of each expert that are taken already; None for none.
         num_experts: E.
-        capacity: C, slots per expert per group.
-        slot_order: "token_major" walks token by token; "choice_major" all first
-            choices, then all second choices.
+        capacity: C.
+        order: "token_major" walks token by token; any other choice by choice.
     Returns:
-        choice_of_slot_GEC and slot_of_choice_GSJ, as in `Assignment`.
+        choice_of_slot_EC and slot_of_choice_SJ, as in `Assignment`.
     """
-    J = expert_GSJ.shape[-1]
+    number_SJ = jnp.arange(expert_SJ.size, dtype=jnp.int32).reshape(expert_SJ.shape)
+    wanted_SJ = jnp.where(active_SJ, expert_SJ, num_experts)
+    if priority_S is not None:
+        queue_S = jnp.argsort(-priority_S, stable=True)
+        number_SJ, wanted_SJ = number_SJ[queue_S], wanted_SJ[queue_S]
+    if order != "token_major":
+        number_SJ, wanted_SJ = number_SJ.T, wanted_SJ.T
+    number, wanted = number_SJ.reshape(-1), wanted_SJ.reshape(-1)
 
-    def one_group(
-        expert_SJ: jax.Array, active_SJ: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        number_SJ = jnp.arange(expert_SJ.size, dtype=jnp.int32).reshape(expert_SJ.shape)
-        wanted_SJ = jnp.where(active_SJ, expert_SJ, num_experts)
-        if slot_order == "choice_major":
-            number_SJ, wanted_SJ = number_SJ.T, wanted_SJ.T
-        number, wanted = number_SJ.reshape(-1), wanted_SJ.reshape(-1)
+    arrival = jnp.argsort(wanted, stable=True).astype(jnp.int32)
+    place = jnp.argsort(arrival).astype(jnp.int32)  # where each was sorted to
+    size_E = jnp.sum(wanted[:, None] == jnp.arange(num_experts), axis=0)
+    start_E = jnp.cumsum(size_E) - size_E
+    first_E = jnp.zeros_like(size_E) if taken_E is None else taken_E
 
-        arrival = jnp.argsort(wanted, stable=True).astype(jnp.int32)
-        place = jnp.argsort(arrival).astype(jnp.int32)  # where each was sorted to
-        size_E = jnp.sum(wanted[:, None] == jnp.arange(num_experts), axis=0)
-        start_E = jnp.cumsum(size_E) - size_E
+    rank_EC = jnp.arange(capacity) - first_E[:, None]
+    source_EC = jnp.clip(start_E[:, None] + rank_EC, 0, wanted.size - 1)
+    filled_EC = (rank_EC >= 0) & (rank_EC < size_E[:, None])
+    choice_of_slot_EC = jnp.where(filled_EC, number[arrival[source_EC]], -1)
 
-        slot = jnp.arange(capacity)
-        source_EC = jnp.minimum(start_E[:, None] + slot, wanted.size - 1)
-        filled_EC = slot < size_E[:, None]
-        choice_of_slot_EC = jnp.where(filled_EC, number[arrival[source_EC]], -1)
-
-        rank = place - jnp.append(start_E, 0)[wanted]
-        seated = (wanted < num_experts) & (rank < capacity)
-        slot_of_choice = jnp.where(seated, wanted * capacity + rank, -1)
-        if slot_order == "choice_major":
-            slot_of_choice = slot_of_choice.reshape(J, -1).T
+    shift_E = first_E - start_E
+    slot = place + jnp.append(shift_E, 0)[wanted]
+    seated = (wanted < num_experts) & (slot < capacity)
+    slot_of_choice = jnp.where(seated, wanted * capacity + slot, -1)
+    if order == "token_major" and priority_S is None:
         return choice_of_slot_EC, slot_of_choice.reshape(expert_SJ.shape)
-
-    return jax.vmap(one_group)(expert_GSJ, active_GSJ)
+    return choice_of_slot_EC, slot_of_choice[jnp.argsort(number)].reshape(
+        expert_SJ.shape
+    )

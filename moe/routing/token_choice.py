@@ -1,32 +1,26 @@
-"""Token choice: every token picks its K most probable experts.
+"""Token choice: every token picks its K best experts.
 
-K = 1 is the Switch Transformer (arXiv:2101.03961, section 2.1), K = 2 with
-renormalised gates GShard and GLaM (arXiv:2006.16668, Algorithm 1; arXiv:2112.06905,
-section 4).
+Switch top-1 (arXiv:2101.03961, section 2.1); GShard's and GLaM's top-2 with
+renormalised gates and a random second expert (arXiv:2006.16668, Algorithm 1;
+arXiv:2112.06905, section 4); Mixtral's top-k, whose softmax over the selected logits
+is a renormalised softmax (arXiv:2401.04088, section 2.1); V-MoE's noisy top-k with
+batch priority (arXiv:2106.05974); DeepSeek-V3's sigmoid scores, selection bias and
+limited groups (arXiv:2412.19437, eqs. 12-16).
 """
-
-import dataclasses
 
 import jax
 import jax.numpy as jnp
 
-from moe.routing.assignment import Assignment, RouterSums, fill_slots
+from moe.routing.assignment import (
+    Assignment,
+    Choices,
+    RouterContext,
+    assign,
+    renormalized,
+)
 from moe.settings import RouterSettings
 
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class RouterContext:
-    """What a router may need beside the logits.
-
-    Attributes:
-        mask_GS: bool, True for real tokens.
-        key_G: one key per group, derived from its global index; None outside
-            training, where nothing is drawn.
-    """
-
-    mask_GS: jax.Array
-    key_G: jax.Array | None
+BARRED = -1e30  # the score of an expert that may not be chosen
 
 
 def route(
@@ -36,68 +30,115 @@ def route(
     *,
     capacity: int,
 ) -> Assignment:
-    """Assigns every real token to its K most probable experts, as capacity allows.
+    """Assigns every real token to its K best experts, as capacity allows.
 
-    A choice that finds its expert full is dropped: its gate multiplies nothing and
-    only the residual passes. Gates are renormalised before anything is dropped. Equal
-    probabilities go to the expert with the lower index.
+    Equal scores go to the expert with the lower index.
 
     Args:
         logits_GSE: float32, unnormalised; padding tokens may hold anything finite.
-        context: mask and keys.
-        settings: K, renormalisation, slot order, second-expert policy.
+        context: mask and keys; a bias on the scores; the logits before noise.
+        settings: K, scores, groups of experts, renormalisation, second-expert policy,
+            slot order and overflow.
         capacity: C, slots per expert per group.
     Returns:
         An Assignment with J = K. Gradients reach the logits through the gates and
-        through the probability, z and entropy sums.
+        through the probability, load and z sums, never through the selection.
     """
-    G, S, E = logits_GSE.shape
+    G, S, _ = logits_GSE.shape
     K = settings.num_selected
-    mask_GS = context.mask_GS
-    log_prob_GSE = jax.nn.log_softmax(logits_GSE)
-    prob_GSE = jnp.exp(log_prob_GSE)
+    score_GSE, probability_GSE = scores(logits_GSE, settings)
+    selection_GSE = jax.lax.stop_gradient(score_GSE)
+    if context.bias_E is not None:
+        selection_GSE += jax.lax.stop_gradient(context.bias_E)
+    selection_GSE = limit_to_groups(selection_GSE, settings)
+    spills = settings.overflow == "spill"
+    _, ranked_GSK = jax.lax.top_k(selection_GSE, 2 * K if spills else K)
+    expert_GSK = ranked_GSK[..., :K]
 
-    _, expert_GSK = jax.lax.top_k(jax.lax.stop_gradient(prob_GSE), K)
-    chosen_GSKE = expert_GSK[..., None] == jnp.arange(E)
-    gate_GSK = jnp.sum(jnp.where(chosen_GSKE, prob_GSE[:, :, None, :], 0.0), axis=-1)
-    if settings.renormalize:
-        gate_GSK = gate_GSK / jnp.sum(gate_GSK, axis=-1, keepdims=True)
+    gate_GSK = pick(score_GSE, ranked_GSK)
+    if settings.renormalize == "before_drop":
+        total_GS1 = jnp.sum(gate_GSK[..., :K], axis=-1, keepdims=True)
+        gate_GSK = gate_GSK / jnp.maximum(total_GS1, 1e-20)
 
-    active_GSK = jnp.broadcast_to(mask_GS[..., None], (G, S, K))
+    active_GSK = jnp.broadcast_to(context.mask_GS[..., None], (G, S, K))
     if settings.second_policy == "random" and context.key_G is not None:
         draw_GS = jax.vmap(lambda key: jax.random.uniform(key, (S,)))(context.key_G)
         keeps_GS = draw_GS < 2.0 * gate_GSK[..., 1]
         active_GSK = active_GSK.at[..., 1].set(active_GSK[..., 1] & keeps_GS)
 
-    choice_of_slot_GEC, slot_of_choice_GSK = fill_slots(
-        expert_GSK,
-        active_GSK,
-        num_experts=E,
-        capacity=capacity,
-        slot_order=settings.slot_order,
-    )
-    kept_GSK = slot_of_choice_GSK >= 0
-    z_GS = jax.nn.logsumexp(logits_GSE, axis=-1) ** 2
-    entropy_GS = -jnp.sum(prob_GSE * log_prob_GSE, axis=-1)
-    first_GSE = chosen_GSKE[:, :, 0] & mask_GS[..., None]
-
-    def count(flags_GSKE: jax.Array) -> jax.Array:
-        return jnp.sum(flags_GSKE, axis=(1, 2), dtype=jnp.int32)
-
-    return Assignment(
-        choice_of_slot_GEC=choice_of_slot_GEC,
-        slot_of_choice_GSJ=slot_of_choice_GSK,
-        gate_GSJ=gate_GSK,
-        sums=RouterSums(
-            tokens_G=jnp.sum(mask_GS, axis=1, dtype=jnp.int32),
-            probability_GE=jnp.sum(
-                jnp.where(mask_GS[..., None], prob_GSE, 0.0), axis=1
-            ),
-            first_GE=jnp.sum(first_GSE, axis=1, dtype=jnp.int32),
-            chosen_GE=count(chosen_GSKE & active_GSK[..., None]),
-            kept_GE=count(chosen_GSKE & kept_GSK[..., None]),
-            padding_G=K * jnp.sum(~mask_GS, axis=1, dtype=jnp.int32),
-            z_G=jnp.sum(jnp.where(mask_GS, z_GS, 0.0), axis=1),
-            entropy_G=jnp.sum(jnp.where(mask_GS, entropy_GS, 0.0), axis=1),
+    return assign(
+        Choices(
+            expert_GSJ=expert_GSK,
+            active_GSJ=active_GSK,
+            first_GSJ=jnp.broadcast_to(jnp.arange(K) == 0, (G, S, K)),
+            gate_GSJ=gate_GSK[..., :K],
+            probability_GSE=probability_GSE,
+            load_GSE=chances(logits_GSE, context, settings),
+            spill_GSJ=(ranked_GSK[..., K:], gate_GSK[..., K:]) if spills else None,
+            priority_GS=priority(gate_GSK[..., :K], settings),
         ),
+        logits_GSE,
+        context.mask_GS,
+        settings,
+        capacity=capacity,
     )
+
+
+def scores(
+    logits_GSE: jax.Array, settings: RouterSettings
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the scores that choose and weigh, and probabilities that sum to 1."""
+    if settings.scores == "softmax":
+        probability_GSE = jax.nn.softmax(logits_GSE)
+        return probability_GSE, probability_GSE
+    score_GSE = jax.nn.sigmoid(logits_GSE)
+    return score_GSE, renormalized(score_GSE)
+
+
+def limit_to_groups(score_GSE: jax.Array, settings: RouterSettings) -> jax.Array:
+    """Bars experts outside each token's best groups of neighbouring experts.
+
+    Groups may be the experts of a node: then a token visits at most
+    `num_selected_groups` nodes (DeepSeek-V3, section 2.1.2).
+    """
+    groups, selected = settings.num_expert_groups, settings.num_selected_groups
+    if selected == groups:
+        return score_GSE
+    by_group = score_GSE.reshape(*score_GSE.shape[:-1], groups, -1)
+    num_best = 1 if settings.group_score == "max" else 2
+    best, _ = jax.lax.top_k(by_group, num_best)
+    _, chosen = jax.lax.top_k(jnp.sum(best, axis=-1), selected)
+    allowed = jnp.any(chosen[..., None] == jnp.arange(groups), axis=-2)
+    return jnp.where(allowed[..., None], by_group, BARRED).reshape(score_GSE.shape)
+
+
+def pick(score_GSE: jax.Array, expert_GSJ: jax.Array) -> jax.Array:
+    """Takes the scores of the given experts.
+
+    A comparison instead of a gather: its transpose is not a scatter.
+    """
+    is_expert_GSJE = expert_GSJ[..., None] == jnp.arange(score_GSE.shape[-1])
+    return jnp.sum(jnp.where(is_expert_GSJE, score_GSE[:, :, None, :], 0.0), axis=-1)
+
+
+def priority(gate_GSJ: jax.Array, settings: RouterSettings) -> jax.Array | None:
+    """A token's largest gate, if the surest tokens come first (V-MoE, section 4.1)."""
+    if settings.slot_order != "batch_priority":
+        return None
+    return jax.lax.stop_gradient(jnp.max(gate_GSJ, axis=-1))
+
+
+def chances(
+    logits_GSE: jax.Array, context: RouterContext, settings: RouterSettings
+) -> jax.Array | None:
+    """Chance of each expert to be among the K best if its noise were drawn again.
+
+    1 - Φ((threshold - clean logit) / σ), with the K-th largest noisy logit as the
+    threshold (V-MoE, arXiv:2106.05974, appendix A.2).
+    """
+    if context.clean_logits_GSE is None:
+        return None
+    best_GSK, _ = jax.lax.top_k(logits_GSE, settings.num_selected)
+    deviation = settings.logit_noise / logits_GSE.shape[-1]
+    needed_GSE = (best_GSK[..., -1:] - context.clean_logits_GSE) / deviation
+    return jax.scipy.special.ndtr(-needed_GSE)

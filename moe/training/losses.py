@@ -26,24 +26,33 @@ class RouterTotals:
     Attributes:
         tokens_P: real tokens.
         probability_PE: summed router probabilities.
+        load_PE: summed chances of being chosen once more.
         first_PE: first choices.
         chosen_PE: choices made.
         kept_PE: choices that were computed.
+        spilled_PE: of them, those that went to a token's next best expert.
         padding_P: choices of padding, which never take a slot.
         z_P: summed squared log-sum-exp.
         entropy_P: summed entropy in nats.
-        group_balance_P: balance loss of each group times its tokens, summed.
+        square_P: summed mean squared logit.
+        excess_P: rows that devices had no room for.
+        local_balance_P: per scope and counts, such as ("group", "first"), the balance
+            loss of each group or sequence times its tokens, summed.
     """
 
     tokens_P: jax.Array
     probability_PE: jax.Array
+    load_PE: jax.Array
     first_PE: jax.Array
     chosen_PE: jax.Array
     kept_PE: jax.Array
+    spilled_PE: jax.Array
     padding_P: jax.Array
     z_P: jax.Array
     entropy_P: jax.Array
-    group_balance_P: jax.Array
+    square_P: jax.Array
+    excess_P: jax.Array
+    local_balance_P: dict[tuple[str, str], jax.Array]
 
 
 @jax.tree_util.register_dataclass
@@ -91,52 +100,95 @@ def sums(
         z=jnp.sum(weight_BL * log_z_BL**2),
         correct=jnp.sum(weight_BL * (likeliest_BL == target_BL)),
         weight=jnp.sum(weight_BL),
-        router=None if router is None else router_totals(router),
+        router=None if router is None else router_totals(router, len(target_BL)),
     )
 
 
-def router_totals(router: RouterSums) -> RouterTotals:
-    """Adds up the groups of sums that lead with layers, [P, G, ...]."""
-    num_experts = router.first_GE.shape[-1]
-    agreement_PG = jnp.sum(router.first_GE * router.probability_GE, axis=-1)
-    tokens_PG = jnp.maximum(router.tokens_G, 1)
+def router_totals(router: RouterSums, num_sequences: int) -> RouterTotals:
+    """Adds up the groups of sums that lead with layers, [P, G, ...].
+
+    Args:
+        router: sums per group; those of a sequence are neighbours.
+        num_sequences: B.
+    """
+
+    def over_groups(sum_PG: jax.Array) -> jax.Array:
+        return jnp.sum(sum_PG, axis=1)
+
+    def per_sequence(sum_PG: jax.Array) -> jax.Array:
+        P, G, *rest = sum_PG.shape
+        return jnp.sum(
+            sum_PG.reshape(P, num_sequences, G // num_sequences, *rest), axis=2
+        )
+
+    local_balance_P = {}
+    for scope, unit in (("group", lambda x: x), ("sequence", per_sequence)):
+        probability_PGE = unit(router.probability_GE)
+        tokens_PG = unit(router.tokens_G)
+        for counts, number_GE in (
+            ("first", router.first_GE),
+            ("all", router.chosen_GE),
+        ):
+            balance_PG = balance(unit(number_GE), probability_PGE)
+            local_balance_P[scope, counts] = over_groups(tokens_PG * balance_PG)
     return RouterTotals(
-        tokens_P=jnp.sum(router.tokens_G, axis=1),
-        probability_PE=jnp.sum(router.probability_GE, axis=1),
-        first_PE=jnp.sum(router.first_GE, axis=1),
-        chosen_PE=jnp.sum(router.chosen_GE, axis=1),
-        kept_PE=jnp.sum(router.kept_GE, axis=1),
-        padding_P=jnp.sum(router.padding_G, axis=1),
-        z_P=jnp.sum(router.z_G, axis=1),
-        entropy_P=jnp.sum(router.entropy_G, axis=1),
-        group_balance_P=num_experts * jnp.sum(agreement_PG / tokens_PG, axis=1),
+        tokens_P=over_groups(router.tokens_G),
+        probability_PE=over_groups(router.probability_GE),
+        load_PE=over_groups(router.load_GE),
+        first_PE=over_groups(router.first_GE),
+        chosen_PE=over_groups(router.chosen_GE),
+        kept_PE=over_groups(router.kept_GE),
+        spilled_PE=over_groups(router.spilled_GE),
+        padding_P=over_groups(router.padding_G),
+        z_P=over_groups(router.z_G),
+        entropy_P=over_groups(router.entropy_G),
+        square_P=over_groups(router.square_G),
+        excess_P=over_groups(router.excess_G),
+        local_balance_P=local_balance_P,
     )
 
 
-def balance_P(router: RouterTotals, scope: str) -> jax.Array:
-    """Load-balance loss of each layer, 1 when experts are used alike.
+def balance(count_E: jax.Array, probability_E: jax.Array) -> jax.Array:
+    """Load-balance loss, 1 when experts are used alike, 0 where nothing was counted.
 
-    E·Σ_e f_e·P_e with f the fraction of first choices and P the mean probability
+    E·Σ_e f_e·P_e with f the fraction of choices and P the share of probability
     (arXiv:2101.03961, eq. 4); gradients flow through P alone.
 
     Args:
-        router: totals of the whole batch.
-        scope: "group" averages the loss of every group, weighted by its tokens;
-            "global" takes f and P over the whole batch.
+        count_E: choices of each expert; the last dimension is experts.
+        probability_E: summed probability of each.
     """
-    tokens_P = jnp.maximum(router.tokens_P, 1)
-    if scope == "group":
-        return router.group_balance_P / tokens_P
-    num_experts = router.first_PE.shape[-1]
-    agreement_P = jnp.sum(router.first_PE * router.probability_PE, axis=-1)
-    return num_experts * agreement_P / tokens_P.astype(jnp.float32) ** 2
+    f_E = _share(count_E.astype(jnp.float32))
+    return count_E.shape[-1] * jnp.sum(f_E * _share(probability_E), axis=-1)
+
+
+def balance_P(router: RouterTotals, scope: str, counts: str) -> jax.Array:
+    """Load-balance loss of each layer.
+
+    Args:
+        router: totals of the whole batch.
+        scope: "group" and "sequence" average the loss of each of these, weighted by
+            its tokens; "global" forms one over the whole batch.
+        counts: f are fractions of the "first" or of "all" choices.
+    """
+    if scope == "global":
+        count_PE = router.first_PE if counts == "first" else router.chosen_PE
+        return balance(count_PE, router.probability_PE)
+    return _mean(router.local_balance_P[scope, counts], router.tokens_P)
+
+
+def unevenness(sum_PE: jax.Array) -> jax.Array:
+    """Squared coefficient of variation over the experts: variance / mean².
+
+    Of probabilities it is V-MoE's importance loss, of chances its load loss
+    (arXiv:2106.05974, appendix A.1 and A.2).
+    """
+    mean_P = jnp.mean(sum_PE, axis=-1)
+    return _mean(jnp.var(sum_PE, axis=-1), mean_P**2)
 
 
 def total(sums: Sums, settings: LossSettings) -> tuple[jax.Array, dict]:
     """Forms the loss that is differentiated, and its parts as metrics.
-
-    Balance and router z-losses are added up over the sparse layers, as in
-    arXiv:2101.03961; the metrics show their mean over layers.
 
     Returns:
         A scalar, and a dict of scalars.
@@ -149,15 +201,38 @@ def total(sums: Sums, settings: LossSettings) -> tuple[jax.Array, dict]:
         "accuracy/fraction": _mean(sums.correct, sums.weight),
     }
     if sums.router is not None:
-        router_z_P = _mean(sums.router.z_P, sums.router.tokens_P)
-        layer_balance_P = balance_P(sums.router, settings.balance_scope)
-        value += settings.balance_weight * jnp.sum(layer_balance_P)
-        value += settings.router_z_weight * jnp.sum(router_z_P)
-        metrics["loss/balance"] = jnp.mean(layer_balance_P)
-        metrics["loss/router_z"] = jnp.mean(router_z_P)
-        metrics |= ledger(sums.router)
+        terms, parts = _router_terms(sums.router, settings)
+        value += terms
+        metrics |= parts | ledger(sums.router)
     metrics["loss/total"] = value
     return value, metrics
+
+
+def _router_terms(
+    router: RouterTotals, settings: LossSettings
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """What routers add to the loss, and its parts as means over the layers."""
+    terms = {
+        "loss/balance": (
+            settings.balance_weight,
+            balance_P(router, settings.balance_scope, settings.balance_counts),
+        ),
+        "loss/router_z": (
+            settings.router_z_weight,
+            _mean(router.z_P, router.tokens_P),
+        ),
+    }
+    if settings.importance_weight:
+        importance_P = unevenness(router.probability_PE)
+        terms["loss/importance"] = (settings.importance_weight, importance_P)
+    if settings.load_weight:
+        terms["loss/load"] = (settings.load_weight, unevenness(router.load_PE))
+    over_layers = jnp.sum if settings.over_layers == "sum" else jnp.mean
+    value = sum(
+        (weight * over_layers(loss_P) for weight, loss_P in terms.values()),
+        start=jnp.zeros(()),
+    )
+    return value, {name: jnp.mean(loss_P) for name, (_, loss_P) in terms.items()}
 
 
 def ledger(router: RouterTotals) -> dict[str, jax.Array]:
@@ -167,6 +242,7 @@ def ledger(router: RouterTotals) -> dict[str, jax.Array]:
     """
     chosen_P = jnp.sum(router.chosen_PE, axis=-1)
     kept_P = jnp.sum(router.kept_PE, axis=-1)
+    spilled = jnp.sum(router.spilled_PE)
     load_PE = router.chosen_PE / jnp.maximum(chosen_P, 1)[:, None]
     dropped_P = _mean(chosen_P - kept_P, chosen_P)
     num_experts = router.chosen_PE.shape[-1]
@@ -176,14 +252,24 @@ def ledger(router: RouterTotals) -> dict[str, jax.Array]:
         "router/dropped_fraction_per_layer": dropped_P,
         "router/entropy_nats_per_layer": entropy_P,
         "router/dropped_fraction": _mean(jnp.sum(chosen_P - kept_P), jnp.sum(chosen_P)),
+        "router/spilled_fraction": _mean(spilled, jnp.sum(chosen_P)),
         "router/entropy_nats": jnp.mean(entropy_P),
+        "router/logit_rms": jnp.sqrt(jnp.mean(_mean(router.square_P, router.tokens_P))),
         "router/max_violation": jnp.max(load_PE) * num_experts - 1,
         "router/dead_experts": jnp.sum(router.chosen_PE == 0),
+        "router/over_budget_rows": jnp.sum(router.excess_P),
         "ledger/routed_choices": jnp.sum(chosen_P) + jnp.sum(router.padding_P),
         "ledger/computed_choices": jnp.sum(kept_P),
+        "ledger/spilled_choices": spilled,
         "ledger/dropped_choices": jnp.sum(chosen_P - kept_P),
         "ledger/padding_choices": jnp.sum(router.padding_P),
     }
+
+
+def _share(sum_E: jax.Array) -> jax.Array:
+    """Divides by the sum over experts, which is a constant of the batch."""
+    total_1 = jax.lax.stop_gradient(jnp.sum(sum_E, axis=-1, keepdims=True))
+    return _mean(sum_E, total_1)
 
 
 def _mean(total: jax.Array, weight: jax.Array) -> jax.Array:

@@ -9,7 +9,8 @@ import optax
 from moe.settings import OptimizerSettings
 from partitioning import rules
 
-STACKED = ("layers", "expert")  # leading dimensions that hold separate matrices
+# Leading dimensions that index separate matrices, or separate vectors.
+STACKED = ("layers", "expert", "pair")
 
 
 def make_optimizer(

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from moe.model import transformer
-from moe.settings import ModelSettings
+from moe.settings import ModelSettings, RouterSettings
 from moe.training.optimizer import state_axes
 from partitioning import rules
 
@@ -38,10 +38,13 @@ class TrainState:
 
 
 def init_state(
-    key: jax.Array, settings: ModelSettings, optimizer: optax.GradientTransformation
+    key: jax.Array,
+    settings: ModelSettings,
+    router: RouterSettings,
+    optimizer: optax.GradientTransformation,
 ) -> TrainState:
     """Draws the state of step 0."""
-    params = transformer.init_params(key, settings)
+    params = transformer.init_params(key, settings, router)
     zero = jnp.zeros((), jnp.int32)
     return TrainState(
         step=zero,
@@ -54,15 +57,21 @@ def init_state(
 
 
 def abstract_state(
-    settings: ModelSettings, optimizer: optax.GradientTransformation
+    settings: ModelSettings,
+    router: RouterSettings,
+    optimizer: optax.GradientTransformation,
 ) -> TrainState:
     """Returns the shapes and dtypes of the state, allocating nothing."""
-    return jax.eval_shape(lambda: init_state(jax.random.key(0), settings, optimizer))
+    return jax.eval_shape(
+        lambda: init_state(jax.random.key(0), settings, router, optimizer)
+    )
 
 
-def logical_axes(shapes: TrainState, settings: ModelSettings) -> TrainState:
+def logical_axes(
+    shapes: TrainState, settings: ModelSettings, router: RouterSettings
+) -> TrainState:
     """Returns the logical axes of every array of the state."""
-    axes = transformer.param_axes(settings)
+    axes = transformer.param_axes(settings, router)
     return TrainState(
         step=(),
         data_index=(),

@@ -39,9 +39,14 @@ class Learner:
 
 
 def train_step(
-    state: TrainState, batch: Batch, learner: Learner
+    state: TrainState, batch: Batch, batch_index: jax.Array, learner: Learner
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """Learns from one batch.
+
+    Steps may be launched ahead of their predecessors' metrics, since a step that
+    cannot be taken returns the state as it was: one whose batch is not the state's
+    next, and one whose experts got more rows than their budget. The caller then takes
+    the latter again with `in_rounds(learner)`, and all those after it.
 
     A step whose loss or gradient is not finite leaves parameters and optimizer as
     they were; it is counted, and its batch is passed over.
@@ -49,32 +54,45 @@ def train_step(
     Args:
         state: before the step; donated by the caller's `jit`.
         batch: SeqIO's decoder features, each [B, L].
+        batch_index: int32 scalar, which batch it is.
         learner: static.
     Returns:
-        The state after the step, and metrics named `area/quantity_unit`.
+        The state after the step, and metrics named `area/quantity_unit`;
+        `state/taken` is 0 for a step that could not be taken.
     """
     key = jax.random.fold_in(jax.random.key(learner.seed), state.step)
 
-    def objective(params: Any) -> tuple[jax.Array, dict]:
-        return losses.total(batch_sums(params, batch, key, learner), learner.loss)
+    def objective(params: Any) -> tuple[jax.Array, tuple[losses.Sums, dict]]:
+        sums = batch_sums(params, batch, key, learner)
+        value, metrics = losses.total(sums, learner.loss)
+        return value, (sums, metrics)
 
-    gradients, metrics = jax.grad(objective, has_aux=True)(state.params)
+    gradients, (sums, metrics) = jax.grad(objective, has_aux=True)(state.params)
     gradient_norm = optax.tree.norm(gradients)
     updates, opt_state = learner.optimizer.update(
         gradients, state.opt_state, state.params
     )
+    params = optax.apply_updates(state.params, updates)
+    taken = batch_index == state.data_index
+    if sums.router is not None:
+        taken &= jnp.sum(sums.router.excess_P) == 0
+        if learner.model.router.selection_bias:
+            params = _even_out(params, sums.router.chosen_PE, learner)
     finite = jnp.isfinite(gradient_norm) & jnp.isfinite(metrics["loss/total"])
-    skipped = 1 - finite.astype(jnp.int32)
     params, opt_state = jax.tree.map(
-        lambda new, old: jnp.where(finite, new, old),
-        (optax.apply_updates(state.params, updates), opt_state),
+        lambda new, old: jnp.where(taken & finite, new, old),
+        (params, opt_state),
         (state.params, state.opt_state),
     )
+    one = taken.astype(jnp.int32)
+    skipped = (taken & ~finite).astype(jnp.int32)
     new_state = TrainState(
-        step=state.step + 1,
-        data_index=state.data_index + 1,
+        step=state.step + one,
+        data_index=state.data_index + one,
         skipped_steps=state.skipped_steps + skipped,
-        skipped_in_a_row=(state.skipped_in_a_row + 1) * skipped,
+        skipped_in_a_row=jnp.where(
+            taken, (state.skipped_in_a_row + 1) * skipped, state.skipped_in_a_row
+        ),
         params=params,
         opt_state=opt_state,
     )
@@ -82,14 +100,38 @@ def train_step(
         "optimizer/gradient_norm": gradient_norm,
         "optimizer/parameter_norm": optax.tree.norm(params),
         "optimizer/learning_rate": learner.schedule(state.step),
+        "state/taken": one,
         "state/skipped_steps": new_state.skipped_steps,
         "state/skipped_in_a_row": new_state.skipped_in_a_row,
     }
     return new_state, metrics
 
 
+def in_rounds(learner: Learner) -> Learner:
+    """Returns the learner whose steps always fit, in rounds of the row budget."""
+    model = dataclasses.replace(learner.model, in_rounds=True)
+    return dataclasses.replace(learner, model=model)
+
+
+def _even_out(params: Any, chosen_PE: jax.Array, learner: Learner) -> Any:
+    """Moves each expert's selection bias against its load in this batch.
+
+    b += rate · sign(mean load - load) (arXiv:2408.15664, algorithm 1).
+    """
+    load_PE = chosen_PE.astype(jnp.float32)
+    below_PE = jnp.sign(jnp.mean(load_PE, axis=-1, keepdims=True) - load_PE)
+    step_PE = learner.model.router.bias_update_rate * below_PE
+
+    def moved(path: Any, array: jax.Array) -> jax.Array:
+        is_bias = jax.tree_util.keystr(path, simple=True).endswith("selection_bias")
+        return array + step_PE if is_bias else array
+
+    return jax.tree_util.tree_map_with_path(moved, params)
+
+
 def eval_step(params: Any, batch: Batch, model: Model) -> losses.Sums:
     """Scores one batch: nothing is drawn, and by default nothing is dropped."""
+    model = dataclasses.replace(model, in_rounds=True)
     return _forward_sums(params, batch, _rows(batch), None, model)
 
 

@@ -34,6 +34,7 @@ def probe(name):
             "options": vars(options),
             "model_dir": config.settings.loop.model_dir,
             "train_steps": config.settings.train.train_steps,
+            "self_check": config.settings.loop.self_check,
             "sample": vars(config.settings.sample),
         }))
         return 42
@@ -280,16 +281,20 @@ def test_the_first_line_and_the_environment_come_before_jax():
     assert "gin" in given["modules"]
     assert not {"jax", "numpy", "tensorflow", "seqio"} & set(given["modules"])
     assert given["options"]["dry_run"] is False
+    assert given["self_check"] == "on"
     assert given["options"]["allow_module"] is False
 
 
 def test_a_dry_run_outside_the_checkout_takes_installed_files(tmp_path):
     given, shown = run_probe(
-        *("train", TINY, "--dry_run", "--quiet", "--gin.TRAIN_STEPS=7"), cwd=tmp_path
+        *("train", TINY, "--dry_run", "--quiet", "--self_check=off"),
+        "--gin.TRAIN_STEPS=7",
+        cwd=tmp_path,
     )
     assert shown == ""
     assert given["module"] == "launch.dry_run"
     assert given["train_steps"] == 7
+    assert given["self_check"] == "off"
 
 
 def test_generate_reads_the_run_where_it_is_now_and_what_overrides_it(run_folder):

@@ -80,7 +80,7 @@ class Life:
 
     def __init__(self, trained: Trained, folder: Path, pause_at: int) -> None:
         self._process = trained.start(
-            *("train", *trained.knobs(folder)),
+            *("train", "--self_check=off", *trained.knobs(folder)),
             program=commands.PAUSED,
             PAUSE_AT=str(pause_at),
         )
@@ -162,6 +162,13 @@ def test_sigterm_saves_and_asks_to_be_started_again(story):
     assert f"resuming from {story.folder}/checkpoints/{step}" in story.ended.err
 
 
+def test_a_run_is_checked_first_unless_it_is_told_not_to(story):
+    # That it is changes no bit of what is learnt, as another test shows.
+    for line in ("comparing the sparse layer with the oracle", "self-check: TRANSPORT"):
+        assert line not in story.stopped.err
+        assert line in story.ended.err
+
+
 def test_a_run_goes_on_from_its_store_without_tensorflow(story):
     assert story.ended.code == 0, story.ended.err  # 99 if it was imported
 
@@ -212,7 +219,8 @@ def test_a_run_of_one_device_learns_the_same_on_eight(trained):
         for index in range(10, 15):
             shape = (settings.batch_size, data.length)
             batch = place_batch(batches.read, index, shape, run.batch_sharding)
-            state, metrics = step(state, batch)
+            state, metrics = step(state, batch, np.int32(index))
+            assert metrics["state/taken"] == 1
             losses.append(float(metrics["loss/nats_per_token"]))
     assert losses == pytest.approx(losses_of(trained.folder)[10:15], rel=1e-5)
     assert int(state.data_index) == 15

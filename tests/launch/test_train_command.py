@@ -24,10 +24,14 @@ TRAIN_METRICS = {
     "accuracy/fraction",
     "ledger/routed_choices",
     "ledger/computed_choices",
+    "ledger/spilled_choices",
     "ledger/dropped_choices",
     "ledger/padding_choices",
     "router/dropped_fraction",
     "router/dropped_fraction_per_layer",
+    "router/spilled_fraction",
+    "router/over_budget_rows",
+    "router/logit_rms",
     "router/entropy_nats",
     "router/entropy_nats_per_layer",
     "router/load",
@@ -36,11 +40,13 @@ TRAIN_METRICS = {
     "optimizer/gradient_norm",
     "optimizer/parameter_norm",
     "optimizer/learning_rate",
+    "state/taken",
     "state/skipped_steps",
     "state/skipped_in_a_row",
     "perf/step_seconds",
     "perf/tokens_per_second",
     "perf/data_wait_seconds",
+    "perf/steps_taken_again",
 }
 HELDOUT_METRICS = {
     *(name for name in TRAIN_METRICS if name.startswith(("loss", "ledger", "router"))),
@@ -72,6 +78,12 @@ def test_a_run_prepares_its_store_trains_and_says_so_first(trained):
     )
     assert "Traceback" not in trained.done.err
     assert any(line.startswith("preparing train: 6 documents") for line in rest)
+    (check,) = [line for line in rest if line.startswith("self-check: ")]
+    assert re.fullmatch(
+        r"self-check: TRANSPORT 'ragged' equals the oracle, forward and backward, to "
+        r"\d\.\de-\d\d",
+        check,
+    )
     assert any(line.startswith("step 20/20  loss ") for line in rest)
     assert sorted(p.name for p in trained.folder.iterdir()) == [
         "checkpoints",
@@ -98,6 +110,9 @@ def test_metrics_have_their_names_and_steps_only_grow(trained):
             record[f"ledger/{kind}_choices"]
             for kind in ("computed", "dropped", "padding")
         )
+        if record["split"] == "train":
+            assert record["state/taken"] == 1
+            assert record["perf/steps_taken_again"] == 0
     losses = [r["loss/nats_per_token"] for r in records if r["split"] == "train"]
     assert losses[-1] < losses[0] - 0.5
     assert abs(losses[0] - math.log(384)) < 0.6
@@ -275,8 +290,16 @@ def test_a_dry_run_tells_all_and_compiles_and_writes_nothing(
     counts = count(settings.model, settings.router, settings.data.length)
     text = " ".join(rows)
     assert f"{counts.total:,} total, {counts.active:,} active" in text
+    assert " router top-1 of 4 " in text
+    # Capacity bounds the rows of training; held-out nothing drops.
+    assert " transport all_to_all (capacity bounds every expert's rows); held-out " in (
+        text
+    )
     # 1 choice per token, 64 tokens, 4 experts: ceil(64 x 1.5 / 4) slots.
-    assert "24 slots per expert in groups of 64 tokens: 1 × 64 / 4 × 1.5" in text
+    assert (
+        "24 slots per expert in groups of 64 tokens, even load 16; held-out nothing "
+        "drops"
+    ) in text
     assert "mesh data 2 × expert 2 (cpu)" in text
     up = "params/periods/blocks/1/moe/experts/up 1×4×32×64 layers, expert, embed, mlp"
     # float32; 2 of the 4 experts on each device.

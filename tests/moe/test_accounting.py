@@ -99,6 +99,55 @@ def test_spare_slots_are_executed_but_are_not_the_models_work():
     assert most.executed_forward_flops_per_token == most.forward_flops_per_token + spare
 
 
+@pytest.mark.fast
+def test_shared_experts_and_dense_layers_below_are_counted_as_by_hand():
+    model = dataclasses.replace(
+        SMALL,
+        first_dense_layers=1,
+        moe_every=1,
+        activation="swiglu",
+        shared_expert_mlp_dim=512,
+    )
+    router = dataclasses.replace(ROUTER, num_selected=3, capacity_factor=1.0)
+    counts = accounting.count(model, router, length=LENGTH)
+    expert = 3 * 256 * 1024  # of which a shared one is half
+    dense = 4 * ATTENTION + expert + 3 * (expert // 2 + 256 * 8)
+    assert counts.total == EMBEDDING + NORMS + dense + 3 * 8 * expert
+    assert counts.active == EMBEDDING + NORMS + dense + 3 * 3 * expert
+    flops = 2 * (EMBEDDING + dense + 3 * 3 * expert) + ATTENDING
+    assert counts.forward_flops_per_token == flops
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+def test_biases_are_parameters_but_no_products(activation):
+    model = dataclasses.replace(SMALL, activation=activation)
+    biased = dataclasses.replace(model, mlp_biases=True)
+    router = dataclasses.replace(ROUTER, bias_update_rate=1e-3)
+    without = accounting.count(model, ROUTER, length=LENGTH)
+    counts = accounting.count(biased, router, length=LENGTH)
+    for name in ("forward_flops_per_token", "executed_forward_flops_per_token"):
+        assert getattr(counts, name) == getattr(without, name)
+    biases = 256 + 1024 * (2 if activation == "swiglu" else 1)
+    # Two dense layers, two of 8 experts, and their routers' biases.
+    assert counts.total == without.total + 2 * biases + 2 * 8 * biases + 2 * 8
+    assert counts.active == without.active + 2 * biases + 2 * biases + 2 * 8
+
+
+@pytest.mark.fast
+def test_experts_that_choose_are_counted_by_what_a_token_meets_on_average():
+    router = dataclasses.replace(
+        ROUTER, family="expert_choice", num_selected=2, capacity_factor=1.0
+    )
+    counts = accounting.count(SMALL, router, length=LENGTH)
+    two = dataclasses.replace(ROUTER, num_selected=2, capacity_factor=1.0)
+    assert counts == accounting.count(SMALL, two, length=LENGTH)
+    # 8 experts take 256 · 2 · 1.25 / 8 = 80 of 256 tokens: 2.5 experts for each.
+    more = dataclasses.replace(router, capacity_factor=1.25)
+    extra = accounting.count(SMALL, more, length=LENGTH).active - counts.active
+    assert extra == 2 * TWO_MATRICES // 2
+
+
 def xla_flops_per_token(model: ModelSettings, router: RouterSettings) -> float:
     """What XLA counts in the forward pass of one period of a training step.
 
@@ -106,7 +155,9 @@ def xla_flops_per_token(model: ModelSettings, router: RouterSettings) -> float:
     XLA's count passes over. It counts the body of a loop once, so one period only.
     """
     B, L = 2, router.group_size
-    shapes = jax.eval_shape(lambda: transformer.init_params(jax.random.key(0), model))
+    shapes = jax.eval_shape(
+        lambda: transformer.init_params(jax.random.key(0), model, router)
+    )
     names = ("decoder_input_tokens", "decoder_positions", "decoder_segment_ids")
     batch = {name: jax.ShapeDtypeStruct((B, L), jnp.int32) for name in names}
     forward = functools.partial(
@@ -132,6 +183,7 @@ def test_xla_counts_the_same_operations(capacity_factor):
         num_experts=8,
         expert_mlp_dim=512,
         activation="relu",
+        transport="all_to_all",  # of fixed capacity: empty slots are executed
         dtype="float32",
         remat="none",
         tie_embeddings=capacity_factor is None,

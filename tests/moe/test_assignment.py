@@ -9,8 +9,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from moe.routing.assignment import fill_slots
-from moe.routing.token_choice import RouterContext, route
+from moe.routing.assignment import Choices, RouterContext, assign
+from moe.routing.token_choice import route
 from moe.settings import RouterSettings
 from moe.testing import check_assignment
 
@@ -98,13 +98,23 @@ def seats_in_loops(logits_SE, mask_S, K, C, slot_order):
 @pytest.mark.fast
 def test_three_tokens_take_the_slots_of_two_experts_as_worked_out_by_hand():
     # Choice number = 2·token + choice; slot number = 2·expert + slot.
-    expert_SJ = np.array([[0, 1], [0, 1], [1, 0]], np.int32)
-    fill = functools.partial(
-        fill_slots, expert_SJ[None], np.ones((1, 3, 2), bool), num_experts=2, capacity=2
+    choices = Choices(
+        expert_GSJ=np.array([[[0, 1], [0, 1], [1, 0]]], np.int32),
+        active_GSJ=np.ones((1, 3, 2), bool),
+        first_GSJ=np.array([[[True, False]] * 3]),
+        gate_GSJ=np.full((1, 3, 2), 0.5, np.float32),
+        probability_GSE=np.full((1, 3, 2), 0.5, np.float32),
     )
-    token_major, choice_major = jax.jit(
-        lambda: [fill(slot_order=order) for order in SLOT_ORDERS]
-    )()
+    mask_GS = np.ones((1, 3), bool)
+    by_order = jax.jit(
+        lambda choices: [
+            assign(choices, None, mask_GS, RouterSettings(slot_order=o), capacity=2)
+            for o in SLOT_ORDERS
+        ]
+    )(choices)
+    token_major, choice_major = (
+        (x.choice_of_slot_GEC, x.slot_of_choice_GSJ) for x in by_order
+    )
     # Token 0 takes slot 0 of both experts, token 1 takes slot 1 of both, and token 2
     # finds both full.
     np.testing.assert_array_equal(token_major[0][0], [[0, 2], [1, 3]])
@@ -158,9 +168,9 @@ def test_when_all_tokens_choose_one_expert_the_first_one_keeps_it(slot_order):
 @pytest.mark.parametrize(
     ("num_selected", "renormalize", "gates"),
     [
-        (1, False, [0.5]),  # Switch: the probability itself
-        (2, False, [0.5, 0.3]),
-        (2, True, [0.625, 0.375]),  # GLaM: 0.5 / 0.8 and 0.3 / 0.8
+        (1, "no", [0.5]),  # Switch: the probability itself
+        (2, "no", [0.5, 0.3]),
+        (2, "before_drop", [0.625, 0.375]),  # GLaM: 0.5 / 0.8 and 0.3 / 0.8
     ],
 )
 def test_gates_are_probabilities_or_sum_to_one(num_selected, renormalize, gates):
@@ -179,7 +189,7 @@ def test_gates_are_probabilities_or_sum_to_one(num_selected, renormalize, gates)
 @pytest.mark.fast
 def test_ties_go_to_the_lower_index():
     logits_GSE = [[[0, 0, 0], [0, 1, 1], [1, 0, 1]]]
-    assignment = run_route(logits_GSE, capacity=1, num_selected=2, renormalize=False)
+    assignment = run_route(logits_GSE, capacity=1, num_selected=2, renormalize="no")
     # Choices {0, 1}, {1, 2}, {0, 2}: token 0 takes 0 and 1, token 1 takes 2.
     np.testing.assert_array_equal(assignment.choice_of_slot_GEC[0], [[0], [1], [3]])
     np.testing.assert_array_equal(assignment.sums.chosen_GE, [[2, 2, 2]])
@@ -193,7 +203,7 @@ def test_sums_leave_padding_out():
     logits_GSE = np.log([[[2, 1, 1], [1, 1, 2], [9, 1, 1]]])
     mask_GS = np.array([[True, True, False]])
     sums = run_route(
-        logits_GSE, mask_GS, capacity=1, num_selected=2, renormalize=False
+        logits_GSE, mask_GS, capacity=1, num_selected=2, renormalize="no"
     ).sums
     assert sums.tokens_G == 2
     assert sums.padding_G == 2
@@ -203,11 +213,15 @@ def test_sums_leave_padding_out():
     np.testing.assert_array_equal(sums.first_GE, [[1, 0, 1]])
     np.testing.assert_array_equal(sums.chosen_GE, [[2, 1, 1]])  # {0, 1} and {2, 0}
     np.testing.assert_array_equal(sums.kept_GE, [[1, 1, 1]])
+    # One logit of three is ln 2, the others are 0.
+    np.testing.assert_allclose(sums.square_G, [2 * np.log(2) ** 2 / 3], rtol=1e-6)
+    for nothing in (sums.load_GE, sums.spilled_GE, sums.excess_G):
+        assert not nothing.any()
 
 
 # The random second expert (arXiv:2006.16668, Algorithm 1).
 
-RANDOM = {"num_selected": 2, "renormalize": True, "second_policy": "random"}
+RANDOM = {"num_selected": 2, "renormalize": "before_drop", "second_policy": "random"}
 GROUPS, TOKENS, EXPERTS = 8, 512, 4
 
 
@@ -302,7 +316,7 @@ def test_in_choice_major_order_a_later_first_choice_evicts_an_earlier_second():
     # only slot there before token 0's second choice is looked at.
     tail = [0, 1, 2]
     alike, later = [[2, 1, 0], [2, 1, 0], tail], [[2, 1, 0], [0, 2, 1], tail]
-    choices = {"num_selected": 2, "renormalize": False, "slot_order": "choice_major"}
+    choices = {"num_selected": 2, "renormalize": "no", "slot_order": "choice_major"}
     first, second = (
         run_route([logits], capacity=1, **choices) for logits in (alike, later)
     )
@@ -312,7 +326,7 @@ def test_in_choice_major_order_a_later_first_choice_evicts_an_earlier_second():
 
 def test_gradients_reach_the_logits_through_the_gates_kept_or_not():
     def gate(logits_GSE):
-        context = RouterContext(mask_GS=jnp.ones((1, 2), bool), key_G=None)
+        context = RouterContext(mask_GS=jnp.ones((1, 2), bool))
         router = RouterSettings(num_selected=1)
         return route(logits_GSE, context, router, capacity=1).gate_GSJ.sum()
 

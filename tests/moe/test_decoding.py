@@ -27,15 +27,19 @@ SPARSE = ModelSettings(
     mlp_dim=12,
     num_experts=4,
     expert_mlp_dim=12,
+    transport="all_to_all",
     tie_embeddings=False,
     dtype="float32",
     remat="none",
 )
 MODELS = {
     "top1": (SPARSE, RouterSettings(num_selected=1)),
+    # Two stacks, each with a cache of its own; and whatever carries tokens by default.
     "alternating_top2": (
-        dataclasses.replace(SPARSE, num_layers=4, moe_every=2),
-        RouterSettings(num_selected=2, renormalize=True),
+        dataclasses.replace(
+            SPARSE, num_layers=5, first_dense_layers=1, moe_every=2, transport="auto"
+        ),
+        RouterSettings(num_selected=2, renormalize="before_drop"),
     ),
     "dense": (dataclasses.replace(SPARSE, moe_every=0), RouterSettings()),
 }
@@ -46,7 +50,7 @@ def parameters(name: str):
     """Weights large enough for tokens, positions and experts to matter."""
     settings, _ = MODELS[name]
     shapes = jax.eval_shape(
-        lambda: transformer.init_params(jax.random.key(0), settings)
+        lambda: transformer.init_params(jax.random.key(0), settings, RouterSettings())
     )
     rng = np.random.default_rng(0)
     return jax.tree.map(

@@ -9,14 +9,15 @@ import numpy as np
 import optax
 import pytest
 
-from moe.routing.assignment import RouterSums
-from moe.routing.token_choice import RouterContext, route
+from moe.routing.assignment import RouterContext, RouterSums
+from moe.routing.token_choice import route
 from moe.settings import LossSettings, RouterSettings
 from moe.training import losses
 from moe.training.losses import RouterTotals, Sums
 
 P, B, G, S, E, V = 2, 4, 4, 6, 3, 7
-SCOPES = ("group", "global")
+SCOPES = ("group", "sequence", "global")
+COUNTS = ("first", "all")
 form_total = jax.jit(losses.total, static_argnames="settings")
 
 
@@ -31,12 +32,16 @@ def router_sums(logits_GSE, mask_GS) -> RouterSums:
         return RouterSums(
             tokens_G=jnp.sum(mask_GS, 1),
             probability_GE=jnp.sum(probability_GSE, 1),
+            load_GE=jnp.sum(jax.nn.sigmoid(logits_GSE) * mask_GS[..., None], 1),
             first_GE=count_GE,
             chosen_GE=count_GE,
             kept_GE=count_GE,
+            spilled_GE=jnp.zeros_like(count_GE),
             padding_G=jnp.sum(~mask_GS, 1),
             z_G=jnp.sum(z_GS * mask_GS, 1),
             entropy_G=jnp.zeros(len(mask_GS)),
+            square_G=jnp.zeros(len(mask_GS)),
+            excess_G=jnp.zeros(len(mask_GS), jnp.int32),
         )
 
     return jax.tree.map(
@@ -65,11 +70,11 @@ def sums_of(problem) -> Sums:
     return losses.sums(problem["logits"], problem["target"], problem["weight"], router)
 
 
-@jax.jit
-def balances(logits_GSE, mask_GS):
-    """The balance loss of every layer, in both scopes."""
-    router = losses.router_totals(router_sums(logits_GSE, mask_GS))
-    return {scope: losses.balance_P(router, scope) for scope in SCOPES}
+@functools.partial(jax.jit, static_argnames="num_sequences")
+def balances(logits_GSE, mask_GS, num_sequences):
+    """The balance loss of every layer, in all scopes, of first choices."""
+    router = losses.router_totals(router_sums(logits_GSE, mask_GS), num_sequences)
+    return {scope: losses.balance_P(router, scope, "first") for scope in SCOPES}
 
 
 def test_balance_is_one_in_every_layer_when_experts_are_used_alike():
@@ -77,7 +82,7 @@ def test_balance_is_one_in_every_layer_when_experts_are_used_alike():
     logits_GSE = np.tile([[0.1, 0.0], [0.0, 0.1]], (2, 4, 1)).astype(np.float32)
     mask_GS = np.ones((2, 8), bool)
     mask_GS[1, 2:] = False  # a group of two tokens counts as two, not as eight
-    values = balances(logits_GSE, mask_GS)
+    values = balances(logits_GSE, mask_GS, num_sequences=2)
     for scope in SCOPES:
         np.testing.assert_allclose(values[scope], np.ones(P), rtol=1e-6)
 
@@ -89,12 +94,99 @@ def test_balance_within_groups_and_over_the_batch_as_worked_out_by_hand():
     probability_GSE[1, :1] = [0.3, 0.7]
     mask_GS = np.zeros((2, 8), bool)
     mask_GS[0, :3] = mask_GS[1, :1] = True
-    values = balances(np.log(probability_GSE).astype(np.float32), mask_GS)
+    logits_GSE = np.log(probability_GSE).astype(np.float32)
+    values = balances(logits_GSE, mask_GS, num_sequences=1)
     # Group 1: f = (1, 0), P = (0.8, 0.2): 2 · 0.8 = 1.6, of three tokens.
     # Group 2: f = (0, 1), P = (0.3, 0.7): 2 · 0.7 = 1.4, of one token.
     np.testing.assert_allclose(values["group"][0], (3 * 1.6 + 1.4) / 4, rtol=1e-6)
-    # f = (¾, ¼), P = (2.7, 1.3) / 4: 2 · (0.75 · 0.675 + 0.25 · 0.325) = 1.175.
+    # f = (¾, ¼), P = (2.7, 1.3) / 4: 2 · (0.75 · 0.675 + 0.25 · 0.325) = 1.175. The
+    # two groups are cuts of one sequence, which is the whole batch.
     np.testing.assert_allclose(values["global"][0], 1.175, rtol=1e-6)
+    np.testing.assert_allclose(values["sequence"][0], 1.175, rtol=1e-6)
+
+
+def group_sums(**changes) -> RouterSums:
+    """Sums of one layer and its groups; what is not given is 0."""
+    shape = np.shape(changes["probability_GE"])
+    zeros = {
+        field.name: np.zeros(shape if field.name.endswith("_GE") else shape[:2])
+        for field in dataclasses.fields(RouterSums)
+    }
+    given = {name: np.asarray(value, np.float32) for name, value in changes.items()}
+    return RouterSums(**zeros | given)
+
+
+@pytest.mark.fast
+def test_balance_of_sequences_and_of_all_choices_as_worked_out_by_hand():
+    # Two sequences of two groups each; the second group of the second is padding.
+    sums = group_sums(
+        tokens_G=[[3, 1, 2, 0]],
+        probability_GE=[[[2.4, 0.6], [0.3, 0.7], [0.4, 1.6], [0, 0]]],
+        first_GE=[[[3, 0], [0, 1], [0, 2], [0, 0]]],
+        # Two choices each, but of the first group, of which two second ones declined.
+        chosen_GE=[[[3, 1], [1, 1], [2, 2], [0, 0]]],
+    )
+
+    @functools.partial(jax.jit, static_argnames="num_sequences")
+    def balance(sums, num_sequences):
+        router = losses.router_totals(sums, num_sequences)
+        return {
+            (scope, counts): losses.balance_P(router, scope, counts)[0]
+            for scope in SCOPES
+            for counts in COUNTS
+        }
+
+    expected = {
+        # 2 · 0.8, 2 · 0.7 and 2 · 0.8, of three, one and two tokens.
+        ("group", "first"): (3 * 1.6 + 1.4 + 2 * 1.6) / 6,
+        # f = (¾, ¼), P = (0.8, 0.2): 1.3; f = (½, ½) is 1 whatever the router says.
+        ("group", "all"): (3 * 1.3 + 1 + 2 * 1) / 6,
+        # f = (¾, ¼), P = (0.675, 0.325): 1.175, of four tokens; f = (0, 1), P = (0.2,
+        # 0.8): 1.6, of two.
+        ("sequence", "first"): (4 * 1.175 + 2 * 1.6) / 6,
+        # f = (⅔, ⅓): 2 · (⅔ · 0.675 + ⅓ · 0.325) = 1.35 / 1.5 + 0.65 / 3.
+        ("sequence", "all"): (4 * (1.35 / 1.5 + 0.65 / 3) + 2 * 1) / 6,
+        # f = (½, ½) of the six first choices, and P = (3.1, 2.9) / 6.
+        ("global", "first"): 1.0,
+        # f = (0.6, 0.4): 2 · (0.6 · 3.1 + 0.4 · 2.9) / 6.
+        ("global", "all"): 2 * (0.6 * 3.1 + 0.4 * 2.9) / 6,
+    }
+    actual = balance(sums, num_sequences=2)
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_allclose(actual[name], value, rtol=1e-6, err_msg=name)
+
+
+@pytest.mark.fast
+def test_all_choices_used_alike_have_a_balance_of_one_however_many_they_are():
+    # E = 4 experts, K = 2: each is chosen by half of the tokens, and 1 is the least
+    # that probabilities that agree with the choices can give.
+    sums = group_sums(
+        tokens_G=[[8]],
+        probability_GE=[[[2, 2, 2, 2]]],
+        first_GE=[[[8, 0, 0, 0]]],
+        chosen_GE=[[[4, 4, 4, 4]]],
+    )
+    router = jax.jit(losses.router_totals, static_argnums=1)(sums, 1)
+    for scope in SCOPES:
+        assert losses.balance_P(router, scope, "all") == 1
+
+
+@pytest.mark.fast
+def test_unevenness_is_the_squared_coefficient_of_variation():
+    # Mean 2, variance (1 + 0 + 1) / 3; mean 4, variance 0; nothing at all.
+    sum_PE = np.array([[1, 2, 3], [4, 4, 4], [0, 0, 0]], np.float32)
+    value_P, gradient_PE = jax.jit(
+        lambda x: (
+            losses.unevenness(x),
+            jax.grad(lambda y: losses.unevenness(y).sum())(x),
+        )
+    )(sum_PE)
+    np.testing.assert_allclose(value_P, [2 / 3 / 4, 0, 0], rtol=1e-6)
+    assert np.all(np.isfinite(gradient_PE))
+    # Scale does not matter, so along itself a row has no slope.
+    np.testing.assert_allclose(np.sum(gradient_PE * sum_PE, -1), 0, atol=1e-6)
+    assert gradient_PE[0, 0] < 0 < gradient_PE[0, 2]
 
 
 def test_the_gradient_of_balance_flows_through_the_probabilities_alone():
@@ -105,8 +197,12 @@ def test_the_gradient_of_balance_flows_through_the_probabilities_alone():
     @jax.jacrev
     def gradients(logits_GSE):
         sums = route(logits_GSE, context, RouterSettings(), capacity=S).sums
-        router = losses.router_totals(jax.tree.map(lambda x: x[None], sums))
-        return {scope: losses.balance_P(router, scope)[0] for scope in SCOPES}
+        router = losses.router_totals(jax.tree.map(lambda x: x[None], sums), 1)
+        return {
+            (scope, counts): losses.balance_P(router, scope, counts)[0]
+            for scope in SCOPES
+            for counts in COUNTS
+        }
 
     # E·Σ_e f_e·P_e with f constant and P_e = Σ_s p_se / S, so that
     # d/dlogit_se = E / S · p_se · (f_e − Σ_i f_i p_si).
@@ -117,27 +213,65 @@ def test_the_gradient_of_balance_flows_through_the_probabilities_alone():
         np.testing.assert_allclose(gradient_GSE[0], expected_SE, rtol=1e-5, atol=1e-7)
 
 
+def totals(**changes) -> RouterTotals:
+    """Totals of two layers and three experts; what is not given is 0."""
+    values = {}
+    for field in dataclasses.fields(RouterTotals):
+        shape = (2, 3) if field.name.endswith("_PE") else (2,)
+        values[field.name] = np.zeros(shape, np.float32)
+    local = {(scope, c): np.zeros(2) for scope in SCOPES[:2] for c in COUNTS}
+    return RouterTotals(**values | {"local_balance_P": local} | changes)
+
+
 @pytest.mark.fast
-def test_router_z_loss_is_a_mean_over_tokens_and_a_sum_over_layers():
-    router = RouterTotals(
+@pytest.mark.parametrize("over_layers", ["sum", "mean"])
+def test_router_losses_are_means_over_tokens_and_a_sum_or_mean_over_layers(over_layers):
+    local = {
+        ("group", "first"): np.array([4.0, 8.0]),
+        ("group", "all"): np.array([400.0, 400.0]),
+        ("sequence", "first"): np.array([400.0, 400.0]),
+        ("sequence", "all"): np.array([400.0, 400.0]),
+    }
+    router = totals(
         tokens_P=np.array([4, 4]),
-        probability_PE=np.ones((2, E), np.float32),
-        first_PE=np.ones((2, E), np.int32),
-        chosen_PE=np.ones((2, E), np.int32),
-        kept_PE=np.ones((2, E), np.int32),
-        padding_P=np.array([0, 0]),
         z_P=np.array([2.0, 6.0], np.float32),
-        entropy_P=np.zeros(2, np.float32),
-        group_balance_P=np.array([4.0, 8.0], np.float32),
+        probability_PE=np.array([[1, 2, 3], [4, 4, 4]], np.float32),
+        load_PE=np.array([[4, 4, 4], [6, 4, 2]], np.float32),
+        local_balance_P=local,
     )
-    settings = LossSettings(balance_weight=0.01, router_z_weight=0.1)
+    settings = LossSettings(
+        balance_weight=0.01,
+        router_z_weight=0.1,
+        importance_weight=0.2,
+        load_weight=0.3,
+        over_layers=over_layers,
+    )
     value, metrics = form_total(Sums(*[np.zeros(())] * 4, router), settings)
-    # z: 2 / 4 and 6 / 4. Balance: 4 / 4 and 8 / 4. Losses add layers up, metrics show
-    # their mean.
-    np.testing.assert_allclose(value, 0.1 * (0.5 + 1.5) + 0.01 * (1 + 2), rtol=1e-6)
+    # z: 2 / 4 and 6 / 4. Balance: 4 / 4 and 8 / 4. Importance: (2/3) / 2², and 0 where
+    # experts weigh alike; load: 0 and (8/3) / 4². Metrics show the mean over layers.
+    importance, load = [1 / 6, 0], [0, 1 / 6]
+    over = {"sum": np.sum, "mean": np.mean}[over_layers]
+    expected = 0.1 * over([0.5, 1.5]) + 0.01 * over([1, 2])
+    expected += 0.2 * over(importance) + 0.3 * over(load)
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
     np.testing.assert_allclose(metrics["loss/router_z"], 1.0, rtol=1e-6)
     np.testing.assert_allclose(metrics["loss/balance"], 1.5, rtol=1e-6)
+    np.testing.assert_allclose(metrics["loss/importance"], 1 / 12, rtol=1e-6)
+    np.testing.assert_allclose(metrics["loss/load"], 1 / 12, rtol=1e-6)
     np.testing.assert_allclose(metrics["loss/total"], value, rtol=0)
+
+
+@pytest.mark.fast
+def test_losses_that_are_switched_off_are_no_metrics():
+    metrics = jax.eval_shape(
+        lambda: losses.total(Sums(*[jnp.zeros(())] * 4, totals()), LossSettings())[1]
+    )
+    assert {name for name in metrics if name.startswith("loss/")} == {
+        "loss/total",
+        "loss/nats_per_token",
+        "loss/balance",
+        "loss/router_z",
+    }
 
 
 def test_cross_entropy_z_and_accuracy_are_weighted_means_over_targets():
@@ -170,7 +304,13 @@ def test_targets_of_weight_zero_change_nothing():
 
 @pytest.mark.parametrize("scope", SCOPES)
 def test_the_sums_of_two_halves_add_up_to_the_whole(scope):
-    settings = LossSettings(balance_scope=scope, z_weight=0.1)
+    settings = LossSettings(
+        balance_scope=scope,
+        balance_counts="all" if scope == "sequence" else "first",
+        z_weight=0.1,
+        importance_weight=0.01,
+        load_weight=0.01,
+    )
     halves = [
         jax.device_get(sums_of(jax.tree.map(lambda x, i=i: x[i : i + 2], problem())))
         for i in (0, 2)
@@ -189,7 +329,9 @@ def test_the_sums_of_two_halves_add_up_to_the_whole(scope):
 
 @pytest.mark.parametrize("scope", SCOPES)
 def test_a_batch_without_tokens_gives_finite_numbers(scope):
-    settings = LossSettings(balance_scope=scope, z_weight=0.1)
+    settings = LossSettings(
+        balance_scope=scope, z_weight=0.1, importance_weight=0.01, load_weight=0.01
+    )
     nothing = problem() | {
         "weight": np.zeros((B, S), np.int32),
         "mask": np.zeros((G, S), bool),
@@ -208,27 +350,30 @@ def test_a_batch_without_tokens_gives_finite_numbers(scope):
 
 @pytest.mark.fast
 def test_the_ledger_accounts_for_every_choice():
-    router = RouterTotals(
+    router = totals(
         tokens_P=np.array([3, 3]),
-        probability_PE=np.ones((2, 3), np.float32),
-        first_PE=np.array([[2, 1, 0], [1, 1, 1]]),
         chosen_PE=np.array([[4, 2, 0], [2, 2, 2]]),
         kept_PE=np.array([[3, 2, 0], [2, 0, 2]]),
+        spilled_PE=np.array([[1, 2, 0], [0, 0, 0]]),
         padding_P=np.array([2, 2]),
-        z_P=np.zeros(2, np.float32),
         entropy_P=np.array([1.5, 3.0], np.float32),
-        group_balance_P=np.zeros(2, np.float32),
+        square_P=np.array([12.0, 84.0], np.float32),
+        excess_P=np.array([0, 5]),
     )
     expected = {
         "router/load": [[2 / 3, 1 / 3, 0], [1 / 3] * 3],
         "router/dropped_fraction_per_layer": [1 / 6, 2 / 6],
         "router/entropy_nats_per_layer": [0.5, 1.0],  # 1.5 / 3 and 3 / 3
         "router/dropped_fraction": 3 / 12,
+        "router/spilled_fraction": 3 / 12,
         "router/entropy_nats": 0.75,
+        "router/logit_rms": 4.0,  # √((12 / 3 + 84 / 3) / 2)
         "router/max_violation": 1.0,  # the largest load, ⅔, is twice the fair ⅓
         "router/dead_experts": 1,  # never chosen; full is another thing
+        "router/over_budget_rows": 5,
         "ledger/routed_choices": 16,  # 6 + 6 chosen and 2 + 2 of padding
         "ledger/computed_choices": 9,
+        "ledger/spilled_choices": 3,
         "ledger/dropped_choices": 3,
         "ledger/padding_choices": 4,
     }

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -9,14 +10,17 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from moe.model.moe_layer import TRANSPORTS, MoE, moe_layer
+from moe.model.feed_forward import feed_forward
+from moe.model.moe_layer import TRANSPORTS, Layer, MoE, Tokens, moe_layer
+from moe.routing.hashed import vocabulary_order
 from moe.settings import ModelSettings, RouterSettings, capacity
-from moe.testing import MESHES, one_token_at_a_time
+from moe.testing import MESHES, Told, one_token_at_a_time
 
-B, L, S, M, E, F = 16, 16, 8, 8, 8, 12
+B, L, S, M, E, F, V = 8, 8, 4, 8, 8, 12, 50
 G = B * L // S
+INDEX = 1  # of the layer
 MODEL = ModelSettings(
-    vocab_size=2,
+    vocab_size=V,
     num_layers=2,
     model_dim=M,
     num_heads=1,
@@ -27,162 +31,427 @@ MODEL = ModelSettings(
     expert_mlp_dim=F,
     dtype="float32",
 )
-SWITCH = RouterSettings(group_size=S, min_capacity=1, capacity_factor=1.0)
-GLAM = RouterSettings(
-    num_selected=2,
-    renormalize=True,
-    slot_order="choice_major",
-    group_size=S,
-    min_capacity=1,
-    capacity_factor=1.0,
+TIGHT = RouterSettings(group_size=S, min_capacity=1, capacity_factor=1.0)
+FREE = RouterSettings(
+    num_selected=2, renormalize="before_drop", group_size=S, capacity_factor=0.0
 )
+replace = dataclasses.replace
 
-
-def unlimited(router: RouterSettings) -> RouterSettings:
-    return dataclasses.replace(router, capacity_factor=0.0)
-
-
+# What transports see differently: J, slots per expert, order, drops and runs of 0 rows.
 ROUTERS = {
-    "switch": SWITCH,
-    "switch_dropless": unlimited(SWITCH),
-    "glam": GLAM,
-    "glam_dropless": unlimited(GLAM),
-    "top2_token_major": dataclasses.replace(GLAM, slot_order="token_major"),
+    "switch": TIGHT,
+    "glam": replace(
+        TIGHT, num_selected=2, renormalize="before_drop", slot_order="choice_major"
+    ),
+    "deepseek": replace(
+        TIGHT,
+        num_selected=3,
+        scores="sigmoid",
+        renormalize="before_drop",
+        gate_scale=2.5,
+        num_expert_groups=4,
+        num_selected_groups=2,
+        group_score="top2_sum",
+        bias_update_rate=0.1,
+    ),
+    "spill": replace(
+        TIGHT,
+        num_selected=2,
+        overflow="spill",
+        renormalize="after_drop",
+        slot_order="batch_priority",
+    ),
+    "expert_choice": RouterSettings(
+        family="expert_choice", group_size=S, min_capacity=1, capacity_factor=2.0
+    ),
+    "dropless": replace(FREE, row_budget=4.0),  # of 4 devices all may come to one
+    "m6t": replace(TIGHT, family="prototypes", num_prototypes=2, num_selected=2),
+    "hashed": replace(TIGHT, family="hashed", num_selected=2),
+    "sinkhorn": replace(TIGHT, family="sinkhorn", num_selected=2, capacity_factor=0.5),
 }
+EXPERTS = {
+    "deepseek": {"activation": "swiglu", "mlp_biases": True},
+    "spill": {"activation": "gelu", "mlp_biases": True},
+    "expert_choice": {"activation": "geglu"},
+    "dropless": {"activation": "swiglu", "mlp_biases": True},
+}
+
+
+def model_of(name: str, transport: str) -> ModelSettings:
+    return replace(MODEL, transport=transport, **EXPERTS.get(name, {}))
 
 
 @functools.cache
 def problem():
     """Skewed tokens, a third of the last rows padding, and cotangents."""
     rng = np.random.default_rng(0)
-    x_BLM = rng.normal(size=(B, L, M)).astype(np.float32) + 0.5
     mask_BL = np.ones((B, L), bool)
     mask_BL[-3:, L // 3 :] = False
     mask_BL[-1] = False
     return {
-        "x": x_BLM,
+        "x": rng.normal(size=(B, L, M)).astype(np.float32) + 0.5,
         "mask": mask_BL,
-        "router": rng.normal(size=(M, E)).astype(np.float32),
-        "up": rng.normal(size=(E, M, F)).astype(np.float32) / M**0.5,
-        "down": rng.normal(size=(E, F, M)).astype(np.float32) / F**0.5,
+        "id": rng.integers(0, V, (B, L)).astype(np.int32),
         "d_y": rng.normal(size=(B, L, M)).astype(np.float32),
         "d_probability": rng.normal(size=(G, E)).astype(np.float32),
         "d_z": 0.1,
     }
 
 
-@functools.cache
-def oracle(name: str):
+def weights_of(model: ModelSettings, router: RouterSettings):
+    """The layer without its arrays, and arrays none of which is zero."""
+    definition, state = nnx.split(
+        nnx.eval_shape(lambda: MoE(jax.random.key(0), model, router))
+    )
+    rng = np.random.default_rng(1)
+
+    def drawn(path, leaf):
+        fan_in = {"up": M, "down": F}.get(path[-1].key, 4)
+        scale = 1.0 if path[-1].key == "router" else fan_in**-0.5
+        return rng.normal(size=leaf.shape, scale=scale).astype(np.float32)
+
+    arrays = jax.tree_util.tree_map_with_path(drawn, nnx.to_pure_dict(state))
+    return definition, arrays
+
+
+def run_layer(definition, arrays, x_BLM, layer, key):
     p = problem()
-    router = ROUTERS[name]
+    tokens = Tokens(jnp.asarray(p["mask"]), jnp.arange(B), jnp.asarray(p["id"]))
+    return moe_layer(nnx.merge(definition, arrays), x_BLM, tokens, key, INDEX, layer)
+
+
+def compiled(layer: Layer, *, gradients: bool = True):
+    """Output, sums and gradients of the oracle's objective, under one jit."""
+    p = problem()
+    definition, _ = weights_of(layer.model, layer.router)
+
+    def objective(arrays, x_BLM):
+        y_BLM, sums = run_layer(definition, arrays, x_BLM, layer, jax.random.key(5))
+        value = jnp.sum(y_BLM * jnp.where(p["mask"][..., None], p["d_y"], 0))
+        value += jnp.sum(sums.probability_GE * p["d_probability"])
+        value += p["d_z"] * jnp.sum(sums.z_G)
+        return value, (y_BLM, sums)
+
+    run = jax.jit(
+        jax.grad(objective, argnums=(0, 1), has_aux=True)
+        if gradients
+        else lambda *args: (None, objective(*args)[1])
+    )
+
+    def in_mesh(arrays, x_BLM):
+        with jax.set_mesh(layer.mesh):
+            return jax.device_get(run(arrays, x_BLM))
+
+    return in_mesh
+
+
+def oracle(model: ModelSettings, router: RouterSettings, arrays, x_BLM):
+    """The same by one token at a time."""
+    p = problem()
+    order_V = np.asarray(
+        vocabulary_order(router.hash_seed, jnp.int32(INDEX), model.vocab_size)
+    )
+    told_G = [
+        Told(mask_S, bias_E=arrays.get("selection_bias"), id_S=id_S, order_V=order_V)
+        for mask_S, id_S in zip(
+            p["mask"].reshape(G, S), p["id"].reshape(G, S), strict=True
+        )
+    ]
     return one_token_at_a_time(
-        p["x"].reshape(G, S, M),
-        p["mask"].reshape(G, S),
-        p["router"],
-        p["up"],
-        p["down"],
+        x_BLM.reshape(G, S, M),
+        arrays.get("router", np.zeros((M, E))),
+        arrays["experts"],
+        told_G,
         router,
         capacity(router, E, train=True),
+        activation=model.activation,
         d_y_GSM=p["d_y"].reshape(G, S, M),
         d_probability_GE=p["d_probability"],
         d_z=p["d_z"],
     )
 
 
-def layer_and_gradients(mesh, router: RouterSettings, transport: str):
-    """Output, sums and gradients of the oracle's objective, under one jit."""
-    p = problem()
-    model = dataclasses.replace(MODEL, transport=transport)
-    definition = nnx.graphdef(nnx.eval_shape(lambda: MoE(jax.random.key(0), model)))
-
-    def objective(arrays):
-        weights = nnx.merge(
-            definition,
-            {
-                "router": arrays["router"],
-                "experts": {"up": arrays["up"], "down": arrays["down"]},
-            },
-        )
-        y_BLM, sums = moe_layer(
-            weights,
-            arrays["x"],
-            jnp.asarray(p["mask"]),
-            jnp.arange(B),
-            jax.random.key(0),  # training capacity; these routers draw nothing
-            model=model,
-            router=router,
-            mesh=mesh,
-        )
-        value = jnp.sum(y_BLM * jnp.where(p["mask"][..., None], p["d_y"], 0))
-        value += jnp.sum(sums.probability_GE * p["d_probability"])
-        value += p["d_z"] * jnp.sum(sums.z_G)
-        return value, (y_BLM, sums)
-
-    arrays = {name: p[name] for name in ("x", "router", "up", "down")}
-    with jax.set_mesh(mesh):
-        gradients, (y_BLM, sums) = jax.jit(jax.grad(objective, has_aux=True))(arrays)
-    return jax.tree.map(np.asarray, (y_BLM, sums, gradients))
+@functools.cache
+def oracle_of(name: str):
+    model, router = model_of(name, "auto"), ROUTERS[name]
+    _, arrays = weights_of(model, router)
+    return oracle(model, router, arrays, problem()["x"])
 
 
-# Every router on two meshes by the default transport, every mesh and transport at least
-# once with drops; the remaining product is in the slow set.
-FAST = [
-    ("switch", "d2e4", "all_to_all"),
-    ("glam", "d4e2", "all_to_all"),
-    ("glam", "e8", "einsum"),
-    ("switch", "d1", "einsum"),
-]
+def agree(result, expected) -> None:
+    """Outputs, every gradient and every sum."""
+    (d_arrays, d_x_BLM), (y_BLM, sums) = result
+    close = functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-5)
+    close(y_BLM.reshape(G, S, M), expected.y_GSM)
+    close(d_x_BLM.reshape(G, S, M), expected.d_x_GSM, atol=5e-5)
+    for name, d_array in expected.d_experts.items():
+        close(d_arrays["experts"][name], d_array, atol=2e-4, err_msg=name)
+    if "router" in d_arrays:
+        close(d_arrays["router"], expected.d_router_ME, atol=2e-4)
+    for name, total in expected.sums.items():
+        field = name + ("_GE" if total.ndim == 2 else "_G")
+        close(getattr(sums, field), total, err_msg=field)
+
+
+# Every pair of a transport with a router and with a mesh, but for einsum, whose
+# exchanges are those of all_to_all. The remaining product is in the slow set.
+FIRST = ("switch", "glam", "deepseek", "spill", "expert_choice", "dropless")
 COVER = [
-    ("glam", "d8", "all_to_all"),
-    ("glam", "d2e4", "all_to_all"),
-    ("switch", "e8", "all_to_all"),
-    ("switch", "d8", "einsum"),
-    ("switch_dropless", "d4e2", "all_to_all"),
-    ("glam_dropless", "d2e4", "all_to_all"),
-    ("glam_dropless", "d1", "all_to_all"),
-    ("top2_token_major", "e8", "all_to_all"),
-    ("top2_token_major", "d4e2", "einsum"),
+    (router, tuple(MESHES)[(i + shift) % len(MESHES)], transport)
+    for shift, transport in enumerate(("all_to_all", "ring", "ragged"))
+    for i, router in enumerate(FIRST)
+] + [
+    ("m6t", "e8", "einsum"),
+    ("hashed", "d1", "einsum"),
+    ("sinkhorn", "d4e2", "einsum"),
+]
+FAST = [
+    ("spill", "d2e4", "all_to_all"),
+    ("glam", "e8", "ring"),
+    ("switch", "e8", "ragged"),
+    ("hashed", "d1", "einsum"),
 ]
 REST = [
-    (router, mesh, transport)
-    for router in ROUTERS
-    for mesh in MESHES
-    for transport in TRANSPORTS
-    if (router, mesh, transport) not in {*FAST, *COVER}
+    case for case in itertools.product(ROUTERS, MESHES, TRANSPORTS) if case not in COVER
 ]
+
+
+@pytest.mark.fast
+def test_the_cases_cover_every_pair_with_a_transport():
+    for transport in set(TRANSPORTS) - {"einsum"}:
+        cases = [case for case in COVER if case[2] == transport]
+        assert {router for router, _, _ in cases} == set(FIRST)
+        assert {mesh for _, mesh, _ in cases} == set(MESHES)
+    assert {router for router, _, _ in COVER} == set(ROUTERS)
+    assert set(FAST) <= set(COVER)
 
 
 @pytest.mark.parametrize(
     ("router", "mesh", "transport"),
     [
-        *(pytest.param(*case, marks=pytest.mark.fast) for case in FAST),
-        *COVER,
+        *(
+            pytest.param(*case, marks=pytest.mark.fast if case in FAST else ())
+            for case in COVER
+        ),
         *(pytest.param(*case, marks=pytest.mark.slow) for case in REST),
     ],
 )
 def test_every_mesh_and_transport_agree_with_one_token_at_a_time(
     meshes, router, mesh, transport
 ):
-    expected = oracle(router)
-    y_BLM, sums, gradients = layer_and_gradients(
-        meshes[mesh], ROUTERS[router], transport
-    )
-    close = functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-5)
-    close(y_BLM.reshape(G, S, M), expected.y_GSM)
-    close(gradients["x"].reshape(G, S, M), expected.d_x_GSM)
-    close(gradients["router"], expected.d_router_ME, atol=2e-4)
-    close(gradients["up"], expected.d_up_EMF, atol=2e-4)
-    close(gradients["down"], expected.d_down_EFM, atol=2e-4)
-    close(sums.probability_GE, expected.probability_GE)
-    close(sums.z_G, expected.z_G)
-    np.testing.assert_array_equal(sums.chosen_GE, expected.chosen_GE)
-    np.testing.assert_array_equal(sums.kept_GE, expected.kept_GE)
-    np.testing.assert_array_equal(sums.padding_G, expected.padding_G)
+    layer = Layer(model_of(router, transport), ROUTERS[router], meshes[mesh])
+    _, arrays = weights_of(layer.model, layer.router)
+    result = compiled(layer)(arrays, problem()["x"])
+    agree(result, oracle_of(router))
 
+    _, (_, sums) = result
+    assert sums.excess_G.sum() == 0
     chosen, kept = sums.chosen_GE.sum(), sums.kept_GE.sum()
-    if "dropless" in router:
+    if router in ("expert_choice", "dropless"):
         assert kept == chosen
     else:
         assert kept < 0.95 * chosen, "this case is meant to drop tokens"
-    routed = ROUTERS[router].num_selected * B * L
-    assert routed == kept + (chosen - kept) + sums.padding_G.sum()
+    if router == "spill":
+        assert sums.spilled_GE.sum() > 0.02 * chosen, "this case is meant to spill"
+    if router != "expert_choice":
+        routed = layer.router.num_choices(E) * B * L
+        assert routed == chosen + sums.padding_G.sum()
+
+
+# More rows than a device has room for.
+
+CROWDED = replace(FREE, row_budget=1.0)
+TOKENS = B * L // 8  # per device
+ROOM = TOKENS * 2  # rows: 1.0 times an even share at K = 2
+
+
+@functools.cache
+def crowded(where: str):
+    """Arrays with which experts fill unevenly or one gets all, and their oracle."""
+    model = model_of("dropless", "auto")
+    _, arrays = weights_of(model, CROWDED)
+    x_BLM = problem()["x"].copy()
+    if where == "one_expert":
+        x_BLM[..., 0] = 1.0
+        arrays["router"] = arrays["router"].copy()
+        arrays["router"][0, 3] = 30.0
+    return arrays, x_BLM, oracle(model, CROWDED, arrays, x_BLM)
+
+
+def excess_of(expected, data: int, expert: int) -> np.ndarray:
+    """Rows beyond the budget of each device, counted in its first group."""
+    kept_GE = expected.sums["kept"].astype(int)
+    excess_G = np.zeros(G, int)
+    groups = G // (data * expert)  # of a device
+    for d in range(data):
+        along_axis = slice(d * expert * groups, (d + 1) * expert * groups)
+        for i in range(expert):
+            mine = slice(i * E // expert, (i + 1) * E // expert)
+            rows = kept_GE[along_axis, mine].sum()
+            excess_G[(d * expert + i) * groups] = max(rows - ROOM, 0)
+    return excess_G
+
+
+@pytest.mark.parametrize("transport", ["ring", "ragged"])
+def test_rows_beyond_the_budget_are_computed_in_further_rounds(meshes, transport):
+    model = model_of("dropless", transport)
+    run = compiled(Layer(model, CROWDED, meshes["d2e4"], in_rounds=True))
+    for where in ("uneven", "one_expert"):
+        arrays, x_BLM, expected = crowded(where)
+        result = run(arrays, x_BLM)
+        agree(result, expected)
+        _, (_, sums) = result
+        assert sums.excess_G.sum() == 0
+        assert sums.kept_GE.sum() == sums.chosen_GE.sum()
+        assert excess_of(expected, 2, 4).sum() > 0, "one round must not be enough"
+    kept_E = expected.sums["kept"].sum(axis=0)
+    assert kept_E[3] == problem()["mask"].sum() > 2 * ROOM
+
+
+@pytest.mark.parametrize("transport", ["ring", "ragged"])
+def test_without_rounds_the_rows_left_out_are_counted_exactly(meshes, transport):
+    model = model_of("dropless", transport)
+    run = compiled(Layer(model, CROWDED, meshes["d2e4"]), gradients=False)
+    for where in ("uneven", "one_expert"):
+        arrays, x_BLM, expected = crowded(where)
+        _, (y_BLM, sums) = run(arrays, x_BLM)
+        np.testing.assert_array_equal(sums.excess_G, excess_of(expected, 2, 4))
+        assert np.all(np.isfinite(y_BLM))
+        assert not np.allclose(y_BLM.reshape(G, S, M), expected.y_GSM, atol=1e-3)
+
+
+# What is drawn, drawn alike on every mesh.
+
+DRAWN = {
+    "noisy": replace(
+        TIGHT,
+        num_selected=2,
+        renormalize="before_drop",
+        second_policy="random",
+        jitter=0.2,
+        logit_noise=1.0,
+    ),
+    "capped": replace(ROUTERS["expert_choice"], max_experts_per_token=2, jitter=0.2),
+}
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_draws_and_iterations_are_the_same_on_every_mesh(meshes, name):
+    x_BLM = problem()["x"]
+    _, arrays = weights_of(MODEL, DRAWN[name])
+
+    def run(mesh, transport):
+        layer = Layer(replace(MODEL, transport=transport), DRAWN[name], meshes[mesh])
+        return compiled(layer, gradients=name == "noisy")(arrays, x_BLM)
+
+    alone, spread = run("d1", "einsum"), run("r2d2e2", "ragged")
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-4),
+        alone,
+        spread,
+    )
+    _, (_, sums) = alone
+    assert 0 < sums.kept_GE.sum() < sums.chosen_GE.sum()
+    if name == "noisy":
+        declined = 2 * problem()["mask"].sum() - sums.chosen_GE.sum()
+        assert declined > 0, "some second experts are meant to be declined"
+        assert np.all(sums.load_GE.sum(axis=0) > 0)
+
+
+def test_jitter_moves_the_router_and_never_the_experts(meshes):
+    # With a router of zeros every token takes expert 0 at 1/8, jitter or not.
+    router = replace(TIGHT, capacity_factor=0.0, jitter=0.2)
+    layer = Layer(replace(MODEL, transport="einsum"), router, meshes["d1"])
+    _, arrays = weights_of(MODEL, router)
+    arrays["router"] = np.zeros((M, E), np.float32)
+    x_BLM = problem()["x"]
+    _, (y_BLM, _) = compiled(layer, gradients=False)(arrays, x_BLM)
+    expected = oracle(MODEL, router, arrays, x_BLM).y_GSM
+    np.testing.assert_allclose(y_BLM.reshape(G, S, M), expected, atol=2e-5)
+
+
+def test_expert_dropout_keeps_its_share_and_the_same_units_on_every_mesh(meshes):
+    # A hash router's only choice has gate 1. Hidden units of relu(0 + 1) = 1, through
+    # the identity: y is 0 where dropped and 1 / (1 - 0.4) where kept.
+    model = replace(
+        MODEL,
+        expert_mlp_dim=M,
+        mlp_biases=True,
+        expert_dropout=0.4,
+        transport="all_to_all",
+    )
+    router = RouterSettings(family="hashed", group_size=S, capacity_factor=0.0)
+    experts = {
+        "up": np.zeros((E, M, M), np.float32),
+        "up_bias": np.ones((E, M), np.float32),
+        "down": np.tile(np.eye(M, dtype=np.float32), (E, 1, 1)),
+        "down_bias": np.zeros((E, M), np.float32),
+    }
+    mask_BL = problem()["mask"]
+
+    def run(mesh):
+        layer = Layer(model, router, meshes[mesh])
+        run_one = compiled(layer, gradients=False)
+        _, (y_BLM, _) = run_one({"experts": experts}, problem()["x"])
+        return y_BLM
+
+    alone = run("d1")
+    np.testing.assert_array_equal(alone, run("d2e4"))
+    y_TM = alone[mask_BL]
+    kept_TM = y_TM > 0
+    np.testing.assert_allclose(y_TM[kept_TM], 1 / 0.6, rtol=1e-6)
+    sigma = (0.4 * 0.6 / kept_TM.size) ** 0.5
+    assert abs(kept_TM.mean() - 0.6) < 4 * sigma < 0.11
+    # Of 2⁸ patterns 44 tokens share few, unless draws repeat.
+    assert len(np.unique(kept_TM, axis=0)) > 30
+
+
+# Special sizes.
+
+
+def test_one_expert_is_a_dense_feed_forward(meshes):
+    model = replace(MODEL, num_experts=1, activation="swiglu", mlp_biases=True)
+    router = RouterSettings(group_size=S, capacity_factor=0.0)
+    definition, arrays = weights_of(model, router)
+    x_BLM = problem()["x"]
+    dense = nnx.merge(definition, arrays).experts
+    one = jax.tree.map(lambda array: array[0], nnx.to_pure_dict(nnx.state(dense)))
+    nnx.update(dense, one)
+    expected = jax.jit(lambda x: feed_forward(dense, x, "swiglu"))(x_BLM)
+    mask_BL = problem()["mask"]
+    for transport in ("all_to_all", "ragged"):
+        layer = Layer(replace(model, transport=transport), router, meshes["d1"])
+        with jax.set_mesh(layer.mesh):
+            y_BLM, sums = jax.jit(
+                lambda x, layer=layer: run_layer(
+                    definition, arrays, x, layer, jax.random.key(0)
+                )
+            )(x_BLM)
+        np.testing.assert_allclose(y_BLM[mask_BL], expected[mask_BL], rtol=1e-6)
+        assert np.all(y_BLM[~mask_BL] == 0)
+        np.testing.assert_array_equal(sums.kept_GE[:, 0], sums.tokens_G)
+
+
+def test_a_shared_expert_adds_a_dense_feed_forward_of_every_token(meshes):
+    model = replace(MODEL, shared_expert_mlp_dim=5, transport="all_to_all")
+    definition, arrays = weights_of(model, TIGHT)
+    x_BLM = problem()["x"]
+    layer = Layer(model, TIGHT, meshes["d2e4"])
+    without = Layer(replace(model, shared_expert_mlp_dim=0), TIGHT, meshes["d2e4"])
+    alone = {name: arrays[name] for name in ("router", "experts")}
+    alone_definition, _ = weights_of(without.model, TIGHT)
+
+    @jax.jit
+    def run(x):
+        key = jax.random.key(0)
+        shared = nnx.merge(definition, arrays).shared_expert
+        return (
+            run_layer(definition, arrays, x, layer, key)[0],
+            run_layer(alone_definition, alone, x, without, key)[0],
+            feed_forward(shared, x, model.activation),
+        )
+
+    with jax.set_mesh(layer.mesh):
+        together, routed, dense = jax.device_get(run(x_BLM))
+    np.testing.assert_allclose(together, routed + dense, rtol=1e-6, atol=1e-6)
+    assert np.abs(dense).min(axis=-1).max() > 0.01

@@ -9,8 +9,13 @@ import optax
 import pytest
 
 from moe.model import transformer
-from moe.settings import ModelSettings, OptimizerSettings
-from moe.training.optimizer import make_optimizer, make_schedule, state_axes
+from moe.settings import ModelSettings, OptimizerSettings, RouterSettings
+from moe.training.optimizer import (
+    make_optimizer,
+    make_schedule,
+    num_stacked,
+    state_axes,
+)
 from partitioning import rules
 
 LAYERS, EXPERTS, IN, OUT = 2, 3, 128, 160  # from 128 on Adafactor factors a dimension
@@ -102,8 +107,10 @@ TINY = ModelSettings(
 @functools.cache
 def tiny():
     """Shapes and logical axes of a model whose matrices are large enough to factor."""
-    shapes = jax.eval_shape(lambda: transformer.init_params(jax.random.key(0), TINY))
-    return shapes, transformer.param_axes(TINY)
+    shapes = jax.eval_shape(
+        lambda: transformer.init_params(jax.random.key(0), TINY, RouterSettings())
+    )
+    return shapes, transformer.param_axes(TINY, RouterSettings())
 
 
 @pytest.mark.parametrize("settings", [ADAMW, ADAFACTOR], ids=lambda s: s.name)
@@ -124,6 +131,35 @@ def test_weight_decay_touches_matrices_only(settings):
     for name, value in after.items():
         expected = 1 - 0.5 * 0.1 if name in ("embedding", "experts") else 1
         np.testing.assert_allclose(value, expected, rtol=1e-6, err_msg=name)
+
+
+@pytest.mark.fast
+def test_of_a_whole_model_these_are_the_parameters_that_decay():
+    model = dataclasses.replace(TINY, activation="swiglu", mlp_biases=True)
+    router = RouterSettings(bias_update_rate=1e-3)
+    axes = transformer.param_axes(model, router)
+    shapes = jax.eval_shape(
+        lambda: transformer.init_params(jax.random.key(0), model, router)
+    )
+    matrices = {
+        path
+        for path, array, array_axes in rules.leaves(shapes, axes)
+        if array.ndim - num_stacked(array_axes) >= 2
+    }
+    attention = {
+        f"periods/blocks/{block}/attention/{name}"
+        for block in (0, 1)
+        for name in ("query", "key", "value", "output")
+    }
+    assert matrices == attention | {
+        "embedding",
+        "head",
+        "periods/blocks/0/feed_forward/up",
+        "periods/blocks/0/feed_forward/down",
+        "periods/blocks/1/moe/router",
+        "periods/blocks/1/moe/experts/up",
+        "periods/blocks/1/moe/experts/down",
+    }
 
 
 @pytest.mark.parametrize(

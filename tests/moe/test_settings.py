@@ -1,25 +1,14 @@
-"""Capacity in exact arithmetic, and the rules that settings must obey."""
+"""Capacity in exact arithmetic, and the choices that a token makes."""
 
 import dataclasses
 import math
+from fractions import Fraction
 
 import pytest
 
-from moe.settings import (
-    ModelSettings,
-    RouterSettings,
-    TrainSettings,
-    capacity,
-    problems,
-)
+from moe.settings import ModelSettings, RouterSettings, capacity, never_drops
 
 pytestmark = pytest.mark.fast
-
-MODEL = ModelSettings(
-    vocab_size=32, num_layers=4, model_dim=8, num_heads=2, head_dim=4, mlp_dim=16
-)
-ROUTER = RouterSettings(group_size=64)
-TRAIN = TrainSettings(batch_size=8)
 
 
 @pytest.mark.parametrize(
@@ -64,47 +53,90 @@ def test_evaluation_has_a_factor_of_its_own_and_drops_nothing_by_default():
     assert capacity(router, 8, train=True) == 40
 
 
-def test_the_defaults_obey_the_rules():
-    assert problems(MODEL, ROUTER, TRAIN, length=64) == []
-
-
-def test_all_faults_are_listed_at_once_with_their_values():
-    found = problems(
-        dataclasses.replace(
-            MODEL, num_layers=5, head_dim=3, dropout=1.0, expert_mlp_dim=0
-        ),
-        RouterSettings(
-            num_selected=9,
-            second_policy="random",
-            jitter=1.0,
-            capacity_factor=-1.0,
-            group_size=48,
-        ),
-        TrainSettings(batch_size=0),
-        length=64,
+@pytest.mark.parametrize(
+    ("rounding", "S", "multiple", "C"),
+    [
+        # S · 1 / 8 is 12.5, 13.5 and 12.875.
+        ("ceil", 100, 1, 13),
+        ("floor", 100, 1, 12),
+        ("half_even", 100, 1, 12),
+        ("half_even", 108, 1, 14),
+        ("half_even", 103, 1, 13),
+        # A multiple comes last, and rounds up whatever came before.
+        ("floor", 100, 4, 12),
+        ("ceil", 100, 4, 16),
+        ("ceil", 6, 8, 6),  # but never beyond S
+    ],
+)
+def test_capacity_is_rounded_as_the_settings_say(rounding, S, multiple, C):
+    router = RouterSettings(
+        group_size=S,
+        capacity_factor=1.0,
+        min_capacity=0,
+        capacity_rounding=rounding,
+        capacity_multiple=multiple,
     )
-    assert sorted(fault.partition(":")[0] for fault in found) == [
-        "BATCH_SIZE = 0",
-        "DROPOUT_RATE = 1.0",
-        "EXPERT_MLP_DIM = 0",
-        "GROUP_SIZE = 48 does not divide a sequence of 64 tokens",
-        "HEAD_DIM = 3",
-        "JITTER_NOISE = 1.0",
-        "NUM_LAYERS = 5 is not a multiple of MOE_EVERY = 2",
-        "NUM_SELECTED_EXPERTS = 9",
-        "SECOND_EXPERT_POLICY = 'random' is defined for NUM_SELECTED_EXPERTS = 2, "
-        "not 9",
-        "TRAIN_CAPACITY_FACTOR and EVAL_CAPACITY_FACTOR cannot be negative",
-    ]
+    assert capacity(router, 8, train=True) == C
 
 
-def test_a_group_size_that_does_not_divide_is_told_the_nearest_that_do():
-    router = dataclasses.replace(ROUTER, group_size=48)
-    (fault,) = problems(MODEL, router, TRAIN, length=64)
-    assert fault.endswith("nearest are 32 and 64")
+def test_capacity_counts_the_choices_of_a_token_or_does_not():
+    router = RouterSettings(group_size=256, num_selected=2, capacity_factor=1.0)
+    assert capacity(router, 8, train=True) == 64  # 256 · 2 / 8
+    once = dataclasses.replace(router, capacity_counts_choices=False)
+    assert capacity(once, 8, train=True) == 32
+    # Each of four prototypes of two experts gets all tokens, K times.
+    prototypes = dataclasses.replace(router, family="prototypes", num_prototypes=4)
+    assert capacity(prototypes, 8, train=True) == 256
+    once = dataclasses.replace(prototypes, capacity_counts_choices=False)
+    assert capacity(once, 8, train=True) == 128
 
 
-def test_a_dense_model_is_not_asked_about_its_routers():
-    dense = dataclasses.replace(MODEL, moe_every=0, num_layers=5)
-    router = RouterSettings(num_selected=0, group_size=7)
-    assert problems(dense, router, TRAIN, length=64) == []
+def test_experts_that_choose_keep_their_limit_outside_training():
+    router = RouterSettings(
+        family="expert_choice", group_size=64, num_selected=2, capacity_factor=1.0
+    )
+    assert capacity(router, 8, train=False) == capacity(router, 8, train=True) == 16
+    assert not never_drops(router, 8, train=False)
+    router = dataclasses.replace(router, eval_capacity_factor=2.0)
+    assert capacity(router, 8, train=False) == 32
+
+
+def test_nothing_drops_if_an_expert_has_a_slot_for_every_token():
+    router = RouterSettings(group_size=64, capacity_factor=1.25)
+    assert never_drops(router, 8, train=False)
+    assert not never_drops(router, 8, train=True)
+    enough = dataclasses.replace(router, capacity_factor=8.0)
+    assert never_drops(enough, 8, train=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "most", "mean"),
+    [
+        ({}, 2, 2),
+        ({"family": "prototypes", "num_prototypes": 4}, 8, 8),
+        ({"family": "hashed"}, 2, 2),
+        ({"family": "sinkhorn"}, 2, 2),
+        # 8 experts take ceil(50 · 2 / 8) = 13 tokens of 50.
+        ({"family": "expert_choice"}, 8, Fraction(13 * 8, 50)),
+        ({"family": "expert_choice", "max_experts_per_token": 3}, 3, Fraction(104, 50)),
+        ({"family": "expert_choice", "max_experts_per_token": 9}, 8, Fraction(104, 50)),
+    ],
+)
+def test_a_token_visits_this_many_experts_at_most_and_on_average(changes, most, mean):
+    router = RouterSettings(
+        num_selected=2, group_size=50, capacity_factor=1.0, min_capacity=1, **changes
+    )
+    assert router.num_choices(8) == most
+    assert router.mean_choices(8) == mean
+
+
+def test_layers_are_dense_at_the_bottom_and_sparse_once_a_period_above():
+    model = ModelSettings(
+        vocab_size=32, num_layers=7, model_dim=8, num_heads=2, head_dim=4, mlp_dim=16
+    )
+    above = dataclasses.replace(model, first_dense_layers=3, moe_every=2)
+    assert (above.num_periods, above.num_sparse_layers) == (2, 2)
+    every = dataclasses.replace(above, moe_every=1)
+    assert (every.num_periods, every.num_sparse_layers) == (4, 4)
+    dense = dataclasses.replace(model, moe_every=0)
+    assert (dense.num_periods, dense.num_sparse_layers) == (7, 0)

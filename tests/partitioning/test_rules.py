@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import Mesh, PartitionSpec
 
 from moe.model import transformer
-from moe.settings import ModelSettings
+from moe.settings import ModelSettings, RouterSettings
 from moe.testing import MESHES
 from partitioning import rules
 from partitioning.mesh import make_mesh
@@ -57,8 +57,12 @@ def test_logical_axes_become_mesh_axes(logical_axes, mesh_axes):
 def test_the_table_names_mesh_axes_only_and_no_array_uses_one_twice():
     for mesh_axes in rules.RULES.values():
         assert set(mesh_axes) <= set(AXES)
-    shapes = jax.eval_shape(lambda: transformer.init_params(jax.random.key(0), TINY))
-    for path, _, axes in rules.leaves(shapes, transformer.param_axes(TINY)):
+    shapes = jax.eval_shape(
+        lambda: transformer.init_params(jax.random.key(0), TINY, RouterSettings())
+    )
+    for path, _, axes in rules.leaves(
+        shapes, transformer.param_axes(TINY, RouterSettings())
+    ):
         used = [mesh_axis for axis in axes if axis for mesh_axis in rules.RULES[axis]]
         assert len(used) == len(set(used)), path
 
@@ -96,7 +100,8 @@ def test_the_placement_table_gives_the_bytes_on_one_device():
 
 
 # Path, mesh axes, bytes on one of 2 × 4 devices. `model` has size 1 there, so only the
-# experts are cut: up has 2 layers · 4 / 4 experts · 8 · 12 numbers of 4 bytes.
+# experts are cut: up has 2 layers · 4 / 4 experts · 8 · 2 · 12 numbers of 4 bytes, half
+# of which are the gate.
 PLACEMENT = """
 embedding | model, – | 1024
 final_norm | – | 32
@@ -107,8 +112,7 @@ periods/blocks/0/attention/query | –, –, model, – | 512
 periods/blocks/0/attention/value | –, –, model, – | 512
 periods/blocks/0/attention_norm | –, – | 64
 periods/blocks/0/feed_forward/down | –, model, – | 1024
-periods/blocks/0/feed_forward/gate | –, –, model | 1024
-periods/blocks/0/feed_forward/up | –, –, model | 1024
+periods/blocks/0/feed_forward/up | –, –, –, model | 2048
 periods/blocks/0/feed_forward_norm | –, – | 64
 periods/blocks/1/attention/key | –, –, model, – | 512
 periods/blocks/1/attention/output | –, model, –, – | 512
@@ -117,14 +121,17 @@ periods/blocks/1/attention/value | –, –, model, – | 512
 periods/blocks/1/attention_norm | –, – | 64
 periods/blocks/1/feed_forward_norm | –, – | 64
 periods/blocks/1/moe/experts/down | –, expert, model, – | 768
-periods/blocks/1/moe/experts/gate | –, expert, –, model | 768
-periods/blocks/1/moe/experts/up | –, expert, –, model | 768
+periods/blocks/1/moe/experts/up | –, expert, –, –, model | 1536
 periods/blocks/1/moe/router | –, –, – | 256
 """
 
 
 def test_the_placement_of_a_tiny_model_is_this():
-    shapes = jax.eval_shape(lambda: transformer.init_params(jax.random.key(0), TINY))
-    table = rules.placement_table(mesh_2x4(), shapes, transformer.param_axes(TINY))
+    shapes = jax.eval_shape(
+        lambda: transformer.init_params(jax.random.key(0), TINY, RouterSettings())
+    )
+    table = rules.placement_table(
+        mesh_2x4(), shapes, transformer.param_axes(TINY, RouterSettings())
+    )
     lines = sorted(f"{path} | {axes} | {size}" for path, _, _, axes, size in table)
     assert lines == PLACEMENT.strip().splitlines()

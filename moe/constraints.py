@@ -1,0 +1,309 @@
+"""The rules that the settings of model and learning must obey, whatever the mesh.
+
+Read before jax is imported: standard library only. Every fault is one line: the values,
+the rule, and the macro to change.
+"""
+
+from moe.settings import (
+    LossSettings,
+    ModelSettings,
+    RouterSettings,
+    TrainSettings,
+    capacity,
+)
+
+
+def problems(
+    model: ModelSettings,
+    router: RouterSettings,
+    loss: LossSettings,
+    train: TrainSettings,
+    *,
+    length: int,
+) -> list[str]:
+    """Lists the rules that the settings break.
+
+    Args:
+        model: sizes and choices.
+        router: how tokens choose.
+        loss: weights of the losses.
+        train: batch and length of the run.
+        length: L, tokens of a sequence.
+    """
+    positive = {
+        "VOCAB_SIZE": model.vocab_size,
+        "NUM_LAYERS": model.num_layers,
+        "EMBED_DIM": model.model_dim,
+        "NUM_HEADS": model.num_heads,
+        "HEAD_DIM": model.head_dim,
+        "MLP_DIM": model.mlp_dim,
+        "BATCH_SIZE": train.batch_size,
+        "MICROBATCHES": train.microbatches,
+        "TRAIN_STEPS": train.train_steps,
+    }
+    found = [f"{m} = {x}: must be at least 1" for m, x in positive.items() if x < 1]
+    if model.head_dim % 2:
+        found.append(
+            f"HEAD_DIM = {model.head_dim}: rotary positions turn pairs, so it must be "
+            "even"
+        )
+    found += _fraction_problems({"DROPOUT_RATE": model.dropout})
+    if model.init_scale <= 0:
+        found.append(f"INIT_SCALE = {model.init_scale}: must be above 0")
+    if model.moe_every < 0:
+        found.append(f"MOE_EVERY = {model.moe_every}: 0 means dense")
+    if model.moe_every > 0:
+        found += _layer_problems(model)
+        found += _number_problems(model, router)
+        found += _family_problems(model, router, loss)
+        found += _capacity_problems(model, router, length)
+        found += _leaks(router)
+    return found
+
+
+def _fraction_problems(fractions: dict[str, float]) -> list[str]:
+    return [
+        f"{macro} = {x}: must be in [0, 1)"
+        for macro, x in fractions.items()
+        if not 0 <= x < 1
+    ]
+
+
+def _layer_problems(model: ModelSettings) -> list[str]:
+    """How many layers, and which of them are sparse."""
+    found = []
+    first, rest = model.first_dense_layers, model.num_layers - model.first_dense_layers
+    if first < 0:
+        found.append(f"FIRST_DENSE_LAYERS = {first}: cannot be negative")
+    elif first and rest < model.moe_every:
+        found.append(
+            f"FIRST_DENSE_LAYERS = {first} leaves {rest} of NUM_LAYERS = "
+            f"{model.num_layers} for a period of MOE_EVERY = {model.moe_every}"
+        )
+    elif rest % model.moe_every:
+        less = f" less FIRST_DENSE_LAYERS = {first}" if first else ""
+        found.append(
+            f"NUM_LAYERS = {model.num_layers}{less} is not a multiple of MOE_EVERY = "
+            f"{model.moe_every}: layers repeat in periods of MOE_EVERY"
+        )
+    if model.num_experts < 1:
+        found.append(f"NUM_EXPERTS = {model.num_experts}: must be at least 1")
+    if model.expert_mlp_dim < 1:
+        found.append(f"EXPERT_MLP_DIM = {model.expert_mlp_dim}: must be at least 1")
+    if model.shared_expert_mlp_dim < 0:
+        found.append(
+            f"SHARED_EXPERT_MLP_DIM = {model.shared_expert_mlp_dim}: 0 means none"
+        )
+    if model.expert_dropout > 0 and model.transport in ("ring", "ragged"):
+        found.append(
+            f"EXPERT_DROPOUT_RATE = {model.expert_dropout} is drawn per capacity slot: "
+            f"TRANSPORT = {model.transport!r} has none; use 'all_to_all' or 'auto'"
+        )
+    return found + _fraction_problems({"EXPERT_DROPOUT_RATE": model.expert_dropout})
+
+
+def _number_problems(model: ModelSettings, router: RouterSettings) -> list[str]:
+    """Numbers that a router of any family must not have."""
+    at_least_1 = {
+        "NUM_PROTOTYPES": router.num_prototypes,
+        "NUM_EXPERT_GROUPS": router.num_expert_groups,
+        "NUM_SELECTED_GROUPS": router.num_selected_groups,
+        "SINKHORN_ITERATIONS": router.sinkhorn_iterations,
+        "CAPACITY_MULTIPLE": router.capacity_multiple,
+        "ROW_BUDGET": router.row_budget,
+    }
+    at_least_0 = {
+        "EXPERT_CHOICE_CAP": router.max_experts_per_token,
+        "LOGIT_NOISE": router.logit_noise,
+        "TRAIN_CAPACITY_FACTOR": router.capacity_factor,
+        "EVAL_CAPACITY_FACTOR": router.eval_capacity_factor,
+        "MIN_EXPERT_CAPACITY": router.min_capacity,
+        "HASH_SEED": router.hash_seed,
+        "ROUTER_BIAS_RATE": router.bias_update_rate,
+    }
+    found = [f"{m} = {x}: must be at least 1" for m, x in at_least_1.items() if x < 1]
+    found += [f"{m} = {x}: cannot be negative" for m, x in at_least_0.items() if x < 0]
+    found += _fraction_problems({"JITTER_NOISE": router.jitter})
+    if router.gate_scale <= 0:
+        found.append(f"GATE_SCALE = {router.gate_scale}: must be above 0")
+    experts = max(model.num_experts, 1)
+    pool, of = experts, f"NUM_EXPERTS = {model.num_experts}"
+    if router.family == "prototypes" and router.num_prototypes >= 1:
+        pool = experts // router.num_prototypes
+        of = f"the {pool} experts of a prototype"
+    if not 1 <= router.num_selected <= max(pool, 1):
+        found.append(
+            f"NUM_SELECTED_EXPERTS = {router.num_selected}: must be between 1 and {of}"
+        )
+    return found
+
+
+def _family_problems(
+    model: ModelSettings, router: RouterSettings, loss: LossSettings
+) -> list[str]:
+    """Settings that the chosen router cannot have, or would ignore."""
+    K, family = router.num_selected, router.family
+    default = RouterSettings()
+    found = []
+    belongs_to = {
+        "NUM_PROTOTYPES": ("num_prototypes", ("prototypes",)),
+        "EXPERT_CHOICE_CAP": ("max_experts_per_token", ("expert_choice",)),
+        "SINKHORN_ITERATIONS": ("sinkhorn_iterations", ("sinkhorn",)),
+        "HASH_SEED": ("hash_seed", ("hashed",)),
+        "ROUTER_SCORES": ("scores", ("token_choice",)),
+        "NUM_EXPERT_GROUPS": ("num_expert_groups", ("token_choice",)),
+        "NUM_SELECTED_GROUPS": ("num_selected_groups", ("token_choice",)),
+        "EXPERT_GROUP_SCORE": ("group_score", ("token_choice",)),
+        "SECOND_EXPERT_POLICY": ("second_policy", ("token_choice",)),
+        "OVERFLOW": ("overflow", ("token_choice",)),
+        "LOGIT_NOISE": ("logit_noise", ("token_choice",)),
+        "ROUTER_BIAS_RATE": ("bias_update_rate", ("token_choice",)),
+        "JITTER_NOISE": (
+            "jitter",
+            ("token_choice", "prototypes", "expert_choice", "sinkhorn"),
+        ),
+        "RENORMALIZE_GATES": (
+            "renormalize",
+            ("token_choice", "prototypes", "sinkhorn"),
+        ),
+        "SLOT_ORDER": (
+            "slot_order",
+            ("token_choice", "prototypes", "hashed", "sinkhorn"),
+        ),
+    }
+    for macro, (field, families) in belongs_to.items():
+        value, default_value = getattr(router, field), getattr(default, field)
+        if family not in families and value != default_value:
+            found.append(
+                f"{macro} = {value!r} means nothing to ROUTER = {family!r}, only to "
+                f"{', '.join(map(repr, families))}: set it to {default_value!r}"
+            )
+    if family == "prototypes" and model.num_experts % max(router.num_prototypes, 1):
+        found.append(
+            f"NUM_EXPERTS = {model.num_experts} does not divide into NUM_PROTOTYPES = "
+            f"{router.num_prototypes} groups"
+        )
+    if router.second_policy == "random" and K != 2:
+        found.append(
+            "SECOND_EXPERT_POLICY = 'random' is defined for NUM_SELECTED_EXPERTS = 2, "
+            f"not {K}"
+        )
+    if router.renormalize != "no" and K == 1 and router.scores == "softmax":
+        found.append(
+            f"RENORMALIZE_GATES = {router.renormalize!r} with NUM_SELECTED_EXPERTS = 1 "
+            "makes each gate 1, and the router would learn nothing from the loss: set "
+            "it to 'no'"
+        )
+    if router.overflow == "spill" and model.num_experts < 2 * K:
+        found.append(
+            f"OVERFLOW = 'spill' needs another expert for each of NUM_SELECTED_EXPERTS "
+            f"= {K} choices: NUM_EXPERTS = {model.num_experts} are fewer than {2 * K}"
+        )
+    if family == "token_choice":
+        found += _expert_group_problems(model, router)
+    if loss.load_weight and not router.logit_noise:
+        found.append(
+            f"LOAD_LOSS_FACTOR = {loss.load_weight} needs noise to take chances with: "
+            "set LOGIT_NOISE = 1.0, as V-MoE does, or LOAD_LOSS_FACTOR = 0.0"
+        )
+    return found
+
+
+def _expert_group_problems(model: ModelSettings, router: RouterSettings) -> list[str]:
+    """Choices limited to some groups of experts (DeepSeek-V3, section 2.1.2)."""
+    groups, selected = router.num_expert_groups, router.num_selected_groups
+    if groups < 1 or selected < 1:
+        return []
+    found = []
+    if model.num_experts % groups:
+        found.append(
+            f"NUM_EXPERTS = {model.num_experts} does not divide into NUM_EXPERT_GROUPS "
+            f"= {groups}"
+        )
+    if selected > groups:
+        found.append(
+            f"NUM_SELECTED_GROUPS = {selected} is more than NUM_EXPERT_GROUPS = "
+            f"{groups}"
+        )
+    reachable = model.num_experts // groups * selected
+    wanted = router.num_selected * (2 if router.overflow == "spill" else 1)
+    if reachable < wanted and selected <= groups and groups > 1:
+        found.append(
+            f"NUM_SELECTED_GROUPS = {selected} groups hold {reachable} experts, fewer "
+            f"than the {wanted} that NUM_SELECTED_EXPERTS = {router.num_selected} asks "
+            "for"
+        )
+    if router.group_score == "top2_sum" and model.num_experts // groups < 2:
+        found.append(
+            "EXPERT_GROUP_SCORE = 'top2_sum' needs groups of at least 2 experts, not "
+            f"{model.num_experts // groups}"
+        )
+    return found
+
+
+def _capacity_problems(
+    model: ModelSettings, router: RouterSettings, length: int
+) -> list[str]:
+    """Groups that do not divide a sequence, and experts without a slot."""
+    found = []
+    if router.group_size < 1 or length % router.group_size:
+        divisors = [d for d in range(1, length + 1) if length % d == 0]
+        nearest = sorted(divisors, key=lambda d: abs(d - router.group_size))[:2]
+        found.append(
+            f"GROUP_SIZE = {router.group_size} does not divide a sequence of "
+            f"{length} tokens: nearest are "
+            f"{' and '.join(map(str, sorted(nearest)))}"
+        )
+    factors = (router.capacity_factor, router.eval_capacity_factor)
+    sizes = (router.group_size, router.capacity_multiple, model.num_experts)
+    if min(*factors, router.min_capacity) < 0 or min(sizes) < 1:
+        return found  # problems of their own
+    if router.family == "expert_choice" and router.capacity_factor == 0:
+        found.append(
+            "TRAIN_CAPACITY_FACTOR = 0 with ROUTER = 'expert_choice': experts that "
+            "choose without a limit all take every token; 1.0 or 2.0 are usual"
+        )
+    for macro, train in (
+        ("TRAIN_CAPACITY_FACTOR", True),
+        ("EVAL_CAPACITY_FACTOR", False),
+    ):
+        if capacity(router, model.num_experts, train=train) < 1:
+            found.append(
+                f"{macro} leaves every expert without a slot: {router.group_size} "
+                f"tokens per group over NUM_EXPERTS = {model.num_experts} round to 0; "
+                "raise it, GROUP_SIZE or MIN_EXPERT_CAPACITY, or set CAPACITY_ROUNDING "
+                "= 'ceil'"
+            )
+    return found
+
+
+def _leaks(router: RouterSettings) -> list[str]:
+    """Ways for a token to depend on later ones, in a model that predicts them."""
+    if router.allow_future_leak:
+        return []
+    reasons = []
+    if router.family == "expert_choice":
+        reasons.append(
+            "ROUTER = 'expert_choice': an expert takes the best tokens of a whole "
+            "group, so whether it takes one depends on later ones"
+        )
+    if router.family == "sinkhorn":
+        reasons.append(
+            "ROUTER = 'sinkhorn': in training an assignment is balanced over a whole "
+            "group, so each choice depends on later tokens"
+        )
+    if router.slot_order == "batch_priority":
+        reasons.append(
+            "SLOT_ORDER = 'batch_priority': slots go to the surest tokens first, so a "
+            "later token can evict an earlier one"
+        )
+    if router.overflow == "spill":
+        reasons.append(
+            "OVERFLOW = 'spill': the second pass gives out slots after all first "
+            "choices, so an earlier token's second chance depends on later tokens"
+        )
+    return [
+        f"{reason}. A causal decoder would learn from the future: choose another, or "
+        "set ALLOW_FUTURE_LEAK = True to go on all the same"
+        for reason in reasons
+    ]

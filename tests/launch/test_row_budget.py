@@ -1,0 +1,112 @@
+"""Where nothing drops: a step that finds too little room is taken again, and counted."""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from launch import gin_files, loop
+from launch.assemble import Run, assemble
+
+TIGHT, AMPLE = 2.0, 4.0
+STEPS = 4
+ADVERSARY = 2  # all tokens of this batch are one and the same
+
+
+@functools.cache
+def make_run(row_budget: float) -> Run:
+    return assemble(
+        gin_files.read(
+            ["configs/runs/tiny.gin"],
+            [
+                'MODEL_DIR="unused"',
+                'TRANSPORT="ragged"',
+                "MESH_DATA=1",
+                "MESH_EXPERT=4",
+                "SIMULATED_DEVICES=8",
+                "NUM_LAYERS=2",
+                "TRAIN_CAPACITY_FACTOR=0",
+                f"ROW_BUDGET={row_budget}",
+            ],
+        )
+    )
+
+
+def batch(run: Run, index: int) -> dict:
+    shape = (run.settings.train.batch_size, run.settings.data.length)
+    token_BL = np.random.default_rng(index).integers(3, 200, shape)
+    if index == ADVERSARY:
+        token_BL[:] = 7
+    ones_BL = np.ones(shape)
+    features = {
+        "decoder_target_tokens": token_BL,
+        "decoder_input_tokens": token_BL,
+        "decoder_loss_weights": ones_BL,
+        "decoder_segment_ids": ones_BL,
+        "decoder_positions": np.arange(shape[1]) * ones_BL,
+    }
+    features = {name: array.astype(np.int32) for name, array in features.items()}
+    return jax.device_put(features, run.batch_sharding)
+
+
+@dataclasses.dataclass
+class Log:
+    """What the loop would write."""
+
+    records: list = dataclasses.field(default_factory=list)
+
+    def add(self, launched: loop.Launched, *, again: bool) -> None:
+        self.records.append((launched.step, again, jax.device_get(launched.metrics)))
+
+
+@functools.cache
+def trained(row_budget: float):
+    """The state after all batches, and the log."""
+    run, log = make_run(row_budget), Log()
+    with jax.set_mesh(run.mesh):
+        hooks = loop.Hooks(
+            run.compile_train_step(),
+            functools.cache(lambda: run.compile_train_step(rounds=True)),
+            lambda *_: {},
+            {},
+        )
+        steps = loop.Steps(run.init_state(), hooks, log)
+        for index in range(STEPS):
+            steps.take(loop.Launched(index + 1, index, batch(run, index), 0.0))
+        steps.settle()
+    return jax.device_get(steps.state), log.records
+
+
+def test_a_step_without_room_is_taken_again_and_those_after_it_too():
+    state, records = trained(TIGHT)
+    assert [step for step, _, _ in records] == [1, 2, 3, 4], "each step counts once"
+    again = [step for step, again, _ in records if again]
+    assert ADVERSARY + 1 in again
+    assert len(again) < STEPS, "the next steps return to the tight budget"
+    assert (state.step, state.data_index) == (STEPS, STEPS)
+    for step, was_taken_again, metrics in records:
+        assert metrics["state/taken"] == 1
+        assert (metrics["router/over_budget_rows"] > 0) == was_taken_again, step
+        assert metrics["ledger/dropped_choices"] == 0
+
+
+def test_its_result_is_that_of_ample_room():
+    state, records = trained(TIGHT)
+    expected, ample = trained(AMPLE)
+    assert not any(again for _, again, _ in ample)
+    for (_, _, metrics), (_, _, wanted) in zip(records, ample, strict=True):
+        np.testing.assert_allclose(metrics["loss/total"], wanted["loss/total"], 2e-5)
+        np.testing.assert_array_equal(metrics["router/load"], wanted["router/load"])
+    close = functools.partial(np.testing.assert_allclose, rtol=2e-3, atol=2e-5)
+    jax.tree.map(close, state.params, expected.params)
+
+
+@pytest.mark.slow
+def test_the_memory_of_a_step_in_rounds_does_not_grow_with_their_number():
+    tight, ample = make_run(TIGHT), make_run(AMPLE)
+    with jax.set_mesh(tight.mesh):
+        in_rounds = tight.compile_train_step(rounds=True).memory_analysis()
+        worst_case = ample.compile_train_step().memory_analysis()
+    assert in_rounds.temp_size_in_bytes < 1.1 * worst_case.temp_size_in_bytes

@@ -1,0 +1,70 @@
+"""What the TPU's own compiler makes of every transport; `make test-all` installs it."""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).with_name("compile_for_tpu.py")
+COMPILER = Path(sys.prefix, "tpu-compiler")
+REPOSITORY = SCRIPT.parents[2]
+
+# (all-to-all, ragged-all-to-all, all-gather, reduce-scatter) of forward and backward.
+# The router's weights are summed by all-reduces besides. The gathers of "ring" are
+# tokens, gates and, on the way back, the tokens' gradients; its exchange is of maps.
+EXCHANGES = {
+    "all_to_all": (4, 0, 0, 0),
+    "einsum": (4, 0, 0, 0),
+    "ragged": (0, 4, 0, 0),
+    "ring": (1, 0, 3, 1),
+}
+
+
+@functools.cache
+def compiled(topology: str, *words: str) -> dict:
+    assert (COMPILER / "libtpu").is_dir(), "no TPU compiler: run `make tpu-compiler`"
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), topology, *words],
+        env=os.environ | {"PYTHONPATH": f"{COMPILER}:{REPOSITORY}", "XLA_FLAGS": ""},
+        capture_output=True,
+        text=True,
+        timeout=170,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", ["v5e:4x4", "v6e:4x4"])
+@pytest.mark.parametrize("transport", EXCHANGES)
+def test_the_compiler_takes_every_transport_with_the_exchanges_we_meant(
+    topology, transport
+):
+    found = compiled(topology, transport, "bfloat16")
+    operations = found["operations"]
+    kinds = ("all-to-all", "ragged-all-to-all", "all-gather", "reduce-scatter")
+    assert tuple(operations.get(kind, 0) for kind in kinds) == EXCHANGES[transport]
+    assert operations.get("scatter", 0) == operations.get("collective-permute", 0) == 0
+    assert found["sorts_of_activations"] == 0
+    uses_kernels = transport in ("ragged", "ring")
+    assert (found["kernels"].get("tpu_custom_call", 0) > 0) == uses_kernels
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("transport", ["ragged", "ring"])
+def test_the_compiler_takes_rounds(transport):
+    found = compiled("v6e:4x4", transport, "bfloat16", "in_rounds")
+    assert found["operations"]["all-reduce"] > 0  # of how many rounds there are
+
+
+@pytest.mark.slow
+def test_routing_is_computed_in_full_precision_from_bfloat16_tokens():
+    # Logits, and the gradients of the tokens and of the router's weights; experts are
+    # bfloat16 and need not be.
+    found = compiled("v5e:4x4", "all_to_all", "bfloat16")
+    assert found["highest_precision_products"] == 3

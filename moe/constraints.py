@@ -157,7 +157,7 @@ def _family_problems(
         "SECOND_EXPERT_POLICY": ("second_policy", ("token_choice",)),
         "OVERFLOW": ("overflow", ("token_choice",)),
         "LOGIT_NOISE": ("logit_noise", ("token_choice",)),
-        "ROUTER_BIAS_RATE": ("bias_update_rate", ("token_choice",)),
+        "ROUTER_BIAS": ("selection_bias", ("token_choice",)),
         "JITTER_NOISE": (
             "jitter",
             ("token_choice", "prototypes", "expert_choice", "sinkhorn"),
@@ -178,11 +178,6 @@ def _family_problems(
                 f"{macro} = {value!r} means nothing to ROUTER = {family!r}, only to "
                 f"{', '.join(map(repr, families))}: set it to {default_value!r}"
             )
-    if family == "prototypes" and model.num_experts % max(router.num_prototypes, 1):
-        found.append(
-            f"NUM_EXPERTS = {model.num_experts} does not divide into NUM_PROTOTYPES = "
-            f"{router.num_prototypes} groups"
-        )
     if router.second_policy == "random" and K != 2:
         found.append(
             "SECOND_EXPERT_POLICY = 'random' is defined for NUM_SELECTED_EXPERTS = 2, "
@@ -199,6 +194,10 @@ def _family_problems(
             f"OVERFLOW = 'spill' needs another expert for each of NUM_SELECTED_EXPERTS "
             f"= {K} choices: NUM_EXPERTS = {model.num_experts} are fewer than {2 * K}"
         )
+    if family == "prototypes":
+        found += _prototype_problems(model, router)
+    if family == "expert_choice":
+        found += _cap_problems(model, router)
     if family == "token_choice":
         found += _expert_group_problems(model, router)
     if loss.load_weight and not router.logit_noise:
@@ -207,6 +206,37 @@ def _family_problems(
             "set LOGIT_NOISE = 1.0, as V-MoE does, or LOAD_LOSS_FACTOR = 0.0"
         )
     return found
+
+
+def _prototype_problems(model: ModelSettings, router: RouterSettings) -> list[str]:
+    """Experts that do not divide into prototypes, and gates across them."""
+    found = []
+    if model.num_experts % max(router.num_prototypes, 1):
+        found.append(
+            f"NUM_EXPERTS = {model.num_experts} does not divide into NUM_PROTOTYPES = "
+            f"{router.num_prototypes} groups"
+        )
+    if router.renormalize == "after_drop":
+        found.append(
+            "RENORMALIZE_GATES = 'after_drop' would divide over all prototypes: with "
+            "ROUTER = 'prototypes' use 'before_drop', within each, or 'no'"
+        )
+    return found
+
+
+def _cap_problems(model: ModelSettings, router: RouterSettings) -> list[str]:
+    """A cap on the experts of a token that leaves their slots nobody to take."""
+    cap, E, S = router.max_experts_per_token, model.num_experts, router.group_size
+    if cap < 1 or E < 1 or S < 1 or min(router.capacity_factor, cap) <= 0:
+        return []
+    slots = capacity(router, E, train=True)
+    if slots * E <= cap * S:
+        return []
+    return [
+        f"EXPERT_CHOICE_CAP = {cap} lets {S} tokens take {cap * S} slots, and "
+        f"NUM_EXPERTS = {E} experts have {slots * E}: raise it, or lower "
+        "TRAIN_CAPACITY_FACTOR"
+    ]
 
 
 def _expert_group_problems(model: ModelSettings, router: RouterSettings) -> list[str]:

@@ -39,8 +39,9 @@ class RouterSettings:
         jitter: multiply the router's input by U(1 - jitter, 1 + jitter), in training.
         logit_noise: standard deviation of noise on the logits, times 1/E, in training
             (V-MoE, arXiv:2106.05974: 1).
-        bias_update_rate: step of a bias on each expert's score, for selection only,
-            that evens out loads without a loss (arXiv:2408.15664: 1e-3); 0 has none.
+        selection_bias: give each expert a bias on its score, for selection only, that
+            evens out loads without a loss (arXiv:2408.15664).
+        bias_update_rate: its step after each batch: 1e-3 there; 0 freezes it.
         slot_order: "token_major" fills slots token by token, so that no later token
             can evict an earlier one; "choice_major" fills all first choices first;
             "batch_priority" does so by falling gate (V-MoE).
@@ -78,7 +79,8 @@ class RouterSettings:
     hash_seed: int = 0
     jitter: float = 0.0
     logit_noise: float = 0.0
-    bias_update_rate: float = 0.0
+    selection_bias: bool = False
+    bias_update_rate: float = 1e-3
     slot_order: Literal["token_major", "choice_major", "batch_priority"] = "token_major"
     overflow: Literal["drop", "spill"] = "drop"
     allow_future_leak: bool = False
@@ -90,11 +92,6 @@ class RouterSettings:
     capacity_rounding: Literal["ceil", "floor", "half_even"] = "ceil"
     capacity_multiple: int = 1
     row_budget: float = 1.5
-
-    @property
-    def selection_bias(self) -> bool:
-        """Whether experts have a bias for selection."""
-        return self.bias_update_rate > 0
 
     def mean_choices(self, num_experts: int) -> Fraction:
         """Returns the experts that a token visits on average, if none is full."""
@@ -143,6 +140,8 @@ class ModelSettings:
         remat: what the backward pass keeps: "none" recomputes nothing, "minimal"
             keeps matrix products and everything that travelled, "full" keeps only
             the layers' inputs and so repeats the exchanges.
+        scan_layers: compile one period and loop over it; else compile each, which
+            takes longer and spares copies of stacked weights.
     """
 
     vocab_size: int
@@ -166,6 +165,7 @@ class ModelSettings:
     tie_embeddings: bool = False
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     remat: Literal["none", "minimal", "full"] = "minimal"
+    scan_layers: bool = True
 
     @property
     def num_sparse_layers(self) -> int:

@@ -72,10 +72,10 @@ def logits(
     step: int = 0,
     devices: int = 1,
 ) -> np.ndarray:
-    """Draws logits whose K best are drawn without replacement by the workload's odds.
+    """Draws logits whose K best follow the workload's odds, without replacement.
 
-    log p plus Gumbel noise (arXiv:1903.06059, section 2.3). "balanced" is exactly so for
-    any K: the preferences of tokens are rotations of one order of the experts.
+    log p plus Gumbel noise (arXiv:1903.06059, section 2.3). "balanced" is exactly so
+    for any K: the preferences of tokens are rotations of one order of the experts.
 
     Args:
         name: of `WORKLOADS`.

@@ -210,6 +210,7 @@ def forward(
             rematerialised(one_period, model.settings.remat),
             x_BLM,
             (stacked, first),
+            unroll=not model.settings.scan_layers,
         )
     return _logits(model, weights, x_BLM), sums
 

@@ -57,7 +57,7 @@ def route(
             probability_GSE=probability_GSZk.reshape(G, S, E),
             priority_GS=priority(gate_GSJ, settings),
         ),
-        logits_GSE,
+        logits_GSZk,
         context.mask_GS,
         settings,
         capacity=capacity,

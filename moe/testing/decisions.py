@@ -158,7 +158,7 @@ def router_sums(
         sums["probability"] += p_E
         sums["entropy"] -= sum(p * math.log(p) for p in p_E if p > 0)
         if settings.family != "hashed":
-            sums["z"] += log_z(logits_SE[s]) ** 2
+            sums["z"] += z_loss(logits_SE[s], settings)
             sums["square"] += np.mean(logits_SE[s] ** 2)
         if told.clean_logits_SE is not None:
             sums["load"] += chances(logits_SE[s], told.clean_logits_SE[s], settings)
@@ -187,10 +187,13 @@ def chances(
     return np.array([0.5 * math.erfc(x / math.sqrt(2)) for x in needed_E])
 
 
-def log_z(logits_E: np.ndarray) -> float:
-    """Logarithm of the sum of exponentials."""
-    top = logits_E.max()
-    return float(top + np.log(np.sum(np.exp(logits_E - top))))
+def z_loss(logits_E: np.ndarray, settings: RouterSettings) -> float:
+    """Squared logarithm of the sum of exponentials, averaged over the prototypes."""
+    squares = []
+    for logits_e in np.split(logits_E, settings.num_prototypes):
+        top = logits_e.max()
+        squares.append((top + np.log(np.sum(np.exp(logits_e - top)))) ** 2)
+    return float(np.mean(squares))
 
 
 def slope(function: Callable[[np.ndarray], float], x_N: np.ndarray) -> np.ndarray:

@@ -12,10 +12,10 @@ from moe.testing.decisions import (
     Told,
     decide,
     held_gates,
-    log_z,
     probabilities,
     router_sums,
     slope,
+    z_loss,
 )
 
 Weights = Mapping[str, np.ndarray]
@@ -140,7 +140,7 @@ def d_logits(
         value = sum(float(d_gates[j]) * gate for j, gate in gates.items())
         value += float(probabilities(logits_E, settings) @ d_probability_E)
         if settings.family != "hashed":
-            value += d_z * log_z(logits_E) ** 2
+            value += d_z * z_loss(logits_E, settings)
         return value
 
     return slope(objective, np.asarray(logits_E, np.float64))

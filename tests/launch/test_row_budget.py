@@ -1,4 +1,4 @@
-"""Where nothing drops: a step that finds too little room is taken again, and counted."""
+"""Where nothing drops: a step that finds too little room is taken again."""
 
 import dataclasses
 import functools

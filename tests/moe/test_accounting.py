@@ -123,7 +123,7 @@ def test_shared_experts_and_dense_layers_below_are_counted_as_by_hand():
 def test_biases_are_parameters_but_no_products(activation):
     model = dataclasses.replace(SMALL, activation=activation)
     biased = dataclasses.replace(model, mlp_biases=True)
-    router = dataclasses.replace(ROUTER, bias_update_rate=1e-3)
+    router = dataclasses.replace(ROUTER, selection_bias=True)
     without = accounting.count(model, ROUTER, length=LENGTH)
     counts = accounting.count(biased, router, length=LENGTH)
     for name in ("forward_flops_per_token", "executed_forward_flops_per_token"):

@@ -79,7 +79,7 @@ def spill(**changes: Any) -> dict[str, Any]:
             "num_expert_groups": 4,
             "num_selected_groups": 2,
             "group_score": "top2_sum",
-            "bias_update_rate": 1e-3,
+            "selection_bias": True,
         },
         # A single sigmoid that is made 1 is the user's affair: it has no gradient
         # either, but its selection may be moved by its bias.
@@ -148,6 +148,16 @@ def test_settings_that_obey_the_rules(changes):
         (sinkhorn(sinkhorn_iterations=0), "SINKHORN_ITERATIONS = 0: must be at least"),
         ({"capacity_multiple": 0}, "CAPACITY_MULTIPLE = 0: must be at least 1"),
         ({"row_budget": 0.5}, "ROW_BUDGET = 0.5: must be at least 1"),
+        (
+            expert_choice(max_experts_per_token=1, capacity_factor=2.0),
+            "EXPERT_CHOICE_CAP = 1 lets 64 tokens take 64 slots, and NUM_EXPERTS = 8 "
+            "experts have 128",
+        ),
+        (
+            {"family": "prototypes", "num_prototypes": 2, "num_selected": 2}
+            | {"renormalize": "after_drop"},
+            "RENORMALIZE_GATES = 'after_drop' would divide over all prototypes",
+        ),
         (
             expert_choice(max_experts_per_token=-1),
             "EXPERT_CHOICE_CAP = -1: cannot be negative",
@@ -277,7 +287,7 @@ BELONGS_TO = {
     "SECOND_EXPERT_POLICY": ("second_policy", "random", {"token_choice"}),
     "OVERFLOW": ("overflow", "spill", {"token_choice"}),
     "LOGIT_NOISE": ("logit_noise", 1.0, {"token_choice"}),
-    "ROUTER_BIAS_RATE": ("bias_update_rate", 1e-3, {"token_choice"}),
+    "ROUTER_BIAS": ("selection_bias", True, {"token_choice"}),
     "JITTER_NOISE": ("jitter", 0.1, set(FAMILIES) - {"hashed"}),
     "RENORMALIZE_GATES": (
         "renormalize",

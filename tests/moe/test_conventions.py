@@ -476,7 +476,7 @@ def test_the_group_of_the_best_expert_or_of_the_best_pair():
 
 def test_the_bias_steps_against_the_load():
     learner = types.SimpleNamespace(
-        model=types.SimpleNamespace(router=RouterSettings(bias_update_rate=1e-3))
+        model=types.SimpleNamespace(router=RouterSettings(selection_bias=True))
     )
     params = {"moe": {"selection_bias": np.zeros((1, 4), np.float32)}}
     chosen_PE = np.array([[6, 2, 4, 4]])  # mean 4

@@ -52,7 +52,7 @@ ROUTERS = {
         num_expert_groups=4,
         num_selected_groups=2,
         group_score="top2_sum",
-        bias_update_rate=0.1,
+        selection_bias=True,
     ),
     "spill": replace(
         TIGHT,

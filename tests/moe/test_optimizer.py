@@ -136,7 +136,7 @@ def test_weight_decay_touches_matrices_only(settings):
 @pytest.mark.fast
 def test_of_a_whole_model_these_are_the_parameters_that_decay():
     model = dataclasses.replace(TINY, activation="swiglu", mlp_biases=True)
-    router = RouterSettings(bias_update_rate=1e-3)
+    router = RouterSettings(selection_bias=True)
     axes = transformer.param_axes(model, router)
     shapes = jax.eval_shape(
         lambda: transformer.init_params(jax.random.key(0), model, router)

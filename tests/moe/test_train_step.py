@@ -45,7 +45,7 @@ ROUTER = RouterSettings(
 )
 LOSS = LossSettings(balance_weight=0.1, router_z_weight=0.01, z_weight=1e-3)
 # A bias that evens out loads, and losses that only a whole batch has.
-BIASED = dataclasses.replace(ROUTER, bias_update_rate=1e-3)
+BIASED = dataclasses.replace(ROUTER, selection_bias=True)
 WHOLE = dataclasses.replace(LOSS, balance_scope="global", importance_weight=0.1)
 # A large eps keeps the update from being a mere sign of the gradient.
 OPTIMIZER = OptimizerSettings(

@@ -82,7 +82,7 @@ CAUSAL = {
             num_expert_groups=4,
             num_selected_groups=2,
             group_score="top2_sum",
-            bias_update_rate=0.1,
+            selection_bias=True,
         ),
         1,
     ),

@@ -52,12 +52,12 @@ BANK = {
         num_expert_groups=4,
         num_selected_groups=2,
         group_score="top2_sum",
-        bias_update_rate=0.1,
+        selection_bias=True,
     ),
     "deepseek_v2": dataclasses.replace(
         TOP3, num_expert_groups=4, num_selected_groups=2, gate_scale=16.0
     ),
-    "biased_softmax": dataclasses.replace(TOP2, bias_update_rate=0.1),
+    "biased_softmax": dataclasses.replace(TOP2, selection_bias=True),
     "sigmoid_top1": dataclasses.replace(TOP1, scores="sigmoid"),
     "spill_top1": dataclasses.replace(TOP1, overflow="spill"),
     "spill_before_drop": dataclasses.replace(

@@ -41,6 +41,7 @@ MIXTRAL = {
     "TRAIN_CAPACITY_FACTOR": 0.0,
     "JITTER_NOISE": 0.0,
     "TRANSPORT": "ragged",
+    "SCAN_LAYERS": False,
     "DTYPE": "float32",
     "REMAT": "none",
     "BATCH_SIZE": 8,

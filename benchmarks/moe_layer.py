@@ -78,7 +78,8 @@ def main() -> None:
         os.environ["JAX_PLATFORMS"] = "cpu"
     if options.ynn:
         os.environ["XLA_FLAGS"] = (
-            "--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_DOT"
+            "--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_DOT,"
+            "LIBRARY_FUSION_TYPE_REDUCE"
         )
     cases = CPU_CASES if options.platform == "cpu" else GPU_CASES
     unknown = set(options.case or ()) - {case.name for case in cases}

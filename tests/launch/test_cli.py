@@ -259,7 +259,10 @@ def test_an_interrupt_is_one_line_and_code_130(capsys, stub):
 
 
 # What configs/hardware/cpu*.gin ask for.
-YNN = "--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_DOT"
+YNN = (
+    "--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_DOT,"
+    "LIBRARY_FUSION_TYPE_REDUCE"
+)
 
 
 def test_the_first_line_and_the_environment_come_before_jax():

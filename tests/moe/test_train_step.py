@@ -235,16 +235,18 @@ def test_a_scanned_sparse_layer_has_two_exchanges_forward_and_two_backward():
     assert count_collectives(hlo("d2e4", "minimal", True), "all-to-all") == 4
 
 
+@pytest.mark.slow  # of one layer, by every transport: test_collectives.py
 def test_full_remat_repeats_the_exchanges_and_the_default_does_not():
     repeated = count_collectives(hlo("d2e4", "full", True), "all-to-all")
     assert repeated > 4, "full remat is meant to recompute the exchanges"
 
 
+@pytest.mark.slow
 def test_no_exchange_is_compiled_for_an_expert_axis_of_one():
     assert count_collectives(hlo("d8", "minimal", True), "all-to-all") == 0
 
 
-@pytest.mark.parametrize("mesh", ["d2e4", "d8"])
+@pytest.mark.parametrize("mesh", ["d2e4", pytest.param("d8", marks=pytest.mark.slow)])
 def test_nothing_is_gathered_or_permuted(mesh):
     text = hlo(mesh, "minimal", True)
     for kind in ("all-gather", "collective-permute", "reduce-scatter"):

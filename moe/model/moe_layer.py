@@ -152,21 +152,24 @@ def moe_layer(
         rules.spec(["expert"]),
         PartitionSpec(),
     )
-    y_GSM, sums = jax.shard_map(
-        functools.partial(_core, layer=layer),
-        mesh=layer.mesh,
-        in_specs=(
-            dict.fromkeys(routing, whole),
-            dict.fromkeys(experts, by_expert),
-            by_group,
-            by_group,
-            by_group,
-            by_group,
-            whole,
-        ),
-        out_specs=(by_group, by_group),
-        check_vma=False,  # kernels and loops of dynamic length carry no such types
-    )(
+    core = functools.partial(_core, layer=layer)
+    if layer.mesh.size > 1:  # else XLA would still copy gradients in its reductions
+        core = jax.shard_map(
+            core,
+            mesh=layer.mesh,
+            in_specs=(
+                dict.fromkeys(routing, whole),
+                dict.fromkeys(experts, by_expert),
+                by_group,
+                by_group,
+                by_group,
+                by_group,
+                whole,
+            ),
+            out_specs=(by_group, by_group),
+            check_vma=False,  # kernels and loops of dynamic length have no such types
+        )
+    y_GSM, sums = core(
         routing,
         experts,
         x_BLM.reshape(-1, S, M),

@@ -224,11 +224,17 @@ class TrainProgress:
         return parts
 
     def _routing(self) -> list[Text]:
-        """Skipped steps, dropped tokens and the extremes of load, where there are."""
+        """What went otherwise than it should, and the extremes of load, if any."""
         parts = []
         skipped = self._train.get("state/skipped_steps")
         if skipped:
             parts.append(Text(f"{skipped:,.0f} steps skipped", "bold red"))
+        again = self._train.get("perf/steps_taken_again")
+        if again:
+            parts.append(Text(f"{again:,.0f} steps taken again", "yellow"))
+        spilled = self._train.get("router/spilled_fraction")
+        if spilled:
+            parts.append(Text(f"spilled {_percent(spilled)}"))
         dropped = self._train.get("router/dropped_fraction")
         if dropped is not None:
             style = "yellow" if dropped > _WARN_DROPPED else ""

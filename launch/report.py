@@ -104,6 +104,18 @@ def ledger(train: Sequence[Record], heldout: Sequence[Record]) -> list[str]:
             f"Over the whole run {_percent(sum(all_shares) / len(all_shares))} were "
             f"dropped, in the worst record {_percent(max(all_shares))}."
         )
+    spilled = _numbers(recent, "router/spilled_fraction")
+    if any(spilled):
+        sentences.append(
+            f"{_percent(sum(spilled) / len(spilled))} of the choices found their "
+            "expert full and were computed by the token's next best expert."
+        )
+    again = _numbers(train, "perf/steps_taken_again")
+    if any(again):
+        sentences.append(
+            f"{max(again):,.0f} steps sent a device more rows than ROW_BUDGET has room "
+            "for and were taken again in rounds, with the same result."
+        )
     scored = _numbers(heldout[-1:], "router/dropped_fraction")
     if scored:
         sentences.append(

@@ -161,6 +161,16 @@ def test_skipped_steps_are_shown():
     assert "3 steps skipped" in shown.plain_line()
 
 
+def test_spills_and_steps_taken_again_are_shown():
+    shown = TrainProgress(1000, quiet=True, clock=_Clock())
+    shown.update({**DENSE, "perf/steps_taken_again": 0})
+    assert "again" not in shown.plain_line()
+    shown.update(
+        {**DENSE, "perf/steps_taken_again": 3, "router/spilled_fraction": 0.05}
+    )
+    assert "3 steps taken again  spilled 5.0 %" in shown.plain_line()
+
+
 def test_non_finite_numbers_are_shown_as_such():
     shown = TrainProgress(1000, quiet=True, clock=_Clock())
     shown.update(

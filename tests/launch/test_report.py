@@ -306,3 +306,18 @@ def test_the_ledger_counts_in_words():
     assert "1 of layer 0, 0.20 times" in words
     assert "none of 8 were almost idle" in words
     assert ledger([_train(1, sparse=False)], [_heldout(1)]) == []
+
+
+@pytest.mark.fast
+def test_the_ledger_tells_of_spills_and_of_steps_taken_again():
+    plain = " ".join(ledger([_train(1)], []))
+    assert "next best" not in plain
+    assert "ROW_BUDGET" not in plain
+    records = [
+        _train(step, **{"router/spilled_fraction": 0.02 * step})
+        | {"perf/steps_taken_again": step}
+        for step in (1, 2, 3)
+    ]
+    words = " ".join(ledger(records, []))
+    assert "4.00 % of the choices found their expert full" in words  # (2 + 4 + 6) / 3
+    assert "3 steps sent a device more rows than ROW_BUDGET" in words

@@ -45,7 +45,8 @@ class Run:
 
     def init_state(self) -> TrainState:
         """Draws the state of step 0 where it lives; the same on every mesh."""
-        key = jax.random.key(self.settings.train.seed)
+        # The other key is that of the steps' draws.
+        key, _ = jax.random.split(jax.random.key(self.settings.train.seed))
         draw = functools.partial(
             train_state.init_state,
             settings=self.settings.model,

@@ -336,8 +336,10 @@ def fingerprints(store: StoreManifest) -> dict[str, str]:
 
 
 def data_order(settings: Settings) -> dict[str, Any]:
-    """The knobs without which a position in the data means nothing."""
+    """The knobs without which a position in the data, or the experts, mean nothing."""
     return {
+        "ROUTER": settings.router.family,
+        "HASH_SEED": settings.router.hash_seed,
         "BATCH_SIZE": settings.train.batch_size,
         "SEED": settings.train.seed,
         "SHUFFLE": settings.data.shuffle,

@@ -404,4 +404,6 @@ def _describe_devices(settings: "Settings") -> str:
     if platform.simulated_devices > 1:
         kind = f"simulated {kind}"
     number = max(platform.simulated_devices, mesh.num_devices)
-    return f"{number} {kind}" + (f"s, {large}" if number > 1 else "")
+    if number == 1:
+        return f"1 {kind}"
+    return f"{number} {kind}s, {large or 'one of them used'}"

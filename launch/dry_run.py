@@ -13,6 +13,7 @@ from launch.gin_files import ResolvedConfig
 from launch.settings import Settings
 from launch.terminal import compact
 from moe.accounting import count
+from moe.constraints import leaks
 from moe.dispatch import choice
 from moe.settings import RouterSettings, capacity, never_drops
 from partitioning import rules
@@ -90,23 +91,29 @@ def sparse_facts(settings: Settings, mesh: jax.sharding.Mesh) -> list[tuple[str,
     lines = [("router", _describe_router(settings))]
     axis_size = mesh.shape["expert"]
     platform = mesh.devices.flat[0].platform
-    picks = {}
-    for train in (True, False):
-        name, reason = choice.pick(model, router, axis_size, platform, train=train)
-        picks[train] = f"{name} ({reason})"
-    same = picks[True] == picks[False]
-    lines.append(
-        (
-            "transport",
-            picks[True] if same else f"{picks[True]}; held-out {picks[False]}",
-        )
+    (taken, why), (eval_taken, eval_why) = (
+        choice.pick(model, router, axis_size, platform, train=train)
+        for train in (True, False)
     )
-    slots = capacity(router, E, train=True)
+    transport = f"{taken} ({why})"
+    if (eval_taken, eval_why) != (taken, why):
+        transport += f"; held-out {eval_taken} ({eval_why})"
+    lines.append(("transport", transport))
+    slots, heldout = (capacity(router, E, train=train) for train in (True, False))
     if never_drops(router, E, train=True):
-        budget = f"; room for {router.row_budget:g} × an even share of rows"
-        lines.append(("capacity", f"nothing drops{budget if axis_size > 1 else ''}"))
+        room = "; ROW_BUDGET is for more than one device on the expert axis"
+        if taken in choice.PADDED:
+            room = f"; every expert computes {S} slots per group, {S} tokens"
+        elif axis_size > 1:
+            room = f"; room for {router.row_budget:g} × an even share of rows"
+        heldout_drops = f"; held-out {heldout} slots per expert" if heldout < S else ""
+        lines.append(
+            (
+                "capacity",
+                f"nothing drops{room}{heldout_drops}",
+            )
+        )
         return lines
-    heldout = capacity(router, E, train=False)
     lines.append(
         (
             "capacity",
@@ -117,9 +124,10 @@ def sparse_facts(settings: Settings, mesh: jax.sharding.Mesh) -> list[tuple[str,
     )
     if router.slot_order == "choice_major" and router.num_choices(E) > 1:
         lines.append(("slot order", "choice by choice: drops depend on later tokens"))
-    if router.family != "expert_choice":
+    plain = router.overflow == "drop" and router.second_policy == "all"
+    if plain and router.family in ("token_choice", "prototypes"):
         drops = expected_drops(router, E, slots)
-        lines.append(("expected drops", f"{drops:.1%} with a balanced router"))
+        lines.append(("expected drops", f"{drops:.1%} by a router without preferences"))
     return lines
 
 
@@ -127,28 +135,55 @@ def _describe_router(settings: Settings) -> str:
     """Names the router, and says which losses it has no use for."""
     router, loss = settings.router, settings.loss
     words = {
-        "token_choice": f"top-{router.num_selected} of {settings.model.num_experts}",
+        "token_choice": f"top-{router.num_selected} of {settings.model.num_experts} by "
+        f"{router.scores}",
         "prototypes": f"top-{router.num_selected} in each of {router.num_prototypes} "
         "prototypes",
         "expert_choice": "experts choose tokens",
-        "hashed": f"a table from token id to {router.num_selected} expert(s)",
+        "hashed": "a table from token id to expert",
         "sinkhorn": f"top-{router.num_selected} of balanced assignments",
     }[router.family]
-    if router.allow_future_leak:
-        words += "; ALLOW_FUTURE_LEAK: tokens may depend on later ones"
+    extras = {
+        f"{router.num_selected_groups} of {router.num_expert_groups} groups": (
+            router.num_expert_groups > 1
+        ),
+        "a bias for selection": router.selection_bias,
+        "a shared expert": settings.model.shared_expert_mlp_dim > 0,
+        f"at most {router.max_experts_per_token} per token": (
+            router.max_experts_per_token > 0
+        ),
+        "spilling": router.overflow == "spill",
+        "batch priority": router.slot_order == "batch_priority",
+        "a random second expert": router.second_policy == "random",
+        f"jitter {router.jitter:g}": router.jitter > 0,
+        f"noise {router.logit_noise:g} / E": router.logit_noise > 0,
+        "sees later tokens (ALLOW_FUTURE_LEAK)": bool(leaks(router)),
+    }
+    words = ", ".join([words, *(name for name, there in extras.items() if there)])
     if router.family == "hashed" and (loss.balance_weight or loss.router_z_weight):
         words += "; it has no logits, so balance and z losses are 0"
     return words
 
 
 def expected_drops(router: RouterSettings, num_experts: int, slots: int) -> float:
-    """Fraction that a balanced but random router drops: arrivals are Poisson."""
-    mean = float(router.mean_choices(num_experts)) * router.group_size / num_experts
-    seated, probability = 0.0, math.exp(-mean)
-    reached = probability
-    for arrivals in range(1, slots):
-        probability *= mean / arrivals
-        seated += arrivals * probability
-        reached += probability
-    seated += slots * (1 - reached)
-    return max(0.0, 1 - seated / mean)
+    """Fraction that a router without preferences drops.
+
+    Each of the S tokens of a group is at an expert with the same chance: arrivals are
+    binomial, and an expert computes at most its slots.
+    """
+    S, mean_choices = router.group_size, float(router.mean_choices(num_experts))
+    chance = mean_choices / num_experts
+    if chance >= 1:
+        return max(0.0, 1 - slots / S)
+
+    def log_probability(arrivals: int) -> float:
+        ways = math.lgamma(S + 1) - math.lgamma(arrivals + 1)
+        ways -= math.lgamma(S - arrivals + 1)
+        rest = (S - arrivals) * math.log1p(-chance)
+        return ways + arrivals * math.log(chance) + rest
+
+    homeless = sum(
+        (arrivals - slots) * math.exp(log_probability(arrivals))
+        for arrivals in range(slots + 1, S + 1)
+    )
+    return homeless / (S * chance)

@@ -78,6 +78,9 @@ def heldout(
         jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), merged), run.settings.loss
     )
     metrics = {name: np.asarray(value).tolist() for name, value in metrics.items()}
+    if merged.router is not None:
+        counts = losses.choices_per_layer(merged.router)
+        metrics |= {name: int(count_P.sum()) for name, count_P in counts.items()}
     nats = float(merged.cross_entropy / merged.weight)
     split = store.manifest.splits[data.heldout_split]
     return metrics | {

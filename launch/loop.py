@@ -87,21 +87,22 @@ def train(
         for index, batch in enumerate(feed, start=data_index):
             step += 1
             steps.take(Launched(step, index, batch, feed.wait_seconds))
+            stop = signals.received  # read once: it may come at any moment
             due_score = step % loop.eval_period_steps == 0 and step < last
             due_save = step % loop.checkpoint_period_steps == 0 or step == last
-            if due_score or due_save or signals.received:
+            if due_score or due_save or stop:
                 steps.settle()
             if log.skipped_in_a_row >= loop.max_skipped_steps:
                 code = EXIT_NON_FINITE
                 break
             if due_score:
                 log.score(step, hooks.score(steps.state.params, loop.eval_batches))
-            if due_save or signals.received:
+            if due_save or stop:
                 writer.flush()
                 checkpoints.save(steps.state, run, hooks.provenance)
                 log.pause()
-            if signals.received and step < last:
-                interrupted = signals.received == signal.SIGINT
+            if stop and step < last:
+                interrupted = stop == signal.SIGINT
                 code = EXIT_INTERRUPTED if interrupted else EXIT_PREEMPTED
                 break
         with progress.waiting("finishing the checkpoint"):
@@ -156,6 +157,7 @@ class Steps:
         if not fitted:
             too_many = launched.metrics["router/over_budget_rows"]
             self._launch(launched, self._hooks.in_rounds())
+            assert launched.metrics["state/taken"], "rounds make room for everything"
             launched.metrics["router/over_budget_rows"] = too_many
         self._log.add(launched, again=not fitted)
         return fitted
@@ -214,7 +216,13 @@ class _Log:
 def _record(step: int, metrics: Record) -> Record:
     """Brings metrics to the host: numbers, and lists where there are several."""
     fetched = jax.device_get(metrics)
-    values = {name: np.asarray(value).tolist() for name, value in fetched.items()}
+    values = {
+        # Counts of layers are added up here, where integers have no bounds.
+        name: sum(np.asarray(value).tolist())
+        if name.startswith("ledger/")
+        else np.asarray(value).tolist()
+        for name, value in fetched.items()
+    }
     return {"step": step, "split": "train", **values}
 
 

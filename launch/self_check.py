@@ -92,7 +92,10 @@ def compare(run: Run) -> Comparison:
     S = min(run.settings.router.group_size, LONGEST_GROUP)
     # Room for everything: what exceeds it is the loop's affair, not the kernels'.
     router = dataclasses.replace(
-        run.settings.router, group_size=S, row_budget=float(axis_size)
+        run.settings.router,
+        group_size=S,
+        row_budget=float(axis_size),
+        min_capacity=max(run.settings.router.min_capacity, 1),
     )
     name, _ = choice.pick(model, router, axis_size, platform, train=True)
     arguments = _draw(run, Layer(model, router, mesh))

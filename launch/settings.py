@@ -161,7 +161,11 @@ def _range_problems(settings: Settings) -> list[str]:
         "BETA2": (optimizer.b2, "[0, 1)"),
         "SAMPLE_TOP_P": (sample.top_p, "(0, 1]"),
     }
-    seeds = {"SEED": settings.train.seed, "SAMPLE_SEED": sample.seed}
+    seeds = {
+        "SEED": settings.train.seed,
+        "HASH_SEED": settings.router.hash_seed,
+        "SAMPLE_SEED": sample.seed,
+    }
     return [
         *(f"{m} = {x}: must be at least 1" for m, x in at_least_1.items() if x < 1),
         *(f"{m} = {x}: cannot be negative" for m, x in at_least_0.items() if x < 0),

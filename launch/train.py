@@ -65,8 +65,10 @@ def main(config: ResolvedConfig, options: argparse.Namespace) -> int:
                     checked = self_check.check(run)
                 if checked and not quiet:
                     print(f"self-check: {checked}", file=sys.stderr)
-            with progress.waiting("compiling the train step"):
-                train_step = compiling.result()
+            if not compiling.done():  # it began before the parameters were drawn
+                with progress.waiting("compiling the train step"):
+                    compiling.exception()
+            train_step = compiling.result()
             score = _scorer(run, store)
             origin = saving.provenance(config.operative, store.manifest)
             state, code = loop.train(

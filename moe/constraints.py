@@ -57,7 +57,12 @@ def problems(
         found += _number_problems(model, router)
         found += _family_problems(model, router, loss)
         found += _capacity_problems(model, router, length)
-        found += _leaks(router)
+        found += [
+            f"{leak}. A causal decoder would learn from the future: choose another, or "
+            "set ALLOW_FUTURE_LEAK = True to go on all the same"
+            for leak in leaks(router)
+            if not router.allow_future_leak
+        ]
     return found
 
 
@@ -118,7 +123,6 @@ def _number_problems(model: ModelSettings, router: RouterSettings) -> list[str]:
         "TRAIN_CAPACITY_FACTOR": router.capacity_factor,
         "EVAL_CAPACITY_FACTOR": router.eval_capacity_factor,
         "MIN_EXPERT_CAPACITY": router.min_capacity,
-        "HASH_SEED": router.hash_seed,
         "ROUTER_BIAS_RATE": router.bias_update_rate,
     }
     found = [f"{m} = {x}: must be at least 1" for m, x in at_least_1.items() if x < 1]
@@ -143,6 +147,36 @@ def _family_problems(
 ) -> list[str]:
     """Settings that the chosen router cannot have, or would ignore."""
     K, family = router.num_selected, router.family
+    found = _foreign_settings(router)
+    if router.second_policy == "random" and K != 2:
+        found.append(
+            "SECOND_EXPERT_POLICY = 'random' is defined for NUM_SELECTED_EXPERTS = 2, "
+            f"not {K}"
+        )
+    if router.renormalize != "no" and K == 1 and router.scores == "softmax":
+        found.append(
+            f"RENORMALIZE_GATES = {router.renormalize!r} with NUM_SELECTED_EXPERTS = 1 "
+            "makes each gate 1, and the router would learn nothing from the loss: set "
+            "it to 'no'"
+        )
+    if router.overflow == "spill" and model.num_experts < 2 * K:
+        found.append(
+            f"OVERFLOW = 'spill' needs another expert for each of NUM_SELECTED_EXPERTS "
+            f"= {K} choices: NUM_EXPERTS = {model.num_experts} are fewer than {2 * K}"
+        )
+    by_family = {
+        "prototypes": _prototype_problems,
+        "expert_choice": _cap_problems,
+        "token_choice": _expert_group_problems,
+    }
+    if family in by_family:
+        found += by_family[family](model, router)
+    found += _load_problems(router, loss)
+    return found
+
+
+def _foreign_settings(router: RouterSettings) -> list[str]:
+    """Settings of other routers than the chosen one."""
     default = RouterSettings()
     found = []
     belongs_to = {
@@ -173,37 +207,29 @@ def _family_problems(
     }
     for macro, (field, families) in belongs_to.items():
         value, default_value = getattr(router, field), getattr(default, field)
-        if family not in families and value != default_value:
+        if router.family not in families and value != default_value:
             found.append(
-                f"{macro} = {value!r} means nothing to ROUTER = {family!r}, only to "
-                f"{', '.join(map(repr, families))}: set it to {default_value!r}"
+                f"{macro} = {value!r} means nothing to ROUTER = {router.family!r}, "
+                f"only to {', '.join(map(repr, families))}: set it to {default_value!r}"
             )
-    if router.second_policy == "random" and K != 2:
+    return found
+
+
+def _load_problems(router: RouterSettings, loss: LossSettings) -> list[str]:
+    """What V-MoE's load loss needs, and what it does not describe."""
+    if not loss.load_weight:
+        return []
+    factor = f"LOAD_LOSS_FACTOR = {loss.load_weight}"
+    found = []
+    if not router.logit_noise:
         found.append(
-            "SECOND_EXPERT_POLICY = 'random' is defined for NUM_SELECTED_EXPERTS = 2, "
-            f"not {K}"
+            f"{factor} needs noise to take chances with: set LOGIT_NOISE = 1.0, as "
+            "V-MoE does, or LOAD_LOSS_FACTOR = 0.0"
         )
-    if router.renormalize != "no" and K == 1 and router.scores == "softmax":
+    if router.selection_bias or router.num_selected_groups < router.num_expert_groups:
         found.append(
-            f"RENORMALIZE_GATES = {router.renormalize!r} with NUM_SELECTED_EXPERTS = 1 "
-            "makes each gate 1, and the router would learn nothing from the loss: set "
-            "it to 'no'"
-        )
-    if router.overflow == "spill" and model.num_experts < 2 * K:
-        found.append(
-            f"OVERFLOW = 'spill' needs another expert for each of NUM_SELECTED_EXPERTS "
-            f"= {K} choices: NUM_EXPERTS = {model.num_experts} are fewer than {2 * K}"
-        )
-    if family == "prototypes":
-        found += _prototype_problems(model, router)
-    if family == "expert_choice":
-        found += _cap_problems(model, router)
-    if family == "token_choice":
-        found += _expert_group_problems(model, router)
-    if loss.load_weight and not router.logit_noise:
-        found.append(
-            f"LOAD_LOSS_FACTOR = {loss.load_weight} needs noise to take chances with: "
-            "set LOGIT_NOISE = 1.0, as V-MoE does, or LOAD_LOSS_FACTOR = 0.0"
+            f"{factor} takes chances among the K largest logits, but ROUTER_BIAS and "
+            "NUM_SELECTED_GROUPS choose otherwise: set it to 0.0"
         )
     return found
 
@@ -307,10 +333,8 @@ def _capacity_problems(
     return found
 
 
-def _leaks(router: RouterSettings) -> list[str]:
+def leaks(router: RouterSettings) -> list[str]:
     """Ways for a token to depend on later ones, in a model that predicts them."""
-    if router.allow_future_leak:
-        return []
     reasons = []
     if router.family == "expert_choice":
         reasons.append(
@@ -332,8 +356,4 @@ def _leaks(router: RouterSettings) -> list[str]:
             "OVERFLOW = 'spill': the second pass gives out slots after all first "
             "choices, so an earlier token's second chance depends on later tokens"
         )
-    return [
-        f"{reason}. A causal decoder would learn from the future: choose another, or "
-        "set ALLOW_FUTURE_LEAK = True to go on all the same"
-        for reason in reasons
-    ]
+    return reasons

@@ -216,8 +216,9 @@ class OptimizerSettings:
     Attributes:
         name: "adamw" (arXiv:1711.05101) or "adafactor" (arXiv:1804.04235).
         learning_rate: its peak.
-        schedule: after the warm-up, "rsqrt" decays as 1/√step, "cosine" falls to
-            `final_fraction` at the last step, "constant" stays.
+        schedule: of the updates made, which skipped steps are not; after the warm-up
+            "rsqrt" decays as 1/√step, "cosine" falls to `final_fraction` at the last
+            step, "constant" stays.
         warmup_steps: linear rise, from peak / warmup_steps in the first.
         final_fraction: end of the cosine, as a fraction of the peak.
         b1: decay of the first moment; adafactor keeps one only if it is above 0.

@@ -75,7 +75,7 @@ def logits(
     """Draws logits whose K best follow the workload's odds, without replacement.
 
     log p plus Gumbel noise (arXiv:1903.06059, section 2.3). "balanced" is exactly so
-    for any K: the preferences of tokens are rotations of one order of the experts.
+    for any K if E divides the tokens: their preferences are rotations of one order.
 
     Args:
         name: of `WORKLOADS`.
@@ -86,8 +86,12 @@ def logits(
     Returns:
         float32 [G, S, E].
     Raises:
-        ValueError: there is no such workload.
+        ValueError: there is no such workload, or E does not divide over the devices.
     """
+    if shape_GSE[-1] % devices:
+        raise ValueError(
+            f"{shape_GSE[-1]} experts do not divide over {devices} devices"
+        )
     if name not in WORKLOADS:
         raise ValueError(f"{name!r} is no workload: {', '.join(WORKLOADS)}")
     G, S, E = shape_GSE

@@ -2,6 +2,9 @@
 
 from moe.settings import ModelSettings, RouterSettings, never_drops
 
+# Rows of a fixed number per expert.
+PADDED = ("all_to_all", "einsum")
+
 
 def pick(
     model: ModelSettings,
@@ -29,11 +32,11 @@ def pick(
     if not never_drops(router, model.num_experts, train=train):
         return "all_to_all", "capacity bounds every expert's rows"
     choices = router.num_choices(model.num_experts)
-    if axis_size <= 2 * choices or platform == "cpu":
+    if axis_size <= choices or platform == "cpu":
         return "ring", (
             f"nothing drops, and gathering {axis_size} devices' tokens costs no more "
-            f"than sending {choices} rows per token there and back"
-            if axis_size <= 2 * choices
+            f"than sending {choices} rows per token"
+            if axis_size <= choices
             else "nothing drops, and this platform has no ragged exchange"
         )
     return "ragged", "nothing drops: only the rows that there are travel"

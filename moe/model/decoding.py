@@ -113,5 +113,9 @@ def empty_cache(model: Model, num_rows: int, room: int) -> tuple[Cache, ...]:
 
 def _grouped(model: Model, group_size: int) -> Model:
     """The same model, routing the given tokens of each sequence together."""
-    router = dataclasses.replace(model.router, group_size=group_size)
+    router = dataclasses.replace(
+        model.router,
+        group_size=group_size,
+        min_capacity=max(model.router.min_capacity, 1),
+    )
     return dataclasses.replace(model, router=router, in_rounds=True)

@@ -79,7 +79,7 @@ class Transformer(nnx.Module):
     """
 
     def __init__(self, key: jax.Array, settings: ModelSettings, router: RouterSettings):
-        embedding_key, head_key, periods_key = jax.random.split(key, 3)
+        embedding_key, head_key, periods_key, first_key = jax.random.split(key, 4)
         V, M = settings.vocab_size, settings.model_dim
 
         def stack(key: jax.Array, number: int, **kind: bool) -> Period:
@@ -98,7 +98,6 @@ class Transformer(nnx.Module):
             embedding_key, (V, M), ("vocab", "embed"), stddev=M**-0.5
         )
         if settings.first_dense_layers:
-            first_key = jax.random.fold_in(periods_key, 0)
             self.first_layers = stack(
                 first_key, settings.first_dense_layers, dense=True
             )

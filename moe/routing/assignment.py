@@ -170,7 +170,7 @@ def assign(
         kept_GE = kept_GE + spilled_GE
     if settings.renormalize == "after_drop":
         kept_gate_GSJ = jnp.where(slot_of_choice_GSJ >= 0, gate_GSJ, 0.0)
-        gate_GSJ = _over_sum(gate_GSJ, kept_gate_GSJ)
+        gate_GSJ = over_sum(gate_GSJ, kept_gate_GSJ)
 
     def count(flag_GSJ: jax.Array) -> jax.Array:
         is_expert_GSJE = choices.expert_GSJ[..., None] == jnp.arange(E)
@@ -221,12 +221,16 @@ def _mean_square(logits_GSE: jax.Array) -> jax.Array:
 
 def renormalized(gate_GSJ: jax.Array) -> jax.Array:
     """Divides the gates of each token by their sum."""
-    return _over_sum(gate_GSJ, gate_GSJ)
+    return over_sum(gate_GSJ, gate_GSJ)
 
 
-def _over_sum(gate_GSJ: jax.Array, summed_GSJ: jax.Array) -> jax.Array:
-    # Sigmoid scores can all be 0; the bound keeps 0 / 0 out of the gradient too.
-    return gate_GSJ / jnp.maximum(jnp.sum(summed_GSJ, axis=-1, keepdims=True), 1e-20)
+def over_sum(gate_GSJ: jax.Array, summed_GSJ: jax.Array) -> jax.Array:
+    """Divides the gates of each token by the sum of others.
+
+    Sigmoid scores can all be 0, so the sum is bounded; the gradient divides by its
+    square, which must not be 0 either.
+    """
+    return gate_GSJ / jnp.maximum(jnp.sum(summed_GSJ, axis=-1, keepdims=True), 1e-18)
 
 
 def _filled(choice_of_slot_GEC: jax.Array) -> jax.Array:
@@ -245,8 +249,7 @@ def _fill_group(
 ) -> tuple[jax.Array, jax.Array]:
     """Gives the slots of one group to choices in order of arrival.
 
-    Cost does not grow with the number of experts: a stable sort by expert leaves each
-    expert's choices side by side, in order.
+    A stable sort by expert leaves each expert's choices side by side, in order.
 
     Args:
         expert_SJ: int32, the expert of each choice.
@@ -270,8 +273,9 @@ def _fill_group(
 
     arrival = jnp.argsort(wanted, stable=True).astype(jnp.int32)
     place = jnp.argsort(arrival).astype(jnp.int32)  # where each was sorted to
-    size_E = jnp.sum(wanted[:, None] == jnp.arange(num_experts), axis=0)
-    start_E = jnp.cumsum(size_E) - size_E
+    queue = wanted[arrival]
+    start_E = jnp.searchsorted(queue, jnp.arange(num_experts), side="left")
+    size_E = jnp.searchsorted(queue, jnp.arange(num_experts), side="right") - start_E
     first_E = jnp.zeros_like(size_E) if taken_E is None else taken_E
 
     rank_EC = jnp.arange(capacity) - first_E[:, None]

@@ -16,7 +16,7 @@ from moe.routing.assignment import (
     Choices,
     RouterContext,
     assign,
-    renormalized,
+    over_sum,
 )
 from moe.settings import RouterSettings
 
@@ -57,8 +57,7 @@ def route(
 
     gate_GSK = pick(score_GSE, ranked_GSK)
     if settings.renormalize == "before_drop":
-        total_GS1 = jnp.sum(gate_GSK[..., :K], axis=-1, keepdims=True)
-        gate_GSK = gate_GSK / jnp.maximum(total_GS1, 1e-20)
+        gate_GSK = over_sum(gate_GSK, gate_GSK[..., :K])
 
     active_GSK = jnp.broadcast_to(context.mask_GS[..., None], (G, S, K))
     if settings.second_policy == "random" and context.key_G is not None:
@@ -91,8 +90,9 @@ def scores(
     if settings.scores == "softmax":
         probability_GSE = jax.nn.softmax(logits_GSE)
         return probability_GSE, probability_GSE
-    score_GSE = jax.nn.sigmoid(logits_GSE)
-    return score_GSE, renormalized(score_GSE)
+    # σ / Σσ, in logarithms, where no sum is 0.
+    probability_GSE = jax.nn.softmax(jax.nn.log_sigmoid(logits_GSE))
+    return jax.nn.sigmoid(logits_GSE), probability_GSE
 
 
 def limit_to_groups(score_GSE: jax.Array, settings: RouterSettings) -> jax.Array:

@@ -236,13 +236,14 @@ def _router_terms(
 
 
 def ledger(router: RouterTotals) -> dict[str, jax.Array]:
-    """Accounts for every choice, per layer and in all.
-
-    `ledger/*_choices` are exact counts over all layers.
-    """
+    """Accounts for every choice: fractions, and the counts of each layer."""
     chosen_P = jnp.sum(router.chosen_PE, axis=-1)
     kept_P = jnp.sum(router.kept_PE, axis=-1)
-    spilled = jnp.sum(router.spilled_PE)
+    # Over all layers int32 could overflow.
+    chosen, spilled = (
+        jnp.sum(count.astype(jnp.float32))
+        for count in (router.chosen_PE, router.spilled_PE)
+    )
     load_PE = router.chosen_PE / jnp.maximum(chosen_P, 1)[:, None]
     dropped_P = _mean(chosen_P - kept_P, chosen_P)
     num_experts = router.chosen_PE.shape[-1]
@@ -251,18 +252,31 @@ def ledger(router: RouterTotals) -> dict[str, jax.Array]:
         "router/load": load_PE,
         "router/dropped_fraction_per_layer": dropped_P,
         "router/entropy_nats_per_layer": entropy_P,
-        "router/dropped_fraction": _mean(jnp.sum(chosen_P - kept_P), jnp.sum(chosen_P)),
-        "router/spilled_fraction": _mean(spilled, jnp.sum(chosen_P)),
+        "router/dropped_fraction": _mean(
+            jnp.sum((chosen_P - kept_P).astype(jnp.float32)), chosen
+        ),
+        "router/spilled_fraction": _mean(spilled, chosen),
         "router/entropy_nats": jnp.mean(entropy_P),
         "router/logit_rms": jnp.sqrt(jnp.mean(_mean(router.square_P, router.tokens_P))),
         "router/max_violation": jnp.max(load_PE) * num_experts - 1,
         "router/dead_experts": jnp.sum(router.chosen_PE == 0),
         "router/over_budget_rows": jnp.sum(router.excess_P),
-        "ledger/routed_choices": jnp.sum(chosen_P) + jnp.sum(router.padding_P),
-        "ledger/computed_choices": jnp.sum(kept_P),
-        "ledger/spilled_choices": spilled,
-        "ledger/dropped_choices": jnp.sum(chosen_P - kept_P),
-        "ledger/padding_choices": jnp.sum(router.padding_P),
+        **choices_per_layer(router),
+    }
+
+
+def choices_per_layer(router: RouterTotals) -> dict[str, jax.Array]:
+    """Counts where choices went, exactly, whatever kind of arrays the totals are.
+
+    routed = computed + dropped + padding; spilled are among the computed.
+    """
+    chosen_P, kept_P = router.chosen_PE.sum(axis=-1), router.kept_PE.sum(axis=-1)
+    return {
+        "ledger/routed_choices": chosen_P + router.padding_P,
+        "ledger/computed_choices": kept_P,
+        "ledger/spilled_choices": router.spilled_PE.sum(axis=-1),
+        "ledger/dropped_choices": chosen_P - kept_P,
+        "ledger/padding_choices": router.padding_P,
     }
 
 

@@ -60,7 +60,8 @@ def train_step(
         The state after the step, and metrics named `area/quantity_unit`;
         `state/taken` is 0 for a step that could not be taken.
     """
-    key = jax.random.fold_in(jax.random.key(learner.seed), state.step)
+    _, steps_key = jax.random.split(jax.random.key(learner.seed))  # the other: weights
+    key = jax.random.fold_in(steps_key, state.step)
 
     def objective(params: Any) -> tuple[jax.Array, tuple[losses.Sums, dict]]:
         sums = batch_sums(params, batch, key, learner)
@@ -99,7 +100,8 @@ def train_step(
     metrics |= {
         "optimizer/gradient_norm": gradient_norm,
         "optimizer/parameter_norm": optax.tree.norm(params),
-        "optimizer/learning_rate": learner.schedule(state.step),
+        # Skipped steps made no update, and the schedule counts updates.
+        "optimizer/learning_rate": learner.schedule(state.step - state.skipped_steps),
         "state/taken": one,
         "state/skipped_steps": new_state.skipped_steps,
         "state/skipped_in_a_row": new_state.skipped_in_a_row,

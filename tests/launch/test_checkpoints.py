@@ -140,6 +140,7 @@ def test_the_manifest_says_where_a_checkpoint_comes_from(run, saved):
     assert manifest["jax_version"] == jax.__version__
     assert manifest["mesh"] == dataclasses.asdict(run.settings.mesh)
     assert manifest["data_order"] == {
+        **{"ROUTER": "token_choice", "HASH_SEED": 0},
         **{"BATCH_SIZE": 16, "SEED": 0, "SHUFFLE": True},
         "TASK_FEATURE_LENGTHS": {"targets": 64},
     }

@@ -89,7 +89,7 @@ def test_a_step_without_room_is_taken_again_and_those_after_it_too():
     for step, was_taken_again, metrics in records:
         assert metrics["state/taken"] == 1
         assert (metrics["router/over_budget_rows"] > 0) == was_taken_again, step
-        assert metrics["ledger/dropped_choices"] == 0
+        assert metrics["ledger/dropped_choices"].sum() == 0
 
 
 def test_its_result_is_that_of_ample_room():

@@ -172,7 +172,6 @@ def test_settings_that_obey_the_rules(changes):
             "EVAL_CAPACITY_FACTOR = -1.0: cannot be negative",
         ),
         ({"min_capacity": -1}, "MIN_EXPERT_CAPACITY = -1: cannot be negative"),
-        ({"family": "hashed", "hash_seed": -1}, "HASH_SEED = -1: cannot be negative"),
         ({"bias_update_rate": -1.0}, "ROUTER_BIAS_RATE = -1.0: cannot be negative"),
         ({"jitter": 1.0}, "JITTER_NOISE = 1.0: must be in [0, 1)"),
         ({"gate_scale": 0.0}, "GATE_SCALE = 0.0: must be above 0"),

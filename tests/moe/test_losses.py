@@ -371,13 +371,23 @@ def test_the_ledger_accounts_for_every_choice():
         "router/max_violation": 1.0,  # the largest load, ⅔, is twice the fair ⅓
         "router/dead_experts": 1,  # never chosen; full is another thing
         "router/over_budget_rows": 5,
-        "ledger/routed_choices": 16,  # 6 + 6 chosen and 2 + 2 of padding
-        "ledger/computed_choices": 9,
-        "ledger/spilled_choices": 3,
-        "ledger/dropped_choices": 3,
-        "ledger/padding_choices": 4,
+        "ledger/routed_choices": [8, 8],  # 6 chosen and 2 of padding in each layer
+        "ledger/computed_choices": [5, 4],
+        "ledger/spilled_choices": [3, 0],
+        "ledger/dropped_choices": [1, 2],
+        "ledger/padding_choices": [2, 2],
     }
     actual = jax.device_get(jax.jit(losses.ledger)(router))
     assert actual.keys() == expected.keys()
     for name, value in expected.items():
         np.testing.assert_allclose(actual[name], value, rtol=1e-6, err_msg=name)
+
+
+@pytest.mark.fast
+def test_a_ledger_beyond_32_bits_keeps_its_fractions_and_its_layers():
+    chosen_PE = np.full((2, 3), 2**29, np.int32)  # 1.5 · 2³⁰ a layer, 3 · 2³⁰ in all
+    zero_P = np.zeros(2, np.int32)
+    router = totals(chosen_PE=chosen_PE, kept_PE=chosen_PE // 2, padding_P=zero_P)
+    ledger = jax.device_get(jax.jit(losses.ledger)(router))
+    assert ledger["router/dropped_fraction"] == 0.5
+    np.testing.assert_array_equal(ledger["ledger/routed_choices"], [3 * 2**29] * 2)

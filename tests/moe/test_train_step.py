@@ -187,19 +187,20 @@ def test_groups_of_padding_appended_change_nothing():
     expected = run_step("d1", scope="group")
     actual = run_step("d1", scope="group", batch=make_batch(num_rows=B + 8))
     assert_same_step(actual, expected, apart_from=padding)
-    added = 8 * L * ROUTER.num_selected * MODEL.num_sparse_layers
+    added = 8 * L * ROUTER.num_selected
     for name in padding:
-        assert actual[1][name] == expected[1][name] + added
+        np.testing.assert_array_equal(actual[1][name], expected[1][name] + added)
 
 
 def test_the_ledger_closes():
     _, metrics = run_step("d1", scope="group")
-    assert metrics["ledger/dropped_choices"] > 0
-    assert metrics["ledger/padding_choices"] > 0
-    assert metrics["ledger/routed_choices"] == (
+    assert min(metrics["ledger/dropped_choices"]) > 0
+    assert min(metrics["ledger/padding_choices"]) > 0
+    np.testing.assert_array_equal(
+        metrics["ledger/routed_choices"],
         metrics["ledger/computed_choices"]
         + metrics["ledger/dropped_choices"]
-        + metrics["ledger/padding_choices"]
+        + metrics["ledger/padding_choices"],
     )
 
 

@@ -467,3 +467,20 @@ def test_a_capacity_of_no_slots_is_refused():
     assert not problems(
         model, router, LossSettings(), TrainSettings(batch_size=1), length=S
     )
+
+
+@pytest.mark.fast
+def test_sigmoid_scores_of_almost_zero_have_finite_gradients():
+    # σ(-60) is 1e-26: sums of such scores are bounded, and so must be their gradient.
+    settings = dataclasses.replace(
+        TOP2, scores="sigmoid", renormalize="before_drop", group_size=4
+    )
+    logits_GSE = jnp.full((1, 4, 8), -60.0).at[0, 0].set(-110.0)
+
+    def objective(logits_GSE):
+        mask_GS = jnp.arange(4)[None] < 3  # the last token is padding
+        route = ROUTERS[settings.family]
+        found = route(logits_GSE, RouterContext(mask_GS), settings, capacity=4)
+        return jnp.sum(found.gate_GSJ) + jnp.sum(found.sums.probability_GE**2)
+
+    assert np.all(np.isfinite(jax.jit(jax.grad(objective))(logits_GSE)))

@@ -117,8 +117,8 @@ def test_metrics_have_their_names_and_steps_only_grow(trained):
     after_10, after_20 = (
         r["loss/nats_per_token"] for r in records if r["split"] == "heldout"
     )
-    assert losses[0] > after_10 + 0.3
-    assert after_10 > after_20 + 0.1, "what was learnt holds for other documents"
+    assert losses[0] > after_10 + 0.2
+    assert after_10 > after_20 + 0.2, "what was learnt holds for other documents"
     assert abs(losses[0] - math.log(384)) < 0.6
 
 

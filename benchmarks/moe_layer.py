@@ -292,7 +292,6 @@ def matmul_rate(case: Case) -> float:
 def read_seconds(case: Case) -> float:
     """Time to read all experts' weights three times, as forward and backward must."""
     import jax
-    import jax.numpy as jnp
 
     size = case.num_experts * case.model_dim * case.mlp_dim * 3
     weights = _weights(size, case.dtype)
@@ -301,7 +300,6 @@ def read_seconds(case: Case) -> float:
     began = time.perf_counter()
     for _ in range(3):
         jax.block_until_ready(total(weights))
-    del jnp
     return time.perf_counter() - began
 
 

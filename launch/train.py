@@ -50,8 +50,12 @@ def main(config: ResolvedConfig, options: argparse.Namespace) -> int:
         found = saved.latest()
         if found is not None and found >= settings.train.train_steps:
             return _already_complete(config, run, store, saved, found, options)
-        compiling = _in_background(run.mesh, run.compile_train_step)
-        state = _start(run, store, saved, found, quiet=quiet)
+        if found is None:  # drawing cannot fail, so compiling need not wait for it
+            compiling = _in_background(run.mesh, run.compile_train_step)
+            state = _start(run, store, saved, found, quiet=quiet)
+        else:
+            state = _start(run, store, saved, found, quiet=quiet)
+            compiling = _in_background(run.mesh, run.compile_train_step)
         with _writing(model_dir):
             (model_dir / "config.gin").write_text(config.operative, encoding="utf-8")
         with (
@@ -65,7 +69,7 @@ def main(config: ResolvedConfig, options: argparse.Namespace) -> int:
                     checked = self_check.check(run)
                 if checked and not quiet:
                     print(f"self-check: {checked}", file=sys.stderr)
-            if not compiling.done():  # it began before the parameters were drawn
+            if not compiling.done():
                 with progress.waiting("compiling the train step"):
                     compiling.exception()
             train_step = compiling.result()

@@ -4,6 +4,7 @@ Read before jax is imported: standard library only. Every fault is one line: the
 the rule, and the macro to change.
 """
 
+from moe.dispatch.choice import PADDED
 from moe.settings import (
     LossSettings,
     ModelSettings,
@@ -99,7 +100,7 @@ def _layer_problems(model: ModelSettings) -> list[str]:
         found.append(
             f"SHARED_EXPERT_MLP_DIM = {model.shared_expert_mlp_dim}: 0 means none"
         )
-    if model.expert_dropout > 0 and model.transport in ("ring", "ragged"):
+    if model.expert_dropout > 0 and model.transport not in ("auto", *PADDED):
         found.append(
             f"EXPERT_DROPOUT_RATE = {model.expert_dropout} is drawn per capacity slot: "
             f"TRANSPORT = {model.transport!r} has none; use 'all_to_all' or 'auto'"

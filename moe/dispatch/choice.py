@@ -2,7 +2,7 @@
 
 from moe.settings import ModelSettings, RouterSettings, never_drops
 
-# Rows of a fixed number per expert.
+# Transports whose rows are slots of capacity, a fixed number per expert.
 PADDED = ("all_to_all", "einsum")
 
 

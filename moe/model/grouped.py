@@ -18,7 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from moe.model.feed_forward import GATED, PLAIN
 
-Method = Literal["auto", "ragged_dot", "blocked"]
+Method = Literal["ragged_dot", "blocked"]
 Weights = dict[str, jax.Array]
 
 # Rows of a block. An expert's first block is the smallest that leaves a whole number of
@@ -38,7 +38,7 @@ def grouped_feed_forward(
     size_e: jax.Array,
     activation: str,
     *,
-    method: Method = "auto",
+    method: Method,
 ) -> jax.Array:
     """Applies each expert to its own rows, which lie together, expert after expert.
 
@@ -53,13 +53,13 @@ def grouped_feed_forward(
             expert's may hold anything.
         size_e: int32, rows of each expert; their sum is at most R.
         activation: name of the non-linearity.
-        method: "auto" is "ragged_dot" where accelerators are, else "blocked".
+        method: "ragged_dot" for accelerators, "blocked" for CPUs.
     Returns:
         rows_RM, zero past the last expert's. Its inputs to the non-linearity are saved
         for the way back under the name "expert_hidden".
     """
     w = {name: _flat(name, array) for name, array in w.items()}
-    if _uses_ragged_dot(method):
+    if method == "ragged_dot":
         return _ragged_dot(w, rows_RM, size_e, activation)
     return _blocked(w, rows_RM, size_e, activation)
 
@@ -71,12 +71,6 @@ def _flat(name: str, array: jax.Array) -> jax.Array:
     """
     kept = {"up": 2, "up_bias": 1}.get(name, array.ndim - 1)
     return array.reshape(*array.shape[:kept], -1)
-
-
-def _uses_ragged_dot(method: Method) -> bool:
-    return method == "ragged_dot" or (
-        method == "auto" and jax.default_backend() in ("gpu", "tpu")
-    )
 
 
 def _ragged_dot(

@@ -224,7 +224,7 @@ def _core(
         y_gSM = transport.combine(rows, assignment, plan, room)
         return y_gSM, jnp.zeros((), jnp.int32) if plan is None else plan.excess
 
-    if layer.in_rounds and name in ("ring", "ragged") and room.num_rounds > 1:
+    if layer.in_rounds and name not in choice.PADDED and room.num_rounds > 1:
         return _in_rounds(one_round, x_gSM, assignment, room), assignment.sums
     y_gSM, excess = one_round(0)
     excess_g = jnp.zeros_like(group_g).at[0].set(excess)

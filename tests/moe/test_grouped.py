@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,8 @@ from jax.sharding import PartitionSpec
 from moe.model import grouped
 from moe.model.feed_forward import GATED, PLAIN
 from moe.model.grouped import grouped_feed_forward
+
+blocked = functools.partial(grouped_feed_forward, method="blocked")
 
 M, F, R = 8, 12, 40
 SIZES = {
@@ -117,7 +121,7 @@ def test_one_expert_without_biases_is_the_dense_layer():
     w = draw_weights("gelu", num_experts=1, bias=False)
     size_e = np.array([R - 3], np.int32)
     rows_RM = draw_rows(size_e)
-    y_RM = jax.jit(grouped_feed_forward, static_argnums=3)(w, rows_RM, size_e, "gelu")
+    y_RM = jax.jit(blocked, static_argnums=3)(w, rows_RM, size_e, "gelu")
     hidden_RF = jax.nn.gelu(rows_RM @ w["up"][0])
     wanted_RM = np.where(np.isnan(rows_RM), 0, hidden_RF @ w["down"][0])
     np.testing.assert_allclose(y_RM, wanted_RM, rtol=2e-5, atol=2e-5)
@@ -150,7 +154,7 @@ def test_on_eight_devices_in_a_rematerialised_scan():
 
     def two_layers(w, rows_RM, size_e):
         def layer(rows_RM, _):
-            return grouped_feed_forward(w, rows_RM, size_e[0], "relu"), None
+            return blocked(w, rows_RM, size_e[0], "relu"), None
 
         return jax.lax.scan(jax.checkpoint(layer), rows_RM, None, length=2)[0]
 
@@ -180,7 +184,7 @@ def test_saved_by_name_the_up_projection_is_not_repeated():
 
     def products(policy):
         layer = jax.checkpoint(
-            lambda w, x: grouped_feed_forward(w, x, size_e, "swiglu"), policy=policy
+            lambda w, x: blocked(w, x, size_e, "swiglu"), policy=policy
         )
         loss = jax.value_and_grad(lambda w, x: jnp.sum(layer(w, x)), argnums=(0, 1))
         return jax.jit(loss).lower(w, draw_rows(size_e, 0)).as_text().count("dot_gen")

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -72,7 +72,11 @@ class Run:
     def compile_train_step(
         self, *, rounds: bool = False
     ) -> Callable[..., tuple[TrainState, dict]]:
-        """Compiles the step. Its state is donated, and leaves placed as it came in.
+        """Compiles the step; see `lower_train_step`."""
+        return self.lower_train_step(rounds=rounds).compile()
+
+    def lower_train_step(self, *, rounds: bool = False) -> jax.stages.Lowered:
+        """Traces and lowers the step. Its state is donated, and leaves placed as it came in.
 
         Without fixed output shardings a resumed run drifts from an undisturbed one.
 
@@ -87,7 +91,7 @@ class Run:
             out_shardings=(self.shardings, rules.replicated(self.mesh)),
         )
         index = jax.ShapeDtypeStruct((), "int32", sharding=rules.replicated(self.mesh))
-        return step.lower(self.placed_shapes(), self.batch_shapes(), index).compile()
+        return step.lower(self.placed_shapes(), self.batch_shapes(), index)
 
     def compile_eval_step(self) -> Callable[..., tuple[Sums, jax.Array]]:
         """Compiles the scoring of one batch."""
@@ -98,25 +102,32 @@ class Run:
         return step.lower(self.placed_shapes().params, self.batch_shapes()).compile()
 
 
-def assemble(config: ResolvedConfig) -> Run:
+def assemble(
+    config: ResolvedConfig, devices: Sequence[jax.Device] | None = None
+) -> Run:
     """Builds the mesh and describes the run; allocates and compiles nothing.
 
+    Args:
+        config: the whole configuration.
+        devices: those to use; by default all that jax finds. They may be of a topology
+            that is only described, to compile for it.
     Raises:
         ConfigError: the mesh needs more devices than there are, or an array does not
             divide over it.
     """
     settings = config.settings
-    if jax.device_count() < settings.mesh.num_devices:
+    number = jax.device_count() if devices is None else len(devices)
+    if number < settings.mesh.num_devices:
         raise ConfigError(
             config.where,
             [
                 f"the mesh {describe(settings.mesh)} needs "
-                f"{settings.mesh.num_devices} devices and {jax.device_count()} are "
+                f"{settings.mesh.num_devices} devices and {number} are "
                 "here: shrink the MESH_ axes, or set PLATFORM = 'cpu' and "
                 f"SIMULATED_DEVICES = {settings.mesh.num_devices}"
             ],
         )
-    mesh = make_mesh(settings.mesh)
+    mesh = make_mesh(settings.mesh, devices)
     axes = transformer.param_axes(settings.model, settings.router)
     optimizer = make_optimizer(settings.optimizer, settings.train.train_steps, axes)
     learner = Learner(

@@ -14,7 +14,12 @@ from moe.settings import (
     RouterSettings,
     TrainSettings,
 )
-from partitioning.settings import AXES, BATCH_AXES, MeshSettings
+from partitioning.settings import (
+    AXES,
+    BATCH_AXES,
+    MeshSettings,
+    PartitionSettings,
+)
 from tasks.settings import DataSettings, FilterSettings, MixtureSettings
 
 
@@ -94,6 +99,7 @@ class Settings:
 
     platform: PlatformSettings
     mesh: MeshSettings
+    partition: PartitionSettings
     model: ModelSettings
     router: RouterSettings
     loss: LossSettings

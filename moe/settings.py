@@ -42,6 +42,7 @@ class RouterSettings:
         selection_bias: give each expert a bias on its score, for selection only, that
             evens out loads without a loss (arXiv:2408.15664).
         bias_update_rate: its step after each batch: 1e-3 there; 0 freezes it.
+        dtype: of the router's product; probabilities and losses are float32.
         slot_order: "token_major" fills slots token by token, so that no later token
             can evict an earlier one; "choice_major" fills all first choices first;
             "batch_priority" does so by falling gate (V-MoE).
@@ -81,6 +82,7 @@ class RouterSettings:
     logit_noise: float = 0.0
     selection_bias: bool = False
     bias_update_rate: float = 1e-3
+    dtype: Literal["float32", "bfloat16"] = "float32"
     slot_order: Literal["token_major", "choice_major", "batch_priority"] = "token_major"
     overflow: Literal["drop", "spill"] = "drop"
     allow_future_leak: bool = False
@@ -121,9 +123,25 @@ class ModelSettings:
         head_dim: D.
         mlp_dim: F of a dense layer.
         activation: "relu", "gelu", "geglu" or "swiglu"; the last two are gated.
-        mlp_biases: whether feed-forwards, dense and expert, have biases.
+        mlp_biases: whether dense feed-forwards have biases.
+        num_kv_heads: heads of keys and values, each shared by as many heads of queries
+            (arXiv:2305.13245); 0 has one for each.
+        attention_biases: whether the four projections have biases.
+        attention_block: longer sequences are attended block by block, so that no
+            L × L array is ever whole; 0 never does.
+        positions: "rotary" (arXiv:2104.09864); "relative", T5's bias by bucket of
+            distance (arXiv:1910.10683), one table for all layers; "relative_per_layer",
+            one for each; "learned", a vector per position, added to the embedding
+            (GPT-3); "none".
+        relative_buckets: of which a causal model has so many for the past.
+        relative_max_distance: beyond it all distances share the last bucket.
+        max_positions: rows of the learned table; at least L.
+        norm: "rms" (arXiv:1910.07467) or "layer" (arXiv:1607.06450), which has a bias.
+        expert_activation: of the experts; "same" takes `activation`.
+        expert_biases: whether experts have biases.
         first_dense_layers: layers at the bottom that are dense (DeepSeek-V3: 3).
         moe_every: of the others every n-th is sparse; 0 makes every layer dense.
+        moe_position: which layer of such a period: its "last", or its "first".
         num_experts: E.
         expert_mlp_dim: F of one expert.
         shared_expert_mlp_dim: F of the experts that every token visits, side by side
@@ -136,10 +154,16 @@ class ModelSettings:
             section 2.4: 0.1).
         rope_base: base of the rotary position angles (arXiv:2104.09864).
         tie_embeddings: the output projection is the embedding.
-        dtype: type of activations; parameters, router and losses are float32.
+        vocab_chunks: pieces of the vocabulary that logits are computed in, to save
+            memory.
+        dtype: type of activations, and of parameters where they meet them.
+        param_dtype: of the parameters that are kept; see `OptimizerSettings.rounding`.
+        reduce_dtype: in which gradients of fully sharded parameters are summed over
+            devices.
         remat: what the backward pass keeps: "none" recomputes nothing, "minimal"
             keeps matrix products and everything that travelled, "full" keeps only
             the layers' inputs and so repeats the exchanges.
+        sparse_remat: the same of sparse layers, where it differs.
         scan_layers: compile one period and loop over it; else compile each, which
             takes longer and spares copies of stacked weights.
     """
@@ -152,8 +176,21 @@ class ModelSettings:
     mlp_dim: int
     activation: Literal["relu", "gelu", "geglu", "swiglu"] = "gelu"
     mlp_biases: bool = False
+    num_kv_heads: int = 0
+    attention_biases: bool = False
+    attention_block: int = 1024
+    positions: Literal[
+        "rotary", "relative", "relative_per_layer", "learned", "none"
+    ] = "rotary"
+    relative_buckets: int = 32
+    relative_max_distance: int = 128
+    max_positions: int = 0
+    norm: Literal["rms", "layer"] = "rms"
+    expert_activation: Literal["same", "relu", "gelu", "geglu", "swiglu"] = "same"
+    expert_biases: bool = False
     first_dense_layers: int = 0
     moe_every: int = 2
+    moe_position: Literal["last", "first"] = "last"
     num_experts: int = 8
     expert_mlp_dim: int = 1024
     shared_expert_mlp_dim: int = 0
@@ -163,9 +200,30 @@ class ModelSettings:
     init_scale: float = 1.0
     rope_base: float = 10_000.0
     tie_embeddings: bool = False
+    vocab_chunks: int = 1
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    reduce_dtype: Literal["float32", "bfloat16"] = "float32"
     remat: Literal["none", "minimal", "full"] = "minimal"
+    sparse_remat: Literal["same", "none", "minimal", "full"] = "same"
     scan_layers: bool = True
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads of keys and values."""
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def activation_of_experts(self) -> str:
+        """The non-linearity inside the experts."""
+        same = self.expert_activation == "same"
+        return self.activation if same else self.expert_activation
+
+    @property
+    def sparse_in_period(self) -> int:
+        """Which layer of a period is sparse; -1 in a dense model."""
+        first = self.moe_position == "first" and self.moe_every > 0
+        return 0 if first else self.moe_every - 1
 
     @property
     def num_sparse_layers(self) -> int:
@@ -226,6 +284,11 @@ class OptimizerSettings:
         eps: added to the root of the second moment (adamw).
         weight_decay: on matrices only, times the learning rate.
         clip_norm: bound of the global gradient norm; 0 does not clip.
+        moment_dtype: in which moments are kept between steps.
+        rounding: how an update reaches bfloat16 parameters: "nearest";
+            "stochastic", so that updates below their precision count on average;
+            "master", which keeps a float32 copy in the optimizer's state.
+        offload: keep the optimizer's state in the host's memory.
     """
 
     name: Literal["adamw", "adafactor"] = "adamw"
@@ -238,6 +301,9 @@ class OptimizerSettings:
     eps: float = 1e-8
     weight_decay: float = 0.1
     clip_norm: float = 1.0
+    moment_dtype: Literal["float32", "bfloat16"] = "float32"
+    rounding: Literal["nearest", "stochastic", "master"] = "nearest"
+    offload: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

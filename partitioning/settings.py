@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Literal
 
 AXES = ("replica", "stage", "data", "context", "expert", "model")
 BATCH_AXES = ("replica", "data", "expert")
@@ -38,6 +39,30 @@ class MeshSettings:
         return math.prod(getattr(self, axis) for axis in BATCH_AXES)
 
 
+@dataclasses.dataclass(frozen=True)
+class PartitionSettings:
+    """What is cut over the axes beyond the batch and the experts.
+
+    Attributes:
+        fsdp: what is fully sharded over `data` and `context`: "none"; "optimizer", the
+            optimizer's state (arXiv:1910.02054, stage 1); "data", parameters too,
+            which are gathered layer by layer (stage 3); "data_expert", and dense
+            parameters over `expert` as well.
+        sequence_parallel: between the products that are cut over `model`, cut the
+            sequence over it (arXiv:2205.05198, section 4.2.2).
+        expert_tensor_parallel: cut each expert over `model`; else each device of that
+            axis computes whole experts for its part of the tokens.
+        context_attention: how attention sees all of a sequence that is cut over
+            `context`: "all_gather" of keys and values, or a "ring" of them
+            (arXiv:2310.01889).
+    """
+
+    fsdp: Literal["none", "optimizer", "data", "data_expert"] = "none"
+    sequence_parallel: bool = True
+    expert_tensor_parallel: bool = True
+    context_attention: Literal["all_gather", "ring"] = "all_gather"
+
+
 def problems(mesh: MeshSettings) -> list[str]:
     """Lists what is wrong with the sizes alone, before any device is looked at."""
     found = [
@@ -45,10 +70,9 @@ def problems(mesh: MeshSettings) -> list[str]:
         for axis, size in dataclasses.asdict(mesh).items()
         if size < 1
     ]
-    found += [
-        f"MESH_{axis.upper()} = {getattr(mesh, axis)}: this version splits work over "
-        f"{', '.join(BATCH_AXES)} only; set MESH_{axis.upper()} to 1"
-        for axis in ("stage", "context", "model")
-        if getattr(mesh, axis) > 1
-    ]
+    if mesh.stage > 1:
+        found.append(
+            f"MESH_STAGE = {mesh.stage}: this version has no pipeline; set MESH_STAGE "
+            "to 1, and FSDP or MESH_MODEL where memory is short"
+        )
     return found

@@ -240,7 +240,7 @@ def axis_bandwidth(
     dimensions those of all; `torus.ring` and `torus.spread` have the arithmetic.
     Slices: each chip's share of the slow network. GPUs: NVLink within a node; beyond
     it, as many adapters as the group has members in one node. Twisted tori are counted
-    as plain ones, and the way between the devices of a chip, which is faster, as a link.
+    as plain ones, and the faster way between the devices of a chip as a link.
 
     Args:
         topology: the chips.

@@ -32,14 +32,25 @@ class PlatformSettings:
         simulated_devices: CPU devices to simulate; 0 leaves the real ones.
         xla_flags: appended to XLA_FLAGS, such as ("--xla_cpu_use_xnnpack=true",).
         libtpu_init_args: appended to LIBTPU_INIT_ARGS.
-        compilation_cache_dir: keeps compiled steps between runs; "" keeps none.
+        compilation_cache_dir: keeps compiled steps between runs; "" keeps none, "auto"
+            chooses a folder of the user's.
+        num_processes: that run this one job together; 0 asks the cluster's launcher.
+        coordinator_address: "host:port" of process 0; "" asks the cluster's launcher.
+        process_id: of this one, counted from 0; -1 is told by the environment.
+        join_timeout_seconds: how long processes wait for one another at the start.
+        heartbeat_timeout_seconds: of silence after which a process counts as dead.
     """
 
     name: Literal["auto", "cpu", "cuda", "tpu"] = "auto"
     simulated_devices: int = 0
     xla_flags: tuple[str, ...] = ()
     libtpu_init_args: tuple[str, ...] = ()
-    compilation_cache_dir: str = ""
+    compilation_cache_dir: str = "auto"
+    num_processes: int = 1
+    coordinator_address: str = ""
+    process_id: int = -1
+    join_timeout_seconds: int = 300
+    heartbeat_timeout_seconds: int = 100
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,6 +143,7 @@ def problems(settings: Settings) -> list[str]:
         *_text_problems(settings),
         *_size_problems(settings),
         *_device_problems(settings.platform, settings.mesh),
+        *_process_problems(settings.platform),
     ]
 
 
@@ -146,6 +158,8 @@ def _range_problems(settings: Settings) -> list[str]:
         "LOG_PERIOD": loop.log_period_steps,
         "MAX_SKIPPED_STEPS": loop.max_skipped_steps,
         "SAMPLE_TOKENS": sample.num_tokens,
+        "JOIN_TIMEOUT": platform.join_timeout_seconds,
+        "HEARTBEAT_TIMEOUT": platform.heartbeat_timeout_seconds,
     }
     at_least_0 = {
         "EVAL_BATCHES": loop.eval_batches,
@@ -159,6 +173,7 @@ def _range_problems(settings: Settings) -> list[str]:
         "WEIGHT_DECAY": optimizer.weight_decay,
         "CLIP_NORM": optimizer.clip_norm,
         "SIMULATED_DEVICES": platform.simulated_devices,
+        "NUM_PROCESSES": platform.num_processes,
         "SAMPLE_TEMPERATURE": sample.temperature,
         "SAMPLE_TOP_K": sample.top_k,
     }
@@ -291,13 +306,45 @@ def _device_problems(platform: PlatformSettings, mesh: MeshSettings) -> list[str
             f"SIMULATED_DEVICES = {number} are CPU devices, but PLATFORM = "
             f"{platform.name!r}: set PLATFORM to 'cpu' or SIMULATED_DEVICES to 0"
         ]
-    if mesh.num_devices > number:
+    together = number * platform.num_processes
+    if platform.num_processes > 1 and mesh.num_devices != together:
+        return [
+            f"SIMULATED_DEVICES = {number} of each of NUM_PROCESSES = "
+            f"{platform.num_processes} are {together} together, and the mesh "
+            f"({_axes(mesh, AXES) or 'every axis 1'}) has {mesh.num_devices}: the "
+            "numbers must be the same"
+        ]
+    if platform.num_processes == 1 and mesh.num_devices > number:
         return [
             f"SIMULATED_DEVICES = {number} are fewer than the {mesh.num_devices} of "
             f"the mesh ({_axes(mesh, AXES)}): set SIMULATED_DEVICES to "
             f"{mesh.num_devices}, or an axis smaller"
         ]
     return []
+
+
+def _process_problems(platform: PlatformSettings) -> list[str]:
+    """Processes that could not find one another."""
+    number, address = platform.num_processes, platform.coordinator_address
+    found = []
+    if address:
+        host, _, port = address.rpartition(":")
+        if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+            found.append(
+                f"COORDINATOR_ADDRESS = {address!r}: must be the host and a free port "
+                "of process 0, such as '10.0.0.1:9876'"
+            )
+        if number == 1:
+            found.append(
+                f"COORDINATOR_ADDRESS = {address!r} would be ignored, since "
+                "NUM_PROCESSES = 1: set both or neither"
+            )
+    if platform.process_id < -1 or 1 <= number <= platform.process_id:
+        found.append(
+            f"PROCESS_ID = {platform.process_id}: must be below NUM_PROCESSES = "
+            f"{number}, counted from 0, or -1, which asks the environment"
+        )
+    return found
 
 
 def _axes(mesh: MeshSettings, axes: Sequence[str]) -> str:

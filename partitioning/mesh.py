@@ -1,12 +1,19 @@
 """Builds the device mesh of a run."""
 
+import dataclasses
+import warnings
 from collections.abc import Sequence
 
 import jax
+import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from partitioning.settings import AXES, MeshSettings
+
+
+class SplitAxesWarning(UserWarning):
+    """A mesh that had to cut a dimension of the torus."""
 
 
 def make_mesh(
@@ -14,11 +21,17 @@ def make_mesh(
 ) -> Mesh:
     """Returns the mesh with all six axes, of type Auto.
 
+    The last axes lie on the fastest links. Slices of TPUs are joined by `replica`.
+    Where the axes are not products of whole dimensions of the torus, dimensions are
+    cut, which costs bandwidth, and a `SplitAxesWarning` says so.
+
     Args:
         settings: sizes of the axes; their product is the number of devices used.
-        devices: the devices to lay out; by default the first that jax lists.
+        devices: the devices to lay out, real ones or those of a described topology; by
+            default the first that jax lists.
     Raises:
-        ValueError: fewer devices than the mesh needs.
+        ValueError: fewer devices than the mesh needs, or slices that `replica` does
+            not join.
     """
     available = list(jax.devices() if devices is None else devices)
     if len(available) < settings.num_devices:
@@ -27,9 +40,60 @@ def make_mesh(
             f"and {len(available)} are here"
         )
     used = available[: settings.num_devices]
-    sizes = tuple(getattr(settings, axis) for axis in AXES)
-    grid = mesh_utils.create_device_mesh(sizes, used)
+    slices = num_slices(used)
+    if slices > 1 and settings.replica != slices:
+        raise ValueError(
+            f"the mesh {describe(settings)} lies over {slices} slices: set "
+            f"MESH_REPLICA = {slices}, so that only gradients cross between them"
+        )
+    try:
+        grid = _grid(settings, used, slices, may_cut=False)
+    except NotImplementedError:  # what jax raises where it would have to cut
+        grid = _grid(settings, used, slices, may_cut=True)
+        warnings.warn(
+            f"the mesh {describe(settings)} does not fit whole dimensions of the torus "
+            f"{'×'.join(map(str, _shape(used)))}: some are cut, and their axes share "
+            "links",
+            SplitAxesWarning,
+            stacklevel=2,
+        )
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _grid(
+    settings: MeshSettings, devices: list[jax.Device], slices: int, *, may_cut: bool
+) -> np.ndarray:
+    """The devices by axis; raises NotImplementedError where it would have to cut."""
+    sizes = dataclasses.asdict(settings)
+    if slices == 1:
+        return mesh_utils.create_device_mesh(
+            tuple(sizes[axis] for axis in AXES),
+            devices,
+            allow_split_physical_axes=may_cut,
+        )
+    return mesh_utils.create_hybrid_device_mesh(
+        tuple(1 if axis == "replica" else sizes[axis] for axis in AXES),
+        tuple(slices if axis == "replica" else 1 for axis in AXES),
+        devices,
+        allow_split_physical_axes=may_cut,
+    )
+
+
+def num_slices(devices: Sequence[jax.Device]) -> int:
+    """Counts the slices of TPUs; other devices are of one.
+
+    GPUs have a slice per node, but there a mesh may cross nodes by any axis.
+    """
+    if devices[0].platform != "tpu":
+        return 1
+    return len({getattr(device, "slice_index", 0) for device in devices})
+
+
+def _shape(devices: Sequence[jax.Device]) -> tuple[int, ...]:
+    """Places along each dimension of a torus, and of the devices of a chip if many."""
+    places = np.array([(*device.coords, device.core_on_chip) for device in devices])
+    extent = np.ptp(places, axis=0) + 1
+    return tuple(int(n) for n in extent if n > 1)
 
 
 def describe(settings: MeshSettings) -> str:

@@ -296,8 +296,6 @@ def _has_its_own_order(topology: Topology) -> bool:
     """Whether jax winds one ring through so small a slice, which any mesh may cut."""
     if topology.chip.links == 4:
         return topology.num_devices // topology.num_slices in (4, 8)
-    if topology.chip.name == "v5p":
-        return topology.shape == (2, 2, 2)
     return topology.chip.name == "7x" and max(topology.shape[:2]) <= 2
 
 

@@ -1,10 +1,13 @@
 """Meshes: six axes whatever the sizes, and errors that name the numbers."""
 
+import dataclasses
+
 import jax
+import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from partitioning.mesh import describe, make_mesh
+from partitioning.mesh import SplitAxesWarning, describe, make_mesh
 from partitioning.settings import AXES, BATCH_AXES, MeshSettings, problems
 
 pytestmark = pytest.mark.fast
@@ -52,10 +55,56 @@ def test_the_batch_is_split_over_the_product_of_its_axes():
 
 def test_sizes_below_one_and_axes_not_built_yet_are_all_listed():
     assert problems(MeshSettings(replica=2, data=2, expert=2)) == []
-    found = problems(MeshSettings(data=0, expert=-1, model=2, context=4))
+    assert problems(MeshSettings(context=4, model=2)) == []
+    found = problems(MeshSettings(data=0, expert=-1, stage=2))
     assert [fault.partition(":")[0] for fault in found] == [
         "MESH_DATA = 0",
         "MESH_EXPERT = -1",
-        "MESH_CONTEXT = 4",
-        "MESH_MODEL = 2",
+        "MESH_STAGE = 2",
     ]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Chip:
+    """What mesh_utils reads of a described TPU v4."""
+
+    id: int
+    coords: tuple[int, int, int]
+    slice_index: int = 0
+    platform = "tpu"
+    device_kind = "TPU v4"
+    core_on_chip = 0
+
+
+def _slices(shape, number=1):
+    return [
+        _Chip(slice_ * 1000 + place, tuple(map(int, coords)), slice_)
+        for slice_ in range(number)
+        for place, coords in enumerate(np.ndindex(shape))
+    ]
+
+
+def test_axes_that_fit_the_torus_are_laid_out_without_a_word(recwarn):
+    chips = _slices((4, 4, 8))
+    mesh = make_mesh(MeshSettings(data=8, expert=16), chips)
+    assert mesh.devices.shape == (1, 1, 8, 1, 16, 1)
+    # An expert axis of 16 lies on the plane of 4 × 4, data on the other dimension.
+    assert len({chip.coords[2] for chip in mesh.devices[0, 0, 0].flat}) == 1
+    assert not recwarn.list
+
+
+def test_a_mesh_that_cuts_the_torus_is_made_and_said():
+    with pytest.warns(SplitAxesWarning, match="expert 64 does not fit.*4×4×8"):
+        mesh = make_mesh(MeshSettings(data=2, expert=64), _slices((4, 4, 8)))
+    assert len({chip.id for chip in mesh.devices.flat}) == 128
+
+
+def test_slices_are_joined_by_the_replica_axis():
+    chips = _slices((4, 4, 4), number=2)
+    mesh = make_mesh(MeshSettings(replica=2, data=4, expert=16), chips)
+    for replica, part in enumerate(mesh.devices):
+        assert {chip.slice_index for chip in part.flat} == {replica}
+    with pytest.raises(ValueError, match="lies over 2 slices: set MESH_REPLICA = 2"):
+        make_mesh(MeshSettings(data=8, expert=16), chips)
+    # One slice of the two is no matter.
+    assert make_mesh(MeshSettings(data=4, expert=16), chips).size == 64

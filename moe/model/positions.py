@@ -36,9 +36,9 @@ def relative_bucket(
 ) -> jax.Array:
     """Returns the bucket of each distance into the past, as T5 does.
 
-    arXiv:1910.10683, section 2.1. The first half of the buckets hold one distance each. The others widen in
-    proportion to the distance, up to `max_distance`, and the last holds all beyond.
-    Their edges are exact integers, where T5 rounds logarithms in float32.
+    arXiv:1910.10683, section 2.1. The first half of the buckets hold one distance each.
+    The others widen in proportion to the distance, up to `max_distance`, and the last
+    holds all beyond. Their edges are exact; T5 rounds logarithms in float32.
 
     Args:
         distance: int32, the query's position less the key's; the future is bucket 0.

@@ -1,5 +1,6 @@
 """Configuration files are what their headers and names say, and fit one another."""
 
+import functools
 import re
 import shlex
 
@@ -9,25 +10,48 @@ from launch import cli, gin_files, verbs
 from launch.assemble import assemble
 from launch.checkpoints import named_arrays
 from launch.gin_files import _configs as configs_folder
-from moe.accounting import count
+from launch.settings import Settings
+from moe.accounting import Counts, count
 from partitioning.settings import MeshSettings
 
-RUN = "runs/demo.gin"  # gives a model file what it leaves open
+RUN = "runs/demo.gin"  # gives a model file what it leaves open, if no run has its name
 HEADERS = sorted(
     str(path.relative_to(configs_folder()))
     for folder in ("models", "runs")
     for path in (configs_folder() / folder).glob("*.gin")
     if not path.stem.endswith("_base")
 )
-HARDWARE = sorted(path.stem for path in (configs_folder() / "hardware").glob("*.gin"))
+SMALL = [name for name in HEADERS if re.search("/(demo|tiny)", name)]
+# Models of papers, each in models/ with a run of its name.
+LADDER = sorted(name for name in HEADERS if name not in SMALL and "runs/" in name)
+HARDWARE = sorted(
+    path.stem for path in (configs_folder() / "hardware").glob("cpu*.gin")
+)
+
+
+def files_of(name: str) -> list[str]:
+    """The files that make a run of a run's file, or of a model's."""
+    if name.startswith("runs/"):
+        return [name]
+    run = name.replace("models/", "runs/")
+    return [run] if run in HEADERS else [RUN, name]
+
+
+def settings_of(name: str) -> Settings:
+    return gin_files.read(files_of(name)).settings
+
+
+@functools.cache
+def counts_of(files: tuple[str, ...]) -> Counts:
+    """A model and its run have the same sizes: they are counted once."""
+    settings = gin_files.read(files).settings
+    return count(settings.model, settings.router, settings.data.length)
 
 
 @pytest.mark.fast
 @pytest.mark.parametrize("name", HEADERS)
 def test_a_header_counts_the_parameters_of_its_model(name):
-    files = [name] if name.startswith("runs/") else [RUN, name]
-    settings = gin_files.read(files).settings
-    counts = count(settings.model, settings.router, settings.data.length)
+    counts = counts_of(tuple(files_of(name)))
     text = (configs_folder() / name).read_text(encoding="utf-8")
     told = re.search(r"^# Parameters: ([\d,]+) total, ([\d,]+) active", text, re.M)
     assert told, "the header has no line of parameters"
@@ -63,12 +87,33 @@ def test_the_command_of_a_header_takes_all_that_its_file_sets(name, monkeypatch)
 
 
 @pytest.mark.fast
+@pytest.mark.parametrize("name", LADDER)
+def test_a_model_of_a_paper_says_where_it_is_from_and_what_differs(name):
+    text = (configs_folder() / name.replace("runs/", "models/")).read_text()
+    for line in ("# Published: ", "# Hardware: ", "# Source: "):
+        assert f"\n{line}" in text, f"{name} lacks a line {line!r}"
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("name", LADDER)
+def test_a_run_of_a_paper_takes_as_many_tokens_as_it_says(name):
+    settings = settings_of(name)
+    train = settings.train
+    tokens = train.train_steps * train.batch_size * settings.data.length
+    text = (configs_folder() / name).read_text(encoding="utf-8").replace("\n# ", " ")
+    assert f" {tokens:,} tokens" in text
+    assert settings.mesh == MeshSettings(), "a hardware file sets the mesh"
+    assert settings.loop.model_dir == name.removesuffix(".gin")
+
+
+@pytest.mark.fast
 def test_the_commands_of_headers_train_in_folders_of_their_own():
     folders = {}
     for name in HEADERS:
         text = (configs_folder() / name).read_text(encoding="utf-8")
         told = re.search(r"MODEL_DIR ?= ?[\"']?([\w/]+)", text)
-        folders[name] = told[1] if told else "that of the demo"
+        # A model of a paper is trained by the run of its name.
+        folders[files_of(name)[-1]] = told[1] if told else "that of the demo"
     assert len(set(folders.values())) == len(folders), folders
 
 
@@ -85,11 +130,10 @@ def test_a_hardware_file_has_the_mesh_of_its_name(name):
 
 @pytest.mark.parametrize(
     ("name", "hardware"),
-    [*((name, HARDWARE[-1]) for name in HEADERS), *((RUN, h) for h in HARDWARE)],
+    [*((name, HARDWARE[-1]) for name in SMALL), *((RUN, h) for h in HARDWARE)],
 )
 def test_models_fit_their_meshes(name, hardware):
-    files = [name] if name.startswith("runs/") else [RUN, name]
-    run = assemble(gin_files.read([*files, f"hardware/{hardware}.gin"]))
+    run = assemble(gin_files.read([*files_of(name), f"hardware/{hardware}.gin"]))
     assert run.mesh.size == run.settings.mesh.num_devices
     experts = [
         (array.shape[1], sharding.shard_shape(array.shape)[1])

@@ -1,0 +1,380 @@
+"""Predicts the bytes that one chip holds, by what they are for, without compiling.
+
+Arguments of the step (state and batch) are exact. What comes and goes during the step
+is arithmetic on the algorithm of `moe/model`, with the formula beside each line, and a
+compiler's choices left out: docs/hardware.md compares it with the TPU compiler's.
+
+Letters beside formulas, of one chip and one microbatch: b sequences; l tokens of each
+in attention, T = b·l in all, p·T on this chip's piece; M width; n, u heads of queries
+and of keys; D head width; f hidden width, doubled (pair) where gated; R rows of
+experts; v part of the vocabulary; d bytes of an activation.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+from launch.planning import local
+from launch.planning.local import BYTES, FLOAT32, Local, Weight
+from launch.settings import Settings
+from moe.settings import capacity
+from tasks import objectives
+
+# How often something is in memory at once, where the compiler decides. Few, so that
+# they can be measured.
+LOGITS_AT_ONCE = 2  # the logits and their gradient
+SCORES_AT_ONCE = 3  # scores, their softmax, and a gradient
+ROWS_AT_ONCE = 4  # sent, received, computed, returned; gradients take their places
+ROUTING_AT_ONCE = 4  # logits, probabilities, their gradient, places in the queues
+ACTIVATIONS_AT_ONCE = 2  # a product's output and its gradient
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes on one chip.
+
+    Attributes:
+        parameters: as they are kept.
+        optimizer: its state.
+        counters: the rest of the state.
+        batch: arrays of tokens.
+        host: of the optimizer's state, what is kept in the host's memory instead.
+        moments: per part of the step, what it holds beyond the arguments.
+    """
+
+    parameters: int
+    optimizer: int
+    counters: int
+    batch: int
+    host: int
+    moments: Mapping[str, Mapping[str, int]]
+
+    @property
+    def arguments(self) -> int:
+        """Of the whole step, between steps too."""
+        return self.parameters + self.optimizer + self.counters + self.batch
+
+    @property
+    def fullest(self) -> str:
+        """The part of the step that holds most."""
+        return max(self.moments, key=lambda name: sum(self.moments[name].values()))
+
+    @property
+    def temporaries(self) -> int:
+        """What comes and goes, at its most."""
+        return sum(self.moments[self.fullest].values())
+
+    @property
+    def total(self) -> int:
+        """The most that is held at once."""
+        return self.arguments + self.temporaries
+
+    @property
+    def categories(self) -> dict[str, int]:
+        """What the total is made of, largest first."""
+        found = {
+            "parameters": self.parameters,
+            "optimizer": self.optimizer,
+            "counters": self.counters,
+            "batch": self.batch,
+            **self.moments[self.fullest],
+        }
+        return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+
+def predict(settings: Settings, platform: str = "tpu") -> MemoryPlan:
+    """Predicts the memory of one chip.
+
+    Args:
+        settings: of the run; its mesh says how many chips there are.
+        platform: "tpu" pads small arrays and may have other transports than "gpu".
+    """
+    sizes = local.local(settings, platform)
+    parameters, others = local.weights(settings)
+    held = {True: 0, False: 0}
+    for weight in others:
+        held[weight.path.startswith("opt_state")] += _kept(weight, platform)
+    away = settings.optimizer.offload
+    return MemoryPlan(
+        parameters=sum(_kept(weight, platform) for weight in parameters),
+        optimizer=0 if away else held[True],
+        counters=held[False],
+        batch=_batch(settings, platform),
+        host=held[True] if away else 0,
+        moments=_moments(sizes, parameters, others),
+    )
+
+
+def _kept(weight: Weight, platform: str) -> int:
+    """Bytes of an array of the state."""
+    if platform == "tpu":
+        return local.tiled_bytes(weight.local_shape, weight.itemsize)
+    return weight.local_size * weight.itemsize
+
+
+def _batch(settings: Settings, platform: str) -> int:
+    """int32 features [B / shards, L / context], and the number of the batch."""
+    rows = -(-settings.train.batch_size // settings.mesh.batch_shards)
+    shape = (rows, -(-settings.data.length // settings.mesh.context))
+    tiled = platform == "tpu"
+    one = local.tiled_bytes(shape, 4) if tiled else math.prod(shape) * 4
+    index = local.tiled_bytes((), 4) if tiled else 4
+    return len(objectives.features(settings.data)) * one + index
+
+
+# ------------------------------------------------------------ during the step
+
+
+def _moments(
+    sizes: Local, parameters: tuple[Weight, ...], others: tuple[Weight, ...]
+) -> dict[str, dict[str, int]]:
+    """What each part of the step holds beyond state and batch."""
+    settings = sizes.settings
+    gradients = sum(_gradient(weight, settings) for weight in parameters)
+    many = settings.train.microbatches > 1
+    # The scan over layers stacks its gradients before they are added to those so far.
+    in_backward = gradients * (2 if many else 1)
+    activations = saved(sizes)
+    found = {
+        "logits": {
+            "gradients": gradients if many else 0,
+            "activations": activations,
+            **_logits(sizes, parameters),
+        },
+        "optimizer": {
+            "gradients": gradients,
+            "optimizer temporaries": _update(settings, parameters, others),
+        },
+    }
+    for kind in ("dense layer", "sparse layer"):
+        sparse = kind == "sparse layer"
+        if not _count(sizes, sparse=sparse):
+            continue
+        used = _weights_in_use(sizes, parameters, sparse=sparse)
+        common = {"gradients": in_backward, "activations": activations}
+        again = {"recomputed": _recomputed(sizes, sparse=sparse), "weights": used}
+        found[f"attention of a {kind}"] = common | again | _attention(sizes)
+        inner = _experts(sizes) if sparse else _feed_forward(sizes)
+        found[f"feed-forward of a {kind}"] = common | again | inner
+    return found
+
+
+def _count(sizes: Local, *, sparse: bool) -> int:
+    model = sizes.settings.model
+    return model.num_sparse_layers if sparse else sizes.num_dense_layers
+
+
+def _gradient(weight: Weight, settings: Settings) -> int:
+    """Bytes of a gradient: of the parameter's type and place.
+
+    With `fsdp` "optimizer" it is whole while it is added up.
+    """
+    return weight.local_size * BYTES[settings.model.param_dtype]
+
+
+def _update(
+    settings: Settings, parameters: tuple[Weight, ...], others: tuple[Weight, ...]
+) -> int:
+    """Adam is fused with the step it makes; Adafactor measures its update first.
+
+    Adafactor: one float32 update, of the largest array. Stochastic rounding: as many
+    random bits. Offloading: the moments of one array, there and back.
+    """
+    largest = max(weight.local_size for weight in parameters) * FLOAT32
+    found = largest if settings.optimizer.name == "adafactor" else 0
+    if settings.optimizer.rounding == "stochastic":
+        found += largest
+    if settings.optimizer.offload:
+        found += 2 * max(w.local_size * w.itemsize for w in others)
+    return found
+
+
+def saved(sizes: Local) -> int:
+    """Bytes of activations kept for the backward pass, of all layers."""
+    model = sizes.settings.model
+    sparse_remat = model.sparse_remat
+    sparse_remat = model.remat if sparse_remat == "same" else sparse_remat
+    dense = sizes.num_dense_layers * saved_per_layer(sizes, model.remat, sparse=False)
+    sparse = model.num_sparse_layers
+    return dense + sparse * saved_per_layer(sizes, sparse_remat, sparse=True)
+
+
+def saved_per_layer(sizes: Local, remat: str, *, sparse: bool) -> int:
+    """Bytes that one layer keeps under a remat policy."""
+    M, d = sizes.settings.model.model_dim, sizes.dtype_bytes
+    stream = sizes.residual_tokens * M * d  # p·T·M·d, the layer's input
+    if remat == "full":
+        return stream
+    kept = stream + _minimal(sizes, sparse=sparse)
+    if remat == "minimal":
+        return kept
+    return kept + _rest(sizes, sparse=sparse)
+
+
+def _minimal(sizes: Local, *, sparse: bool) -> int:
+    """Products without batch dimensions, and what travelled.
+
+    T·(n + 2u)·D·d of queries, keys and values, T·M·d of the attention's output before
+    its sum over `model`, then T·pair·f·d of a dense layer; or p·T·E·4 of the router,
+    T·pair·f·d of a shared expert, R·M·d of rows dispatched (and again if gathered over
+    `model`), as much returned, R·pair·f·d inside the experts.
+    """
+    model, d, T = sizes.settings.model, sizes.dtype_bytes, sizes.tokens
+    found = T * (_projected(sizes) + model.model_dim) * d
+    if not sparse:
+        return found + T * _dense_hidden(sizes, model.mlp_dim) * d
+    found += sizes.piece_tokens * model.num_experts * FLOAT32
+    found += T * _dense_hidden(sizes, model.shared_expert_mlp_dim) * d
+    M, cut = model.model_dim, sizes.expert_model_cut
+    if sizes.transport != "ring":
+        found += (sizes.expert_rows + sizes.sent_rows) * M * d
+    elif sizes.settings.mesh.expert > 1:  # tokens of the axis, and their outputs
+        found += (sizes.settings.mesh.expert + 1) * sizes.piece_tokens * M * d
+    if cut > 1:
+        found += cut * sizes.expert_rows * M * d
+    return found + cut * sizes.expert_rows * _expert_hidden(sizes) * d
+
+
+def _rest(sizes: Local, *, sparse: bool) -> int:
+    """What "none" keeps beside: norms, turned heads, scores if whole, activations.
+
+    Two norms' inputs in float32 and outputs, p·T·M·(4 + d) each, gathered T·M·d each;
+    T·(2n + u)·D·d; b·n·l·L·(4 + d) unless blocked; T·f·d, or R·(M + f)·d.
+    """
+    model, d, T = sizes.settings.model, sizes.dtype_bytes, sizes.tokens
+    M, D = model.model_dim, model.head_dim
+    heads = sizes.cut_heads(model.num_heads)
+    found = 2 * sizes.residual_tokens * M * (FLOAT32 + d) + 2 * T * M * d
+    found += T * (2 * heads + sizes.cut_heads(model.kv_heads)) * D * d
+    if not sizes.is_blocked:
+        scores = sizes.rows * heads * sizes.length * sizes.settings.data.length
+        found += scores * (FLOAT32 + d)
+    if not sparse:
+        return found + T * _dense_hidden(sizes, model.mlp_dim) // sizes.dense_pair * d
+    rows = sizes.expert_model_cut * sizes.expert_rows
+    hidden = _expert_hidden(sizes) // sizes.expert_pair
+    return found + rows * (M + hidden) * d
+
+
+def _recomputed(sizes: Local, *, sparse: bool) -> int:
+    """Under "full", what the layer before it makes again of one layer."""
+    model = sizes.settings.model
+    remat = model.remat
+    if sparse and model.sparse_remat != "same":
+        remat = model.sparse_remat
+    return _minimal(sizes, sparse=sparse) if remat == "full" else 0
+
+
+def _weights_in_use(
+    sizes: Local, parameters: tuple[Weight, ...], *, sparse: bool
+) -> int:
+    """Of one layer: each matrix whole in d bytes, its gradient in `reduce_dtype`.
+
+    Where nothing is gathered, the copy in d bytes alone, if the types differ.
+    """
+    model = sizes.settings.model
+    found = []
+    for block in local.blocks(parameters).values():
+        if any("/moe/" in weight.path for weight in block) is not sparse:
+            continue
+        used = 0
+        for weight in block:
+            size = weight.gathered_size // weight.num_layers
+            if weight.gathered_over:
+                used += size * (sizes.dtype_bytes + BYTES[model.reduce_dtype])
+            elif model.dtype != model.param_dtype:
+                used += size * sizes.dtype_bytes
+        found.append(used)
+    return max(found, default=0)
+
+
+def _attention(sizes: Local) -> dict[str, int]:
+    """Heads and their gradients, keys of all of a sequence, one block of scores."""
+    model, d, T = sizes.settings.model, sizes.dtype_bytes, sizes.tokens
+    M, D, L = model.model_dim, model.head_dim, sizes.settings.data.length
+    heads, kv_heads = sizes.cut_heads(model.num_heads), sizes.cut_heads(model.kv_heads)
+    # T·(2n + 2u)·D·d twice: queries, keys, values and what they are mixed to.
+    work = ACTIVATIONS_AT_ONCE * T * (2 * heads + 2 * kv_heads) * D * d
+    if sizes.settings.mesh.context > 1:  # b·L·2u·D·d, and its gradient
+        whole = sizes.settings.partition.context_attention == "all_gather"
+        seen = L if whole else 2 * sizes.length
+        work += ACTIVATIONS_AT_ONCE * sizes.rows * seen * 2 * kv_heads * D * d
+    # T·M·d of gathered input and its gradient; the norm's, in float32.
+    work += ACTIVATIONS_AT_ONCE * (T * M * d + sizes.residual_tokens * M * FLOAT32)
+    queries, keys = sizes.length, L
+    if sizes.is_blocked:
+        queries, keys = min(model.attention_block, queries), model.attention_block
+    scores = SCORES_AT_ONCE * sizes.rows * heads * queries * keys * FLOAT32
+    return {"attention": work, "scores": scores}
+
+
+def _feed_forward(sizes: Local) -> dict[str, int]:
+    """T·(2·pair + 1)·f·d: hidden, activated, gradients; T·M·d of input and output."""
+    model, T = sizes.settings.model, sizes.tokens
+    hidden = _dense_hidden(sizes, model.mlp_dim)
+    wide = ACTIVATIONS_AT_ONCE * hidden + hidden // sizes.dense_pair
+    stream = ACTIVATIONS_AT_ONCE * model.model_dim
+    return {"feed-forward": T * (wide + stream) * sizes.dtype_bytes}
+
+
+def _experts(sizes: Local) -> dict[str, int]:
+    """Rows on their way, hidden rows and their gradients, and the router's arrays."""
+    model, router, d = sizes.settings.model, sizes.settings.router, sizes.dtype_bytes
+    M, cut = model.model_dim, sizes.expert_model_cut
+    rows = max(sizes.expert_rows, sizes.sent_rows)
+    buffers = ROWS_AT_ONCE * rows * M * d
+    if cut > 1:  # gathered over `model`, and their outputs before the sum
+        buffers += 2 * cut * sizes.expert_rows * M * d
+    if sizes.transport == "ring":  # tokens of the whole axis, and their sums
+        buffers += 2 * sizes.settings.mesh.expert * sizes.piece_tokens * M * d
+    hidden = _expert_hidden(sizes)
+    wide = ACTIVATIONS_AT_ONCE * hidden + hidden // sizes.expert_pair
+    choices = sizes.piece_tokens * model.num_experts * FLOAT32
+    slots = capacity(router, model.num_experts, train=True)
+    groups = -(-sizes.piece_tokens // router.group_size)
+    maps = groups * model.num_experts * slots * 4
+    shared = _dense_hidden(sizes, model.shared_expert_mlp_dim)
+    return {
+        "dispatch": buffers,
+        "experts": cut * sizes.expert_rows * wide * d,
+        "routing": ROUTING_AT_ONCE * choices + maps,
+        "feed-forward": ACTIVATIONS_AT_ONCE * sizes.tokens * shared * d,
+    }
+
+
+def _logits(sizes: Local, parameters: tuple[Weight, ...]) -> dict[str, int]:
+    """One piece of the vocabulary: logits T·v·4, the table's part M·v, its gradient."""
+    model, T = sizes.settings.model, sizes.tokens
+    M, chunks = model.model_dim, model.vocab_chunks
+    part = -(-model.vocab_size // (sizes.settings.mesh.model * chunks))
+    table = next(
+        weight
+        for weight in parameters
+        if weight.path == ("embedding" if model.tie_embeddings else "head")
+    )
+    in_use = M * part * sizes.dtype_bytes
+    if table.gathered_over:
+        in_use += M * part * BYTES[model.reduce_dtype]
+    kept = LOGITS_AT_ONCE * T * part * FLOAT32
+    if chunks == 1:  # nothing is made again, so that the gradient of the table is here
+        kept += 0 if table.gathered_over else _gradient(table, sizes.settings)
+    stream = ACTIVATIONS_AT_ONCE * T * M * (sizes.dtype_bytes + FLOAT32)
+    return {"logits": kept, "weights": in_use, "attention": stream}
+
+
+def _projected(sizes: Local) -> int:
+    """(n + 2u)·D, elements per token of queries, keys and values."""
+    model = sizes.settings.model
+    kv_heads = sizes.cut_heads(model.kv_heads)
+    return (sizes.cut_heads(model.num_heads) + 2 * kv_heads) * model.head_dim
+
+
+def _dense_hidden(sizes: Local, mlp_dim: int) -> int:
+    """pair·f of a dense layer cut over `model`."""
+    return sizes.dense_pair * -(-mlp_dim // sizes.settings.mesh.model)
+
+
+def _expert_hidden(sizes: Local) -> int:
+    """pair·f of an expert."""
+    width = -(-sizes.settings.model.expert_mlp_dim // sizes.expert_model_cut)
+    return sizes.expert_pair * width

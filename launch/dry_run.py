@@ -2,7 +2,6 @@
 
 import argparse
 import itertools
-import math
 
 import jax
 from rich.console import Console
@@ -15,6 +14,7 @@ from launch.gin_files import ResolvedConfig
 from launch.inspection import cut_words
 from launch.settings import Settings
 from launch.terminal import compact
+from moe import expected_drops
 from moe.accounting import count
 from moe.constraints import leaks
 from moe.dispatch import choice
@@ -169,11 +169,24 @@ def sparse_facts(settings: Settings, mesh: jax.sharding.Mesh) -> list[tuple[str,
     )
     if router.slot_order == "choice_major" and router.num_choices(E) > 1:
         lines.append(("slot order", "choice by choice: drops depend on later tokens"))
-    plain = router.overflow == "drop" and router.second_policy == "all"
-    if plain and router.family in ("token_choice", "prototypes"):
-        drops = expected_drops(router, E, slots)
+    drops = expected_drops.of_router(router, E)
+    if drops is not None:
         lines.append(("expected drops", f"{drops:.1%} by a router without preferences"))
+    few = expected_drops.few_slots(router, E)
+    if few:
+        lines.append(("few slots", few + computed_for_few(router, E, taken)))
     return lines
+
+
+def computed_for_few(router: RouterSettings, num_experts: int, taken: str) -> str:
+    """Says what empty slots cost, with transports that compute them."""
+    if taken not in choice.PADDED:
+        return ""
+    rows = capacity(router, num_experts, train=True) * num_experts / router.group_size
+    return (
+        f". TRANSPORT {taken!r} computes {rows:.3g} rows for each token, of which "
+        f"{float(router.mean_choices(num_experts)):.3g} were chosen"
+    )
 
 
 def _describe_router(settings: Settings) -> str:
@@ -208,27 +221,3 @@ def _describe_router(settings: Settings) -> str:
     if router.family == "hashed" and (loss.balance_weight or loss.router_z_weight):
         words += "; it has no logits, so balance and z losses are 0"
     return words
-
-
-def expected_drops(router: RouterSettings, num_experts: int, slots: int) -> float:
-    """Fraction that a router without preferences drops.
-
-    Each of the S tokens of a group is at an expert with the same chance: arrivals are
-    binomial, and an expert computes at most its slots.
-    """
-    S, mean_choices = router.group_size, float(router.mean_choices(num_experts))
-    chance = mean_choices / num_experts
-    if chance >= 1:
-        return max(0.0, 1 - slots / S)
-
-    def log_probability(arrivals: int) -> float:
-        ways = math.lgamma(S + 1) - math.lgamma(arrivals + 1)
-        ways -= math.lgamma(S - arrivals + 1)
-        rest = (S - arrivals) * math.log1p(-chance)
-        return ways + arrivals * math.log(chance) + rest
-
-    homeless = sum(
-        (arrivals - slots) * math.exp(log_probability(arrivals))
-        for arrivals in range(slots + 1, S + 1)
-    )
-    return homeless / (S * chance)

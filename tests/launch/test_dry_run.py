@@ -1,0 +1,37 @@
+"""What is said of a run before it is compiled."""
+
+import pytest
+
+from launch import gin_files
+from launch.dry_run import sparse_facts
+from moe.testing import MESHES
+from partitioning.mesh import make_mesh
+
+pytestmark = pytest.mark.fast
+
+
+def test_a_run_with_a_slot_per_expert_says_what_it_drops_and_computes():
+    settings = gin_files.read(["runs/switch_c_decoder.gin"]).settings
+    facts = dict(sparse_facts(settings, make_mesh(MESHES["e8"])))
+    assert facts["expected drops"].startswith("21.3%")
+    assert facts["few slots"].startswith("1 per expert and group")
+    for macro in ("GROUP_SIZE = 16384", "NUM_EXPERTS", "TRAIN_CAPACITY_FACTOR"):
+        assert macro in facts["few slots"]
+    # 2,048 slots for 1,024 tokens.
+    assert "computes 2 rows for each token, of which 1 were" in facts["few slots"]
+
+
+def test_a_run_whose_experts_have_many_slots_is_not_warned():
+    settings = gin_files.read(["runs/glam_64b_64e.gin"]).settings
+    facts = dict(sparse_facts(settings, make_mesh(MESHES["e8"])))
+    # 64 experts share 2,048 choices: 32 slots, as many as an even load.
+    assert facts["capacity"].startswith("32 slots per expert in groups of 1024 tokens")
+    assert facts["expected drops"].startswith("6.9%")
+    assert "few slots" not in facts
+
+
+def test_a_dropless_run_expects_no_drops():
+    settings = gin_files.read(["runs/mixtral_8x7b.gin"]).settings
+    facts = dict(sparse_facts(settings, make_mesh(MESHES["d1"])))
+    assert facts["capacity"].startswith("nothing drops")
+    assert "expected drops" not in facts

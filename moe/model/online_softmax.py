@@ -185,8 +185,8 @@ def _add_gradients(
 def packed(seen: Seen) -> jax.Array:
     """Returns one array, so that it travels as one: fields are its last dimension."""
     fields = [seen.segment_BL, seen.place_BL, seen.position_BL, seen.prefix_BL]
-    fields = [field.astype(jnp.int32) for field in fields if field is not None]
-    return jnp.stack(fields, axis=-1)
+    given = [field.astype(jnp.int32) for field in fields if field is not None]
+    return jnp.stack(given, axis=-1)
 
 
 def _unpacked(packed: jax.Array) -> Seen:

@@ -131,7 +131,9 @@ def assemble(
     axes = transformer.param_axes(settings.model, settings.router)
     optimizer = make_optimizer(settings.optimizer, settings.train.train_steps, axes)
     learner = Learner(
-        model=transformer.build(settings.model, settings.router, mesh),
+        model=transformer.build(
+            settings.model, settings.router, mesh, settings.partition
+        ),
         optimizer=optimizer,
         schedule=make_schedule(settings.optimizer, settings.train.train_steps),
         loss=settings.loss,
@@ -140,7 +142,9 @@ def assemble(
     )
     shapes = train_state.abstract_state(settings.model, settings.router, optimizer)
     state_axes = train_state.logical_axes(shapes, settings.model, settings.router)
-    if problems := rules.problems(mesh, shapes, state_axes):
+    if problems := rules.problems(
+        mesh, shapes, state_axes, rules.table(settings.partition)
+    ):
         raise ConfigError(config.where, problems)
     return Run(
         settings=settings,
@@ -148,7 +152,7 @@ def assemble(
         learner=learner,
         shapes=shapes,
         axes=state_axes,
-        shardings=train_state.shardings(shapes, state_axes, mesh),
+        shardings=train_state.shardings(shapes, state_axes, mesh, settings.partition),
         batch_sharding=rules.sharding(mesh, ("batch", "length")),
     )
 

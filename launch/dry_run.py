@@ -49,7 +49,9 @@ def main(config: ResolvedConfig, options: argparse.Namespace) -> int:
         title_justify="left",
     )
     placement.columns[-1].justify = "right"
-    rows = rules.placement_table(run.mesh, run.shapes, run.axes)
+    rows = rules.placement_table(
+        run.mesh, run.shapes, run.axes, rules.table(run.settings.partition)
+    )
     batch_axes = dict.fromkeys(run.batch_shapes(), ("batch", "length"))
     rows += rules.placement_table(run.mesh, run.batch_shapes(), batch_axes)
     for *words, size in rows:

@@ -12,37 +12,75 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from partitioning.settings import BATCH_AXES
+from partitioning.settings import BATCH_AXES, UNCUT, PartitionSettings
 
-RULES: Mapping[str, tuple[str, ...]] = {
-    # activations
-    "batch": BATCH_AXES,
-    "length": ("context",),
-    "group": BATCH_AXES,
-    # parameters
-    "expert": ("expert",),
-    "vocab": ("model",),
-    "heads": ("model",),
-    "mlp": ("model",),
-    "embed": (),
-    "head_dim": (),
-    "pair": (),  # a gate and what it gates
-    "layers": (),
-}
+Rules = Mapping[str, tuple[str, ...]]
+
+# What is left of a matrix when it is fully sharded is cut along this dimension.
+FULLY_SHARDED = ("embed", "expert_embed")
 
 
-def spec(logical_axes: Sequence[str | None]) -> PartitionSpec:
+def table(partition: PartitionSettings) -> Rules:
+    """Returns the mesh axes of every logical axis."""
+    whole_experts = not partition.expert_tensor_parallel
+    cut = {
+        "none": ((), ()),
+        "optimizer": ((), ("data", "context")),
+        "data": (("data", "context"),) * 2,
+        "data_expert": (("data", "context"),) * 2,
+    }
+    weights, moments = cut[partition.fsdp]
+    also_expert = ("expert",) if partition.fsdp == "data_expert" else ()
+    also_model = ("model",) if whole_experts else ()
+    return {
+        # activations
+        "batch": BATCH_AXES,
+        "length": ("context",),
+        "piece": ("context", "model"),  # of a sequence, in the sparse layers
+        # parameters
+        "expert": ("expert",),
+        "vocab": ("model",),
+        "heads": ("model",),
+        "kv_heads": ("model",),
+        "mlp": ("model",),
+        "expert_mlp": () if whole_experts else ("model",),
+        "embed": (*weights, *also_expert),
+        "expert_embed": (*weights, *(also_model if weights else ())),
+        "norm": (),  # a vector of M
+        "routed": (),  # experts as a router sees them
+        "bucket": (),  # of distance
+        "position": (),
+        "head_dim": (),
+        "pair": (),  # a gate and what it gates
+        "layers": (),
+        # the same of the optimizer's state
+        "embed_moment": (*moments, *also_expert),
+        "expert_embed_moment": (*moments, *(also_model if moments else ())),
+    }
+
+
+DEFAULT = table(UNCUT)
+
+
+def spec(logical_axes: Sequence[str | None], rules: Rules = DEFAULT) -> PartitionSpec:
     """Translates the logical axes of one array; None is a dimension left whole."""
     entries = []
     for axis in logical_axes:
-        mesh_axes = RULES[axis] if axis is not None else ()
+        mesh_axes = rules[axis] if axis is not None else ()
         entries.append(mesh_axes if len(mesh_axes) > 1 else (*mesh_axes, None)[0])
     return PartitionSpec(*entries)
 
 
-def sharding(mesh: Mesh, logical_axes: Sequence[str | None]) -> NamedSharding:
+def specs(shapes: Any, logical_axes: Any, rules: Rules = DEFAULT) -> Any:
+    """Translates the logical axes of a tree of arrays."""
+    return jax.tree.map(lambda _, axes: spec(axes, rules), shapes, logical_axes)
+
+
+def sharding(
+    mesh: Mesh, logical_axes: Sequence[str | None], rules: Rules = DEFAULT
+) -> NamedSharding:
     """Places one array by its logical axes."""
-    return NamedSharding(mesh, spec(logical_axes))
+    return NamedSharding(mesh, spec(logical_axes, rules))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -50,22 +88,25 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def problems(mesh: Mesh, shapes: Any, logical_axes: Any) -> list[str]:
+def problems(
+    mesh: Mesh, shapes: Any, logical_axes: Any, rules: Rules = DEFAULT
+) -> list[str]:
     """Lists every dimension that does not divide over its mesh axes.
 
     Args:
         mesh: the mesh.
         shapes: tree of arrays or `jax.ShapeDtypeStruct`.
         logical_axes: the same tree with a tuple of logical axes per array.
+        rules: the table.
     """
     found = []
     for path, array, axes in leaves(shapes, logical_axes):
         for size, axis in zip(array.shape, axes, strict=True):
-            parts = math.prod(mesh.shape[a] for a in RULES[axis]) if axis else 1
+            parts = math.prod(mesh.shape[a] for a in rules[axis]) if axis else 1
             if size % parts:
                 found.append(
                     f"{path}: its {axis!r} dimension of {size} does not divide over "
-                    f"the mesh axes {'×'.join(RULES[axis])} of size {parts}"
+                    f"the mesh axes {'×'.join(rules[axis])} of size {parts}"
                 )
     return found
 
@@ -84,7 +125,7 @@ def leaves(shapes: Any, logical_axes: Any) -> list[tuple[str, Any, tuple]]:
 
 
 def placement_table(
-    mesh: Mesh, shapes: Any, logical_axes: Any
+    mesh: Mesh, shapes: Any, logical_axes: Any, rules: Rules = DEFAULT
 ) -> list[tuple[str, str, str, str, int]]:
     """Says where each array lives.
 
@@ -93,13 +134,13 @@ def placement_table(
     """
     rows = []
     for path, array, axes in leaves(shapes, logical_axes):
-        local = sharding(mesh, axes).shard_shape(array.shape)
+        local = sharding(mesh, axes, rules).shard_shape(array.shape)
         rows.append(
             (
                 path,
                 "×".join(map(str, array.shape)),
                 ", ".join(a or "–" for a in axes),
-                ", ".join("×".join(RULES[a]) if a and RULES[a] else "–" for a in axes),
+                ", ".join("×".join(rules[a]) if a and rules[a] else "–" for a in axes),
                 math.prod(local) * array.dtype.itemsize,
             )
         )

@@ -63,6 +63,9 @@ class PartitionSettings:
     context_attention: Literal["all_gather", "ring"] = "all_gather"
 
 
+UNCUT = PartitionSettings()
+
+
 def problems(mesh: MeshSettings) -> list[str]:
     """Lists what is wrong with the sizes alone, before any device is looked at."""
     found = [

@@ -141,9 +141,9 @@ def empty_cache(model: Model, num_rows: int, room: int) -> tuple[Cache, ...]:
     settings = model.settings
 
     def zeros(periods: int, layers: int) -> Cache:
-        shape = (periods, layers, num_rows, room, settings.num_heads, settings.head_dim)
+        shape = (periods, layers, num_rows, room, settings.kv_heads, settings.head_dim)
         array = jnp.zeros(shape, settings.dtype)
-        return Cache(key_BTND=array, value_BTND=array)
+        return Cache(key_BTUD=array, value_BTUD=array)
 
     dense = settings.first_dense_layers
     first = (zeros(dense, 1),) if dense else ()

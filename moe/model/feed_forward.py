@@ -1,5 +1,7 @@
 """Feed-forward layers: one for every token, or one per expert over its rows."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -29,36 +31,52 @@ class FeedForward(nnx.Module):
         init_scale: float = 1.0,
         num_experts: int | None = None,
     ):
-        lead, name = ((), ()) if num_experts is None else ((num_experts,), ("expert",))
+        lead, name, embed, mlp = (), (), "embed", "mlp"
+        if num_experts is not None:
+            lead, name = (num_experts,), ("expert",)
+            embed, mlp = "expert_embed", "expert_mlp"
         pair, pair_axes = ((2,), ("pair",)) if activation in GATED else ((), ())
         up_key, down_key = jax.random.split(key)
         self.up = scaled(
             up_key,
             (*lead, model_dim, *pair, mlp_dim),
-            (*name, "embed", *pair_axes, "mlp"),
+            (*name, embed, *pair_axes, mlp),
             fan_in=model_dim,
             scale=init_scale,
         )
         self.down = scaled(
             down_key,
             (*lead, mlp_dim, model_dim),
-            (*name, "mlp", "embed"),
+            (*name, mlp, embed),
             fan_in=mlp_dim,
             scale=init_scale,
         )
         if biases:
-            up_axes = (*name, *pair_axes, "mlp")
+            up_axes = (*name, *pair_axes, mlp)
             self.up_bias = constant((*lead, *pair, mlp_dim), up_axes, 0.0)
-            self.down_bias = constant((*lead, model_dim), (*name, "embed"), 0.0)
+            self.down_bias = constant((*lead, model_dim), (*name, "norm"), 0.0)
 
 
-def feed_forward(weights: FeedForward, x_BLM: jax.Array, activation: str) -> jax.Array:
-    """Applies the dense layer to every token, in the dtype of x."""
+def feed_forward(
+    weights: FeedForward,
+    x_BLM: jax.Array,
+    activation: str,
+    add_up: Callable[[jax.Array], jax.Array] = lambda y_BLM: y_BLM,
+) -> jax.Array:
+    """Applies the dense layer to every token, in the dtype of x.
+
+    Args:
+        weights: the layer's; F may be a part of its width.
+        x_BLM: activations.
+        activation: name of the non-linearity.
+        add_up: makes whole outputs of those of the parts.
+    """
     w = {name: array.astype(x_BLM.dtype) for name, array in arrays(weights).items()}
     up_BLF = _product(x_BLM, w["up"], "BLM")
     if "up_bias" in w:
         up_BLF += w["up_bias"]
     y_BLM = jnp.einsum("BLF,FM->BLM", activate(up_BLF, activation), w["down"])
+    y_BLM = add_up(y_BLM)
     return y_BLM + w["down_bias"] if "down_bias" in w else y_BLM
 
 

@@ -1,4 +1,4 @@
-"""The sparse layer: route, dispatch, experts, combine, inside one `shard_map`.
+"""The sparse layer: route, dispatch, experts, combine, on each device of a mesh.
 
 The three parts never see each other: a router returns an Assignment, a transport moves
 tokens by it, experts see rows.
@@ -8,11 +8,13 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, PartitionSpec
 
 from moe.dispatch import all_to_all, choice, einsum, ragged, ring
@@ -25,12 +27,14 @@ from moe.model.feed_forward import (
     feed_forward,
 )
 from moe.model.grouped import grouped_feed_forward
-from moe.model.parameters import constant, normal
+from moe.model.parameters import constant, logical_axes, normal
+from moe.model.weights import whole
 from moe.routing import expert_choice, hashed, prototypes, sinkhorn, token_choice
 from moe.routing.assignment import Assignment, RouterContext, RouterSums
 from moe.settings import ModelSettings, RouterSettings, capacity
 from partitioning import rules
-from partitioning.settings import BATCH_AXES
+from partitioning.grid import Grid
+from partitioning.settings import UNCUT, PartitionSettings
 
 ROUTERS: dict[str, Callable[..., Assignment]] = {
     "token_choice": token_choice.route,
@@ -54,23 +58,26 @@ class MoE(nnx.Module):
         router_key, experts_key, shared_key = jax.random.split(key, 3)
         M, E = settings.model_dim, settings.num_experts
         if router.family != "hashed":
-            self.router = normal(router_key, (M, E), ("embed", None), stddev=0.02)
+            self.router = normal(router_key, (M, E), ("embed", "routed"), stddev=0.02)
         if router.selection_bias:
             # Moved by loads after each step; its gradient is always zero.
-            self.selection_bias = constant((E,), (None,), 0.0)
+            self.selection_bias = constant((E,), ("routed",), 0.0)
         feed_forward_of = functools.partial(
-            FeedForward,
-            model_dim=M,
-            activation=settings.activation,
-            biases=settings.mlp_biases,
-            init_scale=settings.init_scale,
+            FeedForward, model_dim=M, init_scale=settings.init_scale
         )
         self.experts = feed_forward_of(
-            experts_key, mlp_dim=settings.expert_mlp_dim, num_experts=E
+            experts_key,
+            mlp_dim=settings.expert_mlp_dim,
+            activation=settings.activation_of_experts,
+            biases=settings.expert_biases,
+            num_experts=E,
         )
         if settings.shared_expert_mlp_dim:
             self.shared_expert = feed_forward_of(
-                shared_key, mlp_dim=settings.shared_expert_mlp_dim
+                shared_key,
+                mlp_dim=settings.shared_expert_mlp_dim,
+                activation=settings.activation,
+                biases=settings.mlp_biases,
             )
 
 
@@ -97,16 +104,33 @@ class Layer:
 
     Attributes:
         model: settings of the model.
-        router: settings of the router; S divides L.
+        router: settings of the router; S divides the tokens of a sequence that one
+            device routes, L / (context · model).
         mesh: the mesh; its `expert` axis divides E.
         in_rounds: compute rows beyond the row budget in further rounds instead of
             reporting them.
+        partition: what is cut over the mesh beside the batch and the experts.
+        routes_alike: whether the devices of `context` and `model` all have the same
+            tokens, as when tokens are drawn one by one; else each has a piece of every
+            sequence.
     """
 
     model: ModelSettings
     router: RouterSettings
     mesh: Mesh
     in_rounds: bool = False
+    partition: PartitionSettings = UNCUT
+    routes_alike: bool = False
+
+    @property
+    def grid(self) -> Grid:
+        """The mesh as one device sees it."""
+        return Grid(self.mesh, self.partition)
+
+    @property
+    def cuts_experts(self) -> bool:
+        """Whether each expert is cut over `model`."""
+        return self.mesh.shape["model"] > 1 and self.partition.expert_tensor_parallel
 
 
 def moe_layer(
@@ -119,8 +143,7 @@ def moe_layer(
 ) -> tuple[jax.Array, RouterSums]:
     """Sends every token through the experts that its router picks.
 
-    Groups are cuts of `router.group_size` tokens of one sequence, so a group is the
-    same set of tokens on every mesh.
+    The layer by itself, on whole arrays; in a model all layers share one `shard_map`.
 
     Args:
         weights: the layer's parameters.
@@ -133,10 +156,68 @@ def moe_layer(
         y_BLM, zero for dropped tokens but for what a shared expert adds, and the
         router's sums per group.
     """
+    definition, state = nnx.split(weights)
+    axes, pure = logical_axes(weights), nnx.to_pure_dict(state)
+    piece, by_row = rules.spec(["batch", "piece"]), rules.spec(["batch"])
+    none = PartitionSpec()
+
+    def on_device(
+        arrays: Any, x_BLM: jax.Array, tokens: Tokens, key: Any, index: Any
+    ) -> tuple[jax.Array, RouterSums]:
+        arrays = whole(arrays, axes, layer.model, layer.grid)
+        y_BLM, sums = sparse(
+            nnx.merge(definition, arrays), x_BLM, tokens, key, index, layer
+        )
+        by_row = jax.tree.map(
+            lambda sum_G: sum_G.reshape(len(x_BLM), -1, *sum_G.shape[1:]), sums
+        )
+        return y_BLM, by_row
+
+    y_BLM, sums = layer.grid.run(
+        on_device,
+        in_specs=(
+            rules.specs(pure, axes, rules.table(layer.partition)),
+            piece,
+            Tokens(mask_BL=piece, row_B=by_row, id_BL=piece),
+            none,
+            none,
+        ),
+        out_specs=(piece, piece),
+    )(pure, x_BLM, tokens, key, jnp.asarray(index))
+    return y_BLM, jax.tree.map(
+        lambda sum_BG: sum_BG.reshape(-1, *sum_BG.shape[2:]), sums
+    )
+
+
+def sparse(
+    weights: MoE,
+    x_BLM: jax.Array,
+    tokens: Tokens,
+    key: jax.Array | None,
+    index: jax.Array | int,
+    layer: Layer,
+) -> tuple[jax.Array, RouterSums]:
+    """What one device does of the layer: its tokens, its experts; see `moe_layer`.
+
+    Groups are cuts of `router.group_size` tokens of one sequence, so a group is the
+    same set of tokens on every mesh.
+
+    Args:
+        weights: the router, and this device's experts.
+        x_BLM: this device's pieces of its sequences.
+        tokens: those of the pieces.
+        key: of this layer and step in training, None outside it.
+        index: the layer's number in the model.
+        layer: settings and mesh.
+    """
     B, L, M = x_BLM.shape
     S = layer.router.group_size
-    model, router = layer.model, layer.router
-    group_G = (tokens.row_B[:, None] * (L // S) + jnp.arange(L // S)).reshape(-1)
+    model, router, grid = layer.model, layer.router, layer.grid
+    pieces, piece = 1, 0
+    if not layer.routes_alike:
+        pieces, piece = grid.size("context", "model"), grid.index("context", "model")
+    first = piece * (L // S)
+    group_BG = tokens.row_B[:, None] * (pieces * L // S) + first + jnp.arange(L // S)
     routing = {
         name: getattr(weights, name)[...]
         for name in ("router", "selection_bias")
@@ -146,42 +227,31 @@ def moe_layer(
         routing["order"] = hashed.vocabulary_order(
             router.hash_seed, jnp.asarray(index), model.vocab_size
         )
-    experts = arrays(weights.experts)
-    by_group, by_expert, whole = (
-        rules.spec(["group"]),
-        rules.spec(["expert"]),
-        PartitionSpec(),
-    )
-    core = functools.partial(_core, layer=layer)
-    if layer.mesh.size > 1:  # else XLA would still copy gradients in its reductions
-        core = jax.shard_map(
-            core,
-            mesh=layer.mesh,
-            in_specs=(
-                dict.fromkeys(routing, whole),
-                dict.fromkeys(experts, by_expert),
-                by_group,
-                by_group,
-                by_group,
-                by_group,
-                whole,
-            ),
-            out_specs=(by_group, by_group),
-            check_vma=False,  # kernels and loops of dynamic length have no such types
-        )
-    y_GSM, sums = core(
+    y_GSM, sums = _core(
         routing,
-        experts,
+        arrays(weights.experts),
         x_BLM.reshape(-1, S, M),
         tokens.mask_BL.reshape(-1, S),
         tokens.id_BL.reshape(-1, S),
-        group_G,
+        group_BG.reshape(-1),
         key,
+        layer=layer,
     )
     y_BLM = y_GSM.reshape(B, L, M)
     if hasattr(weights, "shared_expert"):
-        y_BLM += feed_forward(weights.shared_expert, x_BLM, model.activation)
+        y_BLM += _shared(weights.shared_expert, x_BLM, layer)
     return y_BLM, sums
+
+
+def _shared(weights: FeedForward, x_BLM: jax.Array, layer: Layer) -> jax.Array:
+    """The experts that every token visits: a dense layer, cut over `model`."""
+    grid, dim = layer.grid, 1
+    if layer.routes_alike:
+        add_up = functools.partial(grid.sum, axes=["model"])
+    else:
+        x_BLM = grid.gather(x_BLM, ["model"], dim)
+        add_up = functools.partial(grid.scatter_sum, axes=["model"], dim=dim)
+    return feed_forward(weights, x_BLM, layer.model.activation, add_up)
 
 
 def _core(
@@ -195,7 +265,7 @@ def _core(
     *,
     layer: Layer,
 ) -> tuple[jax.Array, RouterSums]:
-    """What one device does: its groups, its experts."""
+    """Route, dispatch, experts, combine."""
     model, router, train = layer.model, layer.router, key is not None
     axis_size = layer.mesh.shape["expert"]
     platform = layer.mesh.devices.flat[0].platform
@@ -205,30 +275,77 @@ def _core(
     room = room_for(router, model.num_experts, tokens, axis_size, platform, train=train)
     keys_g = None if key is None else _group_keys(key, group_g)
     assignment = _assign(routing, x_gSM, mask_gS, id_gS, keys_g, layer)
+    dropout_g = None
+    if keys_g is not None and model.expert_dropout > 0:
+        dropout_g = keys_g["dropout"]
 
     def one_round(first_row: jax.Array | int) -> tuple[jax.Array, jax.Array]:
         rows, size_e, plan = transport.dispatch(x_gSM, assignment, room, first_row)
-        if size_e is None:
-            keep_eRF = None
-            if keys_g is not None and model.expert_dropout > 0:
-                keep_eRF = _expert_dropout(keys_g["dropout"], rows.shape, model, room)
-            rows = expert_feed_forward(experts, rows, model.activation, keep_eRF)
-        else:
-            rows = grouped_feed_forward(
-                experts,
-                rows,
-                size_e,
-                model.activation,
-                method="blocked" if platform == "cpu" else "ragged_dot",
-            )
+        rows = _compute(experts, rows, size_e, dropout_g, room, layer)
         y_gSM = transport.combine(rows, assignment, plan, room)
         return y_gSM, jnp.zeros((), jnp.int32) if plan is None else plan.excess
 
     if layer.in_rounds and name not in choice.PADDED and room.num_rounds > 1:
-        return _in_rounds(one_round, x_gSM, assignment, room), assignment.sums
+        return _in_rounds(one_round, x_gSM, assignment, room, layer), assignment.sums
     y_gSM, excess = one_round(0)
     excess_g = jnp.zeros_like(group_g).at[0].set(excess)
     return y_gSM, dataclasses.replace(assignment.sums, excess_G=excess_g)
+
+
+def _compute(
+    experts: dict[str, jax.Array],
+    rows: jax.Array,
+    size_e: jax.Array | None,
+    dropout_g: jax.Array | None,
+    room: Room,
+    layer: Layer,
+) -> jax.Array:
+    """Sends rows through this device's experts.
+
+    Where experts are cut over `model`, each device of that axis has brought its own
+    rows here, and computes its share of the width for the rows of all.
+
+    Args:
+        experts: their arrays.
+        rows: [e, R, M], or [R, M] sorted by expert.
+        size_e: rows of each expert, if they are sorted.
+        dropout_g: keys of this device's groups, if there is dropout.
+        room: of the exchange.
+        layer: settings and mesh.
+    """
+    grid, model = layer.grid, layer.model
+    joined = layer.cuts_experts and not layer.routes_alike
+    if layer.cuts_experts and "down_bias" in experts:  # shares add up to one bias
+        mine = grid.index("model") == 0
+        experts = experts | {"down_bias": experts["down_bias"] * mine}
+    if size_e is None:
+        if joined:
+            rows = grid.gather(rows, ["model"], 1)
+            rows = checkpoint_name(rows, "dispatched_rows")
+        keep_eRF = None
+        if dropout_g is not None:
+            keep_eRF = _expert_dropout(dropout_g, rows.shape, room, layer)
+        rows = expert_feed_forward(experts, rows, model.activation_of_experts, keep_eRF)
+        if joined:
+            rows = grid.scatter_sum(rows, ["model"], 1)
+    else:
+        products = functools.partial(
+            grouped_feed_forward,
+            experts,
+            activation=model.activation_of_experts,
+            method="blocked" if room.platform == "cpu" else "ragged_dot",
+        )
+        if joined:
+            rows_XRM = grid.gather(rows[None], ["model"], 0)
+            rows_XRM = checkpoint_name(rows_XRM, "dispatched_rows")
+            size_Xe = grid.gather(size_e[None], ["model"], 0)
+            rows_XRM = lax.map(lambda x: products(*x), (rows_XRM, size_Xe))
+            rows = grid.scatter_sum(rows_XRM, ["model"], 0)[0]
+        else:
+            rows = products(rows, size_e)
+    if layer.cuts_experts and not joined:
+        rows = grid.sum(rows, ["model"])
+    return rows
 
 
 def _in_rounds(
@@ -236,6 +353,7 @@ def _in_rounds(
     x_gSM: jax.Array,
     assignment: Assignment,
     room: Room,
+    layer: Layer,
 ) -> jax.Array:
     """Computes R rows at a time, as many times as the fullest device needs.
 
@@ -246,7 +364,7 @@ def _in_rounds(
     size_E = jnp.sum(assignment.sums.kept_GE, axis=0)
     size_E = lax.psum(size_E, "expert")
     fullest = jnp.max(jnp.sum(size_E.reshape(room.axis_size, -1), axis=1))
-    fullest = lax.pmax(fullest, BATCH_AXES)
+    fullest = layer.grid.max(fullest)
 
     @jax.checkpoint
     def add_round(y_gSM: jax.Array, first_row: jax.Array) -> tuple[jax.Array, None]:
@@ -274,7 +392,7 @@ def _assign(
     router, E = layer.router, layer.model.num_experts
     clean_gSE = None
     if "router" in routing:
-        x_gSM = x_gSM.astype(jnp.float32)
+        x_gSM = x_gSM.astype(router.dtype)
         if keys_g is not None and router.jitter > 0:
             noise_gSM = jax.vmap(
                 lambda k: jax.random.uniform(k, x_gSM.shape[1:], minval=-1, maxval=1)
@@ -283,7 +401,11 @@ def _assign(
         # On TPU, and with TF32, a plain float32 product would multiply in lower
         # precision.
         logits_gSE = jnp.einsum(
-            "gSM,ME->gSE", x_gSM, routing["router"], precision=lax.Precision.HIGHEST
+            "gSM,ME->gSE",
+            x_gSM.astype(router.dtype),
+            routing["router"].astype(router.dtype),
+            precision=lax.Precision.HIGHEST,
+            preferred_element_type=jnp.float32,
         )
         if keys_g is not None and router.logit_noise > 0:
             clean_gSE = logits_gSE
@@ -306,18 +428,21 @@ def _assign(
 
 
 def _expert_dropout(
-    key_g: jax.Array, shape_eRM: tuple[int, ...], model: ModelSettings, room: Room
+    key_g: jax.Array, shape_eRM: tuple[int, ...], room: Room, layer: Layer
 ) -> jax.Array:
     """What hidden activations of capacity slots are multiplied by.
 
     A draw belongs to (group, expert, slot), which are the same on every mesh.
     """
     e, R, _ = shape_eRM
+    model, grid = layer.model, layer.grid
     data_g = jax.random.key_data(key_g)
     first = jnp.int32(0)
     if room.axis_size > 1:
         data_g = all_maps(data_g).reshape(-1, data_g.shape[-1])
         first = lax.axis_index("expert") * e
+    if layer.cuts_experts:  # rows of all devices of `model` are here
+        data_g = grid.gather(data_g, ["model"], 0)
     key_G = jax.random.wrap_key_data(data_g)
     rate, C = model.expert_dropout, R // key_G.shape[0]
 
@@ -327,7 +452,8 @@ def _expert_dropout(
 
     by_group = jax.vmap(keep, in_axes=(None, 0))
     keep_eGCF = jax.vmap(by_group, in_axes=(0, None))(first + jnp.arange(e), key_G)
-    return keep_eGCF.reshape(e, R, -1) / (1 - rate)
+    keep_eRF = keep_eGCF.reshape(e, R, -1) / (1 - rate)
+    return grid.piece(keep_eRF, ["model"], 2) if layer.cuts_experts else keep_eRF
 
 
 def _group_keys(key: jax.Array, group_g: jax.Array) -> dict[str, jax.Array]:

@@ -7,12 +7,16 @@ divides.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
+from moe.model.embedding import Scores
 from moe.routing.assignment import RouterSums
 from moe.settings import LossSettings
+from partitioning.grid import Grid
+from partitioning.settings import BATCH_AXES
 
 
 @jax.tree_util.register_dataclass
@@ -76,40 +80,56 @@ class Sums:
 
 
 def sums(
-    logits_BLV: jax.Array,
+    scores: Scores,
     target_BL: jax.Array,
     weight_BL: jax.Array,
     router: RouterSums | None,
+    join_sequence: Callable[[jax.Array], jax.Array] = lambda x: x,
 ) -> Sums:
-    """Sums up a batch or microbatch.
+    """Sums up a batch, a microbatch, or one device's part of it.
 
     Args:
-        logits_BLV: float32.
+        scores: of each target.
         target_BL: int32.
         weight_BL: 1 where the target counts, 0 elsewhere.
         router: sums per sparse layer and group.
+        join_sequence: adds up over the devices that a sequence is cut over.
     """
     weight_BL = weight_BL.astype(jnp.float32)
-    log_z_BL = jax.nn.logsumexp(logits_BLV, axis=-1)
-    # A comparison instead of a gather: its transpose is not a scatter over V.
-    is_target_BLV = target_BL[..., None] == jnp.arange(logits_BLV.shape[-1])
-    target_logit_BL = jnp.sum(jnp.where(is_target_BLV, logits_BLV, 0.0), axis=-1)
-    likeliest_BL = jnp.argmax(jax.lax.stop_gradient(logits_BLV), axis=-1)
+    log_z_BL = scores.log_z_BL
+    totals = None
+    if router is not None:
+        totals = router_totals(router, len(target_BL), join_sequence)
     return Sums(
-        cross_entropy=jnp.sum(weight_BL * (log_z_BL - target_logit_BL)),
+        cross_entropy=jnp.sum(weight_BL * (log_z_BL - scores.target_logit_BL)),
         z=jnp.sum(weight_BL * log_z_BL**2),
-        correct=jnp.sum(weight_BL * (likeliest_BL == target_BL)),
+        correct=jnp.sum(weight_BL * (scores.likeliest_BL == target_BL)),
         weight=jnp.sum(weight_BL),
-        router=None if router is None else router_totals(router, len(target_BL)),
+        router=totals,
     )
 
 
-def router_totals(router: RouterSums, num_sequences: int) -> RouterTotals:
+def over_devices(sums: Sums, grid: Grid) -> Sums:
+    """Merges the parts of all devices; those of `model` score the same targets."""
+    cuts = (*BATCH_AXES, "context")
+    router, rest = sums.router, dataclasses.replace(sums, router=None)
+    merged = grid.sum(rest, cuts)
+    if router is not None:
+        router = grid.sum(router, (*cuts, "model"))
+    return dataclasses.replace(merged, router=router)
+
+
+def router_totals(
+    router: RouterSums,
+    num_sequences: int,
+    join_sequence: Callable[[jax.Array], jax.Array] = lambda x: x,
+) -> RouterTotals:
     """Adds up the groups of sums that lead with layers, [P, G, ...].
 
     Args:
         router: sums per group; those of a sequence are neighbours.
         num_sequences: B.
+        join_sequence: adds up over the devices that a sequence is cut over.
     """
 
     def over_groups(sum_PG: jax.Array) -> jax.Array:
@@ -121,10 +141,16 @@ def router_totals(router: RouterSums, num_sequences: int) -> RouterTotals:
             sum_PG.reshape(P, num_sequences, G // num_sequences, *rest), axis=2
         )
 
+    def joined(sum_PG: jax.Array) -> jax.Array:
+        return join_sequence(per_sequence(sum_PG))
+
     local_balance_P = {}
-    for scope, unit in (("group", lambda x: x), ("sequence", per_sequence)):
+    for scope, cut, unit in (
+        ("group", lambda x: x, lambda x: x),
+        ("sequence", per_sequence, joined),
+    ):
         probability_PGE = unit(router.probability_GE)
-        tokens_PG = unit(router.tokens_G)
+        tokens_PG = cut(router.tokens_G)  # a sequence's, shared out over its devices
         for counts, number_GE in (
             ("first", router.first_GE),
             ("all", router.chosen_GE),

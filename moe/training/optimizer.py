@@ -11,6 +11,8 @@ from partitioning import rules
 
 # Leading dimensions that index separate matrices, or separate vectors.
 STACKED = ("layers", "expert", "pair")
+# What fully sharded dimensions are called in the optimizer's state.
+MOMENTS = {axis: f"{axis}_moment" for axis in rules.FULLY_SHARDED}
 
 
 def make_optimizer(
@@ -80,7 +82,7 @@ def state_axes(opt_state_shapes: Any, params: Any, axes: Any) -> Any:
         for param_path, (shape, param_axes) in by_path.items():
             if param_path in name:
                 if leaf.shape == shape:
-                    return param_axes
+                    return tuple(MOMENTS.get(a, a) for a in param_axes)
                 lead = param_axes[: min(num_stacked(param_axes), leaf.ndim)]
                 return (*lead, *(None,) * (leaf.ndim - len(lead)))
         return (None,) * leaf.ndim

@@ -11,6 +11,7 @@ from moe.model import transformer
 from moe.settings import ModelSettings, RouterSettings
 from moe.training.optimizer import state_axes
 from partitioning import rules
+from partitioning.settings import UNCUT, PartitionSettings
 
 Leaf = Any  # an array, or what stands for it: its shape, its place, its axes
 
@@ -82,10 +83,16 @@ def logical_axes(
     )
 
 
-def shardings(shapes: TrainState, axes: TrainState, mesh: jax.sharding.Mesh) -> Any:
+def shardings(
+    shapes: TrainState,
+    axes: TrainState,
+    mesh: jax.sharding.Mesh,
+    partition: PartitionSettings = UNCUT,
+) -> Any:
     """Places every array of the state by the one table."""
+    table = rules.table(partition)
     placed = [
-        rules.sharding(mesh, array_axes)
+        rules.sharding(mesh, array_axes, table)
         for _, _, array_axes in rules.leaves(shapes, axes)
     ]
     return jax.tree.unflatten(jax.tree.structure(shapes), placed)

@@ -1,20 +1,22 @@
 """One step of learning: a pure function of the state and a batch."""
 
 import dataclasses
-import math
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import PartitionSpec
 
 from moe.model import transformer
+from moe.model.embedding import Scores, score
 from moe.model.transformer import Batch, Model
+from moe.routing.assignment import RouterSums
 from moe.settings import LossSettings
 from moe.training import losses
 from moe.training.state import TrainState
 from partitioning import rules
-from partitioning.settings import BATCH_AXES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,20 +141,19 @@ def eval_step(params: Any, batch: Batch, model: Model) -> tuple[losses.Sums, jax
         its weight is 0. Hosts add it up by document, in float64.
     """
     model = dataclasses.replace(model, in_rounds=True)
-    target_BL, weight_BL = batch["decoder_target_tokens"], batch["decoder_loss_weights"]
-    logits_BLV, router = transformer.forward(model, params, batch, _rows(batch))
-    sums = losses.sums(logits_BLV, target_BL, weight_BL, router)
-    return sums, _nats(logits_BLV, target_BL, weight_BL)
 
+    def on_device(params: Any, batch: Batch, row_B: jax.Array) -> Any:
+        scores, router = _scores(params, batch, row_B, None, model)
+        weight_BL = batch["decoder_loss_weights"]
+        sums = _sums(scores, router, batch, model)
+        nats_BL = jnp.where(weight_BL > 0, scores.log_z_BL - scores.target_logit_BL, 0)
+        return losses.over_devices(sums, model.grid), nats_BL
 
-def _nats(
-    logits_BLV: jax.Array, target_BL: jax.Array, weight_BL: jax.Array
-) -> jax.Array:
-    """What `losses.sums` adds up."""
-    is_target_BLV = target_BL[..., None] == jnp.arange(logits_BLV.shape[-1])
-    target_logit_BL = jnp.sum(jnp.where(is_target_BLV, logits_BLV, 0.0), axis=-1)
-    nats_BL = jax.nn.logsumexp(logits_BLV, axis=-1) - target_logit_BL
-    return jnp.where(weight_BL > 0, nats_BL, 0.0)
+    return model.grid.run(
+        on_device,
+        in_specs=(model.param_specs, transformer.batch_spec(batch), _BY_ROW),
+        out_specs=(PartitionSpec(), rules.spec(["batch", "length"])),
+    )(params, batch, _rows(batch))
 
 
 def batch_sums(
@@ -163,57 +164,70 @@ def batch_sums(
     The losses are formed from the result and differentiated through the scan, so any
     loss has its exact gradient whatever the number of microbatches. Each microbatch
     keeps only its inputs and is recomputed on the way back: one more forward pass.
+
+    Piece a is the a-th block of each device's own rows, so that no row moves, and
+    gradients of parameters that devices share are summed once, after the last.
     """
-    rows = _rows(batch)
-    if learner.microbatches == 1:
-        return _forward_sums(params, batch, rows, key, learner.model)
-    pieces, piece_rows = _split((batch, rows), learner)
+    model, A = learner.model, learner.microbatches
 
-    @jax.checkpoint
-    def one(params: Any, piece: Batch, piece_rows: jax.Array) -> losses.Sums:
-        return _forward_sums(params, piece, piece_rows, key, learner.model)
+    def one(params: Any, piece: Batch, row_B: jax.Array, key: Any) -> losses.Sums:
+        scores, router = _scores(params, piece, row_B, key, model)
+        return _sums(scores, router, piece, model)
 
-    def add(carried: losses.Sums, scanned: Any) -> tuple[losses.Sums, None]:
-        return jax.tree.map(jnp.add, carried, one(params, *scanned)), None
+    def on_device(params: Any, batch: Batch, row_B: jax.Array, key: Any) -> losses.Sums:
+        if A == 1:
+            return losses.over_devices(one(params, batch, row_B, key), model.grid)
+        pieces = jax.tree.map(
+            lambda x: x.reshape(A, x.shape[0] // A, *x.shape[1:]), (batch, row_B)
+        )
+        again = jax.checkpoint(one, prevent_cse=False)
 
-    shapes = jax.eval_shape(
-        one, params, *jax.tree.map(lambda x: x[0], (pieces, piece_rows))
-    )
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    return jax.lax.scan(add, zeros, (pieces, piece_rows))[0]
+        def add(carried: losses.Sums, piece: Any) -> tuple[losses.Sums, None]:
+            return jax.tree.map(jnp.add, carried, again(params, *piece, key)), None
+
+        shapes = jax.eval_shape(one, params, *jax.tree.map(lambda x: x[0], pieces), key)
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        sums, _ = jax.lax.scan(add, zeros, pieces)
+        return losses.over_devices(sums, model.grid)
+
+    return model.grid.run(
+        on_device,
+        in_specs=(
+            model.param_specs,
+            transformer.batch_spec(batch),
+            _BY_ROW,
+            PartitionSpec(),
+        ),
+        out_specs=PartitionSpec(),
+    )(params, batch, _rows(batch), key)
 
 
-def _forward_sums(
-    params: Any, batch: Batch, rows: jax.Array, key: jax.Array | None, model: Model
+_BY_ROW = rules.spec(["batch"])
+
+
+def _scores(
+    params: Any, batch: Batch, row_B: jax.Array, key: jax.Array | None, model: Model
+) -> tuple[Scores, RouterSums | None]:
+    """The forward pass on one device."""
+    x_BLM, router = transformer.hidden(model, params, batch, row_B, key)
+    head_mv = transformer.head(model, params)
+    target_BL = batch["decoder_target_tokens"]
+    return score(head_mv, x_BLM, target_BL, model.settings, model.grid), router
+
+
+def _sums(
+    scores: Scores, router: RouterSums | None, batch: Batch, model: Model
 ) -> losses.Sums:
-    logits_BLV, router = transformer.forward(model, params, batch, rows, key)
+    """What one device's part of the losses is made of."""
     return losses.sums(
-        logits_BLV,
+        scores,
         batch["decoder_target_tokens"],
         batch["decoder_loss_weights"],
         router,
+        functools.partial(model.grid.sum, axes=("context", "model")),
     )
 
 
 def _rows(batch: Batch) -> jax.Array:
     """Global row numbers of a whole batch."""
     return jnp.arange(batch["decoder_target_tokens"].shape[0], dtype=jnp.int32)
-
-
-def _split(tree: Any, learner: Learner) -> Any:
-    """Cuts [B, ...] into [A, B/A, ...].
-
-    Piece a is the a-th block of each device's own rows, so that no row moves; a plain
-    reshape would exchange rows.
-    """
-    mesh = learner.model.mesh
-    shards = math.prod(mesh.shape[a] for a in BATCH_AXES)
-
-    def cut(x: jax.Array) -> jax.Array:
-        A = learner.microbatches
-        blocks = x.reshape(shards, A, x.shape[0] // (shards * A), *x.shape[1:])
-        pieces = blocks.swapaxes(0, 1).reshape(A, x.shape[0] // A, *x.shape[1:])
-        logical = (None, "batch", *(None,) * (x.ndim - 1))
-        return jax.lax.with_sharding_constraint(pieces, rules.sharding(mesh, logical))
-
-    return jax.tree.map(cut, tree)

@@ -1,0 +1,71 @@
+"""The weights of one layer as its products need them: whole, and in the right type."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from moe.settings import ModelSettings
+from partitioning import rules
+from partitioning.grid import Grid
+
+
+def whole(arrays: Any, axes: Any, settings: ModelSettings, grid: Grid) -> Any:
+    """Gathers what is fully sharded of some weights, in the type of the products.
+
+    Called inside the layer scan and inside remat, so that only one layer's weights are
+    ever whole: the backward pass gathers them again, and leaves each device its piece
+    of the gradient.
+
+    Args:
+        arrays: this device's pieces.
+        axes: their logical axes.
+        settings: types of products and of sums of gradients.
+        grid: the mesh.
+    """
+    table = rules.table(grid.partition)
+
+    def one(array: jax.Array, logical: tuple[str | None, ...]) -> jax.Array:
+        types = settings.dtype, settings.reduce_dtype
+        if "routed" in logical:
+            types = str(array.dtype), str(array.dtype)
+        for dim, axis in enumerate(logical):
+            if axis in rules.FULLY_SHARDED and grid.size(*table[axis]) > 1:
+                return gathered(array, table[axis], dim, *types)
+        return array
+
+    return jax.tree.map(one, arrays, axes)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
+def gathered(
+    piece: jax.Array, axes: tuple[str, ...], dim: int, dtype: str, reduce_dtype: str
+) -> jax.Array:
+    """Joins the pieces of a weight; the gradient is summed and cut the same way.
+
+    Args:
+        piece: this device's.
+        axes: mesh axes it is cut over.
+        dim: the dimension that is cut.
+        dtype: of the result, and of what travels forward.
+        reduce_dtype: in which the gradient travels and is summed.
+    """
+    del reduce_dtype
+    return lax.all_gather(piece.astype(dtype), axes, axis=dim, tiled=True)
+
+
+def _gathered_forward(piece, axes, dim, dtype, reduce_dtype):
+    # The type of the piece is all that the way back needs of it.
+    return gathered(piece, axes, dim, dtype, reduce_dtype), jnp.zeros((0,), piece.dtype)
+
+
+def _gathered_backward(axes, dim, dtype, reduce_dtype, like, gradient):
+    del dtype
+    gradient = gradient.astype(reduce_dtype)
+    piece = lax.psum_scatter(gradient, axes, scatter_dimension=dim, tiled=True)
+    return (piece.astype(like.dtype),)
+
+
+gathered.defvjp(_gathered_forward, _gathered_backward)

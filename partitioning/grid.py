@@ -1,0 +1,115 @@
+"""The mesh as code that runs on one of its devices sees it: collectives by axis.
+
+For use inside `shard_map`. On axes of size 1 no collective is compiled, so the same
+code runs on one device without any mesh.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax import lax
+from jax.sharding import Mesh
+
+from partitioning.settings import AXES, UNCUT, PartitionSettings
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """A mesh and how work is cut over it; static under `jit`.
+
+    Attributes:
+        mesh: all six axes.
+        partition: what is cut beside the batch and the experts.
+    """
+
+    mesh: Mesh
+    partition: PartitionSettings = UNCUT
+
+    def size(self, *axes: str) -> int:
+        """Returns the number of devices along the axes."""
+        return math.prod(self.mesh.shape[axis] for axis in axes)
+
+    def index(self, *axes: str) -> jax.Array | int:
+        """Returns this device's place along the axes, the last of them fastest."""
+        place: jax.Array | int = 0
+        for axis in self._large(axes):
+            place = place * self.size(axis) + lax.axis_index(axis)
+        return place
+
+    def gather(self, x: jax.Array, axes: Sequence[str], dim: int) -> jax.Array:
+        """Joins the devices' pieces of a dimension."""
+        large = self._large(axes)
+        return lax.all_gather(x, large, axis=dim, tiled=True) if large else x
+
+    def scatter_sum(self, x: jax.Array, axes: Sequence[str], dim: int) -> jax.Array:
+        """Adds up over the devices, and leaves each its piece of a dimension."""
+        large = self._large(axes)
+        if not large:
+            return x
+        return lax.psum_scatter(x, large, scatter_dimension=dim, tiled=True)
+
+    def sum(self, tree: Any, axes: Sequence[str]) -> Any:
+        """Adds up over the devices."""
+        large = self._large(axes)
+        return lax.psum(tree, large) if large else tree
+
+    def max(self, x: jax.Array, axes: Sequence[str] = AXES) -> jax.Array:
+        """Takes the largest over the devices; without a gradient."""
+        large = self._large(axes)
+        return lax.pmax(lax.stop_gradient(x), large) if large else lax.stop_gradient(x)
+
+    def piece(self, x: jax.Array, axes: Sequence[str], dim: int) -> jax.Array:
+        """Cuts out this device's piece of a dimension that each of them has whole."""
+        if not self._large(axes):
+            return x
+        length = x.shape[dim] // self.size(*axes)
+        return lax.dynamic_slice_in_dim(x, self.index(*axes) * length, length, dim)
+
+    # Between products that are cut over `model`, activations are pieces of the
+    # sequence, or the same on every device of that axis.
+
+    @property
+    def cuts_sequence(self) -> bool:
+        """Whether activations between such products are pieces of the sequence."""
+        return self.partition.sequence_parallel and self.size("model") > 1
+
+    def enter(self, x_BLM: jax.Array) -> jax.Array:
+        """Prepares activations for a product whose weights are cut over `model`."""
+        return self.gather(x_BLM, ["model"], 1) if self.cuts_sequence else x_BLM
+
+    def leave(self, y_BLM: jax.Array) -> jax.Array:
+        """Adds up the shares of such a product's output."""
+        if self.cuts_sequence:
+            return self.scatter_sum(y_BLM, ["model"], 1)
+        return self.sum(y_BLM, ["model"])
+
+    def residual(self, x_BL: jax.Array) -> jax.Array:
+        """Cuts what every device of `model` has as the residual stream is cut."""
+        return self.piece(x_BL, ["model"], 1) if self.cuts_sequence else x_BL
+
+    def run(
+        self, function: Callable, in_specs: Any, out_specs: Any
+    ) -> Callable[..., Any]:
+        """Makes a function of one device's pieces one of whole arrays.
+
+        On one device there is nothing to cut: XLA would still copy gradients in its
+        reductions.
+        """
+        if self.mesh.size == 1:
+            return function
+        # Kernels and loops of dynamic length have no types of varying axes. Without
+        # them every transpose is exact, as long as outputs that are declared equal on
+        # several devices are.
+        return jax.shard_map(
+            function,
+            mesh=self.mesh,
+            in_specs=in_specs,
+            out_specs=out_specs,
+            check_vma=False,
+        )
+
+    def _large(self, axes: Sequence[str]) -> tuple[str, ...]:
+        return tuple(axis for axis in axes if self.mesh.shape[axis] > 1)

@@ -1,7 +1,20 @@
-"""Parameters and floating-point operations, counted from the model's own shapes."""
+"""Parameters and floating-point operations, counted from the model's own shapes.
+
+Operations are counted in three ways, which must not be compared with one another:
+
+- those of the *model*: what the paper's formula asks for, whatever computes it.
+  Utilisation (MFU) is of these;
+- those that are *executed*: with the empty slots that transports of fixed capacity make
+  the experts compute, without choices that were dropped, with what the backward pass
+  computes again;
+- those that the *compiler* reports of its program, under conventions of its own.
+
+`moe.energy` makes days, energy and carbon of them.
+"""
 
 import dataclasses
 import math
+from collections.abc import Iterable
 from fractions import Fraction
 
 import jax
@@ -14,30 +27,105 @@ from partitioning import rules
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-    """Sizes of a model.
+    """Sizes of a model, and the operations of its forward pass per token.
 
     Attributes:
         total: parameters.
         active: parameters that one token meets: all, but of the experts only those
             that it chooses, or that choose it on average.
         embedding: of them, in the input embedding.
-        forward_flops_per_token: 2 per active parameter in a matrix product, and
-            attention's 4·N·D·L per layer as if nothing were masked
-            (arXiv:2204.02311, appendix B).
-        executed_forward_flops_per_token: the same with the empty slots that transports
-            of fixed capacity make the experts compute.
+        positions: in tables of positions.
+        products: in matrix products outside the experts; a tied embedding is one.
+        expert_products: in those of one expert of every sparse layer.
+        chosen: experts that compute a token in a sparse layer, if none is full.
+        slots: rows of fixed capacity there, C·E / S for each token.
+        scores: operations of attention's scores and mixing, 4·N·D·L in each layer, as
+            if nothing were masked. Heads that share keys share none of these.
+        causal_scores: the same where a token sees itself and those before it: (L + 1) /
+            2 of L on average.
     """
 
     total: int
     active: int
     embedding: int
-    forward_flops_per_token: int
-    executed_forward_flops_per_token: int
+    positions: int
+    products: int
+    expert_products: int
+    chosen: Fraction
+    slots: Fraction
+    scores: int
+    causal_scores: int
+
+    @property
+    def non_embedding(self) -> int:
+        """Parameters without input embedding and positions (arXiv:2001.08361).
+
+        An output that has a matrix of its own is in it.
+        """
+        return self.total - self.embedding - self.positions
+
+    @property
+    def forward_flops_per_token(self) -> int:
+        """The model's, with scores as if nothing were masked.
+
+        2 per active parameter in a matrix product, and attention's 4·N·D·L per layer
+        (arXiv:2204.02311, appendix B). Norms, softmax and gates are left out.
+        """
+        return self.model_flops_per_token(causal=False)
+
+    @property
+    def executed_forward_flops_per_token(self) -> int:
+        """The same with the slots of transports of fixed capacity, empty or not."""
+        return self.executed_flops_per_token(padded=True)
 
     @property
     def train_flops_per_token(self) -> int:
         """Forward and backward: three times the forward pass."""
         return 3 * self.forward_flops_per_token
+
+    def model_flops_per_token(self, *, causal: bool) -> int:
+        """Returns what the model asks of a forward pass.
+
+        Args:
+            causal: whether scores that are masked are left out. PaLM's utilisation
+                leaves them in, and so does `forward_flops_per_token`.
+        """
+        scores = self.causal_scores if causal else self.scores
+        return 2 * self._products(self.chosen) + scores
+
+    def executed_flops_per_token(self, *, padded: bool, dropped: float = 0.0) -> int:
+        """Returns what a forward pass executes; scores as if nothing were masked.
+
+        Args:
+            padded: whether the transport computes slots of fixed capacity (those in
+                `moe.dispatch.choice.PADDED`): all of them, so drops do not matter. The
+                others compute the rows that were not dropped.
+            dropped: fraction of choices, measured or of `moe.expected_drops`.
+        Raises:
+            ValueError: a fraction outside [0, 1].
+        """
+        if not 0 <= dropped <= 1:
+            raise ValueError(f"dropped is a fraction from 0 to 1, not {dropped:g}")
+        rows = self.slots if padded else self.chosen * (1 - Fraction(dropped))
+        return 2 * self._products(rows) + self.scores
+
+    def executed_train_flops_per_token(
+        self, *, padded: bool, dropped: float = 0.0, recomputed: bool
+    ) -> int:
+        """Returns what a training step executes.
+
+        Args:
+            padded: as in `executed_flops_per_token`.
+            dropped: likewise.
+            recomputed: whether the backward pass repeats the whole forward pass, as
+                REMAT = "full" does: 4 forward passes' worth instead of 3.
+        """
+        forward = self.executed_flops_per_token(padded=padded, dropped=dropped)
+        return (4 if recomputed else 3) * forward
+
+    def _products(self, rows: Fraction) -> int:
+        """Parameters met in products by a token that so many experts compute."""
+        return self.products + int(self.expert_products * rows)
 
 
 def count(model: ModelSettings, router: RouterSettings, length: int) -> Counts:
@@ -51,31 +139,87 @@ def count(model: ModelSettings, router: RouterSettings, length: int) -> Counts:
     shapes = jax.eval_shape(
         lambda: transformer.init_params(jax.random.key(0), model, router)
     )
-    total = experts = expert_products = products = embedding = 0
+    total = experts = expert_products = products = embedding = positions = 0
     for path, array, axes in rules.leaves(
         shapes, transformer.param_axes(model, router)
     ):
         size = math.prod(array.shape)
-        is_matrix = array.ndim - num_stacked(axes) >= 2
         total += size
-        if "expert" in axes:
-            experts += size
-            expert_products += size if is_matrix else 0
-        elif path == "embedding":
+        if path == "embedding":
             embedding = size
             products += size if model.tie_embeddings else 0
-        elif is_matrix:
+        elif path == "positions":
+            positions = size
+        elif "expert" in axes:
+            experts += size
+            expert_products += size if _in_a_product(axes) else 0
+        elif _in_a_product(axes):
             products += size
     E = max(model.num_experts, 1)
-    chosen = router.mean_choices(E) / E
-    attention = 4 * model.num_layers * model.num_heads * model.head_dim * length
-    slots = Fraction(capacity(router, E, train=True), router.group_size)
+    chosen = router.mean_choices(E)
+    scores = 4 * model.num_layers * model.num_heads * model.head_dim
     return Counts(
         total=total,
-        active=total - experts + int(experts * chosen),
+        active=total - experts + int(experts * chosen / E),
         embedding=embedding,
-        forward_flops_per_token=2 * (products + int(expert_products * chosen))
-        + attention,
-        executed_forward_flops_per_token=2 * (products + int(expert_products * slots))
-        + attention,
+        positions=positions,
+        products=products,
+        expert_products=expert_products // E,
+        chosen=chosen,
+        slots=Fraction(capacity(router, E, train=True) * E, router.group_size),
+        scores=scores * length,
+        causal_scores=scores * (length + 1) // 2,
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class Loop:
+    """A loop of a compiled program.
+
+    Attributes:
+        flops: what XLA says of its body, in which loops are counted once.
+        trips: how often the body runs.
+        inner: loops in the body.
+    """
+
+    flops: float
+    trips: int
+    inner: tuple["Loop", ...] = ()
+
+    @property
+    def missing(self) -> float:
+        """Operations beyond those of one run of everything in it."""
+        inside = sum(loop.missing for loop in self.inner)
+        return self.trips * (self.flops + inside) - self.flops
+
+
+def compiled_flops(reported: float, loops: Iterable[Loop] = ()) -> float:
+    """Returns the operations of a program for XLA, its loops in full.
+
+    `cost_analysis()["flops"]` of a compiled step is of one device's program; of one
+    that is only lowered, of all devices' together. XLA counts 2 for a multiplication
+    with an addition and 1 for each elementwise operation, those of norms and softmax
+    included, and everything that runs: what is masked, padding, what is computed again.
+    The body of a loop it counts once, however often it runs: of a stack of layers that
+    is one period. On CPU it passes over products that became calls of a library, so ask
+    the lowered program there.
+
+    Args:
+        reported: what XLA says of the whole program.
+        loops: those that are in no other loop.
+    Raises:
+        ValueError: XLA reports a negative number where it does not know.
+    """
+    if reported < 0:
+        raise ValueError(f"XLA does not know: it reports {reported:g} operations")
+    return reported + sum(loop.missing for loop in loops)
+
+
+def _in_a_product(axes: tuple[str | None, ...]) -> bool:
+    """Whether an array is a matrix, or a stack of them, that activations pass.
+
+    Such have the model's width on one side. Biases of heads and tables of distances
+    have two dimensions as well, but only the others' axes.
+    """
+    width = any(axis in ("embed", "expert_embed") for axis in axes)
+    return width and len(axes) - num_stacked(axes) >= 2

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -122,7 +123,7 @@ def test_shared_experts_and_dense_layers_below_are_counted_as_by_hand():
 @pytest.mark.parametrize("activation", ["gelu", "swiglu"])
 def test_biases_are_parameters_but_no_products(activation):
     model = dataclasses.replace(SMALL, activation=activation)
-    biased = dataclasses.replace(model, mlp_biases=True)
+    biased = dataclasses.replace(model, mlp_biases=True, expert_biases=True)
     router = dataclasses.replace(ROUTER, selection_bias=True)
     without = accounting.count(model, ROUTER, length=LENGTH)
     counts = accounting.count(biased, router, length=LENGTH)
@@ -132,6 +133,94 @@ def test_biases_are_parameters_but_no_products(activation):
     # Two dense layers, two of 8 experts, and their routers' biases.
     assert counts.total == without.total + 2 * biases + 2 * 8 * biases + 2 * 8
     assert counts.active == without.active + 2 * biases + 2 * biases + 2 * 8
+
+
+@pytest.mark.fast
+def test_biases_positions_and_norms_of_gpt3_are_no_products():
+    model = dataclasses.replace(
+        SMALL,
+        moe_every=0,
+        positions="learned",
+        max_positions=512,
+        norm="layer",
+        attention_biases=True,
+        mlp_biases=True,
+    )
+    counts = accounting.count(model, ROUTER, length=LENGTH)
+    plain = accounting.count(
+        dataclasses.replace(SMALL, moe_every=0), ROUTER, length=LENGTH
+    )
+    assert counts.forward_flops_per_token == plain.forward_flops_per_token
+    assert counts.positions == 512 * 256
+    # A second vector in each norm; four of attention's, 256 wide each; 1,024 and 256.
+    biases = NORMS + 4 * 4 * 256 + 4 * (1024 + 256)
+    assert counts.total == plain.total + counts.positions + biases
+    assert counts.non_embedding == plain.non_embedding + biases
+    assert plain.non_embedding == plain.total - EMBEDDING
+
+
+@pytest.mark.fast
+def test_heads_that_share_keys_save_products_but_no_scores():
+    model = dataclasses.replace(SMALL, moe_every=0, num_kv_heads=1)
+    counts = accounting.count(model, ROUTER, length=LENGTH)
+    plain = accounting.count(
+        dataclasses.replace(SMALL, moe_every=0), ROUTER, length=LENGTH
+    )
+    # Keys and values of one head instead of four, in each of four layers.
+    saved = 4 * 2 * 256 * (4 - 1) * 64
+    assert plain.total - counts.total == plain.products - counts.products == saved
+    assert counts.scores == plain.scores == ATTENDING
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    ("positions", "tables"), [("relative", 1), ("relative_per_layer", 4)]
+)
+def test_tables_of_distances_are_parameters_but_no_products(positions, tables):
+    model = dataclasses.replace(SMALL, positions=positions, relative_buckets=32)
+    counts = accounting.count(model, ROUTER, length=LENGTH)
+    without = accounting.count(SMALL, ROUTER, length=LENGTH)
+    assert counts.total == without.total + tables * 32 * 4
+    assert counts.forward_flops_per_token == without.forward_flops_per_token
+
+
+@pytest.mark.fast
+def test_experts_unlike_the_dense_layers_are_counted_as_by_hand():
+    model = dataclasses.replace(
+        SMALL, activation="geglu", expert_activation="gelu", moe_position="first"
+    )
+    counts = accounting.count(model, ROUTER, length=LENGTH)
+    shared = 4 * ATTENTION + 2 * 3 * 256 * 1024 + ROUTERS
+    assert counts.total == EMBEDDING + NORMS + shared + 2 * 8 * TWO_MATRICES
+    assert counts.expert_products == 2 * TWO_MATRICES, "one in each sparse layer"
+
+
+@pytest.mark.fast
+def test_a_token_sees_half_of_a_sequence_on_average():
+    counts = accounting.count(SMALL, ROUTER, length=LENGTH)
+    # 1 + 2 + ... + 256 pairs of 256 · 256.
+    assert counts.causal_scores == ATTENDING * (257 * 128) // (256 * 256)
+    whole, causal = (counts.model_flops_per_token(causal=c) for c in (False, True))
+    assert whole == counts.forward_flops_per_token
+    assert whole - causal == ATTENDING - counts.causal_scores
+
+
+@pytest.mark.fast
+def test_what_is_executed_depends_on_padding_on_drops_and_on_remat():
+    router = dataclasses.replace(ROUTER, num_selected=2)
+    counts = accounting.count(SMALL, router, length=LENGTH)
+    assert (counts.chosen, counts.slots) == (2, 2.5)  # 2 · 1.25
+    experts = 2 * counts.expert_products  # operations of one row in both layers
+    others = counts.forward_flops_per_token - 2 * experts
+    padded = counts.executed_flops_per_token(padded=True, dropped=0.25)
+    assert padded == others + 2.5 * experts, "an empty slot is computed too"
+    sorted_rows = counts.executed_flops_per_token(padded=False, dropped=0.25)
+    assert sorted_rows == others + 1.5 * experts
+    for recomputed, passes in ((False, 3), (True, 4)):
+        step = counts.executed_train_flops_per_token(padded=True, recomputed=recomputed)
+        assert step == passes * padded
+    with pytest.raises(ValueError, match="from 0 to 1, not 25"):
+        counts.executed_flops_per_token(padded=False, dropped=25)
 
 
 @pytest.mark.fast
@@ -198,3 +287,37 @@ def test_xla_counts_the_same_operations(capacity_factor):
     if capacity_factor == 2.0:
         assert capacity(router, 8, train=True) == 32
         assert measured > 1.5 * counts.forward_flops_per_token
+
+
+@pytest.mark.fast
+def test_xla_counts_a_loop_once_and_we_count_all_of_it():
+    """Three runs of a product and of four runs of another one in a loop of its own."""
+    x_BM = jnp.zeros((16, 16))
+    product = 2 * 16**3
+
+    def inner(x_BM: jax.Array, _: None) -> tuple[jax.Array, None]:
+        return x_BM @ x_BM, None
+
+    def outer(x_BM: jax.Array, _: None) -> tuple[jax.Array, None]:
+        x_BM = x_BM @ x_BM
+        return jax.lax.scan(inner, x_BM, length=4)[0], None
+
+    def reported(function: Callable[[jax.Array], jax.Array]) -> float:
+        return jax.jit(function).lower(x_BM).cost_analysis()["flops"]
+
+    whole = reported(lambda x_BM: jax.lax.scan(outer, x_BM, length=3)[0] @ x_BM)
+    of_outer = reported(lambda x_BM: outer(x_BM, None)[0])
+    of_inner = reported(lambda x_BM: inner(x_BM, None)[0])
+    assert whole == pytest.approx(3 * product, rel=0.01), "two loops and the last"
+    loop = accounting.Loop(
+        of_outer, trips=3, inner=(accounting.Loop(of_inner, trips=4),)
+    )
+    # 3 · (1 + 4) + 1 products.
+    counted = accounting.compiled_flops(whole, [loop])
+    assert counted == pytest.approx(16 * product, rel=0.01)
+
+
+@pytest.mark.fast
+def test_a_number_that_xla_does_not_know_is_refused():
+    with pytest.raises(ValueError, match="reports -1 operations"):
+        accounting.compiled_flops(-1.0)

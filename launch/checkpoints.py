@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
+from launch import distributed
 from launch.assemble import Run
 from launch.errors import UserError
 from launch.settings import Settings
@@ -47,8 +48,10 @@ class Checkpoints:
         for name in ("absl", "asyncio"):
             logging.getLogger(name).addFilter(_is_no_error)
         if not read_only:
-            with self._writing(self.folder):
-                self.folder.mkdir(parents=True, exist_ok=True)
+            if distributed.is_first():
+                with self._writing(self.folder):
+                    self.folder.mkdir(parents=True, exist_ok=True)
+            distributed.together("making the folder of checkpoints")
         self._manager = ocp.CheckpointManager(
             self.folder,
             item_names=("state", "manifest"),
@@ -64,6 +67,8 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        if kind is not None and jax.process_count() > 1:
+            return  # the others may be gone, and closing would wait for them
         try:
             with self._writing(self.folder):
                 self._manager.close()

@@ -6,6 +6,7 @@ jax, and says what it is about to do; only then is its own module imported.
 
 import argparse
 import contextlib
+import dataclasses
 import importlib
 import importlib.metadata
 import os
@@ -25,8 +26,9 @@ from launch.errors import (
 from launch.verbs import ABOUT, EXAMPLES, SAMPLE_KNOBS, VERBS, Parser, Verb
 
 if TYPE_CHECKING:
+    from launch.distributed import Job
     from launch.gin_files import ResolvedConfig
-    from launch.settings import Settings
+    from launch.settings import PlatformSettings, Settings
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -70,11 +72,10 @@ def _run(words: list[str]) -> int:
     options, bindings = _parse(name, verb, rest)
     config = _read_config(options, bindings)
     lines = [_first_line(name, config)]
+    job = None
     if verb.uses_jax:
-        from launch.environment import prepare_environment
-
-        settings = prepare_environment(config.settings.platform)
-        lines += [f"  {line}" for line in settings]
+        job, told = _before_jax(config.settings.platform, options)
+        lines += [f"  {line}" for line in told]
     if not options.quiet:
         print("\n".join(lines), file=sys.stderr, flush=True)
     # A module of the user's may lie in the working directory: `python -m launch` looks
@@ -82,7 +83,46 @@ def _run(words: list[str]) -> int:
     if "" not in sys.path and os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     module = "launch.dry_run" if getattr(options, "dry_run", False) else verb.module
-    return importlib.import_module(module).main(config, options)
+
+    def work() -> int:
+        return importlib.import_module(module).main(config, options)
+
+    if job is None:
+        return work()
+    from launch import distributed
+
+    return distributed.run(job, work, config)
+
+
+def _before_jax(
+    platform: "PlatformSettings", options: argparse.Namespace
+) -> tuple["Job | None", list[str]]:
+    """Sets the environment of jax, and finds out whether others run this job too."""
+    from launch.environment import prepare_environment
+
+    if getattr(options, "dry_run", False):
+        platform = _alone(platform)
+    lines = prepare_environment(platform)
+    if platform.num_processes == 1:
+        return None, lines
+    from launch import distributed
+
+    job = distributed.find(platform)
+    if job is not None and job.process > 0:
+        options.quiet = True  # the first one speaks for all
+    return job, [*lines, str(job or "one process, alone")]
+
+
+def _alone(platform: "PlatformSettings") -> "PlatformSettings":
+    """One process in place of a job's: a dry run simulates the devices of them all."""
+    together = platform.simulated_devices * max(platform.num_processes, 1)
+    return dataclasses.replace(
+        platform,
+        num_processes=1,
+        simulated_devices=together,
+        coordinator_address="",
+        process_id=-1,
+    )
 
 
 # ------------------------------------------------------------------ words and flags
@@ -217,9 +257,10 @@ def _describe_devices(settings: "Settings") -> str:
     large = " × ".join(f"{axis} {size}" for axis, size in axes.items() if size > 1)
     kinds = {"cpu": "CPU", "cuda": "GPU", "tpu": "TPU", "auto": ""}
     kind = f"{kinds[platform.name]} device".strip()
-    if platform.simulated_devices > 1:
+    if platform.simulated_devices * max(platform.num_processes, 1) > 1:
         kind = f"simulated {kind}"
-    number = max(platform.simulated_devices, mesh.num_devices)
+    simulated = platform.simulated_devices * max(platform.num_processes, 1)
+    number = max(simulated, mesh.num_devices)
     if number == 1:
         return f"1 {kind}"
     return f"{number} {kind}s, {large or 'one of them used'}"

@@ -1,8 +1,11 @@
 """Sets what jax reads from the environment when it starts."""
 
+import contextlib
 import os
+import platform as platform_module
 import sys
-from collections.abc import Iterable, MutableMapping
+import zlib
+from collections.abc import Iterable, Mapping, MutableMapping
 
 from launch.settings import PlatformSettings
 
@@ -33,11 +36,41 @@ def prepare_environment(
         lines += _simulate(environ, number)
     lines += _append(environ, "XLA_FLAGS", platform.xla_flags)
     lines += _append(environ, "LIBTPU_INIT_ARGS", platform.libtpu_init_args)
-    if cache := platform.compilation_cache_dir:
+    if platform.num_processes != 1 and environ.get("JAX_PLATFORMS") == "cpu":
+        # Of CPU processes nothing else joins the devices.
+        name = "JAX_CPU_COLLECTIVES_IMPLEMENTATION"
+        lines += _set(environ, name, "gloo", "NUM_PROCESSES")
+    cache = platform.compilation_cache_dir
+    if cache == "auto":
+        own = environ.get("JAX_COMPILATION_CACHE_DIR")
+        cache = own or cache_folder(environ, environ.get("JAX_PLATFORMS", ""))
+    if cache:
         lines += _set(
             environ, "JAX_COMPILATION_CACHE_DIR", cache, "COMPILATION_CACHE_DIR"
         )
     return lines
+
+
+def cache_folder(environ: Mapping[str, str], platforms: str) -> str:
+    """Where compiled steps of this user are kept.
+
+    What is compiled for a CPU holds its instructions, and a home may be shared by
+    machines of several kinds.
+    """
+    base = environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    folder = os.path.join(base, "switchyard", "compiled")
+    return os.path.join(folder, _cpu_kind()) if platforms == "cpu" else folder
+
+
+def _cpu_kind() -> str:
+    """A name for the instructions that this machine's CPU has."""
+    words = platform_module.machine()
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
+        for line in file:
+            if line.startswith(("flags", "Features")):
+                words += line
+                break
+    return f"cpu-{zlib.crc32(words.encode()):08x}"
 
 
 def _set(

@@ -7,6 +7,7 @@ EXIT_DONE = 0
 EXIT_USER_ERROR = 1  # a user or configuration error: do not restart
 EXIT_NON_FINITE = 17  # failed validation: do not restart
 EXIT_PREEMPTED = 42  # saved: restart me
+EXIT_LOST_PROCESS = 134  # as jax ends when a process of its job is gone: restart me
 EXIT_INTERRUPTED = 130  # the shell's own code for Ctrl-C
 
 _OURS = frozenset({"launch", "moe", "partitioning", "tasks"})

@@ -6,6 +6,7 @@ wait for the host.
 
 import dataclasses
 import math
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -16,14 +17,24 @@ from typing import Any
 import jax
 import numpy as np
 
+from launch import distributed
 from launch.assemble import Run
 from launch.checkpoints import Checkpoints
-from launch.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_NON_FINITE, EXIT_PREEMPTED
+from launch.errors import (
+    EXIT_DONE,
+    EXIT_INTERRUPTED,
+    EXIT_NON_FINITE,
+    EXIT_PREEMPTED,
+    is_user_error,
+)
 from launch.feed import Feed
 from launch.progress import TrainProgress
-from launch.writers import MetricWriter
+from launch.settings import LoopSettings
+from launch.writers import MetricWriter, NoMetrics
 from moe.training.state import TrainState
 from tasks.batches import Batches
+
+_STOPPED = {signal.SIGINT: EXIT_INTERRUPTED, signal.SIGTERM: EXIT_PREEMPTED}
 
 Record = dict[str, Any]
 Step = Callable[[TrainState, Any, Any], tuple[TrainState, Record]]
@@ -34,6 +45,12 @@ class Signals:
     """Which signal asked the run to stop, if any."""
 
     received: int | None = None
+
+    def asked(self, step: int) -> int | None:
+        """The signal to stop after a step; the same in all processes of a job."""
+        if jax.process_count() > 1:
+            return distributed.asked_to_stop(step)
+        return self.received  # read once a step: it may come at any moment
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,15 +80,18 @@ def train(
     batches: Batches,
     hooks: Hooks,
     checkpoints: Checkpoints,
-    writer: MetricWriter,
+    writer: MetricWriter | NoMetrics,
     progress: TrainProgress,
 ) -> tuple[TrainState, int]:
     """Takes steps until the last one, a signal, or too many non-finite steps.
 
-    A run that is asked to stop saves first; one that gives up does not.
+    A run that is asked to stop saves first, and so does one that cannot read on; one
+    that gives up does not.
 
     Returns:
         The last state and the exit code.
+    Raises:
+        StoreError: the data cannot be read on.
     """
     settings, loop = run.settings, run.settings.loop
     step, data_index = int(state.step), int(state.data_index)
@@ -93,39 +113,95 @@ def train(
         tokens_per_step=math.prod(shape),
     )
     steps = Steps(state, hooks, log)
-    code = EXIT_DONE
+    between = _Between(steps, run, hooks, checkpoints, writer, log, saved_step=step)
+    code, fault = EXIT_DONE, None
     with listening() as signals, feed:
-        for index, batch in enumerate(feed, start=data_index):
+        for index in range(data_index, data_index + last - step):
+            batch, fault = _next(feed)
+            if batch is None:
+                steps.settle()
+                break
             step += 1
             steps.take(Launched(step, index, batch, feed.wait_seconds))
-            stop = signals.received  # read once: it may come at any moment
-            due_score = step % loop.eval_period_steps == 0 and step < last
-            due_save = step % loop.checkpoint_period_steps == 0 or step == last
-            period = loop.task_metrics_period_steps
-            due_measure = period and step % period == 0 and step < last
-            if due_score or due_measure or due_save or stop:
+            stop = signals.asked(step)
+            due = _due(step, loop, last)
+            if due or stop:
                 steps.settle()
             if log.skipped_in_a_row >= loop.max_skipped_steps:
                 code = EXIT_NON_FINITE
                 break
-            if due_score or due_measure:  # of one split and step there is one record
-                scores: Record = {}
-                if due_score:
-                    scores |= hooks.score(steps.state.params, loop.eval_batches)
-                if due_measure:
-                    scores |= hooks.measure(steps.state.params, step)
-                log.score(step, scores)
-            if due_save or stop:
-                writer.flush()
-                checkpoints.save(steps.state, run, hooks.provenance)
-                log.pause()
+            between(step, due, stopping=bool(stop))
             if stop and step < last:
-                interrupted = stop == signal.SIGINT
-                code = EXIT_INTERRUPTED if interrupted else EXIT_PREEMPTED
+                code = _STOPPED[signal.Signals(stop)]
                 break
+        if fault and between.saved_step < step and not log.skipped_in_a_row:
+            between.save(step)
         with progress.waiting("finishing the checkpoint"):
             checkpoints.wait()
+    if fault:
+        raise fault
     return steps.state, code
+
+
+def _next(feed: Feed) -> tuple[Any, Exception | None]:
+    """The next batch; or None, and what is wrong with the data.
+
+    A process alone can save what it has learnt before it says so. Of several, the
+    others already wait for it in their next step.
+    """
+    try:
+        return next(feed), None
+    except Exception as error:
+        if not is_user_error(error) or jax.process_count() > 1:
+            raise
+        return None, error
+
+
+def _due(step: int, loop: LoopSettings, last: int) -> set[str]:
+    """What is to be done after a step."""
+    periods = {
+        "score": loop.eval_period_steps,
+        "measure": loop.task_metrics_period_steps,
+        "save": loop.checkpoint_period_steps,
+    }
+    due = {what for what, period in periods.items() if period and step % period == 0}
+    # After the last step all is scored, and always saved.
+    return due if step < last else {"save"}
+
+
+@dataclasses.dataclass
+class _Between:
+    """What is done after a step, before the next one."""
+
+    steps: "Steps"
+    run: Run
+    hooks: Hooks
+    checkpoints: Checkpoints
+    writer: MetricWriter | NoMetrics
+    log: "_Log"
+    saved_step: int
+
+    def __call__(self, step: int, due: set[str], *, stopping: bool) -> None:
+        """Does what is due; saves first if the run was asked to stop."""
+        if stopping:  # whoever asked may not wait for scores
+            self.save(step)
+            self.checkpoints.wait()
+        params, scores = self.steps.state.params, Record()
+        if "score" in due:
+            scores |= self.hooks.score(params, self.run.settings.loop.eval_batches)
+        if "measure" in due:
+            scores |= self.hooks.measure(params, step)
+        if scores:  # of one split and step there is one record
+            self.log.score(step, scores)
+        if "save" in due and not stopping:
+            self.save(step)
+            self.log.pause()
+
+    def save(self, step: int) -> None:
+        """Saves the state, and what was written of it."""
+        self.writer.flush()
+        self.checkpoints.save(self.steps.state, self.run, self.hooks.provenance)
+        self.saved_step = step
 
 
 @dataclasses.dataclass
@@ -186,7 +262,7 @@ class _Log:
 
     def __init__(
         self,
-        writer: MetricWriter,
+        writer: MetricWriter | NoMetrics,
         progress: TrainProgress,
         data_facts: Callable[[int], Record],
         *,
@@ -251,17 +327,22 @@ def _record(step: int, metrics: Record) -> Record:
 
 @contextmanager
 def listening() -> Iterator[Signals]:
-    """Notes SIGINT and SIGTERM instead of dying; the second one is not caught."""
+    """Notes SIGINT and SIGTERM instead of dying; the second one is not caught.
+
+    In a job of several processes jax notes SIGTERM, and tells the others.
+    """
     signals = Signals()
-    before = {
-        number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)
-    }
+    several = jax.process_count() > 1
+    noted = (signal.SIGINT,) if several else (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in noted}
 
     def note(number: int, frame: FrameType | None) -> None:
         del frame
         signals.received = number
         for each, handler in before.items():
             signal.signal(each, handler)
+        if several:
+            os.kill(os.getpid(), signal.SIGTERM)
 
     for number in before:
         signal.signal(number, note)

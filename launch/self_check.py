@@ -103,11 +103,11 @@ def compare(run: Run) -> Comparison:
     for transport in (name, "einsum"):
         changed = dataclasses.replace(model, transport=transport)  # type: ignore[arg-type]
         layer = Layer(changed, router, mesh)
-        results[transport] = jax.device_get(_forward_and_backward(layer, arguments))
+        results[transport] = _forward_and_backward(layer, arguments)
     exact = model.dtype == "float32" and platform == "cpu"
     return Comparison(
         transport=name,
-        differences=_differences(results[name], results["einsum"]),
+        differences=_differences(results[name], results["einsum"], mesh),
         tolerance=TOLERANCES["exact" if exact else "rounded"],
     )
 
@@ -175,24 +175,33 @@ def _container(layer: Layer) -> MoE:
     return nnx.eval_shape(lambda: MoE(jax.random.key(0), layer.model, layer.router))
 
 
-def _differences(ours: Any, oracle: Any) -> dict[str, float]:
-    """Relative difference in the norm, expert by expert where there are experts."""
+def _differences(ours: Any, oracle: Any, mesh: jax.sharding.Mesh) -> dict[str, float]:
+    """Relative difference in the norm, expert by expert where there are experts.
+
+    The arrays stay where they are: other processes hold parts of them.
+    """
+    replicated = rules.replicated(mesh)
+    norms = jax.jit(
+        lambda trees: jax.tree_util.tree_map_with_path(_norms, *trees),
+        out_shardings=replicated,
+    )
     found = {}
-    for path, expected in jax.tree_util.tree_leaves_with_path(oracle):
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        actual = np.asarray(_at(ours, path), np.float64)
-        expected = np.asarray(expected, np.float64)
-        per_expert = "experts" in name
-        axis = tuple(range(1 if per_expert else 0, expected.ndim))
-        norm = np.sqrt(np.sum(expected**2, axis=axis))
-        off = np.sqrt(np.sum((actual - expected) ** 2, axis=axis))
+    for path, (norm, off) in jax.tree_util.tree_leaves_with_path(
+        jax.device_get(norms((oracle, ours))), is_leaf=lambda x: isinstance(x, tuple)
+    ):
         # An expert that no token visited is measured against the average one.
-        floor = np.sqrt(np.mean(norm**2))
+        floor = np.sqrt(np.mean(norm.astype(np.float64) ** 2))
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
         found[name] = float(np.max(off / np.maximum(norm, max(floor, 1e-30))))
     return found
 
 
-def _at(tree: Any, path: Any) -> Any:
-    for step in path:
-        tree = tree[step.key]
-    return tree
+def _norms(path: Any, expected: jax.Array, actual: jax.Array) -> tuple[Any, Any]:
+    """The norm of an array, and of its difference from another, of each expert."""
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    axis = tuple(range(1 if "experts" in name else 0, expected.ndim))
+    expected, actual = expected.astype(jnp.float32), actual.astype(jnp.float32)
+    return (
+        jnp.sqrt(jnp.sum(expected**2, axis=axis)),
+        jnp.sqrt(jnp.sum((actual - expected) ** 2, axis=axis)),
+    )

@@ -16,7 +16,15 @@ from typing import Any
 import jax
 
 from launch import checkpoints as saving
-from launch import dry_run, evaluate, generate, loop, prepare, self_check
+from launch import (
+    distributed,
+    dry_run,
+    evaluate,
+    generate,
+    loop,
+    prepare,
+    self_check,
+)
 from launch.assemble import Run, assemble
 from launch.checkpoints import Checkpoints
 from launch.errors import EXIT_DONE, EXIT_NON_FINITE, UserError
@@ -25,7 +33,7 @@ from launch.inspection import cut_words
 from launch.progress import TrainProgress
 from launch.task_metrics import EvalStep, TaskMetrics
 from launch.terminal import waiting
-from launch.writers import MetricWriter, read_metrics
+from launch.writers import MetricWriter, NoMetrics, read_metrics
 from moe.training.state import TrainState
 from tasks.batches import Batches
 from tasks.store import TokenStore
@@ -58,19 +66,14 @@ def main(config: ResolvedConfig, options: argparse.Namespace) -> int:
         else:
             state = _start(run, store, saved, found, quiet=quiet)
             compiling = _in_background(run.mesh, run.compile_train_step)
-        with _writing(model_dir):
-            (model_dir / "config.gin").write_text(config.operative, encoding="utf-8")
+        _write_config(model_dir, config.operative)
         with (
-            MetricWriter(model_dir, resume_step=found or 0) as writer,
+            _writer(model_dir, resume_step=found or 0) as writer,
             TrainProgress(
                 settings.train.train_steps, start_step=found or 0, quiet=quiet
             ) as progress,
         ):
-            if settings.loop.self_check == "on":
-                with progress.waiting("comparing the sparse layer with the oracle"):
-                    checked = self_check.check(run)
-                if checked and not quiet:
-                    print(f"self-check: {checked}", file=sys.stderr)
+            _check(run, progress, quiet=quiet)
             if not compiling.done():
                 with progress.waiting("compiling the train step"):
                     compiling.exception()
@@ -93,6 +96,15 @@ def main(config: ResolvedConfig, options: argparse.Namespace) -> int:
     return EXIT_DONE
 
 
+def _check(run: Run, progress: TrainProgress, *, quiet: bool) -> None:
+    """Compares the sparse layer with its oracle, unless told not to."""
+    if run.settings.loop.self_check == "on":
+        with progress.waiting("comparing the sparse layer with the oracle"):
+            checked = self_check.check(run)
+        if checked and not quiet:
+            print(f"self-check: {checked}", file=sys.stderr)
+
+
 def _data(
     config: ResolvedConfig, run: Run, options: argparse.Namespace
 ) -> tuple[TokenStore, Batches, TaskMetrics]:
@@ -101,9 +113,13 @@ def _data(
     All that can be wrong with the data is said here, before anything is compiled.
     """
     settings, quiet = config.settings, options.quiet
-    store = prepare.ensure_store(config, options)
+    store = distributed.first_alone(
+        "preparing the tokens",
+        functools.partial(prepare.ensure_store, config, options),
+        functools.partial(prepare.open_checked, config),
+    )
     batches = prepare.training_batches(store, settings)
-    if words := cut_words(batches):
+    if (words := cut_words(batches)) and distributed.is_first():
         print(f"  data{words}", file=sys.stderr, flush=True)
     measure = TaskMetrics(
         run,
@@ -115,6 +131,13 @@ def _data(
     if settings.loop.task_metrics_period_steps:
         measure.load()
     return store, batches, measure
+
+
+def _writer(model_dir: Path, resume_step: int | None) -> MetricWriter | NoMetrics:
+    """Of several processes the first keeps the metrics, which all have."""
+    if distributed.is_first():
+        return MetricWriter(model_dir, resume_step=resume_step)
+    return NoMetrics()
 
 
 def _start(
@@ -218,7 +241,9 @@ def _already_complete(
         if record["split"] == "heldout" and record["step"] == found
     ]
     report = Path(loop_settings.model_dir, "report.html")
-    if scores and report.exists():
+    has_report = report.exists()
+    distributed.together("looking for the report")
+    if scores and has_report:
         _print_scores(scores[-1], store)
         print(f"checkpoint    {saved.path(found)}\nreport        {report}")
         return EXIT_DONE
@@ -227,7 +252,7 @@ def _already_complete(
         final = _scorer(run, store, measure.eval_step)(params, 0)
     if loop_settings.task_metrics_period_steps:
         final |= measure(params, found)
-    with MetricWriter(loop_settings.model_dir) as writer:
+    with _writer(Path(loop_settings.model_dir), resume_step=None) as writer:
         writer.write({"step": found, "split": "heldout"} | final)
     _finish(config, run, store, saved, params, final, options)
     return EXIT_DONE
@@ -251,6 +276,8 @@ def _finish(
         with waiting("drawing a sample", quiet=options.quiet):
             text = generate.continue_prompt(run, params, store.vocabulary)
         sample = {"prompt": settings.sample.prompt, "continuation": text}
+    if not distributed.is_first():
+        return
     checkpoint = str(saved.path(saved.require(None)))
     with waiting("writing the report", quiet=options.quiet):
         report = write_report(
@@ -308,28 +335,55 @@ def _explain(code: int, saved: Checkpoints, *, quiet: bool) -> None:
         print(message, file=sys.stderr)
 
 
+def _write_config(model_dir: Path, operative: str) -> None:
+    """Of several processes the first writes it."""
+    if distributed.is_first():
+        with _writing(model_dir):
+            (model_dir / "config.gin").write_text(operative, encoding="utf-8")
+
+
 @contextlib.contextmanager
 def owned(model_dir: Path) -> Iterator[None]:
     """Makes the folder of a run, and keeps a second run out of it.
 
+    Of several processes the first holds it for all.
+
     Raises:
-        ModelDirError: it cannot be written, or another run is writing to it.
+        ModelDirError: it cannot be written, another run is writing to it, or the
+            processes of this one do not share it.
     """
     with contextlib.ExitStack() as held:
-        with _writing(model_dir):
-            model_dir.mkdir(parents=True, exist_ok=True)
-            # It may be another run's: nothing is changed before it is locked. Without
-            # a buffer, a full disk is noticed here, and not when the file is closed.
-            lock = held.enter_context(open(model_dir / "run.lock", "ab", buffering=0))
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ModelDirError(
-                    f"another run is writing to {model_dir}: take another MODEL_DIR"
-                ) from None
-            lock.truncate(0)
-            lock.write(f"{os.getpid()} {time.time():.0f}\n".encode())
+        distributed.first_alone(
+            "locking MODEL_DIR",
+            functools.partial(_lock, model_dir, held),
+            functools.partial(_refuse_unshared, model_dir),
+        )
         yield
+
+
+def _lock(model_dir: Path, held: contextlib.ExitStack) -> None:
+    """Makes the folder, and locks it until `held` is left."""
+    with _writing(model_dir):
+        model_dir.mkdir(parents=True, exist_ok=True)
+        # It may be another run's: nothing is changed before it is locked. Without
+        # a buffer, a full disk is noticed here, and not when the file is closed.
+        lock = held.enter_context((model_dir / "run.lock").open("ab", buffering=0))
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ModelDirError(
+                f"another run is writing to {model_dir}: take another MODEL_DIR"
+            ) from None
+        lock.truncate(0)
+        lock.write(f"{os.getpid()} {time.time():.0f}\n".encode())
+
+
+def _refuse_unshared(model_dir: Path) -> None:
+    if not (model_dir / "run.lock").is_file():
+        raise ModelDirError(
+            f"MODEL_DIR = {str(model_dir)!r} is not the folder that process 0 has "
+            "made: all processes of a job need one that they share, such as one on NFS"
+        )
 
 
 @contextlib.contextmanager

@@ -56,6 +56,7 @@ exit codes:
   17  too many steps in a row were not finite: do not restart
   42  preempted, and saved: restart the same command
   130 interrupted at the keyboard
+  134 another process of the job was lost: restart the same command for all
 """
 
 _EVALUATE = """\

@@ -128,6 +128,22 @@ class MetricWriter:
         return self._events[split]
 
 
+class NoMetrics:
+    """Stands for a `MetricWriter` where another process writes."""
+
+    def __enter__(self) -> "NoMetrics":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        pass
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Writes nothing."""
+
+    def flush(self) -> None:
+        """Has nothing to flush."""
+
+
 def read_metrics(model_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """Reads the records of a run, ordered by step.
 

@@ -18,7 +18,6 @@ from moe.settings import (
     ModelSettings,
     OptimizerSettings,
     RouterSettings,
-    TrainSettings,
     capacity,
 )
 from moe.training import state as train_state
@@ -171,6 +170,16 @@ class Local:
         ).num_rows
 
     @property
+    def most_rows(self) -> int:
+        """Rows that could come to this chip's experts if all chose them."""
+        model, router = self.settings.model, self.settings.router
+        axis_size, E = self.settings.mesh.expert, model.num_experts
+        room = room_for(
+            router, E, self.piece_tokens, axis_size, self.platform, train=True
+        )
+        return room.num_rows * room.num_rounds
+
+    @property
     def expert_model_cut(self) -> int:
         """Chips of the `model` axis that share each expert."""
         cut = self.settings.partition.expert_tensor_parallel
@@ -217,10 +226,9 @@ def weights(settings: Settings) -> tuple[tuple[Weight, ...], tuple[Weight, ...]]
     """Returns all parameters, and the rest of the train state, with their places."""
     sizes = {axis: getattr(settings.mesh, axis) for axis in AXES}
     table = rules.table(settings.partition)
-    parameters, others = [], []
-    for path, array, logical in _state(
-        settings.model, settings.router, settings.optimizer, settings.train
-    ):
+    parameters: list[Weight] = []
+    others: list[Weight] = []
+    for path, array, logical in _state(*_of_shapes(settings)):
         first, _, rest = path.partition("/")
         of_parameters = first == "params"
         weight = Weight(
@@ -235,16 +243,33 @@ def weights(settings: Settings) -> tuple[tuple[Weight, ...], tuple[Weight, ...]]
     return tuple(parameters), tuple(others)
 
 
+def _of_shapes(
+    settings: Settings,
+) -> tuple[ModelSettings, RouterSettings, OptimizerSettings]:
+    """What shapes depend on; all else as one, so that a search asks only once."""
+    model = dataclasses.replace(
+        settings.model,
+        remat="none",
+        sparse_remat="same",
+        vocab_chunks=1,
+        attention_block=0,
+        transport="auto",
+        dtype="float32",
+        reduce_dtype="float32",
+    )
+    router = RouterSettings(
+        family=settings.router.family, selection_bias=settings.router.selection_bias
+    )
+    return model, router, settings.optimizer
+
+
 @functools.lru_cache(maxsize=16)
 def _state(
-    model: ModelSettings,
-    router: RouterSettings,
-    optimizer: OptimizerSettings,
-    train: TrainSettings,
+    model: ModelSettings, router: RouterSettings, optimizer: OptimizerSettings
 ) -> list[tuple[str, Any, tuple]]:
     """Path, shape and logical axes of the train state; the same on every mesh."""
     param_axes = transformer.param_axes(model, router)
-    transformation = make_optimizer(optimizer, train.train_steps, param_axes)
+    transformation = make_optimizer(optimizer, 1, param_axes)
     shapes = train_state.abstract_state(model, router, transformation)
     return rules.leaves(shapes, train_state.logical_axes(shapes, model, router))
 

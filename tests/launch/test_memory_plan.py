@@ -1,0 +1,162 @@
+"""Memory predicted without compiling: exact for the state, by hand for the rest."""
+
+import math
+
+import jax
+import pytest
+
+from launch import gin_files
+from launch.assemble import assemble
+from launch.planning import local, memory
+
+GIB = 2**30
+# A model of two layers, the second sparse: V 384, L 64, M 32, N 2, D 16, F 64, E 4,
+# K 1, groups of 64, batches of 8.
+TINY = "runs/tiny.gin"
+
+
+def settings_of(*bindings, name=TINY):
+    devices = ("SIMULATED_DEVICES=8",) if name == TINY else ()
+    return gin_files.read([name], [*devices, *bindings]).settings
+
+
+MESHES = {
+    "one": (),
+    "data": ("MESH_DATA=2", "MESH_EXPERT=2"),
+    "optimizer": ("MESH_DATA=4", "FSDP='optimizer'"),
+    "fsdp": ("MESH_DATA=2", "MESH_EXPERT=2", "FSDP='data'"),
+    "all": ("MESH_DATA=2", "MESH_EXPERT=2", "MESH_MODEL=2", "FSDP='data_expert'"),
+    "whole_experts": (
+        *("MESH_DATA=2", "MESH_MODEL=2", "FSDP='data'"),
+        "EXPERT_TENSOR_PARALLEL=False",
+    ),
+    "context": ("MESH_DATA=2", "MESH_CONTEXT=2", "FSDP='data'", "GROUP_SIZE=32"),
+    "adafactor": ("MESH_EXPERT=4", "OPTIMIZER='adafactor'", "BETA1=0.0"),
+}
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("mesh", MESHES)
+def test_arguments_are_those_of_the_assembled_run_to_the_byte(mesh):
+    config = gin_files.read([TINY], [*MESHES[mesh], "SIMULATED_DEVICES=8"])
+    run = assemble(config)
+    state = sum(
+        math.prod(place.shard_shape(array.shape)) * array.dtype.itemsize
+        for array, place in zip(
+            jax.tree.leaves(run.shapes), jax.tree.leaves(run.shardings), strict=True
+        )
+    )
+    batch = sum(
+        math.prod(run.batch_sharding.shard_shape(array.shape)) * 4
+        for array in run.batch_shapes().values()
+    )
+    plan = memory.predict(config.settings, "cpu")
+    assert plan.arguments == state + batch + 4  # the number of the batch
+
+
+# Shapes and the bytes of an argument that libtpu 0.0.42 reports for v5e.
+TILED = [
+    ((), 4, 512),
+    ((100,), 4, 512),
+    ((256,), 4, 1024),
+    ((1500,), 4, 8192),
+    ((5000,), 4, 20480),
+    ((3, 64), 4, 2048),
+    ((64, 8), 4, 4096),
+    ((12, 100), 2, 4096),
+    ((256, 16, 16), 4, 262144),
+    ((4, 100, 300), 4, 614400),
+    ((6, 1, 2080), 4, 52224),
+    ((5, 3, 2, 3, 64), 4, 46080),
+    ((24, 1024, 8, 64), 2, 25165824),
+]
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(("shape", "itemsize", "told"), TILED)
+def test_small_arrays_are_padded_as_the_tpu_compiler_pads_them(shape, itemsize, told):
+    assert local.tiled_bytes(shape, itemsize) == told
+
+
+@pytest.mark.fast
+def test_what_layers_keep_is_what_the_formulas_say():
+    settings = settings_of(
+        *("MESH_DATA=2", "MESH_MODEL=2", "DTYPE='bfloat16'", "MICROBATCHES=2"),
+        *("GROUP_SIZE=32", "TRANSPORT='all_to_all'", "MIN_EXPERT_CAPACITY=1"),
+    )
+    sizes = local.local(settings, "tpu")
+    # 8 rows on 2 × 2 chips in 2 microbatches: 2 rows of 64, of which a chip routes 32.
+    assert (sizes.rows, sizes.length, sizes.piece) == (2, 64, 32)
+    stream = 64 * 32 * 2  # p·T·M·d
+    assert memory.saved_per_layer(sizes, "full", sparse=False) == stream
+    # Queries, keys, values: T = 128 tokens of 3 · 1 head · 16; the output 32 wide; half
+    # of the 64 hidden, of gelu, which has no gate.
+    dense = stream + 128 * (48 + 32 + 32) * 2
+    assert memory.saved_per_layer(sizes, "minimal", sparse=False) == dense
+    # Two groups of 32 · 1.25 / 4 = 10 slots for 4 experts: 80 rows, gathered to 160.
+    rows = 80
+    sparse = stream + 128 * (48 + 32) * 2 + 64 * 4 * 4  # and the router
+    sparse += (rows + rows + 2 * rows) * 32 * 2 + 2 * rows * 32 * 2
+    assert memory.saved_per_layer(sizes, "minimal", sparse=True) == sparse
+    assert memory.saved_per_layer(sizes, "none", sparse=True) > sparse
+    assert memory.saved(sizes) == memory.saved_per_layer(
+        sizes, settings.model.remat, sparse=False
+    ) + memory.saved_per_layer(sizes, settings.model.remat, sparse=True)
+
+
+@pytest.mark.fast
+def test_the_total_is_the_fullest_moment_and_its_categories():
+    for bindings in MESHES.values():
+        plan = memory.predict(settings_of(*bindings))
+        assert plan.total == plan.arguments + plan.temporaries
+        assert plan.total == sum(plan.categories.values())
+        most = max(sum(moment.values()) for moment in plan.moments.values())
+        assert plan.temporaries == most > 0
+
+
+@pytest.mark.fast
+def test_full_sharding_remat_and_pieces_of_the_vocabulary_save_memory():
+    wide = ("EMBED_DIM=512", "MLP_DIM=2048", "EXPERT_MLP_DIM=2048", "REMAT='none'")
+    plan = memory.predict(settings_of(*wide, "MESH_DATA=8"))
+    sharded = memory.predict(settings_of(*wide, "MESH_DATA=8", "FSDP='data'"))
+    assert sharded.arguments < plan.arguments / 7
+    logits = memory.predict(settings_of("VOCAB_SIZE=65536")).moments["logits"]
+    pieces = memory.predict(settings_of("VOCAB_SIZE=65536", "VOCAB_CHUNKS=8"))
+    # Without pieces, the gradient of the table is there as well.
+    assert pieces.moments["logits"]["logits"] < logits["logits"] / 8
+    full = memory.predict(settings_of("REMAT='full'"))
+    none = memory.predict(settings_of("REMAT='none'"))
+    assert full.categories["activations"] < none.categories["activations"]
+
+
+@pytest.mark.fast
+def test_offloaded_moments_are_the_hosts():
+    here = memory.predict(settings_of())
+    away = memory.predict(settings_of("OFFLOAD_OPTIMIZER=True"))
+    assert away.host == here.optimizer
+    assert away.arguments == here.arguments - here.optimizer
+
+
+@pytest.mark.fast
+def test_a_trillion_parameters_fit_480_v100_with_8_bytes_each_but_not_with_16():
+    bindings = ("MESH_EXPERT=480", "REMAT='full'")
+    room = 32 * GIB
+    adafactor, adam = (
+        memory.predict(
+            settings_of(*bindings, f"OPTIMIZER={name!r}", name="runs/m6_t_1t.gin"),
+            "gpu",
+        )
+        for name in ("adafactor", "adamw")
+    )
+    # Each of 24 layers has 960 experts of 2 · 1,024 · 21,248. Each GPU has 2 of them,
+    # and all of the rest of 1,002,753,042,432 parameters: 146,614,272.
+    experts = 24 * 2 * 1024 * 21248
+    parameters = 2 * experts + 1_002_753_042_432 - 960 * experts
+    assert adafactor.parameters == 4 * parameters
+    gradients = adafactor.moments["optimizer"]["gradients"]
+    assert gradients == adafactor.parameters
+    # Parameters and gradients, 8 bytes: 16.7 GiB. The factored moments are vectors.
+    assert adafactor.arguments + gradients < 17.1 * GIB
+    assert adafactor.total < room
+    # Two moments more, 16 bytes: 33.3 GiB before any activation.
+    assert adam.arguments + gradients > 33 * GIB > room

@@ -141,10 +141,11 @@ def _backward(ring: Ring, kept: Any, d_mixed: jax.Array) -> tuple[Any, ...]:
     if ring.axis_size > 1:
         carry = sums, d_held, _pass_on(held, ring)
         (sums, d_held, _), _ = lax.scan(turn, carry, length=ring.axis_size - 1)
-        d_held = _pass_on(d_held, ring)  # home
     (d_query, d_bias), (d_key, d_value) = jax.tree.map(
         lambda d, x: d.astype(x.dtype), (sums, d_held), ((query, bias), held[:2])
     )
+    if ring.axis_size > 1:
+        d_key, d_value = _pass_on((d_key, d_value), ring)  # home
     return d_query, (d_key, d_value, None), d_bias, None
 
 

@@ -1,0 +1,211 @@
+"""Compiles one step for a described topology, and leaves the answer in a file.
+
+    python -m launch.planning.compile_child FOLDER TOPOLOGY HLO_FILE
+
+Run by `launch.planning.compile`, whose process survives whatever the compiler does.
+"""
+
+import contextlib
+import dataclasses
+import os
+import resource
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from launch import gin_files
+from launch.environment import prepare_environment
+from launch.errors import ConfigError, is_user_error
+from launch.planning.compile import out_of_memory
+from launch.planning.records import Compiled, Failure, to_json
+from launch.planning.topologies import Topology, parse, problems
+from launch.settings import PlatformSettings
+
+if TYPE_CHECKING:
+    import jax
+
+_MOST_COLLECTIVES = 200
+
+
+def main(folder: str, topology_name: str, hlo_file: str) -> None:
+    """Compiles, and writes `result.json` into the folder."""
+    start = time.monotonic()
+    topology = parse(topology_name)
+    record: Compiled | Failure
+    try:
+        record = _compile(Path(folder, "config.gin"), topology, hlo_file)
+    except Exception as error:
+        failure = _failure(error, topology)
+        record = dataclasses.replace(failure, seconds=time.monotonic() - start)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    record = dataclasses.replace(record, peak_host_bytes=peak)
+    Path(folder, "result.json").write_text(to_json(record), encoding="utf-8")
+
+
+def _failure(error: Exception, topology: Topology) -> Failure:
+    """Tells a chip that is too small from a program that is refused, and a fault."""
+    message = str(error)
+    if "RESOURCE_EXHAUSTED" in message:
+        return out_of_memory(message)
+    if isinstance(error, NoCompilerError):
+        return Failure(
+            "no_compiler", message, "`make tpu-compiler` installs the one that matches"
+        )
+    if is_user_error(error):
+        return Failure("rejected", message, "change what it names")
+    if type(error).__name__ == "JaxRuntimeError":
+        return Failure(
+            "rejected",
+            message,
+            f"the compiler for {topology} refuses this program: try another mesh, "
+            "TRANSPORT, or flags",
+        )
+    return Failure(
+        "crashed",
+        "".join(traceback.format_exception(error)[-3:]) + message,
+        "an error of Switchyard or of jax, before the compiler was asked",
+    )
+
+
+class NoCompilerError(Exception):
+    """libtpu is missing, or cannot describe what was asked."""
+
+
+def _compile(config_file: Path, topology: Topology, hlo_file: str) -> Compiled:
+    config = gin_files.read([str(config_file)])
+    config = dataclasses.replace(config, where="the configuration to plan")
+    if found := problems(topology, config.settings.mesh):
+        raise ConfigError(config.where, found)
+    # Flags are as in a run; where it runs is not.
+    asked = config.settings.platform
+    prepare_environment(
+        PlatformSettings(
+            name="cpu",
+            xla_flags=asked.xla_flags,
+            libtpu_init_args=asked.libtpu_init_args,
+            compilation_cache_dir="",
+        )
+    )
+    from launch.assemble import assemble
+
+    devices = describe(topology)
+    start = time.monotonic()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        run = assemble(config, devices=devices)
+        lowered = run.lower_train_step()
+    lowering = time.monotonic() - start
+    start = time.monotonic()
+    compiled = lowered.compile()
+    compiling = time.monotonic() - start
+    text = compiled.as_text() or ""
+    if hlo_file != os.devnull:
+        Path(hlo_file).write_text(text, encoding="utf-8")
+    notes = [str(one.message) for one in said if "Split" in one.category.__name__]
+    record = _measure(compiled, text, dict(run.mesh.shape), topology)
+    return dataclasses.replace(
+        record,
+        lowering_seconds=lowering,
+        compiling_seconds=compiling,
+        notes=tuple(dict.fromkeys(notes)),
+    )
+
+
+def describe(topology: Topology) -> Sequence["jax.Device"]:
+    """Returns the devices of a topology that is not there.
+
+    Raises:
+        NoCompilerError: libtpu is missing, of another version, or does not know it.
+    """
+    from jax.experimental import topologies
+
+    name = topology.slice_name
+    options: dict[str, Any] = {}
+    if topology.num_slices > 1:
+        options["num_slices"] = topology.num_slices
+    if topology.chip.name == "7x":
+        name = f"tpu{name}"
+    if topology.chip.name == "v4":
+        # One device per chip; v4 otherwise shows its two cores.
+        options |= {
+            "chip_config_name": "megacore",
+            "chips_per_host_bounds": (2, 2, 1),
+            "num_slices": topology.num_slices,
+        }
+    if topology.shape == (1, 1):
+        options["chips_per_host_bounds"] = (1, 1, 1)
+    try:
+        described = topologies.get_topology_desc(
+            platform="tpu", topology_name=name, **options
+        )
+    except Exception as error:
+        raise NoCompilerError(f"libtpu cannot describe {topology}: {error}") from error
+    assert len(described.devices) == topology.num_devices, len(described.devices)
+    return described.devices
+
+
+def _measure(
+    compiled: Any, text: str, sizes: dict[str, int], topology: Topology
+) -> Compiled:
+    import jax
+
+    from launch.planning import hlo
+    from launch.planning.hlo_text import Module
+
+    memory = compiled.memory_analysis()
+    total = (
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes
+        + memory.generated_code_size_in_bytes
+    )
+    costs: dict[str, float] = {}
+    with contextlib.suppress(NotImplementedError):
+        found = compiled.cost_analysis()
+        costs = found if isinstance(found, dict) else (found or [{}])[0]
+    seconds = costs.get("optimal_seconds")
+    module = Module(text)
+    sent = hlo.collectives(module, sizes)
+    capacity = topology.chip.device().memory_bytes
+    return Compiled(
+        topology=str(topology),
+        compiler=f"jax {jax.__version__}, libtpu {_version()}",
+        lowering_seconds=0.0,
+        compiling_seconds=0.0,
+        peak_host_bytes=0,
+        argument_bytes=memory.argument_size_in_bytes,
+        output_bytes=memory.output_size_in_bytes,
+        alias_bytes=memory.alias_size_in_bytes,
+        temp_bytes=memory.temp_size_in_bytes,
+        code_bytes=memory.generated_code_size_in_bytes,
+        total_bytes=total,
+        host_bytes=memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes,
+        memory_bytes=capacity,
+        fits=total <= capacity,
+        product_flops=hlo.product_flops(module),
+        reported_flops=float(costs.get("flops", 0.0)),
+        # Negative where XLA has lost count.
+        reported_seconds=seconds if seconds is not None and seconds > 0 else None,
+        collectives=tuple(sent[:_MOST_COLLECTIVES]),
+        largest_buffers=tuple(hlo.largest_buffers(module)),
+        unknown_loops=len(module.unknown_loops),
+    )
+
+
+def _version() -> str:
+    """The compiler's version, as its package says."""
+    import importlib.metadata
+
+    try:
+        return importlib.metadata.version("libtpu")
+    except importlib.metadata.PackageNotFoundError:
+        return "of unknown version"
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,121 @@
+"""What compiling a step gives: an answer, or a failure that says what to do."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from launch.planning.hlo import Buffer, Collective
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """A whole train step as the compiler made it. Bytes are those of one jax device.
+
+    Attributes:
+        topology: what it was compiled for.
+        compiler: versions of jax and of the compiler.
+        lowering_seconds: tracing, and writing the program.
+        compiling_seconds: the compiler's own.
+        peak_host_bytes: memory of the process that compiled.
+        argument_bytes: state and batch.
+        output_bytes: state and metrics.
+        alias_bytes: outputs that take the place of arguments.
+        temp_bytes: everything between.
+        code_bytes: the program.
+        total_bytes: all of these, the shared ones once.
+        host_bytes: arguments and temporaries that were placed in the host's memory.
+        memory_bytes: what the chip has.
+        fits: whether the total is at most that. A compiler that ends with an answer
+            has made it fit in what it may use, which is a little less.
+        product_flops: multiply-adds of products per step, times 2, loops counted as
+            often as they run; see `hlo.product_flops`.
+        reported_flops: XLA's figure, which counts loops once.
+        reported_seconds: XLA's guess at the time of a step; None where it has none.
+        collectives: what is sent, the most bytes first.
+        largest_buffers: the largest values.
+        unknown_loops: loops counted once for want of a number of trips.
+        notes: what was said on the way, such as of a torus that had to be cut.
+    """
+
+    topology: str
+    compiler: str
+    lowering_seconds: float
+    compiling_seconds: float
+    peak_host_bytes: int
+    argument_bytes: int
+    output_bytes: int
+    alias_bytes: int
+    temp_bytes: int
+    code_bytes: int
+    total_bytes: int
+    host_bytes: int
+    memory_bytes: int
+    fits: bool
+    product_flops: float
+    reported_flops: float
+    reported_seconds: float | None
+    collectives: tuple[Collective, ...]
+    largest_buffers: tuple[Buffer, ...]
+    unknown_loops: int = 0
+    notes: tuple[str, ...] = ()
+
+    @property
+    def optimal_seconds(self) -> float | None:
+        """XLA's guess; it counts loops once."""
+        return self.reported_seconds
+
+
+FailureKind = Literal[
+    "out_of_memory", "crashed", "killed", "timed_out", "no_compiler", "rejected"
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Failure:
+    """A step that did not compile, which is an answer too.
+
+    Attributes:
+        kind: "out_of_memory" of the chip; "crashed", the compiler ended its process or
+            broke; "killed", it took more of this machine's memory than it may;
+            "timed_out"; "no_compiler"; "rejected", the configuration or the program is
+            not possible there.
+        message: what happened, in the words of who found it.
+        advice: what to do.
+        needed_bytes: of the chip's memory, where the compiler said so.
+        available_bytes: what it may use, likewise.
+        largest_buffers: the largest, where the compiler listed them.
+        seconds: until it failed.
+        peak_host_bytes: memory of the process that compiled.
+    """
+
+    kind: FailureKind
+    message: str
+    advice: str
+    needed_bytes: int | None = None
+    available_bytes: int | None = None
+    largest_buffers: tuple[Buffer, ...] = ()
+    seconds: float = 0.0
+    peak_host_bytes: int = 0
+
+
+def to_json(record: Compiled | Failure) -> str:
+    """Writes a record; `from_json` reads it back."""
+    kind = "compiled" if isinstance(record, Compiled) else "failure"
+    return json.dumps({"record": kind, **dataclasses.asdict(record)}, indent=1)
+
+
+def from_json(text: str) -> Compiled | Failure:
+    """Reads what `to_json` wrote."""
+    fields = json.loads(text)
+    record = fields.pop("record")
+    fields["largest_buffers"] = tuple(Buffer(**b) for b in fields["largest_buffers"])
+    if record == "failure":
+        return Failure(**fields)
+    fields["collectives"] = tuple(_collective(c) for c in fields["collectives"])
+    fields["notes"] = tuple(fields["notes"])
+    return Compiled(**fields)
+
+
+def _collective(fields: Mapping[str, Any]) -> Collective:
+    return Collective(**{**fields, "axes": tuple(fields["axes"])})

@@ -24,6 +24,11 @@ HEADERS = sorted(
 SMALL = [name for name in HEADERS if re.search("/(demo|tiny)", name)]
 # Models of papers, each in models/ with a run of its name.
 LADDER = sorted(name for name in HEADERS if name not in SMALL and "runs/" in name)
+SOME = [  # those of papers are assembled, but are too large to run
+    *SMALL,
+    *(f"runs/{name}.gin" for name in ("glam_64b_64e", "gpt3_175b", "m6_10t")),
+    *(f"runs/{name}.gin" for name in ("mixtral_8x7b", "switch_c_decoder")),
+]
 HARDWARE = sorted(
     path.stem for path in (configs_folder() / "hardware").glob("cpu*.gin")
 )
@@ -130,7 +135,7 @@ def test_a_hardware_file_has_the_mesh_of_its_name(name):
 
 @pytest.mark.parametrize(
     ("name", "hardware"),
-    [*((name, HARDWARE[-1]) for name in SMALL), *((RUN, h) for h in HARDWARE)],
+    [*((name, HARDWARE[-1]) for name in SOME), *((RUN, h) for h in HARDWARE)],
 )
 def test_models_fit_their_meshes(name, hardware):
     run = assemble(gin_files.read([*files_of(name), f"hardware/{hardware}.gin"]))

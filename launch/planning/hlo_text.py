@@ -144,17 +144,21 @@ class Module:
             return int(noted[1])
         condition = re.search(r"condition=%?([\w.\-]+)", loop.attributes)
         assert condition is not None, loop
-        lines = list(self._with_fusions(condition[1]))
-        compares = [line for line in lines if line.opcode == "compare"]
+        lines = {line.name: line for line in self._with_fusions(condition[1])}
+        compares = [line for line in lines.values() if line.opcode == "compare"]
         limits = {
             int(line.operands[0])
-            for line in lines
-            if line.opcode == "constant" and re.fullmatch(r"-?\d+", line.operands[0])
+            for line in lines.values()
+            if line.opcode == "constant" and re.fullmatch(r"[su]\d+\[\].*", line.shape)
         }
         if len(compares) != 1 or len(limits) != 1:
             return None
+        counter = lines.get(compares[0].operands[0])
+        counts = counter and counter.opcode in ("get-tuple-element", "parameter")
         limit = limits.pop()
-        return limit if "direction=LT" in compares[0].attributes and limit > 0 else None
+        if not counts or "direction=LT" not in compares[0].attributes or limit < 1:
+            return None
+        return limit
 
     def _with_fusions(self, name: str) -> Iterator[Instruction]:
         for instruction in self.computations.get(name, {}).values():

@@ -12,6 +12,7 @@ import importlib.metadata
 import io
 import os
 import signal
+import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import TextIO, TypeVar
@@ -91,9 +92,9 @@ def run(job: Job | None, work: Work, config: ResolvedConfig) -> int:
         return work()
     import jax
 
-    _join(job, config)
+    lines = _join(job, config)
     with _streams(job) as say:
-        bell = Bell(job.process, job.number, say)
+        bell = Bell(job.process, job.number, lines, say)
         try:
             _refuse_other_devices(job, config)
             code = work()
@@ -189,7 +190,7 @@ def _ask_launcher(platform: PlatformSettings, address: str, process: int | None)
     return Job(rank, number, where, None if local_devices is None else [*local_devices])
 
 
-def _join(job: Job, config: ResolvedConfig) -> None:
+def _join(job: Job, config: ResolvedConfig) -> dict[int, socket.socket]:
     """Meets the others, then lets jax do the same."""
     import jax
 
@@ -206,7 +207,7 @@ def _join(job: Job, config: ResolvedConfig) -> None:
     }
     facts["version of switchyard"] = importlib.metadata.version("switchyard")
     facts["version of jax"] = jax.__version__
-    roll_call.call(
+    lines = roll_call.call(
         job.address,
         job.process,
         job.number,
@@ -224,6 +225,7 @@ def _join(job: Job, config: ResolvedConfig) -> None:
         heartbeat_timeout_seconds=platform.heartbeat_timeout_seconds,
         coordinator_bind_address=bind_address,
     )
+    return lines
 
 
 def _refuse_other_devices(job: Job, config: ResolvedConfig) -> None:

@@ -8,11 +8,13 @@ import contextlib
 import json
 import os
 import re
+import selectors
+import socket
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 from launch.errors import (
@@ -28,6 +30,7 @@ _ENDED = "switchyard/ended"  # holds how the job ended, once it has
 _HEARD = "switchyard/heard"
 _ALL_DONE = -1
 _GRACE_SECONDS = 5.0  # that the others have to hear how it ended
+_AGAIN = "The same command, started again for all, goes on from the newest checkpoint"
 # What a collective says when the process at its other end has gone.
 _LOST = re.compile(
     "closed by peer|connection re(set|fused)|gloo|nccl|heartbeat|unavailable|"
@@ -49,10 +52,17 @@ class Bell:
     Args:
         process: which of them this is.
         number: how many there are.
+        lines: open connections, to all others from process 0, and to it from each.
         say: shows a message to the user.
     """
 
-    def __init__(self, process: int, number: int, say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        process: int,
+        number: int,
+        lines: Mapping[int, socket.socket],
+        say: Callable[[str], None],
+    ) -> None:
         self._process = process
         self._number = number
         self._say = say
@@ -61,6 +71,9 @@ class Bell:
             target=self._listen, name="how the job ends", daemon=True
         )
         self._listener.start()
+        self._done = False
+        self._lines = lines
+        threading.Thread(target=self._watch, name="who is alive", daemon=True).start()
 
     def fail(self, error: BaseException) -> NoReturn:
         """Ends this process, and so all, because of an error in it."""
@@ -75,7 +88,7 @@ class Bell:
             else:
                 self._say(before["message"])
             if self._process == 0:
-                self._wait_until_heard()
+                self._wait_until_heard(self._number - 1)
         elif before["message"] != _outcome(0, error, lost=lost)["message"]:
             self._say(f"process {before['process']} ended: {before['message']}")
         _leave(before["code"])
@@ -85,6 +98,7 @@ class Bell:
         if self._process == 0:
             self._tell({"process": _ALL_DONE, "code": 0, "message": ""})
         self._listener.join()
+        self._done = True
         client().wait_at_barrier("all have heard", WEEK_MILLISECONDS)
 
     def _listen(self) -> None:
@@ -107,6 +121,29 @@ class Bell:
             self._say(f"process {outcome['process']} ended: {outcome['message']}")
             _leave(outcome["code"])
 
+    def _watch(self) -> None:
+        """Ends this process when another one has gone without a word."""
+        with selectors.DefaultSelector() as selector:
+            for process, line in self._lines.items():
+                selector.register(line, selectors.EVENT_READ, process)
+            (key, _), *_ = selector.select()  # nothing is ever sent: it has closed
+        if self._done:
+            return
+        # If it had a reason it has said so, and process 0 left last.
+        told = self._told(_GRACE_SECONDS / 5) if self._process == 0 else None
+        self._ending.acquire()
+        if told is None:
+            message = f"process {key.data} was lost. {_AGAIN}"
+            told = {"process": key.data, "code": EXIT_LOST_PROCESS, "message": message}
+            if self._process == 0:
+                told = self._tell(told)
+            self._say(told["message"])
+        else:
+            self._say(f"process {told['process']} ended: {told['message']}")
+        if self._process == 0:
+            self._wait_until_heard(self._number - 2)
+        _leave(told["code"])
+
     def _told(self, seconds: float) -> dict[str, Any] | None:
         """How the job ended by the word of another process, if it has said so."""
         deadline = time.monotonic() + seconds
@@ -126,12 +163,12 @@ class Bell:
             return (self._told(0.0) if "EXISTS" in str(error) else None) or outcome
         return outcome
 
-    def _wait_until_heard(self) -> None:
+    def _wait_until_heard(self, number: int) -> None:
         """Process 0 leaves last: what the others ask, they ask it."""
         deadline = time.monotonic() + _GRACE_SECONDS
         while time.monotonic() < deadline:
             heard = client().key_value_dir_get(f"{_HEARD}/")
-            if len(heard) == self._number - 1:
+            if len(heard) >= number:
                 return
             time.sleep(0.05)
 
@@ -145,10 +182,7 @@ def _outcome(process: int, error: BaseException, *, lost: bool) -> dict[str, Any
         message = f"{type(error).__name__}: {error}"
         return {"process": process, "code": EXIT_USER_ERROR, "message": message}
     if lost:
-        message = (
-            f"another process was lost ({first[:200]}). The same command, started "
-            "again for all, goes on from the newest checkpoint"
-        )
+        message = f"another process was lost ({first[:200]}). {_AGAIN}"
         return {"process": process, "code": EXIT_LOST_PROCESS, "message": message}
     message = f"{type(error).__name__}: {first[:500]}"
     return {"process": process, "code": EXIT_USER_ERROR, "message": message}

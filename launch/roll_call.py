@@ -35,7 +35,7 @@ def call(
     *,
     bind_address: str,
     timeout_seconds: float,
-) -> None:
+) -> dict[int, socket.socket]:
     """Returns when all processes of a job have met and agree.
 
     Args:
@@ -45,15 +45,17 @@ def call(
         facts: what must be the same everywhere, by the name of what to change.
         bind_address: "host:port" that process 0 listens on.
         timeout_seconds: to wait for all.
+    Returns:
+        Open connections by process: those of process 0 to all others, that of another
+        to process 0. When a process dies its connections close, at once.
     Raises:
         ProcessError: on all that have come, with what is wrong.
     """
     deadline = time.monotonic() + timeout_seconds
     mine = {"is": _PROTOCOL, "process": process, "number": number, "facts": {**facts}}
     if process == 0:
-        _preside(bind_address, mine, deadline, timeout_seconds)
-    else:
-        _attend(address, mine, deadline, timeout_seconds)
+        return _preside(bind_address, mine, deadline, timeout_seconds)
+    return {0: _attend(address, mine, deadline, timeout_seconds)}
 
 
 def own_address(address: str) -> str:
@@ -86,7 +88,7 @@ def own_address(address: str) -> str:
 
 def _preside(
     bind_address: str, mine: dict[str, Any], deadline: float, timeout_seconds: float
-) -> None:
+) -> dict[int, socket.socket]:
     """Process 0 waits for the others and tells each how it went."""
     number = mine["number"]
     with contextlib.ExitStack() as stack:
@@ -127,17 +129,16 @@ def _preside(
             present[theirs["process"] if not fault else -1] = connection
         for connection in present.values():
             _send(connection, {"is": _PROTOCOL, "fault": fault})
-        # They close first, so that the port is free for jax at once.
-        for connection in present.values():
-            with contextlib.suppress(OSError):
-                connection.recv(1)
         if fault:
             raise ProcessError(fault)
+        stack.pop_all()  # they stay open
+        listener.close()
+        return present
 
 
 def _attend(
     address: str, mine: dict[str, Any], deadline: float, timeout_seconds: float
-) -> None:
+) -> socket.socket:
     """Another process tells process 0 who it is, and hears how it went."""
     why = ""
     while True:
@@ -154,15 +155,15 @@ def _attend(
             why = error.strerror or str(error)
             time.sleep(min(_RETRY_SECONDS, left))
             continue
-        with connection:
-            # Process 0 answers at its own deadline; it may have begun to wait later.
-            connection.settimeout(timeout_seconds + _REPLY_SECONDS)
-            _send(connection, mine)
-            answer = _read(connection)
+        # Process 0 answers at its own deadline; it may have begun to wait later.
+        connection.settimeout(timeout_seconds + _REPLY_SECONDS)
+        _send(connection, mine)
+        answer = _read(connection)
+        if answer is not None and answer.get("fault") == "":
+            return connection
+        connection.close()
         if answer is not None and "fault" in answer:
-            if answer["fault"]:
-                raise ProcessError(answer["fault"])
-            return
+            raise ProcessError(answer["fault"])
         why = "what listens there is not process 0 of this job"
         time.sleep(_RETRY_SECONDS)
 

@@ -24,7 +24,7 @@ def outcomes(processes, address=None, seconds=5.0) -> list[str]:
 
     def attend(process, number, facts) -> str:
         try:
-            roll_call.call(
+            lines = roll_call.call(
                 address,
                 process,
                 number,
@@ -32,6 +32,9 @@ def outcomes(processes, address=None, seconds=5.0) -> list[str]:
                 bind_address=address,
                 timeout_seconds=seconds,
             )
+            assert sorted(lines) == ([0] if process else list(range(1, number)))
+            for line in lines.values():
+                line.close()
         except ProcessError as error:
             return str(error)
         return ""

@@ -21,6 +21,7 @@ from launch import gin_files
 from launch.environment import prepare_environment
 from launch.errors import ConfigError, is_user_error
 from launch.planning.compile import out_of_memory
+from launch.planning.hlo import Buffer
 from launch.planning.records import Compiled, Failure, to_json
 from launch.planning.topologies import Topology, parse, problems
 from launch.settings import PlatformSettings
@@ -49,8 +50,10 @@ def main(folder: str, topology_name: str, hlo_file: str) -> None:
 def _failure(error: Exception, topology: Topology) -> Failure:
     """Tells a chip that is too small from a program that is refused, and a fault."""
     message = str(error)
-    if "RESOURCE_EXHAUSTED" in message:
-        return out_of_memory(message)
+    if isinstance(error, OutOfMemoryError):
+        failure = out_of_memory(message)
+        listed = failure.largest_buffers or error.largest_buffers
+        return dataclasses.replace(failure, largest_buffers=listed)
     if isinstance(error, NoCompilerError):
         return Failure(
             "no_compiler", message, "`make tpu-compiler` installs the one that matches"
@@ -69,6 +72,14 @@ def _failure(error: Exception, topology: Topology) -> Failure:
         "".join(traceback.format_exception(error)[-3:]) + message,
         "an error of Switchyard or of jax, before the compiler was asked",
     )
+
+
+class OutOfMemoryError(Exception):
+    """The chip is too small; with the largest values of what was to be compiled."""
+
+    def __init__(self, message: str, largest_buffers: tuple[Buffer, ...]) -> None:
+        self.largest_buffers = largest_buffers
+        super().__init__(message)
 
 
 class NoCompilerError(Exception):
@@ -100,7 +111,12 @@ def _compile(config_file: Path, topology: Topology, hlo_file: str) -> Compiled:
         lowered = run.lower_train_step()
     lowering = time.monotonic() - start
     start = time.monotonic()
-    compiled = lowered.compile()
+    try:
+        compiled = lowered.compile()
+    except Exception as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise OutOfMemoryError(str(error), _held(lowered)) from error
     compiling = time.monotonic() - start
     text = compiled.as_text() or ""
     if hlo_file != os.devnull:
@@ -146,6 +162,18 @@ def describe(topology: Topology) -> Sequence["jax.Device"]:
         raise NoCompilerError(f"libtpu cannot describe {topology}: {error}") from error
     assert len(described.devices) == topology.num_devices, len(described.devices)
     return described.devices
+
+
+def _held(lowered: Any) -> tuple[Buffer, ...]:
+    """The largest values that the program asks for: the compiler lists none.
+
+    Inside `shard_map` shapes are those of one device.
+    """
+    from launch.planning import hlo
+    from launch.planning.hlo_text import Module
+
+    text = lowered.compiler_ir("hlo").as_hlo_module().to_string()
+    return tuple(hlo.largest_buffers(Module(text), optimised=False))
 
 
 def _measure(

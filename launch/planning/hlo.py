@@ -298,26 +298,47 @@ _NO_BUFFER = frozenset(
 )
 
 
-def largest_buffers(module: Module, number: int = 12) -> list[Buffer]:
+# Where a program has not been optimised yet: what will hardly be fused away.
+_HELD = frozenset(
+    {
+        *("dot", "convolution", "dynamic-update-slice", "gather", "scatter", "sort"),
+        *("custom-call", *_KINDS),
+    }
+)
+
+
+def largest_buffers(
+    module: Module, number: int = 12, *, optimised: bool = True
+) -> list[Buffer]:
     """Lists the largest values that the program computes, by size and source.
 
     What is computed inside a fusion takes no memory; what lies in the core's own
     memory takes none of the chip's. Not all of these are alive at the same time.
+
+    Args:
+        module: the program.
+        number: how many to list, each shape and source line once.
+        optimised: whether it is compiled; else only products, updates and what is
+            exchanged count, as most of the rest would be fused.
     """
-    found: dict[tuple[str, str, str], int] = {}
+    found: dict[tuple[str, str], tuple[int, str]] = {}
     for name, instructions in module.computations.items():
         if "fused_computation" in name or name.startswith("fusion"):
             continue
         for instruction in instructions.values():
-            if instruction.opcode in _NO_BUFFER:
+            opcode = instruction.opcode
+            if opcode in _NO_BUFFER if optimised else opcode not in _HELD:
                 continue
             for array in arrays(instruction.shape):
                 if array.in_main_memory:
-                    operation = _operation(instruction)
-                    key = (str(array), module.source(instruction), operation)
-                    found[key] = max(found.get(key, 0), array.padded_bytes)
-    largest = sorted(found.items(), key=lambda item: -item[1])[:number]
-    return [Buffer(size, *key) for key, size in largest]
+                    key = (str(array), module.source(instruction))
+                    one = (array.padded_bytes, _operation(instruction))
+                    found[key] = max(found.get(key, (0, "")), one)
+    largest = sorted(found.items(), key=lambda item: -item[1][0])[:number]
+    return [
+        Buffer(size, shape, source, operation)
+        for (shape, source), (size, operation) in largest
+    ]
 
 
 def _operation(instruction: Instruction) -> str:

@@ -76,9 +76,10 @@ class Run:
         return self.lower_train_step(rounds=rounds).compile()
 
     def lower_train_step(self, *, rounds: bool = False) -> jax.stages.Lowered:
-        """Traces and lowers the step. Its state is donated, and leaves placed as it came in.
+        """Traces and lowers the step.
 
-        Without fixed output shardings a resumed run drifts from an undisturbed one.
+        Its state is donated, and leaves placed as it came in. Without fixed output
+        shardings a resumed run drifts from an undisturbed one.
 
         Args:
             rounds: the step that computes in rounds what exceeds the row budget.
@@ -139,6 +140,7 @@ def assemble(
         loss=settings.loss,
         microbatches=settings.train.microbatches,
         seed=settings.train.seed,
+        rounding=settings.optimizer.rounding,
     )
     shapes = train_state.abstract_state(settings.model, settings.router, optimizer)
     state_axes = train_state.logical_axes(shapes, settings.model, settings.router)
@@ -146,13 +148,21 @@ def assemble(
         mesh, shapes, state_axes, rules.table(settings.partition)
     ):
         raise ConfigError(config.where, problems)
+    shardings = train_state.shardings(shapes, state_axes, mesh, settings.partition)
+    if settings.optimizer.offload:
+        on_device = shardings.opt_state
+        on_host = jax.tree.map(
+            lambda place: place.with_memory_kind("pinned_host"), on_device
+        )
+        shardings = dataclasses.replace(shardings, opt_state=on_host)
+        learner = dataclasses.replace(learner, opt_shardings=on_device)
     return Run(
         settings=settings,
         mesh=mesh,
         learner=learner,
         shapes=shapes,
         axes=state_axes,
-        shardings=train_state.shardings(shapes, state_axes, mesh, settings.partition),
+        shardings=shardings,
         batch_sharding=rules.sharding(mesh, ("batch", "length")),
     )
 

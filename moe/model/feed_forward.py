@@ -31,7 +31,9 @@ class FeedForward(nnx.Module):
         init_scale: float = 1.0,
         num_experts: int | None = None,
     ):
-        lead, name, embed, mlp = (), (), "embed", "mlp"
+        lead: tuple[int, ...] = ()
+        name: tuple[str, ...] = ()
+        embed, mlp = "embed", "mlp"
         if num_experts is not None:
             lead, name = (num_experts,), ("expert",)
             embed, mlp = "expert_embed", "expert_mlp"

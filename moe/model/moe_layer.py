@@ -178,7 +178,7 @@ def moe_layer(
         in_specs=(
             rules.specs(pure, axes, rules.table(layer.partition)),
             piece,
-            Tokens(mask_BL=piece, row_B=by_row, id_BL=piece),
+            Tokens(piece, by_row, piece),  # type: ignore[arg-type]
             none,
             none,
         ),
@@ -213,10 +213,8 @@ def sparse(
     B, L, M = x_BLM.shape
     S = layer.router.group_size
     model, router, grid = layer.model, layer.router, layer.grid
-    pieces, piece = 1, 0
-    if not layer.routes_alike:
-        pieces, piece = grid.size("context", "model"), grid.index("context", "model")
-    first = piece * (L // S)
+    cuts = () if layer.routes_alike else ("context", "model")
+    pieces, first = grid.size(*cuts), grid.index(*cuts) * (L // S)
     group_BG = tokens.row_B[:, None] * (pieces * L // S) + first + jnp.arange(L // S)
     routing = {
         name: getattr(weights, name)[...]

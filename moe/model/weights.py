@@ -28,7 +28,7 @@ def whole(arrays: Any, axes: Any, settings: ModelSettings, grid: Grid) -> Any:
     table = rules.table(grid.partition)
 
     def one(array: jax.Array, logical: tuple[str | None, ...]) -> jax.Array:
-        types = settings.dtype, settings.reduce_dtype
+        types: tuple[str, str] = settings.dtype, settings.reduce_dtype
         if "routed" in logical:
             types = str(array.dtype), str(array.dtype)
         for dim, axis in enumerate(logical):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from moe.settings import OptimizerSettings
+from moe.training.precision import moments_in, with_master
 from partitioning import rules
 
 # Leading dimensions that index separate matrices, or separate vectors.
@@ -36,14 +37,15 @@ def make_optimizer(
     rate = optax.scale_by_learning_rate(make_schedule(settings, train_steps))
     if settings.name == "adamw":
         scale = optax.scale_by_adam(settings.b1, settings.b2, settings.eps)
-        return optax.chain(clip, scale, decay, rate)
-    return optax.chain(
-        clip,
-        _per_matrix(_adafactor(), axes),
-        optax.ema(settings.b1, debias=False) if settings.b1 else optax.identity(),
-        decay,
-        rate,
-    )
+    else:
+        scale = optax.chain(
+            _per_matrix(_adafactor(), axes),
+            optax.ema(settings.b1, debias=False) if settings.b1 else optax.identity(),
+        )
+    if settings.moment_dtype != "float32":
+        scale = moments_in(scale, settings.moment_dtype)
+    whole = optax.chain(clip, scale, decay, rate)
+    return with_master(whole) if settings.rounding == "master" else whole
 
 
 def make_schedule(settings: OptimizerSettings, train_steps: int) -> optax.Schedule:

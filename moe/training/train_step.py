@@ -15,8 +15,11 @@ from moe.model.transformer import Batch, Model
 from moe.routing.assignment import RouterSums
 from moe.settings import LossSettings
 from moe.training import losses
+from moe.training.precision import apply_updates
 from moe.training.state import TrainState
 from partitioning import rules
+
+_ROUNDING = 2**31 - 1  # no layer has this number, by which the other draws are keyed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +33,9 @@ class Learner:
         loss: weights of the losses.
         microbatches: pieces the batch is computed in.
         seed: of every random draw.
+        rounding: how updates reach the parameters.
+        opt_shardings: where the optimizer's state belongs on the devices, if it is kept
+            on their hosts or is cut otherwise than the parameters; else None.
     """
 
     model: Model
@@ -38,6 +44,8 @@ class Learner:
     loss: LossSettings
     microbatches: int
     seed: int
+    rounding: str = "nearest"
+    opt_shardings: Any = None
 
 
 def train_step(
@@ -71,11 +79,21 @@ def train_step(
         return value, (sums, metrics)
 
     gradients, (sums, metrics) = jax.grad(objective, has_aux=True)(state.params)
+    gradients = jax.tree.map(lambda g: g.astype(jnp.float32), gradients)
     gradient_norm = optax.tree.norm(gradients)
+    old_opt_state = state.opt_state
+    if learner.opt_shardings is not None:
+        old_opt_state = jax.device_put(old_opt_state, learner.opt_shardings)
     updates, opt_state = learner.optimizer.update(
-        gradients, state.opt_state, state.params
+        gradients, old_opt_state, state.params
     )
-    params = optax.apply_updates(state.params, updates)
+    params = apply_updates(
+        state.params,
+        updates,
+        opt_state,
+        learner.rounding,
+        jax.random.fold_in(key, _ROUNDING),
+    )
     taken = batch_index == state.data_index
     if sums.router is not None:
         taken &= jnp.sum(sums.router.excess_P) == 0
@@ -85,7 +103,7 @@ def train_step(
     params, opt_state = jax.tree.map(
         lambda new, old: jnp.where(taken & finite, new, old),
         (params, opt_state),
-        (state.params, state.opt_state),
+        (state.params, old_opt_state),
     )
     one = taken.astype(jnp.int32)
     skipped = (taken & ~finite).astype(jnp.int32)

@@ -72,7 +72,7 @@ def collectives(module: Module, sizes: Mapping[str, int]) -> list[Collective]:
     members = functools.cache(lambda text: _groups(text, math.prod(sizes.values())))
     for instruction, times, in_loop in module.runs():
         kind = instruction.opcode.removesuffix("-start")
-        if kind not in _KINDS:
+        if kind not in _KINDS or _is_later_stage(instruction, module):
             continue
         kind, sent, axes = _measured(instruction, kind, members, sizes)
         if sent == 0:
@@ -86,6 +86,18 @@ def collectives(module: Module, sizes: Mapping[str, int]) -> list[Collective]:
         for (kind, axes, in_loop, source), total in totals.items()
     ]
     return sorted(found, key=lambda one: (-one.bytes, one.kind, one.axes))
+
+
+def _is_later_stage(instruction: Instruction, module: Module) -> bool:
+    """Whether a TPU has begun this collective in an earlier fusion.
+
+    One that overlaps with products is written once in the fusion that starts it, in
+    every fusion beside which it goes on, and in the one that waits for it.
+    """
+    if "chain_id=" not in instruction.attributes:
+        return False
+    siblings = module.computations[instruction.computation].values()
+    return not any("AsyncCollectiveStart" in one.attributes for one in siblings)
 
 
 def _measured(

@@ -177,6 +177,43 @@ def test_a_source_is_the_innermost_line_of_our_own_code():
     assert module.source(line) == "moe/dispatch/exchange.py:28"
 
 
+OVERLAPPED = """
+%start.1 (p.1: f32[2,256]) -> (f32[2,256], f32[4,256]) {
+  %p.1 = f32[2,256]{1,0:T(2,128)} parameter(0)
+  %g.1 = f32[4,256]{1,0:T(4,128)} all-gather(%p.1), replica_groups={{0,4},{1,5},{2,6},{3,7}}, dimensions={0}, frontend_attributes={chain_id="1"}
+  ROOT %c.1 = (f32[2,256]{1,0:T(2,128)}, f32[4,256]{1,0:T(4,128)}) custom-call(%g.1), custom_call_target="AsyncCollectiveStart"
+}
+
+%async_collective_fusion.1 (p.2: f32[2,256], m: f32[256,256]) -> f32[2,256] {
+  %p.2 = f32[2,256]{1,0:T(2,128)} parameter(0)
+  %m = f32[256,256]{1,0:T(8,128)} parameter(1)
+  %g.2 = f32[4,256]{1,0:T(4,128)} all-gather(%p.2), replica_groups={{0,4},{1,5},{2,6},{3,7}}, dimensions={0}, frontend_attributes={chain_id="1"}
+  ROOT %c.2 = f32[2,256]{1,0:T(2,128)} convolution(%p.2, %m), dim_labels=bf_io->bf
+}
+
+%done.1 (p.3: f32[2,256]) -> f32[4,256] {
+  %p.3 = f32[2,256]{1,0:T(2,128)} parameter(0)
+  %g.3 = f32[4,256]{1,0:T(4,128)} all-gather(%p.3), replica_groups={{0,4},{1,5},{2,6},{3,7}}, dimensions={0}, frontend_attributes={chain_id="1"}
+  ROOT %c.3 = f32[4,256]{1,0:T(4,128)} custom-call(%g.3), custom_call_target="AsyncCollectiveDone"
+}
+
+ENTRY %main.1 (x.1: f32[2,256], w.1: f32[256,256]) -> f32[4,256] {
+  %x.1 = f32[2,256]{1,0:T(2,128)} parameter(0)
+  %w.1 = f32[256,256]{1,0:T(8,128)} parameter(1)
+  %a = (f32[2,256]{1,0:T(2,128)}, f32[4,256]{1,0:T(4,128)}) fusion(%x.1), kind=kCustom, calls=%start.1
+  %b = f32[2,256]{1,0:T(2,128)} fusion(%x.1, %w.1), kind=kOutput, calls=%async_collective_fusion.1
+  ROOT %c = f32[4,256]{1,0:T(4,128)} fusion(%x.1), kind=kCustom, calls=%done.1
+}
+"""  # noqa: E501
+
+
+def test_a_collective_that_overlaps_with_products_counts_once():
+    module = Module(OVERLAPPED)
+    (gathered,) = hlo.collectives(module, SIZES)
+    assert (gathered.count, gathered.bytes) == (1, 4 * 256 * 4 / 2)
+    assert hlo.product_flops(module) == 2 * 2 * 256 * 256
+
+
 @pytest.mark.parametrize(
     ("text", "rows"),
     [

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 
+from moe.model.embedding import Scores
 from moe.routing.assignment import RouterContext, RouterSums
 from moe.routing.token_choice import route
 from moe.settings import LossSettings, RouterSettings
@@ -64,10 +65,21 @@ def problem():
     }
 
 
+def scores_of(logits_BLV, target_BL) -> Scores:
+    """What losses need of logits that are all there."""
+    target_logit_BL1 = jnp.take_along_axis(logits_BLV, target_BL[..., None], axis=-1)
+    return Scores(
+        log_z_BL=jax.nn.logsumexp(logits_BLV, axis=-1),
+        target_logit_BL=target_logit_BL1[..., 0],
+        likeliest_BL=jnp.argmax(logits_BLV, axis=-1),
+    )
+
+
 @jax.jit
 def sums_of(problem) -> Sums:
     router = router_sums(problem["router"], problem["mask"])
-    return losses.sums(problem["logits"], problem["target"], problem["weight"], router)
+    scores = scores_of(problem["logits"], problem["target"])
+    return losses.sums(scores, problem["target"], problem["weight"], router)
 
 
 @functools.partial(jax.jit, static_argnames="num_sequences")

@@ -4,15 +4,24 @@ import jax
 import numpy as np
 import pytest
 
-from moe.model.attention import Attention, attend
+from moe.model.attention import Attention, attend, sight
 from moe.settings import ModelSettings
+from partitioning.grid import Grid
+from partitioning.mesh import make_mesh
+from partitioning.settings import MeshSettings
 
 pytestmark = pytest.mark.fast
 
 B, L, M, N, D = 4, 12, 8, 2, 4
 BASE = 100.0
 SETTINGS = ModelSettings(
-    vocab_size=16, num_layers=1, model_dim=M, num_heads=N, head_dim=D, mlp_dim=8
+    vocab_size=16,
+    num_layers=1,
+    model_dim=M,
+    num_heads=N,
+    head_dim=D,
+    mlp_dim=8,
+    rope_base=BASE,
 )
 
 
@@ -68,7 +77,9 @@ def run(matrices, x_BLM, position_BL, segment_BL, prefix_BL=None):
     weights = Attention(jax.random.key(0), SETTINGS)
     for name, matrix in matrices.items():
         getattr(weights, name)[...] = matrix
-    return attend(weights, x_BLM, position_BL, segment_BL, BASE, prefix_BL)
+    grid = Grid(make_mesh(MeshSettings()))
+    seen = sight(position_BL, segment_BL, prefix_BL, None, grid)
+    return attend(weights, x_BLM, seen, SETTINGS, grid)
 
 
 def test_a_prefix_sees_itself_whole_and_nothing_else_changes():

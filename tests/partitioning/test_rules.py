@@ -1,6 +1,7 @@
 """The one table: what it makes of logical axes, of sizes, and of a whole model."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +11,10 @@ from jax.sharding import Mesh, PartitionSpec
 from moe.model import transformer
 from moe.settings import ModelSettings, RouterSettings
 from moe.testing import MESHES
+from moe.training.optimizer import MOMENTS
 from partitioning import rules
 from partitioning.mesh import make_mesh
-from partitioning.settings import AXES, MeshSettings
+from partitioning.settings import AXES, MeshSettings, PartitionSettings
 
 pytestmark = pytest.mark.fast
 
@@ -45,7 +47,11 @@ def mesh_2x4() -> Mesh:
         ((), ()),
         ((None, "embed", "layers"), (None, None, None)),
         (("batch", "length"), (("replica", "data", "expert"), "context")),
-        (("layers", "expert", "embed", "mlp"), (None, "expert", None, "model")),
+        (("layers", "embed", "pair", "mlp"), (None, None, None, "model")),
+        (
+            ("layers", "expert", "expert_embed", "expert_mlp"),
+            (None, "expert", None, "model"),
+        ),
         (("embed", "heads", "head_dim"), (None, "model", None)),
         (("vocab", "embed"), ("model", None)),
     ],
@@ -55,16 +61,24 @@ def test_logical_axes_become_mesh_axes(logical_axes, mesh_axes):
 
 
 def test_the_table_names_mesh_axes_only_and_no_array_uses_one_twice():
-    for mesh_axes in rules.RULES.values():
-        assert set(mesh_axes) <= set(AXES)
+    tables = [
+        rules.table(PartitionSettings(fsdp=fsdp, expert_tensor_parallel=cut))
+        for fsdp in ("none", "optimizer", "data", "data_expert")
+        for cut in (True, False)
+    ]
+    for table in tables:
+        for mesh_axes in table.values():
+            assert set(mesh_axes) <= set(AXES)
     shapes = jax.eval_shape(
         lambda: transformer.init_params(jax.random.key(0), TINY, RouterSettings())
     )
     for path, _, axes in rules.leaves(
         shapes, transformer.param_axes(TINY, RouterSettings())
     ):
-        used = [mesh_axis for axis in axes if axis for mesh_axis in rules.RULES[axis]]
-        assert len(used) == len(set(used)), path
+        of_moment = [MOMENTS.get(axis, axis) for axis in axes]
+        for table, named in itertools.product(tables, (axes, of_moment)):
+            used = [mesh_axis for axis in named if axis for mesh_axis in table[axis]]
+            assert len(used) == len(set(used)), path
 
 
 def test_an_axis_that_is_not_in_the_table_is_an_error():
@@ -104,22 +118,22 @@ def test_the_placement_table_gives_the_bytes_on_one_device():
 # of which are the gate.
 PLACEMENT = """
 embedding | model, – | 1024
-final_norm | – | 32
+final_norm/scale | – | 32
 head | –, model | 1024
 periods/blocks/0/attention/key | –, –, model, – | 512
 periods/blocks/0/attention/output | –, model, –, – | 512
 periods/blocks/0/attention/query | –, –, model, – | 512
 periods/blocks/0/attention/value | –, –, model, – | 512
-periods/blocks/0/attention_norm | –, – | 64
+periods/blocks/0/attention_norm/scale | –, – | 64
 periods/blocks/0/feed_forward/down | –, model, – | 1024
 periods/blocks/0/feed_forward/up | –, –, –, model | 2048
-periods/blocks/0/feed_forward_norm | –, – | 64
+periods/blocks/0/feed_forward_norm/scale | –, – | 64
 periods/blocks/1/attention/key | –, –, model, – | 512
 periods/blocks/1/attention/output | –, model, –, – | 512
 periods/blocks/1/attention/query | –, –, model, – | 512
 periods/blocks/1/attention/value | –, –, model, – | 512
-periods/blocks/1/attention_norm | –, – | 64
-periods/blocks/1/feed_forward_norm | –, – | 64
+periods/blocks/1/attention_norm/scale | –, – | 64
+periods/blocks/1/feed_forward_norm/scale | –, – | 64
 periods/blocks/1/moe/experts/down | –, expert, model, – | 768
 periods/blocks/1/moe/experts/up | –, expert, –, –, model | 1536
 periods/blocks/1/moe/router | –, –, – | 256

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from launch.planning.groups import axes, groups_text, members
 from launch.planning.hlo_text import Array, Instruction, Module, arrays
 
 _KINDS = (
@@ -69,21 +70,21 @@ def collectives(module: Module, sizes: Mapping[str, int]) -> list[Collective]:
         sizes: of the mesh's axes, in its order.
     """
     totals: dict[tuple, list[float]] = {}
-    members = functools.cache(lambda text: _groups(text, math.prod(sizes.values())))
+    groups = functools.cache(lambda text: members(text, math.prod(sizes.values())))
     for instruction, times, in_loop in module.runs():
         kind = instruction.opcode.removesuffix("-start")
         if kind not in _KINDS or _is_later_stage(instruction, module):
             continue
-        kind, sent, axes = _measured(instruction, kind, members, sizes)
+        kind, sent, within = _measured(instruction, kind, groups, sizes)
         if sent == 0:
             continue
-        key = (kind, axes, in_loop, module.source(instruction))
+        key = (kind, within, in_loop, module.source(instruction))
         total = totals.setdefault(key, [0.0, 0])
         total[0] += sent * times
         total[1] += times
     found = [
-        Collective(kind, axes, total[0], int(total[1]), in_loop, source)
-        for (kind, axes, in_loop, source), total in totals.items()
+        Collective(kind, within, total[0], int(total[1]), in_loop, source)
+        for (kind, within, in_loop, source), total in totals.items()
     ]
     return sorted(found, key=lambda one: (-one.bytes, one.kind, one.axes))
 
@@ -103,7 +104,7 @@ def _is_later_stage(instruction: Instruction, module: Module) -> bool:
 def _measured(
     instruction: Instruction,
     kind: str,
-    members: Callable[[str], np.ndarray],
+    read: Callable[[str], np.ndarray],
     sizes: Mapping[str, int],
 ) -> tuple[str, float, tuple[str, ...]]:
     """Returns kind, bytes one device sends each time, and axes."""
@@ -114,8 +115,8 @@ def _measured(
     if pairs := re.search(r"source_target_pairs=\{(.*?)\}\}", instruction.attributes):
         numbers = [int(n) for n in re.findall(r"\d+", pairs[1])]
         groups = np.array(numbers).reshape(-1, 2)
-        return kind, size, _axes(groups[groups[:, 0] != groups[:, 1]], sizes)
-    groups = members(_groups_text(instruction.attributes))
+        return kind, size, axes(groups[groups[:, 0] != groups[:, 1]], sizes)
+    groups = read(groups_text(instruction.attributes))
     number = groups.shape[1]
     if kind == "all-reduce" and "all-reduce-scatter" in instruction.computation:
         # A TPU's reduce-scatter is a fusion of all-reduce and slice.
@@ -123,7 +124,7 @@ def _measured(
     elif kind == "reduce-scatter":
         size *= number
     factor = 2 if kind == "all-reduce" else 1
-    return kind, factor * size * (number - 1) / number, _axes(groups, sizes)
+    return kind, factor * size * (number - 1) / number, axes(groups, sizes)
 
 
 def _outputs(instruction: Instruction, kind: str) -> Sequence[Array]:
@@ -137,93 +138,6 @@ def _outputs(instruction: Instruction, kind: str) -> Sequence[Array]:
         if kind in ("all-gather", "reduce-scatter"):
             return found[len(found) // 2 :]  # inputs, then outputs
     return found
-
-
-# --------------------------------------------------------------------------- groups
-
-
-def _groups_text(attributes: str) -> str:
-    """The text of `replica_groups`, in whichever of its forms."""
-    found = re.search(
-        r"replica_groups=("
-        r"\{\{.*?\}\}|\{\}"  # lists
-        r"|\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?"  # a counted array
-        # axes of a mesh, and perhaps the order of its devices
-        r"|mesh\[[^\]]*\](?:, device_ids=\(.*?\)(?= \{))? ?\{[^}]*\})",
-        attributes,
-    )
-    return found[1] if found else "{}"
-
-
-def _groups(text: str, number: int) -> np.ndarray:
-    """Returns the members of each group as rows."""
-    if text.startswith("mesh"):
-        return _groups_of_mesh(text)
-    if text.startswith("["):
-        shape, _, source = text.partition("<=")
-        return _counted(source).reshape([int(n) for n in re.findall(r"\d+", shape)])
-    rows = [re.findall(r"\d+", row) for row in re.findall(r"\{([\d,]+)\}", text)]
-    if not rows:
-        return np.arange(number)[None]
-    return np.array(rows, dtype=int)
-
-
-def _counted(text: str) -> np.ndarray:
-    """Reads "[2,4]T(1,0)": counts, shapes and transposes."""
-    shape, _, order = text.partition("T")
-    sizes = [int(n) for n in re.findall(r"\d+", shape)]
-    counted = np.arange(math.prod(sizes)).reshape(sizes)
-    if order:
-        counted = counted.transpose([int(n) for n in re.findall(r"\d+", order)])
-    return counted.reshape(-1)
-
-
-def _groups_of_mesh(text: str) -> np.ndarray:
-    """Reads "mesh['a'=2,'b'=4], device_ids=([2,4]T(1,0)) {'b'}"."""
-    axes = [(a, int(n)) for a, n in re.findall(r"'([^']+)'=(\d+)", text)]
-    chosen = text[text.rindex("{") :]
-    ids = re.search(r"device_ids=\((.*)\) \{", text)
-    number = math.prod(n for _, n in axes)
-    if ids is None:
-        devices = np.arange(number)
-    elif ids[1].startswith("["):
-        devices = _counted(ids[1])
-    else:
-        devices = np.array([int(n) for n in re.findall(r"\d+", ids[1])])
-    sizes: list[int] = []
-    taken: list[int] = []
-    for axis, size in axes:
-        part = re.search(rf"'{re.escape(axis)}'(?::\((\d+)\)(\d+))?", chosen)
-        if part is None:
-            split, picked = [size], []
-        elif part[1] is None:
-            split, picked = [size], [0]
-        else:  # 'a':(2)4 is the part of size 4 behind one of 2
-            before, inside = int(part[1]), int(part[2])
-            split, picked = [before, inside, size // before // inside], [1]
-        taken += [len(sizes) + place for place in picked]
-        sizes += split
-    grid = devices.reshape(sizes)
-    grid = np.moveaxis(grid, taken, range(-len(taken), 0)) if taken else grid[..., None]
-    members = math.prod(sizes[place] for place in taken)
-    return grid.reshape(-1, members)
-
-
-def _axes(groups: np.ndarray, sizes: Mapping[str, int]) -> tuple[str, ...]:
-    """Names the axes along which the members of a group differ.
-
-    Devices are numbered in the mesh's order; with several slices within one slice,
-    which is the same, since `replica` comes first.
-    """
-    shape = tuple(sizes.values())
-    if groups.size == 0 or groups.max() >= math.prod(shape):
-        return ()
-    places = np.unravel_index(groups, shape)
-    return tuple(
-        axis
-        for axis, place in zip(sizes, places, strict=True)
-        if (place != place[:, :1]).any()
-    )
 
 
 # ---------------------------------------------------------------------- arithmetic

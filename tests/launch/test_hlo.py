@@ -9,6 +9,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from launch.planning import hlo
+from launch.planning.groups import groups_text, members
 from launch.planning.hlo_text import Module, arrays
 from partitioning.mesh import make_mesh
 from partitioning.settings import MeshSettings
@@ -233,7 +234,7 @@ def test_a_collective_that_overlaps_with_products_counts_once():
 )
 def test_groups_are_read_in_every_form(text, rows):
     attributes = f", channel_id=1, replica_groups={text}, use_global_device_ids=true"
-    found = hlo._groups(hlo._groups_text(attributes), 8)
+    found = members(groups_text(attributes), 8)
     np.testing.assert_array_equal(found, [list(row) for row in rows])
 
 

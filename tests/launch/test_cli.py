@@ -1,5 +1,6 @@
 """The command line: help, mistakes, the first line, the environment, exit codes."""
 
+import dataclasses
 import importlib.metadata
 import json
 import os
@@ -54,7 +55,8 @@ def clean_environment() -> dict[str, str]:
     """That of the tests, without what their configuration exports for jax."""
     names = ("JAX_PLATFORMS", "JAX_NUM_CPU_DEVICES", "XLA_FLAGS")
     kept = {name: value for name, value in os.environ.items() if name not in names}
-    return kept | {"PYTHONPATH": str(ROOT)}
+    # Nothing is compiled there: a command that is probed does nothing.
+    return kept | {"PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": "/caches"}
 
 
 def run_probe(*words, cwd=ROOT, **exported):
@@ -265,6 +267,9 @@ YNN = (
 )
 
 
+CACHE = environment.cache_folder({"XDG_CACHE_HOME": "/caches"}, "cpu")
+
+
 def test_the_first_line_and_the_environment_come_before_jax():
     given, shown = run_probe("train", "--gin_file=configs/runs/demo.gin")
     version = importlib.metadata.version("switchyard")
@@ -274,12 +279,14 @@ def test_the_first_line_and_the_environment_come_before_jax():
         "  set JAX_PLATFORMS=cpu",
         "  set JAX_NUM_CPU_DEVICES=4",
         f"  set XLA_FLAGS: {YNN}",
+        f"  set JAX_COMPILATION_CACHE_DIR={CACHE}",
     ]
     assert given["module"] == "launch.train"
     assert given["environment"] == {
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": "4",
         "XLA_FLAGS": YNN,
+        "JAX_COMPILATION_CACHE_DIR": CACHE,
     }
     assert "gin" in given["modules"]
     assert not {"jax", "numpy", "tensorflow", "seqio"} & set(given["modules"])
@@ -386,12 +393,44 @@ def test_every_variable_is_set_and_told():
 
 def test_nothing_is_set_that_was_not_asked_for():
     environ: dict[str, str] = {}
-    assert environment.prepare_environment(PlatformSettings(), environ) == []
+    platform = PlatformSettings(compilation_cache_dir="")
+    assert environment.prepare_environment(platform, environ) == []
     assert environ == {}
+
+
+def test_what_is_compiled_is_kept_in_a_folder_of_the_user_unless_told_otherwise():
+    def chosen(name, **environ):
+        lines = environment.prepare_environment(PlatformSettings(name=name), environ)
+        folder = environ["JAX_COMPILATION_CACHE_DIR"]
+        assert f"set JAX_COMPILATION_CACHE_DIR={folder}" in lines or not lines
+        return folder
+
+    home = Path("~/.cache/switchyard/compiled").expanduser()
+    assert chosen("auto") == chosen("tpu") == str(home)
+    assert chosen("tpu", XDG_CACHE_HOME="/c") == "/c/switchyard/compiled"
+    # A home may be shared by machines whose CPUs have other instructions.
+    assert Path(chosen("cpu")).parent == home
+    assert chosen("auto", JAX_COMPILATION_CACHE_DIR="/mine") == "/mine"
+
+
+def test_of_several_cpu_processes_gloo_joins_the_devices_and_a_dry_run_is_alone():
+    platform = PlatformSettings(
+        name="cpu",
+        simulated_devices=2,
+        compilation_cache_dir="",
+        num_processes=3,
+        coordinator_address="10.0.0.1:9",
+    )
+    environ: dict[str, str] = {}
+    lines = environment.prepare_environment(platform, environ)
+    assert "set JAX_CPU_COLLECTIVES_IMPLEMENTATION=gloo" in lines
+    alone = cli._alone(platform)
+    assert (alone.num_processes, alone.simulated_devices) == (1, 6)
 
 
 def test_flags_are_appended_and_the_users_own_are_kept():
     platform = PlatformSettings(xla_flags=("--a=1", "--b=2", "--c"))
+    platform = dataclasses.replace(platform, compilation_cache_dir="")
     environ = {"XLA_FLAGS": "--b=9 --c --d"}
     lines = environment.prepare_environment(platform, environ)
     assert environ == {"XLA_FLAGS": "--b=9 --c --d --a=1"}
@@ -405,7 +444,7 @@ def test_the_older_flag_for_simulated_devices_is_kept_too():
     flag = "--xla_force_host_platform_device_count=8"
     environ = {"XLA_FLAGS": flag}
     lines = environment.prepare_environment(
-        PlatformSettings(simulated_devices=4), environ
+        PlatformSettings(simulated_devices=4, compilation_cache_dir=""), environ
     )
     assert environ == {"XLA_FLAGS": flag}
     assert lines == [f"kept your {flag}, where SIMULATED_DEVICES asks for 4"]

@@ -1,0 +1,203 @@
+"""One run over several real processes: the same run, and one end for all of them.
+
+Over loopback, by Gloo. Two processes of one device each add what one process with two
+devices adds, so they agree with it bit for bit; of more than two terms Gloo takes the
+sum in another order.
+"""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import time
+from pathlib import Path
+
+import commands
+import pytest
+from commands import Done, Trained
+
+from launch.errors import EXIT_LOST_PROCESS, EXIT_PREEMPTED
+from launch.writers import read_metrics
+
+KNOBS = {
+    "TRAIN_STEPS": 4,
+    "WARMUP_STEPS": 2,
+    "CHECKPOINT_PERIOD": 100,
+    "EVAL_PERIOD": 100,
+    "XLA_FLAGS": "()",  # those of the tests alone, in every process
+}
+
+# Reads no more from batch FAULT_AT on, in the process whose turn it is.
+FAULTY = """
+import os, sys
+from launch import cli
+from tasks.batches import Batches
+from tasks.errors import StoreError
+
+def read(batches, index, start, stop, original=Batches.read):
+    if index == 2 and os.environ["JAX_PROCESS_ID"] == "1":
+        raise StoreError("shard 7 cannot be read")
+    return original(batches, index, start, stop)
+
+Batches.read = read
+sys.exit(cli.main())
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+def start(trained: Trained, verb: str, number: int, *words: str, program=""):
+    """Starts the processes of one job, which differ in their environment only."""
+    job = [
+        f"--gin.NUM_PROCESSES={number}",
+        f"--gin.COORDINATOR_ADDRESS=127.0.0.1:{free_port()}",
+    ]
+    return [
+        trained.start(
+            *(verb, *words, *job),
+            program=program,
+            JAX_PROCESS_ID=str(process),
+            XLA_FLAGS=os.environ["XLA_FLAGS"],
+        )
+        for process in range(number)
+    ]
+
+
+def words_of(trained: Trained, folder: Path, devices: int, **knobs) -> list[str]:
+    given = KNOBS | {"SIMULATED_DEVICES": devices, "MESH_DATA": 2} | knobs
+    return [*trained.knobs(folder, **given), "--self_check=off"]
+
+
+def arrays_of(folder: Path, step: int) -> dict:
+    path = folder / "checkpoints" / str(step) / "manifest" / "metadata"
+    return json.loads(path.read_text())["arrays"]
+
+
+def records_of(folder: Path) -> list[dict]:
+    return [
+        {name: x for name, x in record.items() if not name.startswith("perf/")}
+        for record in read_metrics(folder)
+    ]
+
+
+@pytest.fixture(scope="module")
+def pair(trained, tmp_path_factory) -> tuple[Path, list[Done]]:
+    """Two processes that trained together, each on one device."""
+    folder = tmp_path_factory.mktemp("pair") / "run"
+    processes = start(trained, "train", 2, *words_of(trained, folder, 1))
+    return folder, [commands.finish(process) for process in processes]
+
+
+def test_two_processes_learn_bit_for_bit_what_one_does(trained, pair, tmp_path):
+    folder, dones = pair
+    assert [done.code for done in dones] == [0, 0], dones[0].err + dones[1].err
+    alone = commands.inline("train", *words_of(trained, tmp_path / "run", 2))
+    assert alone.code == 0, alone.err
+    assert arrays_of(folder, 4) == arrays_of(tmp_path / "run", 4)
+    assert records_of(folder) == records_of(tmp_path / "run")
+    assert len(records_of(folder)) == 5, "every step, and the whole held-out split"
+
+
+def test_one_process_speaks_and_writes_for_both(pair):
+    folder, (first, second) = pair
+    assert "process 0 of 2, which meet at 127.0.0.1:" in first.err
+    assert "step 4/4" in first.err
+    assert "this model" in first.out
+    assert "Gloo" not in first.out + second.out
+    assert second.out == ""
+    assert "step " not in second.err
+    assert (folder / "report.html").is_file()
+    assert len(list((folder / "tensorboard" / "train").iterdir())) == 1
+
+
+@pytest.mark.slow
+def test_what_two_saved_four_go_on_with_and_one_scores(trained, pair, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(pair[0], folder)
+    mesh = {"MESH_DATA": 2, "MESH_EXPERT": 2, "TRAIN_STEPS": 8}
+    # All is checked, scored and drawn by four.
+    words = words_of(trained, folder, 1, **mesh, EVAL_PERIOD=6, SAMPLE_PROMPT="def ")
+    words.remove("--self_check=off")
+    dones = [commands.finish(p) for p in start(trained, "train", 4, *words)]
+    assert {done.code for done in dones} == {0}, "".join(d.err for d in dones)
+    assert f"resuming from {folder}/checkpoints/4" in dones[0].err
+    alone = tmp_path / "alone"
+    shutil.copytree(pair[0], alone)
+    done = commands.inline("train", *words_of(trained, alone, 4, **mesh))
+    assert done.code == 0, done.err
+    ours, theirs = records_of(folder), records_of(alone)
+    losses = [
+        [r["loss/nats_per_token"] for r in records if r["split"] == "train"]
+        for records in (ours, theirs)
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    scored = commands.inline(
+        "evaluate", f"--model_dir={folder}", "--gin.NUM_PROCESSES=1",
+        "--gin.COORDINATOR_ADDRESS=''", "--gin.SIMULATED_DEVICES=4",
+    )  # fmt: skip
+    assert scored.code == 0, scored.err
+    evaluated = [
+        commands.finish(process)
+        for process in start(trained, "evaluate", 2, f"--model_dir={folder}",
+                             "--gin.SIMULATED_DEVICES=2")
+    ]  # fmt: skip
+    assert [done.code for done in evaluated] == [0, 0], evaluated[0].err
+    assert evaluated[0].out == scored.out
+    assert evaluated[1].out == ""
+
+
+def wait_for_records(folder: Path, number: int) -> None:
+    deadline = time.monotonic() + 120
+    path = folder / "metrics.jsonl"
+    while not path.exists() or path.read_text().count("\n") < number:
+        assert time.monotonic() < deadline, "it never got so far"
+        time.sleep(0.01)
+
+
+def disturb(trained, folder, number: signal.Signals, victim: int) -> list[Done]:
+    """Sends a signal to one of two processes in the middle of a long run."""
+    words = words_of(trained, folder, 2, MESH_EXPERT=2, TRAIN_STEPS=5000)
+    processes = start(trained, "train", 2, *words)
+    wait_for_records(folder, 3)
+    processes[victim].send_signal(number)
+    began = time.monotonic()
+    dones = [commands.finish(process) for process in processes]
+    assert time.monotonic() - began < 30, "the heartbeat's time is 100 s"
+    return dones
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_saves_one_step_of_all(trained, tmp_path):
+    dones = disturb(trained, tmp_path / "run", signal.SIGTERM, 1)
+    assert [done.code for done in dones] == [EXIT_PREEMPTED] * 2, dones[0].err
+    (step,) = (int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir())
+    assert f"stopped, and saved step {step}; the same command resumes" in dones[0].err
+    assert arrays_of(tmp_path / "run", step)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_when_a_process_is_killed_the_others_end_and_say_which(
+    trained, tmp_path, victim
+):
+    dones = disturb(trained, tmp_path / "run", signal.SIGKILL, victim)
+    assert dones[victim].code == -signal.SIGKILL
+    survivor = dones[1 - victim]
+    assert survivor.code in (EXIT_LOST_PROCESS, -signal.SIGABRT), survivor.err
+    assert f"process {victim} was lost. The same command, started" in survivor.err
+
+
+@pytest.mark.slow
+def test_data_that_one_process_cannot_read_end_all_with_its_message(trained, tmp_path):
+    words = words_of(trained, tmp_path / "run", 1)
+    processes = start(trained, "train", 2, *words, program=FAULTY)
+    first, second = (commands.finish(process) for process in processes)
+    assert (first.code, second.code) == (1, 1)
+    assert "process 1: StoreError: shard 7 cannot be read" in second.err
+    assert "process 1 ended: StoreError: shard 7 cannot be read" in first.err
+    assert "Traceback" not in first.err + second.err

@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 
 from moe.model.moe_layer import Layer, MoE, Tokens, moe_layer
-from moe.model.transformer import rematerialised
+from moe.model.remat import rematerialised
 from moe.settings import ModelSettings, RouterSettings
 from moe.testing import MESHES
 from partitioning.mesh import make_mesh

@@ -21,6 +21,8 @@ class Chip:
         kind: "tpu" or "gpu".
         peak_flops: multiply-adds count twice; bfloat16, float16 on V100.
         memory_bytes: of the whole chip, before what the system keeps for itself.
+        usable_bytes: TPU: what its compiler gives a program. GPU: all of it, which
+            takes XLA_PYTHON_CLIENT_MEM_FRACTION near 1.
         memory_bandwidth: bytes/s between that memory and the cores.
         link_bandwidth: bytes/s one way. TPU: one link to one neighbour. GPU: all of
             NVLink.
@@ -36,6 +38,7 @@ class Chip:
     kind: Literal["tpu", "gpu"]
     peak_flops: float
     memory_bytes: int
+    usable_bytes: int
     memory_bandwidth: float
     link_bandwidth: float
     links: int
@@ -56,6 +59,7 @@ class Chip:
             self,
             peak_flops=self.peak_flops / n,
             memory_bytes=self.memory_bytes // n,
+            usable_bytes=self.usable_bytes // n,
             memory_bandwidth=self.memory_bandwidth / n,
             link_bandwidth=self.link_bandwidth / n,
             slow_bandwidth=self.slow_bandwidth / n,
@@ -66,6 +70,7 @@ class Chip:
 
 _TPU = "https://cloud.google.com/tpu/docs/"
 _LINKS = "link = bidirectional interconnect per chip / links / 2"
+_USABLE = "usable memory: what libtpu 0.0.42.1 says a program may have"
 
 
 def _tpu(
@@ -73,6 +78,7 @@ def _tpu(
     *,
     teraflops: float,
     memory_gib: int,
+    usable_gib: float,
     bandwidth_gb: float,
     ici_gb: float,
     links: int,
@@ -87,6 +93,7 @@ def _tpu(
         kind="tpu",
         peak_flops=teraflops * 1e12,
         memory_bytes=memory_gib * GIB,
+        usable_bytes=int(usable_gib * GIB),
         memory_bandwidth=bandwidth_gb * GB,
         link_bandwidth=ici_gb * GB / links / 2,
         links=links,
@@ -94,7 +101,7 @@ def _tpu(
         node_size=0,
         watts=watts,
         devices=devices,
-        sources=(*sources, _LINKS),
+        sources=(*sources, _LINKS, _USABLE),
     )
 
 
@@ -115,6 +122,7 @@ def _gpu(
         kind="gpu",
         peak_flops=teraflops * 1e12,
         memory_bytes=memory_gib * GIB,
+        usable_bytes=memory_gib * GIB,
         memory_bandwidth=bandwidth_gb * GB,
         link_bandwidth=nvlink_gb * GB / 2,
         links=1,
@@ -130,6 +138,7 @@ _ALL = (
         "v4",
         teraflops=275,
         memory_gib=32,
+        usable_gib=30.75,
         bandwidth_gb=1228,
         ici_gb=600,
         links=6,
@@ -145,6 +154,7 @@ _ALL = (
         "v5e",
         teraflops=197,
         memory_gib=16,
+        usable_gib=15.75,
         bandwidth_gb=819,
         ici_gb=400,
         links=4,
@@ -160,6 +170,7 @@ _ALL = (
         "v5p",
         teraflops=459,
         memory_gib=95,
+        usable_gib=95.74,
         bandwidth_gb=2765,
         ici_gb=1200,
         links=6,
@@ -174,6 +185,7 @@ _ALL = (
         "v6e",
         teraflops=918,
         memory_gib=32,
+        usable_gib=31.25,
         bandwidth_gb=1638,
         ici_gb=800,
         links=4,
@@ -188,6 +200,7 @@ _ALL = (
         "7x",
         teraflops=2307,
         memory_gib=192,
+        usable_gib=189.5,
         bandwidth_gb=7380,
         ici_gb=1200,
         links=6,

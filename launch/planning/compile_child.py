@@ -199,7 +199,7 @@ def _measure(
     seconds = costs.get("optimal_seconds")
     module = Module(text)
     sent = hlo.collectives(module, sizes)
-    capacity = topology.chip.device().memory_bytes
+    capacity = topology.chip.device().usable_bytes
     return Compiled(
         topology=str(topology),
         compiler=f"jax {jax.__version__}, libtpu {_version()}",

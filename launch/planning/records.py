@@ -25,9 +25,8 @@ class Compiled:
         code_bytes: the program.
         total_bytes: all of these, the shared ones once.
         host_bytes: arguments and temporaries that were placed in the host's memory.
-        memory_bytes: what the chip has.
-        fits: whether the total is at most that. A compiler that ends with an answer
-            has made it fit in what it may use, which is a little less.
+        memory_bytes: what a program may have on this chip.
+        fits: whether the total is at most that.
         product_flops: multiply-adds of products per step, times 2, loops counted as
             often as they run; see `hlo.product_flops`.
         reported_flops: XLA's figure, which counts loops once.

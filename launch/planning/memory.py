@@ -1,8 +1,8 @@
 """Predicts the bytes that one chip holds, by what they are for, without compiling.
 
 Arguments of the step (state and batch) are exact. What comes and goes during the step
-is arithmetic on the algorithm of `moe/model`, with the formula beside each line, and a
-compiler's choices left out: docs/hardware.md compares it with the TPU compiler's.
+is arithmetic on the algorithm of `moe/model`, with the formula beside each line; what a
+compiler fuses, copies or prefetches is in a few factors, named below.
 
 Letters beside formulas, of one chip and one microbatch: b sequences; l tokens of each
 in attention, T = b·l in all, p·T on this chip's piece; M width; n, u heads of queries
@@ -23,7 +23,7 @@ from tasks import objectives
 # How often something is in memory at once, where the compiler decides. Few, so that
 # they can be measured.
 LOGITS_AT_ONCE = 2  # the logits and their gradient
-SCORES_AT_ONCE = 3  # scores, their softmax, and a gradient
+SCORES_AT_ONCE = 2  # float32: scores and a gradient; the rest is fused
 ROWS_AT_ONCE = 4  # sent, received, computed, returned; gradients take their places
 ROUTING_AT_ONCE = 4  # logits, probabilities, their gradient, places in the queues
 ACTIVATIONS_AT_ONCE = 2  # a product's output and its gradient

@@ -143,42 +143,43 @@ def _weights(sizes: Local, parameters: tuple[Weight, ...]) -> list[Flow]:
     """Fully sharded weights are gathered for use, and their gradients scattered.
 
     Forward and backward gather, whatever remat keeps; with several microbatches each
-    of them is computed forward twice.
+    of them is computed forward twice. Logits that are formed in one piece, once, end
+    the forward pass and begin the backward pass: there compilers gather once for both.
     """
     model, microbatches = sizes.settings.model, sizes.settings.train.microbatches
     gathers = forward_passes(sizes) + microbatches
+    at_once = model.vocab_chunks == 1 and microbatches == 1
     found = []
     for axes, weights in _by_axes(parameters, gathered=True).items():
-        used = [w for w in weights if _is_gathered(w, sizes.settings)]
-        forward = sum(w.gathered_size * _type(w, model.dtype) for w in used)
-        back = sum(w.gathered_size * _type(w, model.reduce_dtype) for w in used)
-        found += [
-            _flow(
-                sizes,
-                "weights gathered",
-                axes,
-                forward,
-                gathers,
-                f"elements × bytes of {model.dtype}; forward"
-                f"{' twice' if microbatches > 1 else ''} and backward, "
-                f"× {microbatches} microbatches",
-            ),
-            _flow(
-                sizes,
-                "gradients scattered",
-                axes,
-                back,
-                microbatches,
-                f"elements × bytes of {model.reduce_dtype}, × {microbatches} "
-                "microbatches",
-            ),
-        ]
+        table = "embedding" if model.tie_embeddings else "head"
+        of_logits = [w for w in weights if w.path == table]
+        layers = [w for w in weights if "layers" in w.logical]
+        for name, used, times in (
+            ("weights", layers, gathers),
+            ("output projection", of_logits, 1 if at_once else gathers),
+        ):
+            forward = sum(w.gathered_size * _type(w, model.dtype) for w in used)
+            back = sum(w.gathered_size * _type(w, model.reduce_dtype) for w in used)
+            found += [
+                _flow(
+                    sizes,
+                    f"{name} gathered",
+                    axes,
+                    forward,
+                    times,
+                    f"elements × bytes of {model.dtype}, {times} times",
+                ),
+                _flow(
+                    sizes,
+                    f"gradients of {name} scattered",
+                    axes,
+                    back,
+                    microbatches,
+                    f"elements × bytes of {model.reduce_dtype}, × {microbatches} "
+                    "microbatches",
+                ),
+            ]
     return found
-
-
-def _is_gathered(weight: Weight, settings: Settings) -> bool:
-    """All but the input embedding, where tokens travel instead; if tied, it is both."""
-    return weight.path != "embedding" or settings.model.tie_embeddings
 
 
 def _type(weight: Weight, dtype: str) -> int:
@@ -317,6 +318,12 @@ def _attention(sizes: Local) -> list[Flow]:
     """Over `model` activations, over `context` keys and values."""
     model, dense = sizes.settings.model, sizes.num_dense_layers
     kept = sizes.rows * sizes.settings.data.length * sizes.cut_heads(model.kv_heads)
+    partition, microbatches = (
+        sizes.settings.partition,
+        sizes.settings.train.microbatches,
+    )
+    # The steps of a ring are made again on the way back, whatever the layer keeps.
+    round_again = microbatches if partition.context_attention == "ring" else 0
     found = []
     for sparse, layers in ((False, dense), (True, model.num_sparse_layers)):
         kind = "sparse" if sparse else "dense"
@@ -328,7 +335,7 @@ def _attention(sizes: Local) -> list[Flow]:
                 f"keys and values of {kind} layers",
                 ("context",),
                 2 * kept * model.head_dim * sizes.dtype_bytes,
-                _times(sizes, layers, sparse=sparse),
+                _times(sizes, layers, sparse=sparse) + layers * round_again,
                 f"2 × b × L × u × D × d, {layers} layers: gathered, or passed round, "
                 "forward and backward",
             )
@@ -385,6 +392,8 @@ def _experts(sizes: Local) -> list[Flow]:
 
     Two collectives forward and two backward per sparse layer and microbatch; two more
     where remat is "full", and two more where microbatches are computed forward twice.
+    A ring's sums over devices come after all that a gradient needs: "full" repeats its
+    gather alone.
     """
     model, d = sizes.settings.model, sizes.dtype_bytes
     layers, M = model.num_sparse_layers, sizes.settings.model.model_dim
@@ -395,8 +404,9 @@ def _experts(sizes: Local) -> list[Flow]:
     told = f"{layers} layers, there and back, forward and backward"
     if sizes.transport == "ring":
         whole = sizes.settings.mesh.expert * sizes.piece_tokens * M * d
+        fewer = times - layers * repeats(sizes, sparse=True, kept_by=saving)
         rows = _flow(
-            sizes, "tokens gathered", ("expert",), whole, times, f"all tokens; {told}"
+            sizes, "tokens gathered", ("expert",), whole, fewer, f"all tokens; {told}"
         )
     else:
         kind = "slots" if sizes.transport in choice.PADDED else "choices"

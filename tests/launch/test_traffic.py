@@ -3,7 +3,9 @@
 import pytest
 
 from launch import gin_files
-from launch.planning import local, traffic
+from launch.assemble import assemble
+from launch.planning import hlo, hlo_text, local, traffic
+from partitioning.settings import AXES
 
 TINY = "runs/tiny.gin"  # V 384, L 64, M 32, N 2, D 16, F 64, E 4, K 1, batches of 8
 BASE = (
@@ -60,13 +62,17 @@ def test_whole_parameters_gradients_are_summed_once_whatever_the_microbatches():
 def test_fully_sharded_weights_are_gathered_twice_and_scattered_once():
     found = flows_of("MESH_DATA=4", "FSDP='data'")
     # Two layers of attention 4 · 32 · 32, a dense layer 2 · 32 · 64, four experts of
-    # as much, and the head 32 · 384; the router 32 · 4 stays float32.
-    matrices = 2 * 4096 + 5 * 4096 + 32 * 384
+    # as much; the router 32 · 4 stays float32.
+    matrices = 2 * 4096 + 5 * 4096
     gathered = found["weights gathered"]
     assert gathered.whole_bytes == matrices * 2 + 128 * 4
     assert gathered.times == 2
-    scattered = found["gradients scattered"]
+    scattered = found["gradients of weights scattered"]
     assert (scattered.whole_bytes, scattered.times) == ((matrices + 128) * 4, 1)
+    head = found["output projection gathered"]
+    assert (head.whole_bytes, head.times) == (32 * 384 * 2, 1)
+    pieces = flows_of("MESH_DATA=4", "FSDP='data'", "VOCAB_CHUNKS=2")
+    assert pieces["output projection gathered"].times == 2
     # The embedding is not gathered: tokens travel.
     exchanged = found["embeddings exchanged"]
     assert exchanged.whole_bytes == 2 * 64 * 32 * 2
@@ -82,7 +88,7 @@ def test_microbatches_gather_weights_three_times_each():
         for number in (1, 2)
     )
     assert twice["weights gathered"].times == 2 * 3
-    assert twice["gradients scattered"].times == 2
+    assert twice["gradients of weights scattered"].times == 2
     assert twice["weights gathered"].whole_bytes == once["weights gathered"].whole_bytes
 
 
@@ -135,8 +141,8 @@ def test_whole_sequences_over_model_cost_the_same_bytes():
 
 
 @pytest.mark.fast
-@pytest.mark.parametrize("kind", ["all_gather", "ring"])
-def test_keys_and_values_travel_over_context(kind):
+@pytest.mark.parametrize(("kind", "times"), [("all_gather", 3), ("ring", 4)])
+def test_keys_and_values_travel_over_context(kind, times):
     found = flows_of(
         *("MESH_CONTEXT=2", "GROUP_SIZE=32", "REMAT='minimal'"),
         f"CONTEXT_ATTENTION={kind!r}",
@@ -144,8 +150,9 @@ def test_keys_and_values_travel_over_context(kind):
     flow = found["keys and values of dense layers"]
     # Keys and values of 8 sequences of 64, 2 heads of 16: gathered, half of it is here.
     assert flow.whole_bytes == 2 * 8 * 64 * 32 * 2
-    assert flow.times == 3, "forward, again, and backward"
-    assert flow.by_axis == {"context": 3 * flow.whole_bytes / 2}
+    # Forward, again, and backward; the steps of a ring once more.
+    assert flow.times == times
+    assert flow.by_axis == {"context": times * flow.whole_bytes / 2}
 
 
 @pytest.mark.fast
@@ -155,6 +162,11 @@ def test_a_ring_of_experts_gathers_all_tokens_and_a_ragged_exchange_only_choices
     assert ring["tokens gathered"].whole_bytes == 4 * 128 * 32 * 2
     assert ring["tokens gathered"].times == 4
     assert ring["maps gathered"].whole_bytes == 4 * 128 * 8
+    again = flows_of(
+        *("MESH_EXPERT=4", "TRANSPORT='ring'", "TRAIN_CAPACITY_FACTOR=0.0"),
+        "REMAT='full'",
+    )
+    assert again["tokens gathered"].times == 5, "sums are not used again"
     ragged = flows_of(
         "MESH_EXPERT=4", "TRANSPORT='ragged'", "TRAIN_CAPACITY_FACTOR=0.0"
     )
@@ -179,3 +191,38 @@ def test_axes_add_up_to_all_that_is_sent():
     assert sent == pytest.approx(sum(flow.sent_bytes for flow in flows))
     assert all(flow.formula for flow in flows)
     assert local.local(settings, "tpu").rows == 1
+
+
+# With two periods of layers, so that the loop over them stays one.
+@pytest.mark.parametrize(
+    "bindings",
+    [
+        "MESH_DATA=2 MESH_EXPERT=2 MESH_MODEL=2 FSDP='data' REMAT='full'",
+        pytest.param(
+            "MESH_CONTEXT=2 MESH_EXPERT=2 CONTEXT_ATTENTION='ring' REMAT='minimal'",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_a_compiled_step_sends_what_the_arithmetic_says(bindings):
+    config = gin_files.read(
+        [TINY],
+        [
+            *BASE,
+            *("SIMULATED_DEVICES=8", "NUM_LAYERS=4", "GROUP_SIZE=16"),
+            *("DTYPE='float32'", *bindings.split()),
+        ],
+    )
+    mesh = config.settings.mesh
+    text = assemble(config).lower_train_step().compile().as_text()
+    sizes = {axis: getattr(mesh, axis) for axis in AXES}
+    compiled: dict[tuple[str, ...], float] = {}
+    for sent in hlo.collectives(hlo_text.Module(text), sizes):
+        compiled[sent.axes] = compiled.get(sent.axes, 0) + sent.bytes
+    told: dict[tuple[str, ...], float] = {}
+    for flow in traffic.flows(config.settings, "cpu"):
+        told[flow.axes] = told.get(flow.axes, 0) + flow.sent_bytes
+    # Beside it there are router statistics and single numbers: a few hundred bytes.
+    assert set(told) <= set(compiled)
+    for axes, number in compiled.items():
+        assert told.get(axes, 0) == pytest.approx(number, rel=0.005, abs=400), axes

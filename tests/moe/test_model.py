@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from moe.model import transformer
-from moe.model.attention import attend
+from moe.model.attention import attend, sight
+from moe.model.embedding import score
 from moe.model.feed_forward import (
     FeedForward,
     arrays,
@@ -154,12 +155,17 @@ def test_a_packed_document_has_the_logits_it_has_alone():
 
 
 def test_attention_sees_differences_of_positions_only():
-    block = build(DENSE, TOP1).bind(parameters(DENSE)).periods.blocks[0]
+    model = build(DENSE, TOP1)
+    block, grid = model.bind(parameters(DENSE)).periods.blocks[0], model.grid
     weights = jax.tree.map(lambda x: x[0], block.attention)
     x_BLM = np.random.default_rng(2).normal(size=(1, L, 8)).astype(np.float32)
     run = jax.jit(
         lambda position_L: attend(
-            weights, x_BLM, position_L[None], np.ones((1, L), np.int32), 10_000.0
+            weights,
+            x_BLM,
+            sight(position_L[None], np.ones((1, L), np.int32), None, None, grid),
+            DENSE,
+            grid,
         )
     )
     place_L = np.arange(L)
@@ -231,7 +237,11 @@ def test_dense_layers_and_experts_apply_their_activation(activation, biases):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_gated_activations_have_a_gate_beside_every_up_projection(activation):
     settings = dataclasses.replace(
-        MODEL, activation=activation, moe_every=2, mlp_biases=True
+        MODEL,
+        activation=activation,
+        moe_every=2,
+        mlp_biases=True,
+        expert_biases=True,
     )
     sizes = {
         jax.tree_util.keystr(path, simple=True, separator="/"): x.shape
@@ -317,11 +327,11 @@ def test_a_model_without_experts_has_no_router_and_no_sums():
 
 
 def loss_of(params, settings: ModelSettings):
-    batch = make_batch(tokens())
-    logits_BLV, router = transformer.forward(
-        build(settings, TOP1), params, batch, ROWS, jax.random.key(7)
-    )
-    sums = losses.sums(logits_BLV, tokens(), np.ones((B, L)), router)
+    model, batch = build(settings, TOP1), make_batch(tokens())
+    x_BLM, router = transformer.hidden(model, params, batch, ROWS, jax.random.key(7))
+    head_MV = transformer.head(model, params)
+    scores = score(head_MV, x_BLM, tokens(), settings, model.grid)
+    sums = losses.sums(scores, tokens(), np.ones((B, L)), router)
     return losses.total(sums, LossSettings(balance_weight=0.1))[0]
 
 

@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
-from launch.planning import local, traffic, work
+from launch.planning import flow, local, traffic, work
 from launch.planning.topologies import Topology, axis_bandwidth
 from launch.settings import Settings
 
@@ -176,8 +176,8 @@ def _network_seconds(
 ) -> dict[str, float]:
     """Bytes over bandwidth, per axis."""
     rates = {
-        traffic.RING: axis_bandwidth(topology, settings.mesh, "ring"),
-        traffic.EXCHANGE: axis_bandwidth(topology, settings.mesh, "all_to_all"),
+        flow.RING: axis_bandwidth(topology, settings.mesh, "ring"),
+        flow.EXCHANGE: axis_bandwidth(topology, settings.mesh, "all_to_all"),
     }
     return {
         axis: sum(number / rates[pattern][axis] for pattern, number in patterns.items())
@@ -193,9 +193,9 @@ def _compiled_traffic(
     found: dict[str, dict[str, float]] = {}
     for collective in collectives:
         exchange = "all-to-all" in collective.kind
-        pattern = traffic.EXCHANGE if exchange else traffic.RING
+        pattern = flow.EXCHANGE if exchange else flow.RING
         # Only the shares of the axes are taken of this.
-        shares = traffic.Flow("", tuple(collective.axes), 2**40, 1, pattern, "", sizes)
+        shares = flow.Flow("", tuple(collective.axes), 2**40, 1, pattern, "", sizes)
         for axis, sent in shares.by_axis.items():
             patterns = found.setdefault(axis, {})
             share = collective.bytes * sent / shares.sent_bytes

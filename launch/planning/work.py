@@ -7,8 +7,8 @@ by memory, attention's projections by arithmetic.
 import dataclasses
 
 from launch.planning import local
+from launch.planning.flow import forward_passes, repeats
 from launch.planning.local import BYTES, FLOAT32, Local
-from launch.planning.traffic import forward_passes, repeats
 from launch.settings import Settings
 from moe.dispatch import choice
 

@@ -1,0 +1,99 @@
+"""One purpose of sending: how many bytes, how often, over which axes."""
+
+import dataclasses
+from collections.abc import Sequence
+
+from launch.planning.local import Local
+
+EXCHANGE = "all_to_all"
+RING = "ring"
+
+
+@dataclasses.dataclass(frozen=True)
+class Flow:
+    """One purpose of sending.
+
+    Attributes:
+        purpose: what for.
+        axes: mesh axes larger than 1 that it goes over.
+        whole_bytes: of one collective, what is gathered, scattered or exchanged.
+        times: collectives per step; a sum of all counts as two.
+        pattern: "ring" for gathers and sums, "all_to_all".
+        formula: how `whole_bytes` and `times` come about.
+    """
+
+    purpose: str
+    axes: tuple[str, ...]
+    whole_bytes: int
+    times: int
+    pattern: str
+    formula: str
+    sizes: dict[str, int] = dataclasses.field(repr=False)
+
+    @property
+    def by_axis(self) -> dict[str, float]:
+        """Bytes that one chip sends in a step over each axis.
+
+        The largest moves the whole, the next what is left of it when it has been cut,
+        `replica` the last rest; together they send (n-1)/n of the whole.
+        """
+        found, rest = {}, float(self.whole_bytes)
+        for axis in sorted(self.axes, key=lambda a: (a == "replica", -self.sizes[a])):
+            size = self.sizes[axis]
+            found[axis] = self.times * rest * (size - 1) / size
+            rest /= size
+        return found
+
+    @property
+    def sent_bytes(self) -> float:
+        """Bytes that one chip sends in a step."""
+        return sum(self.by_axis.values())
+
+
+def flow_of(
+    sizes: Local,
+    purpose: str,
+    axes: Sequence[str],
+    whole_bytes: int,
+    times: int,
+    formula: str,
+    pattern: str = RING,
+) -> Flow:
+    """Makes a flow over those of the axes that are larger than 1; see `Flow`."""
+    large = tuple(axis for axis in axes if sizes.sizes[axis] > 1)
+    return Flow(purpose, large, whole_bytes, times, pattern, formula, sizes.sizes)
+
+
+def forward_passes(sizes: Local) -> int:
+    """Forward passes per step: each microbatch, if there are several, once more."""
+    microbatches = sizes.settings.train.microbatches
+    return microbatches * (2 if microbatches > 1 else 1)
+
+
+def repeats(sizes: Local, *, sparse: bool, kept_by: Sequence[str]) -> int:
+    """Forward passes of a layer's part that its remat policy adds, per step."""
+    model = sizes.settings.model
+    remat = model.remat
+    if sparse and model.sparse_remat != "same":
+        remat = model.sparse_remat
+    return 0 if remat in kept_by else sizes.settings.train.microbatches
+
+
+def times(
+    sizes: Local, layers: int, *, sparse: bool, kept_by: Sequence[str] = ("none",)
+) -> int:
+    """Forward, backward, and forward again under the remat policies not named."""
+    backward = sizes.settings.train.microbatches
+    again = repeats(sizes, sparse=sparse, kept_by=kept_by)
+    return layers * (forward_passes(sizes) + backward + again)
+
+
+def cuts_sequence(sizes: Local) -> bool:
+    """Whether the residual stream is cut over `model`."""
+    partition = sizes.settings.partition
+    return partition.sequence_parallel and sizes.settings.mesh.model > 1
+
+
+def joins(sizes: Local) -> int:
+    """Collectives that leave a product cut over `model`: a scatter, or a whole sum."""
+    return 1 if cuts_sequence(sizes) else 2

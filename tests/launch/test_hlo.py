@@ -109,7 +109,7 @@ def test_a_loop_of_unknown_length_is_counted_once_and_named():
 LOOP_OF_TPU = """
 FileNames
 1 "/somewhere/site-packages/jax/_src/lax.py"
-2 "/home/checkout/moe/dispatch/exchange.py"
+2 "/anywhere/checkout/moe/dispatch/exchange.py"
 
 FunctionNames
 1 "f"

@@ -71,6 +71,8 @@ def _run(words: list[str]) -> int:
     verb = VERBS[name]
     options, bindings = _parse(name, verb, rest)
     config = _read_config(options, bindings)
+    if verb.simulates:
+        config = importlib.import_module(verb.module).simulated(config, options)
     lines = [_first_line(name, config)]
     job = None
     if verb.uses_jax:

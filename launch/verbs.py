@@ -105,6 +105,26 @@ A classifier of hashed words is cross-validated, and confident learning finds la
 that disagree with it (arXiv:1911.00068). docs/quality.md says what the numbers mean.
 """
 
+_VERIFY = """\
+Proves that a configuration is the same model on a mesh as on one device.
+
+  switchyard verify --gin_file=configs/runs/demo.gin
+  switchyard verify --gin_file=configs/runs/m6_t_1t.gin --mesh=data=60,expert=8 \\
+      --mesh=expert=480
+  switchyard verify --gin_file=mine.gin --json=verified.json
+
+Sizes shrink, choices stay; at most 16 CPU devices are simulated, whatever PLATFORM
+says. Loss, gradient of every parameter, parameters after a step, choices of the
+routers, and more, are compared in float32. No data are needed. docs/verify.md says
+what is compared, and why each tolerance is what it is.
+"""
+
+_VERIFY_RESULT = """\
+exit codes:
+  0   the same
+  1   something differs, or cannot be verified
+"""
+
 Flags = Callable[["Parser"], None]
 
 
@@ -117,6 +137,7 @@ class Verb(NamedTuple):
     flags: Flags
     module: str
     uses_jax: bool = True
+    simulates: bool = False  # its module says on which devices, before jax starts
 
 
 class Parser(argparse.ArgumentParser):
@@ -200,6 +221,21 @@ def _review_flags(parser: Parser) -> None:
     _allow_module_flag(parser)
 
 
+def _verify_flags(parser: Parser) -> None:
+    parser.add_argument(
+        "--mesh",
+        action="append",
+        default=[],
+        metavar="AXIS=N,AXIS=N",
+        help="mesh in place of the configuration's; axes that are not named have size "
+        "1; may be given several times",
+    )
+    parser.add_argument("--json", metavar="FILE", help="write all numbers there")
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="of weights and tokens"
+    )
+
+
 def _allow_module_flag(parser: Parser) -> None:
     parser.add_argument(
         "--allow_module",
@@ -267,6 +303,14 @@ VERBS = {
         "",
         _generate_flags,
         "launch.generate",
+    ),
+    "verify": Verb(
+        "prove that a mesh computes what one device computes",
+        _VERIFY,
+        _VERIFY_RESULT,
+        _verify_flags,
+        "launch.verify",
+        simulates=True,
     ),
     "prepare": Verb(
         "make the token store that training reads",

@@ -1,0 +1,226 @@
+"""One step, and one evaluation, on one mesh: everything that must not depend on it."""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from launch.assemble import Run, assemble
+from launch.gin_files import ResolvedConfig
+from launch.settings import Settings
+from launch.verification import choices
+from moe.training import state as train_state
+from moe.training.state import TrainState
+from moe.training.train_step import Learner, eval_step, train_step
+from partitioning import rules
+
+# Of a step of gradient descent: its clipped gradient is half as long as the gradient,
+# so that clipping by another norm shows, and it moves parameters by a tenth.
+_CLIPPED, _MOVED = 0.5, 0.1
+
+
+class Start(NamedTuple):
+    """Where every mesh starts: in host memory, the same for all.
+
+    Attributes:
+        params: drawn once.
+        opt_state: of the run's own optimizer.
+        clip: norm that the step of gradient descent clips to.
+        rate: its learning rate.
+    """
+
+    params: Any
+    opt_state: Any
+    clip: Any
+    rate: Any
+
+
+class Recorded(NamedTuple):
+    """What the recording optimizer keeps as its state."""
+
+    own: Any
+    gradient: Any
+    descended: Any
+    clip: Any
+    rate: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """What a train step gave.
+
+    Attributes:
+        metrics: by name.
+        gradient: of each parameter, summed over the devices.
+        descended: parameters after clipping and a step of gradient descent.
+        params: parameters after the run's own optimizer.
+    """
+
+    metrics: dict[str, np.ndarray]
+    gradient: Any
+    descended: Any
+    params: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Decisions:
+    """Logits of the model and what its routers did, [P, G, S, ...].
+
+    Attributes:
+        logits_BLV: of every position.
+        router_logits: of every group; None in a dense model.
+        slots: that choices fill, -1 for none; None in a dense model.
+    """
+
+    logits_BLV: np.ndarray
+    router_logits: np.ndarray | None
+    slots: np.ndarray | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """A scored batch: its sums as a flat dict, and the nats of each target."""
+
+    sums: dict[str, np.ndarray]
+    nats_BL: np.ndarray
+
+
+class Bench:
+    """A configuration on one mesh, ready to be measured.
+
+    Args:
+        config: where the settings come from, for messages.
+        settings: small ones.
+    """
+
+    def __init__(self, config: ResolvedConfig, settings: Settings) -> None:
+        shrunk = dataclasses.replace(config, settings=settings)
+        devices = jax.devices()[: settings.mesh.num_devices]
+        self.run: Run = assemble(shrunk, devices)
+        self._replicated = rules.replicated(self.run.mesh)
+
+    def start(self, params: Any) -> Start:
+        """The own optimizer's state before the first step, and placeholders."""
+        init = jax.jit(self.run.learner.optimizer.init)
+        one = np.ones((), np.float32)
+        return Start(params, jax.device_get(init(params)), one, one)
+
+    def step(self, start: Start, batch: dict[str, np.ndarray]) -> Step:
+        """Takes one real train step, with an optimizer that records."""
+        run, settings = self.run, self.run.settings
+        optimizer = recording(run.learner.optimizer)
+        shapes = train_state.abstract_state(settings.model, settings.router, optimizer)
+        axes = train_state.logical_axes(shapes, settings.model, settings.router)
+        places = train_state.shardings(shapes, axes, run.mesh, settings.partition)
+        learner = _with_optimizer(run.learner, optimizer, places)
+        zero = np.zeros((), np.int32)
+        state = TrainState(
+            zero,
+            zero,
+            zero,
+            zero,
+            start.params,
+            Recorded(
+                start.opt_state, start.params, start.params, start.clip, start.rate
+            ),
+        )
+        compiled = jax.jit(
+            functools.partial(train_step, learner=learner),
+            in_shardings=(places, run.batch_sharding, self._replicated),
+            out_shardings=(places, self._replicated),
+        )
+        with jax.default_matmul_precision("highest"):
+            after, metrics = compiled(state, batch, zero)
+        after, metrics = jax.device_get((after, metrics))
+        kept: Recorded = after.opt_state
+        return Step(metrics, kept.gradient, kept.descended, after.params)
+
+    def decisions(self, start: Start, batch: dict[str, np.ndarray]) -> Decisions:
+        """Runs the same step's forward pass, and keeps what routers decided."""
+        model, seed = self.run.learner.model, self.run.settings.train.seed
+
+        def decide(params: Any, batch: Any) -> Any:
+            row_B = jnp.arange(len(batch["decoder_target_tokens"]), dtype=jnp.int32)
+            _, steps_key = jax.random.split(jax.random.key(seed))
+            key = jax.random.fold_in(steps_key, 0)
+            logits_BLV, told = choices.decide(model, params, batch, row_B, key)
+            if told is None:
+                return logits_BLV, None, None
+            return logits_BLV, told.logits_GSE, told.slot_of_choice_GSJ
+
+        return Decisions(*self._compute(decide, start, batch))
+
+    def evaluation(self, start: Start, batch: dict[str, np.ndarray]) -> Evaluation:
+        """Scores the batch as held-out data are scored."""
+        score = functools.partial(eval_step, model=self.run.learner.model)
+        sums, nats_BL = self._compute(score, start, batch)
+        named = {
+            jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf)
+            for path, leaf in jax.tree_util.tree_leaves_with_path(sums)
+        }
+        return Evaluation(named, nats_BL)
+
+    def _compute(self, function: Any, start: Start, batch: Any) -> Any:
+        """Compiles a function of parameters and batch as a run places them."""
+        compiled = jax.jit(
+            function,
+            in_shardings=(self.run.shardings.params, self.run.batch_sharding),
+            out_shardings=self._replicated,
+        )
+        with jax.default_matmul_precision("highest"):
+            return jax.device_get(compiled(start.params, batch))
+
+
+def recording(own: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Wraps the run's optimizer; its state holds the gradient, and a plain step."""
+
+    def init(params: Any) -> Recorded:
+        one = jnp.ones(())
+        return Recorded(own.init(params), params, params, one, one)
+
+    def update(gradient: Any, state: Any, params: Any) -> tuple[Any, Recorded]:
+        updates, own_state = own.update(gradient, state.own, params)
+        clip = optax.clip_by_global_norm(state.clip)
+        clipped, _ = clip.update(gradient, clip.init(params))
+        descended = jax.tree.map(lambda p, g: p - state.rate * g, params, clipped)
+        kept = Recorded(own_state, gradient, descended, state.clip, state.rate)
+        return updates, kept
+
+    return optax.GradientTransformation(init, update)
+
+
+def calibrated(start: Start, step: Step) -> tuple[Start, Step]:
+    """Sets clip and rate by a first step, and computes what they make of it.
+
+    The reference's own step of gradient descent is plain arithmetic in float64.
+    """
+    squares = [np.sum(np.square(g, dtype=np.float64)) for g in _leaves(step.gradient)]
+    norm = float(np.sqrt(np.sum(squares)))
+    size = [np.sum(np.square(p, dtype=np.float64)) for p in _leaves(start.params)]
+    clip = _CLIPPED * norm
+    rate = _MOVED * float(np.sqrt(np.sum(size))) / clip
+    descended = jax.tree.map(
+        lambda p, g: p - rate * _CLIPPED * g.astype(np.float64),
+        start.params,
+        step.gradient,
+    )
+    known = start._replace(clip=np.float32(clip), rate=np.float32(rate))
+    return known, dataclasses.replace(step, descended=descended)
+
+
+def _with_optimizer(
+    learner: Learner, optimizer: optax.GradientTransformation, places: TrainState
+) -> Learner:
+    """The run's learner with another optimizer, whose state is placed as it says."""
+    changed: dict[str, Any] = {"optimizer": optimizer}
+    if learner.opt_shardings is not None:
+        changed["opt_shardings"] = places.opt_state
+    return dataclasses.replace(learner, **changed)
+
+
+def _leaves(tree: Any) -> list[np.ndarray]:
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]

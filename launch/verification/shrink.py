@@ -1,0 +1,301 @@
+"""Makes a configuration small without changing what it does. Standard library only.
+
+Sizes shrink; choices stay: router, transport, positions, norms, activations, biases,
+periods, remat, placement, optimizer. What divided goes on dividing.
+"""
+
+import dataclasses
+import importlib.resources
+import itertools
+import math
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import moe.constraints
+from launch.errors import ConfigError
+from launch.settings import PlatformSettings, Settings
+from launch.verification import meshes
+from moe.dispatch import choice
+from moe.settings import ModelSettings, OptimizerSettings, RouterSettings
+from partitioning.settings import MeshSettings, PartitionSettings
+
+_FACTORED = 128  # the least width of which Optax's Adafactor factors the moments
+
+
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """A setting that is another in what is verified: its macro, both values."""
+
+    name: str
+    before: Any
+    after: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Mesh:
+    """A mesh to verify.
+
+    Attributes:
+        asked: that of the run.
+        small: the one that is run here.
+        transport: what the run's TRANSPORT takes on it.
+    """
+
+    asked: MeshSettings
+    small: MeshSettings
+    transport: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Shrunk:
+    """A small configuration, and the meshes to run it on.
+
+    Attributes:
+        settings: that fit one device and each of the meshes; `mesh` is one device.
+        meshes: all to verify.
+        tail: tokens at the end of each row that are padding and can be cut away.
+        changes: what differs from the configuration that was given.
+    """
+
+    settings: Settings
+    meshes: tuple[Mesh, ...]
+    tail: int
+    changes: tuple[Change, ...]
+
+    def on(self, mesh: Mesh) -> Settings:
+        """The settings on one of the shrunk meshes."""
+        model = dataclasses.replace(
+            self.settings.model,
+            transport=mesh.transport,  # type: ignore[arg-type]
+        )
+        return dataclasses.replace(self.settings, mesh=mesh.small, model=model)
+
+    def on_one_device(self) -> Settings:
+        """The reference: the plainest way to compute the same.
+
+        One device, one microbatch, nothing recomputed, one-hot products for the
+        transport.
+        """
+        settings = self.settings
+        return dataclasses.replace(
+            settings,
+            mesh=MeshSettings(),
+            partition=PartitionSettings(),
+            model=dataclasses.replace(
+                settings.model, remat="none", sparse_remat="same", transport="einsum"
+            ),
+            train=dataclasses.replace(settings.train, microbatches=1),
+        )
+
+
+def shrink(
+    settings: Settings,
+    asked: Sequence[MeshSettings],
+    where: str,
+    most: int = meshes.MOST_DEVICES,
+) -> Shrunk:
+    """Finds small settings that suit all the meshes, and one device.
+
+    Args:
+        settings: of the run.
+        asked: meshes of the run, as large as they are.
+        where: the configuration as the user named it.
+        most: devices of a shrunk mesh.
+    Raises:
+        ConfigError: no small settings obey all rules.
+    """
+    small = [meshes.shrink(mesh, most) for mesh in asked]
+    problems: list[str] = []
+    for candidate, tail in _candidates(settings, small):
+        problems = moe.constraints.problems(
+            candidate.model,
+            candidate.router,
+            candidate.loss,
+            candidate.train,
+            length=candidate.data.length,
+        )
+        if not problems:
+            chosen = tuple(
+                Mesh(one, other, _transport(settings, one))
+                for one, other in zip(asked, small, strict=True)
+            )
+            return Shrunk(candidate, chosen, tail, _changes(settings, candidate))
+    raise ConfigError(
+        where, [f"no small version of it obeys every rule: {p}" for p in problems]
+    )
+
+
+def _candidates(
+    settings: Settings, small: Sequence[MeshSettings]
+) -> Iterator[tuple[Settings, int]]:
+    """Small settings, the smallest first, and the padding of their rows."""
+    router = settings.router
+    divides = [_common(small, "expert")]
+    if router.family == "prototypes":
+        divides.append(_prototypes(router))
+    divides.append(min(router.num_expert_groups, 4))
+    multiple = math.lcm(*divides)
+    enough = min(max(settings.model.num_experts, 1), 8)
+    numbers = [multiple * n for n in range(1, 9) if multiple * n >= enough]
+    pieces = _common(small, "context", "model")
+    sizes = (4, 8, 16, 32) if pieces > 4 else (8, 16, 32, 4)
+    for number, size in itertools.product(numbers[:4], sizes):
+        size = min(size, router.group_size)
+        length = max(2 * size * pieces, 32)
+        length = -(-length // (size * pieces)) * size * pieces
+        yield _sized(settings, small, number, size, length), size * pieces
+
+
+def _sized(
+    settings: Settings,
+    small: Sequence[MeshSettings],
+    num_experts: int,
+    group_size: int,
+    length: int,
+) -> Settings:
+    """The settings with given numbers of experts and sizes of groups and rows."""
+    microbatches = min(settings.train.microbatches, 2)
+    shards = _common(small, "replica", "data", "expert") * 2
+    names = list(settings.data.task_feature_lengths)
+    lengths = dict.fromkeys(names, length // len(names))
+    lengths[names[0]] += length - sum(lengths.values())
+    return dataclasses.replace(
+        settings,
+        platform=PlatformSettings("cpu"),
+        mesh=MeshSettings(),
+        model=_model(settings, small, num_experts, length),
+        router=_router(settings, num_experts, group_size, small),
+        optimizer=_optimizer(settings.optimizer),
+        train=dataclasses.replace(
+            settings.train,
+            batch_size=_multiple(shards, 16),
+            microbatches=microbatches,
+        ),
+        data=dataclasses.replace(settings.data, task_feature_lengths=lengths),
+    )
+
+
+def _model(
+    settings: Settings, small: Sequence[MeshSettings], num_experts: int, length: int
+) -> ModelSettings:
+    """Two periods of narrow layers, in float32."""
+    model = settings.model
+    cut = _common(small, "model")
+    whole = _common(small, "data", "context", "expert", "model")
+    least = _FACTORED if settings.optimizer.name == "adafactor" else 16
+    chunks = min(model.vocab_chunks, 2)
+    first = min(model.first_dense_layers, 2)
+    period = max(model.moe_every, 1)
+    # Longer periods than three repeat dense layers.
+    every = min(model.moe_every, 3)
+    periods = min((model.num_layers - model.first_dense_layers) // period, 2)
+    shared = min(model.num_heads // model.kv_heads, 2)
+    kv_heads = min(model.kv_heads, 2 if cut == 1 else cut)
+    blocked = 0 < model.attention_block < settings.data.length
+    learned = model.positions == "learned"
+    return dataclasses.replace(
+        model,
+        vocab_size=_multiple(cut * chunks, max(least, 32)),
+        num_layers=first + max(periods, 1) * max(every, 1),
+        first_dense_layers=first,
+        moe_every=every,
+        model_dim=_multiple(whole, least),
+        num_heads=kv_heads * shared,
+        num_kv_heads=kv_heads if model.num_kv_heads else 0,
+        head_dim=4,
+        mlp_dim=_multiple(cut, max(least, 24)),
+        attention_block=length // 2 if blocked else 0,
+        relative_buckets=min(model.relative_buckets, 8),
+        relative_max_distance=min(model.relative_max_distance, 12),
+        max_positions=length if learned else model.max_positions,
+        num_experts=num_experts if model.moe_every else model.num_experts,
+        expert_mlp_dim=_multiple(cut, max(least, 16)),
+        shared_expert_mlp_dim=_multiple(cut, 16) if model.shared_expert_mlp_dim else 0,
+        init_scale=1.0,
+        vocab_chunks=chunks,
+        dtype="float32",
+        param_dtype="float32",
+        reduce_dtype="float32",
+    )
+
+
+def _transport(settings: Settings, mesh: MeshSettings) -> str:
+    """The transport that the run takes on its own devices, not on simulated ones."""
+    platform = "cpu" if settings.platform.name == "cpu" else "tpu"
+    name, _ = choice.pick(
+        settings.model, settings.router, mesh.expert, platform, train=True
+    )
+    return name
+
+
+def _prototypes(router: RouterSettings) -> int:
+    return min(router.num_prototypes, 4)
+
+
+def _router(
+    settings: Settings,
+    num_experts: int,
+    group_size: int,
+    small: Sequence[MeshSettings],
+) -> RouterSettings:
+    """The same router over fewer experts and smaller groups."""
+    router = settings.router
+    groups = min(router.num_expert_groups, 4)
+    selected = -(-router.num_selected_groups * groups // router.num_expert_groups)
+    return dataclasses.replace(
+        router,
+        num_selected=min(router.num_selected, max(num_experts // 2, 1)),
+        num_prototypes=_prototypes(router),
+        num_expert_groups=groups,
+        num_selected_groups=selected,
+        dtype="float32",
+        group_size=group_size,
+        min_capacity=min(router.min_capacity, 1),
+        capacity_multiple=min(router.capacity_multiple, 2),
+        # Room for every row: a step that has none is taken again, and is another test.
+        row_budget=max(router.row_budget, float(_common(small, "expert"))),
+    )
+
+
+def _optimizer(optimizer: OptimizerSettings) -> OptimizerSettings:
+    """The same optimizer, whose first step is large enough to be seen in float32."""
+    return dataclasses.replace(
+        optimizer,
+        learning_rate=max(optimizer.learning_rate, 1e-2),
+        warmup_steps=0,
+        moment_dtype="float32",
+        rounding="nearest",
+        offload=False,
+    )
+
+
+def _common(small: Sequence[MeshSettings], *axes: str) -> int:
+    """The least number that divides over these axes of every mesh."""
+    products = (math.prod(getattr(mesh, axis) for axis in axes) for mesh in small)
+    return math.lcm(*products)
+
+
+def _multiple(of: int, least: int) -> int:
+    return -(-least // of) * of
+
+
+def _changes(before: Settings, after: Settings) -> tuple[Change, ...]:
+    """Every setting that differs, by the macro that sets it."""
+    macros = _macros()
+    found = []
+    for record in ("model", "router", "optimizer", "train", "data"):
+        old, new = getattr(before, record), getattr(after, record)
+        for field in dataclasses.fields(old):
+            values = getattr(old, field.name), getattr(new, field.name)
+            if values[0] != values[1]:
+                name = f"{record}.{field.name}"
+                found.append(Change(macros.get(name, name), *values))
+    return tuple(found)
+
+
+def _macros() -> dict[str, str]:
+    """The macro of every setting, as `base.gin` binds them."""
+    base = importlib.resources.files("configs").joinpath("base.gin")
+    text = base.read_text(encoding="utf-8")
+    return dict(re.findall(r"^(\w+\.\w+) = %(\w+)$", text, re.MULTILINE))

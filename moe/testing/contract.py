@@ -15,6 +15,11 @@ MESHES: Mapping[str, MeshSettings] = {
     "d2e4": MeshSettings(data=2, expert=4),
     "d4e2": MeshSettings(data=4, expert=2),
     "r2d2e2": MeshSettings(replica=2, data=2, expert=2),
+    # Those that cut sequences: S must divide L / (context · model).
+    "c2e4": MeshSettings(context=2, expert=4),
+    "d2e2m2": MeshSettings(data=2, expert=2, model=2),
+    "c2e2m2": MeshSettings(context=2, expert=2, model=2),
+    "d2m4": MeshSettings(data=2, model=4),
 }
 
 

@@ -15,6 +15,7 @@ from moe.model.moe_layer import TRANSPORTS, Layer, MoE, Tokens, moe_layer
 from moe.routing.hashed import vocabulary_order
 from moe.settings import ModelSettings, RouterSettings, capacity
 from moe.testing import MESHES, Told, one_token_at_a_time
+from partitioning.settings import PartitionSettings
 
 B, L, S, M, E, F, V = 8, 8, 4, 8, 8, 12, 50
 G = B * L // S
@@ -70,10 +71,10 @@ ROUTERS = {
     "sinkhorn": replace(TIGHT, family="sinkhorn", num_selected=2, capacity_factor=0.5),
 }
 EXPERTS = {
-    "deepseek": {"activation": "swiglu", "mlp_biases": True},
-    "spill": {"activation": "gelu", "mlp_biases": True},
+    "deepseek": {"activation": "swiglu", "expert_biases": True},
+    "spill": {"activation": "gelu", "expert_biases": True},
     "expert_choice": {"activation": "geglu"},
-    "dropless": {"activation": "swiglu", "mlp_biases": True},
+    "dropless": {"activation": "swiglu", "expert_biases": True},
 }
 
 
@@ -194,10 +195,12 @@ def agree(result, expected) -> None:
 
 
 # Every pair of a transport with a router and with a mesh, but for einsum, whose
-# exchanges are those of all_to_all. The remaining product is in the slow set.
+# exchanges are those of all_to_all. The remaining product is in the slow set. These
+# meshes cut no sequence.
+WHOLE = [name for name, mesh in MESHES.items() if mesh.context * mesh.model == 1]
 FIRST = ("switch", "glam", "deepseek", "spill", "expert_choice", "dropless")
 COVER = [
-    (router, tuple(MESHES)[(i + shift) % len(MESHES)], transport)
+    (router, WHOLE[(i + shift) % len(WHOLE)], transport)
     for shift, transport in enumerate(("all_to_all", "ring", "ragged"))
     for i, router in enumerate(FIRST)
 ] + [
@@ -212,7 +215,7 @@ FAST = [
     ("hashed", "d1", "einsum"),
 ]
 REST = [
-    case for case in itertools.product(ROUTERS, MESHES, TRANSPORTS) if case not in COVER
+    case for case in itertools.product(ROUTERS, WHOLE, TRANSPORTS) if case not in COVER
 ]
 
 
@@ -221,7 +224,7 @@ def test_the_cases_cover_every_pair_with_a_transport():
     for transport in set(TRANSPORTS) - {"einsum"}:
         cases = [case for case in COVER if case[2] == transport]
         assert {router for router, _, _ in cases} == set(FIRST)
-        assert {mesh for _, mesh, _ in cases} == set(MESHES)
+        assert {mesh for _, mesh, _ in cases} == set(WHOLE)
     assert {router for router, _, _ in COVER} == set(ROUTERS)
     assert set(FAST) <= set(COVER)
 
@@ -240,6 +243,11 @@ def test_every_mesh_and_transport_agree_with_one_token_at_a_time(
     meshes, router, mesh, transport
 ):
     layer = Layer(model_of(router, transport), ROUTERS[router], meshes[mesh])
+    check_layer(router, layer)
+
+
+def check_layer(router: str, layer: Layer) -> None:
+    """Everything agrees with the oracle, and the case is one of its kind."""
     _, arrays = weights_of(layer.model, layer.router)
     result = compiled(layer)(arrays, problem()["x"])
     agree(result, oracle_of(router))
@@ -256,6 +264,48 @@ def test_every_mesh_and_transport_agree_with_one_token_at_a_time(
     if router != "expert_choice":
         routed = layer.router.num_choices(E) * B * L
         assert routed == chosen + sums.padding_G.sum()
+
+
+# Sequences in pieces: over `context`, or over `model`, which cuts experts or does not.
+
+CUTS = {
+    "experts_cut": ("d2e2m2", PartitionSettings()),
+    "experts_whole": (
+        "d2e2m2",
+        PartitionSettings(expert_tensor_parallel=False, fsdp="data"),
+    ),
+    "context": ("c2e4", PartitionSettings(fsdp="data_expert")),
+}
+CUT_COVER = [
+    ("spill", "experts_cut", "all_to_all"),
+    ("dropless", "experts_cut", "ragged"),
+    ("glam", "experts_whole", "ring"),
+    ("deepseek", "experts_whole", "all_to_all"),
+    ("expert_choice", "context", "einsum"),
+    ("dropless", "context", "ragged"),
+]
+CUT_REST = [
+    case
+    for case in itertools.product((*FIRST, "hashed"), CUTS, TRANSPORTS)
+    if case not in CUT_COVER
+]
+
+
+@pytest.mark.parametrize(
+    ("router", "cut", "transport"),
+    [*CUT_COVER, *(pytest.param(*case, marks=pytest.mark.slow) for case in CUT_REST)],
+)
+def test_pieces_of_sequences_agree_with_one_token_at_a_time(
+    meshes, router, cut, transport
+):
+    mesh, partition = CUTS[cut]
+    layer = Layer(
+        model_of(router, transport),
+        ROUTERS[router],
+        meshes[mesh],
+        partition=partition,
+    )
+    check_layer(router, layer)
 
 
 # More rows than a device has room for.
@@ -306,6 +356,27 @@ def test_rows_beyond_the_budget_are_computed_in_further_rounds(meshes, transport
         assert excess_of(expected, 2, 4).sum() > 0, "one round must not be enough"
     kept_E = expected.sums["kept"].sum(axis=0)
     assert kept_E[3] == problem()["mask"].sum() > 2 * ROOM
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cut", ["experts_cut", "experts_whole"])
+@pytest.mark.parametrize("transport", ["ring", "ragged"])
+def test_devices_that_share_sequences_take_as_many_rounds(meshes, cut, transport):
+    mesh, partition = CUTS[cut]
+    layer = Layer(
+        model_of("dropless", transport),
+        CROWDED,
+        meshes[mesh],
+        in_rounds=True,
+        partition=partition,
+    )
+    run = compiled(layer)
+    for where in ("uneven", "one_expert"):
+        arrays, x_BLM, expected = crowded(where)
+        agree(run(arrays, x_BLM), expected)
+    # Of the last: by data, sequence, piece of it, device, expert.
+    kept = expected.sums["kept"].reshape(2, B // 2, 2, 2, E // 2)
+    assert kept.sum(axis=(1, 4)).max() > ROOM, "one round must not be enough"
 
 
 @pytest.mark.parametrize("transport", ["ring", "ragged"])
@@ -376,7 +447,7 @@ def test_expert_dropout_keeps_its_share_and_the_same_units_on_every_mesh(meshes)
     model = replace(
         MODEL,
         expert_mlp_dim=M,
-        mlp_biases=True,
+        expert_biases=True,
         expert_dropout=0.4,
         transport="all_to_all",
     )
@@ -396,7 +467,7 @@ def test_expert_dropout_keeps_its_share_and_the_same_units_on_every_mesh(meshes)
         return y_BLM
 
     alone = run("d1")
-    np.testing.assert_array_equal(alone, run("d2e4"))
+    np.testing.assert_array_equal(alone, run("d2e2m2"))
     y_TM = alone[mask_BL]
     kept_TM = y_TM > 0
     np.testing.assert_allclose(y_TM[kept_TM], 1 / 0.6, rtol=1e-6)
@@ -410,7 +481,7 @@ def test_expert_dropout_keeps_its_share_and_the_same_units_on_every_mesh(meshes)
 
 
 def test_one_expert_is_a_dense_feed_forward(meshes):
-    model = replace(MODEL, num_experts=1, activation="swiglu", mlp_biases=True)
+    model = replace(MODEL, num_experts=1, activation="swiglu", expert_biases=True)
     router = RouterSettings(group_size=S, capacity_factor=0.0)
     definition, arrays = weights_of(model, router)
     x_BLM = problem()["x"]
@@ -432,12 +503,13 @@ def test_one_expert_is_a_dense_feed_forward(meshes):
         np.testing.assert_array_equal(sums.kept_GE[:, 0], sums.tokens_G)
 
 
-def test_a_shared_expert_adds_a_dense_feed_forward_of_every_token(meshes):
-    model = replace(MODEL, shared_expert_mlp_dim=5, transport="all_to_all")
+@pytest.mark.parametrize("mesh", ["d2e4", "d2e2m2"])
+def test_a_shared_expert_adds_a_dense_feed_forward_of_every_token(meshes, mesh):
+    model = replace(MODEL, shared_expert_mlp_dim=6, transport="all_to_all")
     definition, arrays = weights_of(model, TIGHT)
     x_BLM = problem()["x"]
-    layer = Layer(model, TIGHT, meshes["d2e4"])
-    without = Layer(replace(model, shared_expert_mlp_dim=0), TIGHT, meshes["d2e4"])
+    layer = Layer(model, TIGHT, meshes[mesh])
+    without = Layer(replace(model, shared_expert_mlp_dim=0), TIGHT, meshes[mesh])
     alone = {name: arrays[name] for name in ("router", "experts")}
     alone_definition, _ = weights_of(without.model, TIGHT)
 

@@ -21,7 +21,7 @@ import jax
 
 from moe.model import transformer
 from moe.settings import ModelSettings, RouterSettings, capacity
-from moe.training.optimizer import num_stacked
+from moe.training.optimizer import is_matrix
 from partitioning import rules
 
 
@@ -152,8 +152,8 @@ def count(model: ModelSettings, router: RouterSettings, length: int) -> Counts:
             positions = size
         elif "expert" in axes:
             experts += size
-            expert_products += size if _in_a_product(axes) else 0
-        elif _in_a_product(axes):
+            expert_products += size if is_matrix(axes) else 0
+        elif is_matrix(axes):
             products += size
     E = max(model.num_experts, 1)
     chosen = router.mean_choices(E)
@@ -213,13 +213,3 @@ def compiled_flops(reported: float, loops: Iterable[Loop] = ()) -> float:
     if reported < 0:
         raise ValueError(f"XLA does not know: it reports {reported:g} operations")
     return reported + sum(loop.missing for loop in loops)
-
-
-def _in_a_product(axes: tuple[str | None, ...]) -> bool:
-    """Whether an array is a matrix, or a stack of them, that activations pass.
-
-    Such have the model's width on one side. Biases of heads and tables of distances
-    have two dimensions as well, but only the others' axes.
-    """
-    width = any(axis in ("embed", "expert_embed") for axis in axes)
-    return width and len(axes) - num_stacked(axes) >= 2

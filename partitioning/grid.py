@@ -40,16 +40,26 @@ class Grid:
         return place
 
     def gather(self, x: jax.Array, axes: Sequence[str], dim: int) -> jax.Array:
-        """Joins the devices' pieces of a dimension."""
-        large = self._large(axes)
-        return lax.all_gather(x, large, axis=dim, tiled=True) if large else x
+        """Joins the devices' pieces of a dimension.
+
+        Axis by axis, the fastest first: over several at once, TPUs add up arrays that
+        are zero but for a piece, which moves twice as much and is slower.
+        """
+        for axis in reversed(self._large(axes)):
+            x = lax.all_gather(x, axis, axis=dim, tiled=True)
+        return x
 
     def scatter_sum(self, x: jax.Array, axes: Sequence[str], dim: int) -> jax.Array:
         """Adds up over the devices, and leaves each its piece of a dimension."""
-        large = self._large(axes)
-        if not large:
-            return x
-        return lax.psum_scatter(x, large, scatter_dimension=dim, tiled=True)
+        for axis in self._large(axes):
+            n = self.size(axis)
+            # The dimension of pieces is explicit, since TPUs would turn some tiled
+            # scatters into sums of everything on every device.
+            pieces = x.reshape(
+                *x.shape[:dim], n, x.shape[dim] // n, *x.shape[dim + 1 :]
+            )
+            x = lax.psum_scatter(pieces, axis, scatter_dimension=dim)
+        return x
 
     def sum(self, tree: Any, axes: Sequence[str]) -> Any:
         """Adds up over the devices."""

@@ -139,7 +139,8 @@ def logits_of(
     """Projects to logits_BLV, in float32, of this device's part of the vocabulary."""
     axes = rules.table(grid.partition)["embed"]
     if grid.size(*axes) > 1:
-        head_Mv = gathered(head_mv, axes, 0, settings.dtype, settings.reduce_dtype)
+        types = settings.dtype, settings.reduce_dtype
+        head_Mv = gathered(head_mv, grid, axes, 0, *types)
     else:
         head_Mv = head_mv.astype(x_BLM.dtype)
     return jnp.einsum("BLM,MV->BLV", x_BLM, head_Mv, preferred_element_type=jnp.float32)

@@ -23,7 +23,7 @@ def rematerialised(
     if remat == "none":
         if not gathers_weights:
             return layer
-        return jax.checkpoint(layer, policy=_all_but_weights, prevent_cse=False)
+        return jax.checkpoint(layer, policy=_all_but_gathered, prevent_cse=False)
     if remat == "full":
         return jax.checkpoint(layer, prevent_cse=False)
     policies = jax.checkpoint_policies
@@ -34,8 +34,6 @@ def rematerialised(
     return jax.checkpoint(layer, policy=policy, prevent_cse=False)
 
 
-def _all_but_weights(primitive: Any, *_: Any, **parameters: Any) -> bool:
-    """Keeps everything but gathered weights: no activation is gathered over `data`."""
-    if primitive.name != "all_gather":
-        return True
-    return "data" not in parameters["axis_name"]
+def _all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
+    """Keeps everything but what was gathered, the weights of every layer above all."""
+    return primitive.name != "all_gather"

@@ -5,7 +5,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from moe.settings import ModelSettings
 from partitioning import rules
@@ -33,38 +32,45 @@ def whole(arrays: Any, axes: Any, settings: ModelSettings, grid: Grid) -> Any:
             types = str(array.dtype), str(array.dtype)
         for dim, axis in enumerate(logical):
             if axis in rules.FULLY_SHARDED and grid.size(*table[axis]) > 1:
-                return gathered(array, table[axis], dim, *types)
+                return gathered(array, grid, table[axis], dim, *types)
         return array
 
     return jax.tree.map(one, arrays, axes)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4, 5))
 def gathered(
-    piece: jax.Array, axes: tuple[str, ...], dim: int, dtype: str, reduce_dtype: str
+    piece: jax.Array,
+    grid: Grid,
+    axes: tuple[str, ...],
+    dim: int,
+    dtype: str,
+    reduce_dtype: str,
 ) -> jax.Array:
     """Joins the pieces of a weight; the gradient is summed and cut the same way.
 
     Args:
         piece: this device's.
+        grid: the mesh.
         axes: mesh axes it is cut over.
         dim: the dimension that is cut.
         dtype: of the result, and of what travels forward.
         reduce_dtype: in which the gradient travels and is summed.
     """
     del reduce_dtype
-    return lax.all_gather(piece.astype(dtype), axes, axis=dim, tiled=True)
+    return grid.gather(piece.astype(dtype), axes, dim)
 
 
-def _gathered_forward(piece, axes, dim, dtype, reduce_dtype):
-    # The type of the piece is all that the way back needs of it.
-    return gathered(piece, axes, dim, dtype, reduce_dtype), jnp.zeros((0,), piece.dtype)
+def _gathered_forward(piece, grid, axes, dim, dtype, reduce_dtype):
+    whole = gathered(piece, grid, axes, dim, dtype, reduce_dtype)
+    return whole, jnp.zeros(
+        (0,), piece.dtype
+    )  # its type is all that the way back needs
 
 
-def _gathered_backward(axes, dim, dtype, reduce_dtype, like, gradient):
+def _gathered_backward(grid, axes, dim, dtype, reduce_dtype, like, gradient):
     del dtype
-    gradient = gradient.astype(reduce_dtype)
-    piece = lax.psum_scatter(gradient, axes, scatter_dimension=dim, tiled=True)
+    piece = grid.scatter_sum(gradient.astype(reduce_dtype), axes, dim)
     return (piece.astype(like.dtype),)
 
 

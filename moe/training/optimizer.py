@@ -10,7 +10,7 @@ from moe.settings import OptimizerSettings
 from moe.training.precision import moments_in, with_master
 from partitioning import rules
 
-# Leading dimensions that index separate matrices, or separate vectors.
+# Dimensions that index separate matrices, or separate vectors.
 STACKED = ("layers", "expert", "pair")
 # What fully sharded dimensions are called in the optimizer's state.
 MOMENTS = {axis: f"{axis}_moment" for axis in rules.FULLY_SHARDED}
@@ -32,7 +32,8 @@ def make_optimizer(
         else optax.identity()
     )
     decay = optax.add_decayed_weights(
-        settings.weight_decay, mask=lambda params: _is_matrix(params, axes)
+        settings.weight_decay,
+        mask=lambda params: jax.tree.map(lambda _, a: is_matrix(a), params, axes),
     )
     rate = optax.scale_by_learning_rate(make_schedule(settings, train_steps))
     if settings.name == "adamw":
@@ -85,16 +86,23 @@ def state_axes(opt_state_shapes: Any, params: Any, axes: Any) -> Any:
             if param_path in name:
                 if leaf.shape == shape:
                     return tuple(MOMENTS.get(a, a) for a in param_axes)
-                lead = param_axes[: min(num_stacked(param_axes), leaf.ndim)]
+                stack = tuple(param_axes[i] for i in stack_of(param_axes))
+                lead = stack[: leaf.ndim]
                 return (*lead, *(None,) * (leaf.ndim - len(lead)))
         return (None,) * leaf.ndim
 
     return jax.tree_util.tree_map_with_path(axes_of, opt_state_shapes)
 
 
-def num_stacked(axes: tuple[str | None, ...]) -> int:
-    """Counts the leading dimensions that index separate matrices."""
-    return next((i for i, axis in enumerate(axes) if axis not in STACKED), len(axes))
+def stack_of(axes: tuple[str | None, ...]) -> tuple[int, ...]:
+    """Returns the dimensions that index separate matrices or vectors."""
+    return tuple(i for i, axis in enumerate(axes) if axis in STACKED)
+
+
+def is_matrix(axes: tuple[str | None, ...]) -> bool:
+    """Whether a parameter is a matrix, or a stack of them: one side of it is M."""
+    wide = any(axis in rules.FULLY_SHARDED for axis in axes)
+    return wide and len(axes) - len(stack_of(axes)) >= 2
 
 
 def _adafactor() -> optax.GradientTransformation:
@@ -111,36 +119,52 @@ def _per_matrix(
 ) -> optax.GradientTransformation:
     """Applies a transformation to each matrix of a stack as if it stood alone.
 
-    Factoring, update clipping and parameter scale are defined for one matrix; over a
-    stack of layers and experts they would mix them.
+    Factoring, update clipping and parameter scale are defined for one matrix, from its
+    inputs to its outputs; over a stack of layers and experts they would mix them. Heads
+    are one dimension with what is in them.
     """
 
-    def mapped(function: Any, param_axes: tuple[str | None, ...]) -> Any:
-        for _ in range(num_stacked(param_axes)):
+    def stack(array: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+        """[*stack, inputs, outputs], or [*stack, numbers] of vectors."""
+        dims = stack_of(axes)
+        array = jnp.moveaxis(array, dims, range(len(dims)))
+        lead, rest = array.shape[: len(dims)], array.shape[len(dims) :]
+        if is_matrix(axes):
+            inner = [axis for axis in axes if axis not in STACKED]
+            first = inner[0] in rules.FULLY_SHARDED
+            rest = (rest[0], -1) if first else (-1, rest[-1])
+        else:
+            rest = (-1,)
+        return array.reshape(*lead, *rest)
+
+    def unstack(
+        array: jax.Array, like: jax.Array, axes: tuple[str | None, ...]
+    ) -> jax.Array:
+        dims = stack_of(axes)
+        shape = jnp.moveaxis(like, dims, range(len(dims))).shape
+        return jnp.moveaxis(array.reshape(shape), range(len(dims)), dims)
+
+    def mapped(function: Any, axes: tuple[str | None, ...]) -> Any:
+        for _ in stack_of(axes):
             function = jax.vmap(function)
         return function
 
     def init(params: optax.Params) -> optax.OptState:
-        return jax.tree.map(lambda p, a: mapped(inner.init, a)(p), params, axes)
+        return jax.tree.map(
+            lambda p, a: mapped(inner.init, a)(stack(p, a)), params, axes
+        )
 
     def update(
         updates: optax.Updates, state: optax.OptState, params: optax.Params
     ) -> tuple[optax.Updates, optax.OptState]:
-        pairs = jax.tree.map(
-            lambda u, s, p, a: mapped(inner.update, a)(u, s, p),
-            updates,
-            state,
-            params,
-            axes,
-        )
+        def one(u: Any, s: Any, p: Any, a: Any) -> tuple[Any, Any]:
+            new_u, new_s = mapped(inner.update, a)(stack(u, a), s, stack(p, a))
+            return unstack(new_u, u, a), new_s
+
+        pairs = jax.tree.map(one, updates, state, params, axes)
         new_updates, new_state = (
             jax.tree.map(lambda _, pair, i=i: pair[i], updates, pairs) for i in (0, 1)
         )
         return new_updates, new_state
 
     return optax.GradientTransformation(init, update)
-
-
-def _is_matrix(params: Any, axes: Any) -> Any:
-    """True for parameters with at least two dimensions beside their stack."""
-    return jax.tree.map(lambda p, a: p.ndim - num_stacked(a) >= 2, params, axes)

@@ -12,9 +12,9 @@ from moe.model import transformer
 from moe.settings import ModelSettings, OptimizerSettings, RouterSettings
 from moe.training.optimizer import (
     MOMENTS,
+    is_matrix,
     make_optimizer,
     make_schedule,
-    num_stacked,
     state_axes,
 )
 from partitioning import rules
@@ -147,7 +147,7 @@ def test_of_a_whole_model_these_are_the_parameters_that_decay():
     matrices = {
         path
         for path, array, array_axes in rules.leaves(shapes, axes)
-        if array.ndim - num_stacked(array_axes) >= 2
+        if is_matrix(array_axes)
     }
     attention = {
         f"periods/blocks/{block}/attention/{name}"

@@ -1,0 +1,132 @@
+"""Where parameters and moments live, for everything that `FSDP` may cut."""
+
+import math
+
+import jax
+import pytest
+
+from moe.model import transformer
+from moe.settings import ModelSettings, OptimizerSettings, RouterSettings
+from moe.training import state as train_state
+from moe.training.optimizer import make_optimizer
+from partitioning import rules
+from partitioning.mesh import make_mesh
+from partitioning.settings import MeshSettings, PartitionSettings
+
+pytestmark = pytest.mark.fast
+
+TINY = ModelSettings(
+    vocab_size=32,
+    num_layers=2,
+    model_dim=8,
+    num_heads=2,
+    head_dim=4,
+    mlp_dim=16,
+    num_experts=4,
+    expert_mlp_dim=12,
+    positions="learned",
+    max_positions=16,
+)
+ROUTER = RouterSettings()
+MESH = MeshSettings(data=2, expert=2, model=2)
+
+
+def placed(fsdp: str, **partition) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Mesh axes of every array of the state, and its shape on one device."""
+    cut = PartitionSettings(fsdp=fsdp, **partition)
+    mesh = make_mesh(MESH)
+    axes = transformer.param_axes(TINY, ROUTER)
+    optimizer = make_optimizer(OptimizerSettings(), 10, axes)
+    shapes = train_state.abstract_state(TINY, ROUTER, optimizer)
+    named = train_state.logical_axes(shapes, TINY, ROUTER)
+    places = jax.tree.leaves(train_state.shardings(shapes, named, mesh, cut))
+    return {
+        path: (written(place.spec), place.shard_shape(array.shape))
+        for (path, array, _), place in zip(
+            rules.leaves(shapes, named), places, strict=True
+        )
+    }
+
+
+def written(spec) -> str:
+    return ", ".join(
+        "–" if entry is None else entry if isinstance(entry, str) else "×".join(entry)
+        for entry in spec
+    )
+
+
+# Each parameter under no full sharding, and what "embed" and "expert_embed" add to it.
+PLACES = {
+    "embedding": "model, {dense}",
+    "positions": "–, –",
+    "head": "{dense}, model",
+    "final_norm/scale": "–",
+    "periods/blocks/0/attention/query": "–, {dense}, model, –",
+    "periods/blocks/0/attention/output": "–, model, –, {dense}",
+    "periods/blocks/0/attention_norm/scale": "–, –",
+    "periods/blocks/0/feed_forward/up": "–, {dense}, model",
+    "periods/blocks/0/feed_forward/down": "–, model, {dense}",
+    "periods/blocks/1/moe/router": "–, {dense}, –",
+    "periods/blocks/1/moe/experts/up": "–, expert, {expert}, {width}",
+    "periods/blocks/1/moe/experts/down": "–, expert, {width}, {expert}",
+}
+UNCUT = {"dense": "–", "expert": "–"}
+CUT = {"dense": "data×context", "expert": "data×context"}
+# By `fsdp`: of parameters, and of moments.
+FULLY_SHARDED = {
+    "none": (UNCUT, UNCUT),
+    "optimizer": (UNCUT, CUT),
+    "data": (CUT, CUT),
+    "data_expert": (
+        {"dense": "data×context×expert", "expert": "data×context"},
+        {"dense": "data×context×expert", "expert": "data×context"},
+    ),
+}
+
+
+@pytest.mark.parametrize("whole_experts", [False, True])
+@pytest.mark.parametrize("fsdp", FULLY_SHARDED)
+def test_parameters_and_moments_live_here(fsdp, whole_experts):
+    state = placed(fsdp, expert_tensor_parallel=not whole_experts)
+    for kind, cut in zip(("params", "moments"), FULLY_SHARDED[fsdp], strict=True):
+        cut = cut | {"width": "model"}
+        if whole_experts:  # what is left of `model` cuts their other dimension
+            cut["width"] = "–"
+            if cut["expert"] != "–":
+                cut["expert"] += "×model"
+        for path, template in PLACES.items():
+            wanted = template.format(**cut)
+            found = {
+                name: where
+                for name, (where, _) in state.items()
+                if name.endswith(f"/{path}")
+                and name.startswith("params") == (kind == "params")
+            }
+            assert len(found) == (1 if kind == "params" else 2), path
+            assert set(found.values()) == {wanted}, (kind, path)
+
+
+@pytest.mark.parametrize(
+    ("fsdp", "num_parameters", "num_moments"),
+    [
+        # On one of 2 × 2 × 2 devices. Over `model`: embedding and head 2·32·8, three
+        # projections and an output of 2 layers 8·8·8, a feed-forward 2·8·16. Experts,
+        # 4·2·8·12, over `expert` too. Whole: router 8·4, positions 16·8, norms 5·8.
+        ("none", 640 + 192 + 32 + 168, 640 + 192 + 32 + 168),
+        # A half of all but positions and norms.
+        ("optimizer", 640 + 192 + 32 + 168, 320 + 96 + 16 + 168),
+        ("data", 320 + 96 + 16 + 168, 320 + 96 + 16 + 168),
+        # A quarter of what is dense.
+        ("data_expert", 160 + 96 + 8 + 168, 160 + 96 + 8 + 168),
+    ],
+)
+def test_a_device_holds_so_many_numbers(fsdp, num_parameters, num_moments):
+    def numbers(prefix: str, *, moments: bool) -> int:
+        return sum(
+            math.prod(shape)
+            for name, (_, shape) in placed(fsdp).items()
+            if name.startswith(prefix) and ("/mu/" in name) == moments
+        )
+
+    assert numbers("params", moments=False) == num_parameters
+    assert numbers("opt_state", moments=True) == num_moments

@@ -1,12 +1,12 @@
 """One run, whole. Read before jax is imported: standard library only."""
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Literal
 
 import moe.constraints
 import partitioning.settings
 import tasks.settings
+from launch import division
 from moe.settings import (
     LossSettings,
     ModelSettings,
@@ -16,7 +16,6 @@ from moe.settings import (
 )
 from partitioning.settings import (
     AXES,
-    BATCH_AXES,
     MeshSettings,
     PartitionSettings,
 )
@@ -267,32 +266,21 @@ def _size_problems(settings: Settings) -> list[str]:
             f"WARMUP_STEPS = {optimizer.warmup_steps} is longer than the run of "
             f"TRAIN_STEPS = {train.train_steps}: the peak would never be reached"
         )
+    if optimizer.rounding != "nearest" and model.param_dtype == "float32":
+        found.append(
+            f"ROUNDING = {optimizer.rounding!r} means nothing to PARAM_DTYPE = "
+            "'float32': leave it at 'nearest', or set PARAM_DTYPE to 'bfloat16'"
+        )
+    if optimizer.offload and settings.platform.name == "cpu":
+        found.append(
+            "OFFLOAD_OPTIMIZER = True: with PLATFORM = 'cpu' there is no other memory "
+            "to keep the optimizer's state in; set it to False"
+        )
     if min(dataclasses.astuple(mesh)) < 1:
         return found  # a problem of its own
-    multiple = mesh.batch_shards * train.microbatches
-    axes = _axes(mesh, BATCH_AXES)
-    shards = f"{mesh.batch_shards} batch shards ({axes})" if axes else "1 batch shard"
-    if multiple >= 1 and train.batch_size >= 1 and train.batch_size % multiple:
-        found.append(
-            f"BATCH_SIZE = {train.batch_size} does not divide over {shards} × "
-            f"MICROBATCHES = {train.microbatches}: "
-            f"{_nearest_multiples(train.batch_size, multiple)}"
-        )
-    if model.moe_every and model.num_experts >= 1 and model.num_experts % mesh.expert:
-        found.append(_expert_problem(model.num_experts, mesh.expert))
-    return found
-
-
-def _expert_problem(num_experts: int, axis_size: int) -> str:
-    """What fits instead: the nearest numbers of experts, and the nearest axis sizes."""
-    below = num_experts // axis_size * axis_size
-    numbers = [n for n in (below, below + axis_size, below + 2 * axis_size) if n]
-    most = min(num_experts, 2 * axis_size)
-    divisors = [n for n in range(2, most + 1) if num_experts % n == 0] or [1]
-    sizes = sorted(sorted(divisors, key=lambda n: abs(n - axis_size))[:3])
-    return (
-        f"NUM_EXPERTS = {num_experts} does not divide over the expert axis of size "
-        f"{axis_size}: use {_choice(numbers)}, or set MESH_EXPERT to {_choice(sizes)}"
+    length = max(data.length, 1)
+    return found + division.problems(
+        mesh, settings.partition, model, settings.router, train, length
     )
 
 
@@ -311,13 +299,13 @@ def _device_problems(platform: PlatformSettings, mesh: MeshSettings) -> list[str
         return [
             f"SIMULATED_DEVICES = {number} of each of NUM_PROCESSES = "
             f"{platform.num_processes} are {together} together, and the mesh "
-            f"({_axes(mesh, AXES) or 'every axis 1'}) has {mesh.num_devices}: the "
-            "numbers must be the same"
+            f"({division.named(mesh, AXES) or 'every axis 1'}) has {mesh.num_devices}: "
+            "the numbers must be the same"
         ]
     if platform.num_processes == 1 and mesh.num_devices > number:
         return [
             f"SIMULATED_DEVICES = {number} are fewer than the {mesh.num_devices} of "
-            f"the mesh ({_axes(mesh, AXES)}): set SIMULATED_DEVICES to "
+            f"the mesh ({division.named(mesh, AXES)}): set SIMULATED_DEVICES to "
             f"{mesh.num_devices}, or an axis smaller"
         ]
     return []
@@ -345,20 +333,3 @@ def _process_problems(platform: PlatformSettings) -> list[str]:
             f"{number}, counted from 0, or -1, which asks the environment"
         )
     return found
-
-
-def _axes(mesh: MeshSettings, axes: Sequence[str]) -> str:
-    """Names the axes larger than 1 as the user sets them."""
-    sizes = {axis: getattr(mesh, axis) for axis in axes}
-    return " × ".join(f"MESH_{a.upper()} {n}" for a, n in sizes.items() if n > 1)
-
-
-def _nearest_multiples(value: int, multiple: int) -> str:
-    below = value // multiple * multiple
-    above = below + multiple
-    return f"nearest are {below} and {above}" if below else f"the least is {above}"
-
-
-def _choice(numbers: Sequence[int]) -> str:
-    *others, last = map(str, numbers)
-    return f"{', '.join(others)} or {last}" if others else last

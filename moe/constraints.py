@@ -43,14 +43,15 @@ def problems(
         "TRAIN_STEPS": train.train_steps,
     }
     found = [f"{m} = {x}: must be at least 1" for m, x in positive.items() if x < 1]
-    if model.head_dim % 2:
-        found.append(
-            f"HEAD_DIM = {model.head_dim}: rotary positions turn pairs, so it must be "
-            "even"
-        )
+    found += _attention_problems(model, length)
     found += _fraction_problems({"DROPOUT_RATE": model.dropout})
     if model.init_scale <= 0:
         found.append(f"INIT_SCALE = {model.init_scale}: must be above 0")
+    if model.vocab_chunks < 1 or model.vocab_size % max(model.vocab_chunks, 1):
+        found.append(
+            f"VOCAB_CHUNKS = {model.vocab_chunks} does not divide VOCAB_SIZE = "
+            f"{model.vocab_size}"
+        )
     if model.moe_every < 0:
         found.append(f"MOE_EVERY = {model.moe_every}: 0 means dense")
     if model.moe_every > 0:
@@ -64,6 +65,54 @@ def problems(
             for leak in leaks(router)
             if not router.allow_future_leak
         ]
+    return found
+
+
+def _attention_problems(model: ModelSettings, length: int) -> list[str]:
+    """Heads, positions, and the settings of positions that the model has not."""
+    found = []
+    heads = model.num_kv_heads
+    if heads < 0 or (heads and model.num_heads % heads):
+        found.append(
+            f"NUM_KV_HEADS = {heads} does not divide NUM_HEADS = {model.num_heads}"
+        )
+    if model.attention_block < 0:
+        found.append(
+            f"ATTENTION_BLOCK = {model.attention_block}: 0 attends to all at once"
+        )
+    rotary = model.positions == "rotary"
+    relative = model.positions in ("relative", "relative_per_layer")
+    learned = model.positions == "learned"
+    if rotary and model.head_dim % 2:
+        found.append(
+            f"HEAD_DIM = {model.head_dim}: rotary positions turn pairs, so it must be "
+            "even"
+        )
+    if learned and model.max_positions < length:
+        found.append(
+            f"MAX_POSITIONS = {model.max_positions}: POSITIONS = 'learned' needs one "
+            f"for each of the {length} tokens of a row"
+        )
+    buckets, farthest = model.relative_buckets, model.relative_max_distance
+    if relative and (buckets < 2 or farthest <= buckets // 2):
+        found.append(
+            f"RELATIVE_BUCKETS = {buckets} and RELATIVE_MAX_DISTANCE = {farthest}: "
+            "there must be 2 at least, and half of them less than the distance"
+        )
+    default = ModelSettings(1, 1, 1, 1, 1, 1)
+    belongs_to = {
+        "ROPE_BASE": ("rope_base", rotary),
+        "RELATIVE_BUCKETS": ("relative_buckets", relative),
+        "RELATIVE_MAX_DISTANCE": ("relative_max_distance", relative),
+        "MAX_POSITIONS": ("max_positions", learned),
+    }
+    for macro, (field, used) in belongs_to.items():
+        value, unused = getattr(model, field), getattr(default, field)
+        if not used and value != unused:
+            found.append(
+                f"{macro} = {value} means nothing to POSITIONS = {model.positions!r}: "
+                f"leave it at {unused}"
+            )
     return found
 
 

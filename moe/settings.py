@@ -42,7 +42,8 @@ class RouterSettings:
         selection_bias: give each expert a bias on its score, for selection only, that
             evens out loads without a loss (arXiv:2408.15664).
         bias_update_rate: its step after each batch: 1e-3 there; 0 freezes it.
-        dtype: of the router's product; probabilities and losses are float32.
+        logit_dtype: of the product that makes logits; probabilities and losses are
+            float32.
         slot_order: "token_major" fills slots token by token, so that no later token
             can evict an earlier one; "choice_major" fills all first choices first;
             "batch_priority" does so by falling gate (V-MoE).
@@ -82,7 +83,7 @@ class RouterSettings:
     logit_noise: float = 0.0
     selection_bias: bool = False
     bias_update_rate: float = 1e-3
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    logit_dtype: Literal["float32", "bfloat16"] = "float32"
     slot_order: Literal["token_major", "choice_major", "batch_priority"] = "token_major"
     overflow: Literal["drop", "spill"] = "drop"
     allow_future_leak: bool = False

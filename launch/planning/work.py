@@ -180,7 +180,7 @@ def _router(sizes: Local) -> Part:
     model, router = sizes.settings.model, sizes.settings.router
     if router.family == "hashed":
         return Part("router", 0, 0, 0)
-    cost = HIGHEST_PRECISION if router.dtype == "float32" else 1
+    cost = HIGHEST_PRECISION if router.logit_dtype == "float32" else 1
     again = repeats(sizes, sparse=True, kept_by=("none", "minimal"))
     shape = (sizes.piece_tokens, model.model_dim, model.num_experts)
     return _product(

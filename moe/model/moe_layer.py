@@ -390,7 +390,7 @@ def _assign(
     router, E = layer.router, layer.model.num_experts
     clean_gSE = None
     if "router" in routing:
-        x_gSM = x_gSM.astype(router.dtype)
+        x_gSM = x_gSM.astype(router.logit_dtype)
         if keys_g is not None and router.jitter > 0:
             noise_gSM = jax.vmap(
                 lambda k: jax.random.uniform(k, x_gSM.shape[1:], minval=-1, maxval=1)
@@ -400,8 +400,8 @@ def _assign(
         # precision.
         logits_gSE = jnp.einsum(
             "gSM,ME->gSE",
-            x_gSM.astype(router.dtype),
-            routing["router"].astype(router.dtype),
+            x_gSM.astype(router.logit_dtype),
+            routing["router"].astype(router.logit_dtype),
             precision=lax.Precision.HIGHEST,
             preferred_element_type=jnp.float32,
         )

@@ -378,3 +378,37 @@ def test_a_group_size_that_does_not_divide_is_told_the_nearest_that_do():
 def test_a_dense_model_is_not_asked_about_its_routers():
     changes = {"num_selected": 0, "group_size": 7, "family": "sinkhorn"}
     assert faults(moe_every=0, num_layers=5, **changes) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"num_kv_heads": 3}, "NUM_KV_HEADS = 3 does not divide NUM_HEADS = 2"),
+        ({"head_dim": 3}, "HEAD_DIM = 3: rotary positions turn pairs"),
+        ({"attention_block": -1}, "ATTENTION_BLOCK = -1: 0 attends to all at once"),
+        ({"vocab_chunks": 3}, "VOCAB_CHUNKS = 3 does not divide VOCAB_SIZE = 32"),
+        (
+            {"positions": "learned", "max_positions": 63},
+            "MAX_POSITIONS = 63: POSITIONS = 'learned' needs one for each of the 64",
+        ),
+        (
+            {"positions": "relative", "relative_buckets": 1},
+            "RELATIVE_BUCKETS = 1 and RELATIVE_MAX_DISTANCE = 128: there must be 2",
+        ),
+        (
+            {"positions": "none", "rope_base": 5e5},
+            "ROPE_BASE = 500000.0 means nothing to POSITIONS = 'none'",
+        ),
+        (
+            {"max_positions": 64},
+            "MAX_POSITIONS = 64 means nothing to POSITIONS = 'rotary': leave it at 0",
+        ),
+    ],
+)
+def test_attention_and_positions_that_cannot_be(changes, said):
+    found = faults(**changes)
+    assert any(said in line for line in found), found
+
+
+def test_heads_of_odd_width_need_not_turn():
+    assert faults(head_dim=3, positions="learned", max_positions=L) == []

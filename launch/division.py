@@ -1,0 +1,162 @@
+"""What must divide over the mesh. Read before jax: standard library only."""
+
+from collections.abc import Sequence
+
+from moe.settings import ModelSettings, RouterSettings, TrainSettings
+from partitioning.settings import BATCH_AXES, MeshSettings, PartitionSettings
+
+
+def problems(
+    mesh: MeshSettings,
+    partition: PartitionSettings,
+    model: ModelSettings,
+    router: RouterSettings,
+    train: TrainSettings,
+    length: int,
+) -> list[str]:
+    """Lists sizes that do not divide over the mesh axes they are cut over.
+
+    Args:
+        mesh: every axis is at least 1.
+        partition: what is cut over them.
+        model: of heads, widths, vocabulary and experts.
+        router: of groups.
+        train: of the batch.
+        length: L, tokens of a row.
+    """
+    found = []
+    multiple = mesh.batch_shards * train.microbatches
+    axes = named(mesh, BATCH_AXES)
+    shards = f"{mesh.batch_shards} batch shards ({axes})" if axes else "1 batch shard"
+    if multiple >= 1 and train.batch_size >= 1 and train.batch_size % multiple:
+        found.append(
+            f"BATCH_SIZE = {train.batch_size} does not divide over {shards} × "
+            f"MICROBATCHES = {train.microbatches}: "
+            f"{_nearest_multiples(train.batch_size, multiple)}"
+        )
+    if model.moe_every and model.num_experts >= 1 and model.num_experts % mesh.expert:
+        found.append(_expert_problem(model.num_experts, mesh.expert))
+    found += _sequence_problems(mesh, partition, model, router, length)
+    if mesh.model > 1:
+        found += _model_axis_problems(mesh.model, partition, model)
+    return found + _full_sharding_problems(mesh, partition, model)
+
+
+def _sequence_problems(
+    mesh: MeshSettings,
+    partition: PartitionSettings,
+    model: ModelSettings,
+    router: RouterSettings,
+    length: int,
+) -> list[str]:
+    """Sequences are cut over `context`, and for their experts over `model` too."""
+    cuts = mesh.context * mesh.model
+    if cuts == 1:
+        return []
+    axes = named(mesh, ("context", "model"))
+    whole_groups = model.moe_every > 0 and router.group_size >= 1
+    if not model.moe_every and not partition.sequence_parallel:
+        cuts = mesh.context
+    if length % cuts:
+        return [
+            f"a row of {length} tokens does not divide over {axes}: "
+            f"{_nearest_multiples(length, cuts)}, or make an axis smaller"
+        ]
+    piece = length // cuts
+    if not whole_groups or piece % router.group_size == 0:
+        return []
+    fitting = [d for d in range(1, piece + 1) if piece % d == 0]
+    below = [d for d in fitting if d <= router.group_size][-2:]
+    return [
+        f"GROUP_SIZE = {router.group_size} does not divide the {piece} tokens of a row "
+        f"of {length} that each device of {axes} routes: use {_choice(below)}, or make "
+        "an axis smaller"
+    ]
+
+
+def _model_axis_problems(
+    size: int, partition: PartitionSettings, model: ModelSettings
+) -> list[str]:
+    """Heads, widths and the vocabulary are cut over `model`."""
+    cut = {
+        "NUM_HEADS": model.num_heads,
+        "VOCAB_SIZE": model.vocab_size,
+    }
+    if model.num_kv_heads:
+        cut["NUM_KV_HEADS"] = model.num_kv_heads
+    if model.moe_every != 1 or model.first_dense_layers:
+        cut["MLP_DIM"] = model.mlp_dim
+    if model.moe_every and partition.expert_tensor_parallel:
+        cut["EXPERT_MLP_DIM"] = model.expert_mlp_dim
+    if model.moe_every and model.shared_expert_mlp_dim:
+        cut["SHARED_EXPERT_MLP_DIM"] = model.shared_expert_mlp_dim
+    found = [
+        f"{macro} = {number} does not divide over MESH_MODEL = {size}: "
+        f"{_nearest_multiples(number, size)}"
+        for macro, number in cut.items()
+        if number % size
+    ]
+    chunks = model.vocab_chunks
+    if chunks > 1 and model.vocab_size % (size * chunks):
+        found.append(
+            f"VOCAB_SIZE = {model.vocab_size} does not divide over MESH_MODEL = {size} "
+            f"× VOCAB_CHUNKS = {chunks}: "
+            f"{_nearest_multiples(model.vocab_size, size * chunks)}"
+        )
+    return found
+
+
+def _full_sharding_problems(
+    mesh: MeshSettings, partition: PartitionSettings, model: ModelSettings
+) -> list[str]:
+    """What is fully sharded is cut along its width."""
+    if partition.fsdp == "none":
+        return []
+    axes = ["data", "context"]
+    if partition.fsdp == "data_expert":
+        axes.append("expert")
+    pieces = {"dense weights": axes}
+    if model.moe_every and not partition.expert_tensor_parallel:
+        pieces["experts"] = ["data", "context", "model"]
+    found = []
+    for what, over in pieces.items():
+        parts = 1
+        for axis in over:
+            parts *= getattr(mesh, axis)
+        if model.model_dim % parts:
+            found.append(
+                f"EMBED_DIM = {model.model_dim} does not divide over the {parts} "
+                f"pieces of {named(mesh, over)} that FSDP = {partition.fsdp!r} cuts "
+                f"{what} into: make an axis smaller, or choose another FSDP"
+            )
+    return found
+
+
+def _expert_problem(num_experts: int, axis_size: int) -> str:
+    """What fits instead: the nearest numbers of experts, and the nearest axis sizes."""
+    below = num_experts // axis_size * axis_size
+    numbers = [n for n in (below, below + axis_size, below + 2 * axis_size) if n]
+    most = min(num_experts, 2 * axis_size)
+    divisors = [n for n in range(2, most + 1) if num_experts % n == 0] or [1]
+    sizes = sorted(sorted(divisors, key=lambda n: abs(n - axis_size))[:3])
+    return (
+        f"NUM_EXPERTS = {num_experts} does not divide over the expert axis of size "
+        f"{axis_size}: use {_choice(numbers)}, or set MESH_EXPERT to {_choice(sizes)}"
+    )
+
+
+def named(mesh: MeshSettings, axes: Sequence[str]) -> str:
+    """Names the axes larger than 1 as the user sets them."""
+    sizes = {axis: getattr(mesh, axis) for axis in axes}
+    return " × ".join(f"MESH_{a.upper()} {n}" for a, n in sizes.items() if n > 1)
+
+
+def _nearest_multiples(value: int, multiple: int) -> str:
+    below = value // multiple * multiple
+    above = below + multiple
+    return f"nearest are {below} and {above}" if below else f"the least is {above}"
+
+
+def _choice(numbers: Sequence[int]) -> str:
+    *others, last = map(str, numbers)
+    return f"{', '.join(others)} or {last}" if others else last

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from moe.model.attention_scores import (
     Bias,
@@ -18,6 +19,7 @@ from moe.model.positions import RelativeBias, rotate
 from moe.settings import ModelSettings
 from partitioning.grid import Grid
 
+OUTPUT_NAME = "attention_output"  # kept by remat, so that no sum over devices repeats
 NEVER = -1e30  # a logit that is never drawn
 
 
@@ -260,6 +262,7 @@ def _output(weights: Attention, mixed_BLND: jax.Array, grid: Grid) -> jax.Array:
     """The output projection, summed over the heads of all devices of `model`."""
     output_NDM = weights.output[...].astype(mixed_BLND.dtype)
     y_BLM = grid.leave(jnp.einsum("BLND,NDM->BLM", mixed_BLND, output_NDM))
+    y_BLM = checkpoint_name(y_BLM, OUTPUT_NAME)
     if hasattr(weights, "output_bias"):
         y_BLM += weights.output_bias[...].astype(y_BLM.dtype)
     return y_BLM

@@ -6,6 +6,8 @@ from typing import Any
 import jax
 
 from moe.dispatch.exchange import TRAVELLED_NAMES
+from moe.model.attention import OUTPUT_NAME
+from moe.model.attention_scores import ATTENDED_NAMES
 
 
 def rematerialised(
@@ -29,7 +31,9 @@ def rematerialised(
     policies = jax.checkpoint_policies
     policy = policies.save_from_both_policies(
         policies.dots_with_no_batch_dims_saveable,
-        policies.save_only_these_names(*TRAVELLED_NAMES, "expert_hidden"),
+        policies.save_only_these_names(
+            *TRAVELLED_NAMES, *ATTENDED_NAMES, OUTPUT_NAME, "expert_hidden"
+        ),
     )
     return jax.checkpoint(layer, policy=policy, prevent_cse=False)
 

@@ -50,15 +50,21 @@ class Grid:
         return x
 
     def scatter_sum(self, x: jax.Array, axes: Sequence[str], dim: int) -> jax.Array:
-        """Adds up over the devices, and leaves each its piece of a dimension."""
+        """Adds up over the devices, and leaves each its piece of a dimension.
+
+        The dimension of pieces is explicit, and what is beside it is one dimension:
+        TPUs would add up everything on every device for some shapes and layouts.
+        """
         for axis in self._large(axes):
             n = self.size(axis)
-            # The dimension of pieces is explicit, since TPUs would turn some tiled
-            # scatters into sums of everything on every device.
-            pieces = x.reshape(
-                *x.shape[:dim], n, x.shape[dim] // n, *x.shape[dim + 1 :]
-            )
-            x = lax.psum_scatter(pieces, axis, scatter_dimension=dim)
+            before, after = x.shape[:dim], x.shape[dim + 1 :]
+            rows, columns = math.prod(before), math.prod(after)
+            length = x.shape[dim] // n
+            lead = () if rows == 1 else (rows,)
+            trail = () if columns == 1 else (columns,)
+            pieces = x.reshape(*lead, n, length, *trail)
+            piece = lax.psum_scatter(pieces, axis, scatter_dimension=len(lead))
+            x = piece.reshape(*before, length, *after)
         return x
 
     def sum(self, tree: Any, axes: Sequence[str]) -> Any:

@@ -1,0 +1,294 @@
+"""Compiles every published model of a billion parameters or more, one after another.
+
+    python -m launch.planning.ladder [--only NAME ...] [--force] [--page_only]
+
+For each the smallest slice on which the compiler says that it fits. A row's result is
+kept in benchmarks/ladder/NAME.json; rows whose configuration and program have not
+changed are not compiled again. docs/ladder.md is made from those files.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from launch import gin_files
+from launch.gin_files import ResolvedConfig
+from launch.planning import knobs, memory, records, search
+from launch.planning.compile import compile_step
+from launch.planning.records import Compiled, Failure
+from launch.planning.topologies import Topology, parse, standard
+from moe.accounting import count
+
+_ROOT = Path(__file__).resolve().parents[2]
+FOLDER = _ROOT / "benchmarks" / "ladder"
+LEAST_PARAMETERS = 10**9
+ATTEMPTS_PER_SLICE = 3
+MOST_SLICES = 3  # that are tried
+_PROGRAM = ("moe", "partitioning", "launch/assemble.py", "launch/planning/hlo.py")
+
+# The chip of a row, by the start of its name. GLaM was trained on v4. Switch-C had v3,
+# whose successor v4 is; M6 had V100 of 32 GB, as large as v4, of the same years. The
+# others were published without a TPU: v5p for what is large, v5e for what is not.
+CHIP_OF = {
+    "glam": "v4",
+    "switch": "v4",
+    "m6": "v4",
+    "wudao": "v5p",
+    "mixtral": "v5p",
+    "gpt3_13b": "v5p",
+    "gpt3_175b": "v5p",
+    "gpt3": "v5e",
+}
+# GLaM 64B/64E is compiled for the slice that its authors had.
+FIRST_SLICE = {"glam_64b_64e": "v4:8x8x16"}
+# 3,840 rows divide over 480 GPUs, and over no large slice.
+CHANGED = {"m6_t_1t": {"BATCH_SIZE": 4096, "TRAIN_STEPS": 47684}}
+
+
+@dataclasses.dataclass(frozen=True)
+class Attempt:
+    """One compilation: where, with which knobs, and what came of it."""
+
+    topology: str
+    knobs: Mapping[str, Any]
+    kind: str
+    message: str
+    needed_bytes: int | None
+    seconds: float
+    peak_host_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A model on its slice.
+
+    Attributes:
+        name: of its run.
+        parameters: in all.
+        fingerprint: of the configuration and the program.
+        attempts: all compilations, the last one that of the result.
+        compiled: the result; None where nothing compiled.
+    """
+
+    name: str
+    parameters: int
+    fingerprint: str
+    attempts: tuple[Attempt, ...]
+    compiled: Compiled | None
+
+    @property
+    def topology(self) -> Topology:
+        """The slice of the result."""
+        return parse(self.attempts[-1].topology)
+
+
+def run_names() -> list[str]:
+    """Returns the runs of the repository that are a model of their own."""
+    files = sorted((_ROOT / "configs" / "runs").glob("*.gin"))
+    return [file.stem for file in files if not file.stem.endswith("_base")]
+
+
+def rows() -> list[tuple[str, int]]:
+    """Returns the runs above a billion parameters, and these; the smallest first."""
+    found = []
+    for name in run_names():
+        settings = read(name).settings
+        total = count(settings.model, settings.router, settings.data.length).total
+        if total >= LEAST_PARAMETERS:
+            found.append((name, total))
+    return sorted(found, key=lambda row: row[1])
+
+
+def read(name: str) -> ResolvedConfig:
+    """Reads a run, with what the ladder has to change in it."""
+    bindings = [f"{macro}={value!r}" for macro, value in CHANGED.get(name, {}).items()]
+    return gin_files.read([f"configs/runs/{name}.gin"], bindings)
+
+
+def chip_of(name: str) -> str:
+    """Returns the chip on which a row is compiled."""
+    starts = [start for start in CHIP_OF if name.startswith(start)]
+    return CHIP_OF[max(starts, key=len)]
+
+
+def fingerprint(config: ResolvedConfig) -> str:
+    """Returns a digest of what is compiled: settings and source."""
+    digest = hashlib.sha256()
+    for knob in config.knobs:
+        digest.update(f"{knob.macro}={knob.value!r}\n".encode())
+    for part in _PROGRAM:
+        place = _ROOT / part
+        for file in sorted(place.rglob("*.py")) if place.is_dir() else [place]:
+            digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+# ------------------------------------------------------------------------- compiling
+
+
+def candidates(
+    name: str, config: ResolvedConfig
+) -> Iterator[tuple[Topology, search.Candidate]]:
+    """Yields what to try: the best meshes of the smallest slices."""
+    slices = 0
+    for other in slices_of(name):
+        found = search.search(config.settings, other)
+        if not found:
+            continue
+        for one in search.best_meshes(found, ATTEMPTS_PER_SLICE):
+            yield other, one
+        slices += 1
+        if slices == MOST_SLICES:
+            return
+
+
+def slices_of(name: str) -> list[Topology]:
+    """Returns the slices that a row may take, growing."""
+    offered = list(standard(chip_of(name)))
+    first = FIRST_SLICE.get(name)
+    return [one for one in offered if str(one) == first] if first else offered
+
+
+def climb(name: str, parameters: int, *, time_limit_s: float, memory_gib: float) -> Row:
+    """Compiles a row until something fits."""
+    config = read(name)
+    moved = knobs.moved(config, slices_of(name)[0])
+    attempts: list[Attempt] = []
+    compiled = None
+    for place, one in candidates(name, moved):
+        told = search.told(one.knobs)
+        print(f"{name}: {place} {told}", flush=True)
+        result = compile_step(
+            knobs.reconfigured(moved, one.knobs).operative,
+            place,
+            time_limit_s=time_limit_s,
+            memory_limit_bytes=int(memory_gib * 2**30),
+        )
+        attempts.append(_attempt(place, one.knobs, result))
+        print(f"  {attempts[-1].kind}: {attempts[-1].message[:300]}", flush=True)
+        if isinstance(result, Compiled):
+            print(_beside(one, result), flush=True)
+            if result.fits:
+                compiled = dataclasses.replace(
+                    result, collectives=result.collectives[:60]
+                )
+                break
+        elif result.kind in ("timed_out", "killed", "no_compiler"):
+            break
+    return Row(name, parameters, fingerprint(config), tuple(attempts), compiled)
+
+
+def _attempt(
+    topology: Topology, chosen: Mapping[str, Any], result: Compiled | Failure
+) -> Attempt:
+    if isinstance(result, Compiled):
+        seconds = result.lowering_seconds + result.compiling_seconds
+        kind = "fits" if result.fits else "too_large"
+        message, needed = "", result.total_bytes
+    else:
+        seconds, kind = result.seconds, result.kind
+        message, needed = result.message[:500], result.needed_bytes
+    return Attempt(
+        str(topology),
+        dict(chosen),
+        kind,
+        message,
+        needed,
+        seconds,
+        result.peak_host_bytes,
+    )
+
+
+def _beside(one: search.Candidate, result: Compiled) -> str:
+    gib = 2**30
+    return (
+        f"  arguments {result.argument_bytes / gib:.2f} GiB, predicted "
+        f"{one.plan.arguments / gib:.2f}; total {result.total_bytes / gib:.2f}, "
+        f"predicted {one.plan.total / gib:.2f} ({one.plan.fullest}); "
+        f"compiled in {result.compiling_seconds:.0f} s, lowered in "
+        f"{result.lowering_seconds:.0f} s"
+    )
+
+
+# --------------------------------------------------------------------------- results
+
+
+def save(row: Row, folder: Path = FOLDER) -> None:
+    """Writes a row."""
+    fields = dataclasses.asdict(row)
+    fields["compiled"] = (
+        json.loads(records.to_json(row.compiled)) if row.compiled else None
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(fields, indent=1) + "\n"
+    (folder / f"{row.name}.json").write_text(text, encoding="utf-8")
+
+
+def load(name: str, folder: Path = FOLDER) -> Row | None:
+    """Reads a row; None if there is none."""
+    file = folder / f"{name}.json"
+    if not file.is_file():
+        return None
+    fields = json.loads(file.read_text(encoding="utf-8"))
+    compiled = fields.pop("compiled")
+    if compiled is not None:
+        compiled = records.from_json(json.dumps(compiled))
+        assert isinstance(compiled, Compiled)
+    attempts = tuple(Attempt(**one) for one in fields.pop("attempts"))
+    return Row(**fields, attempts=attempts, compiled=compiled)
+
+
+def planned(row: Row) -> tuple[ResolvedConfig, memory.MemoryPlan]:
+    """Returns a row's configuration as it was compiled, and today's prediction."""
+    chosen = row.attempts[-1].knobs
+    config = knobs.reconfigured(knobs.moved(read(row.name), row.topology), chosen)
+    return config, memory.predict(config.settings, row.topology.chip.kind)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Compiles what has changed, and writes the page after each row."""
+    from launch.planning import ladder_page
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", nargs="*", default=[], metavar="NAME")
+    parser.add_argument("--force", action="store_true", help="compile again")
+    parser.add_argument("--page_only", action="store_true", help="compile nothing")
+    parser.add_argument("--time_limit", type=float, default=600, metavar="SECONDS")
+    parser.add_argument("--memory_limit", type=float, default=12, metavar="GIB")
+    options = parser.parse_args(argv)
+    todo = [] if options.page_only else rows()
+    if options.only:
+        by_name = dict(todo)
+        unknown = sorted(set(options.only) - set(by_name))
+        if unknown:
+            parser.error(f"{', '.join(unknown)}: rows are {', '.join(by_name)}")
+        todo = [(name, by_name[name]) for name in options.only]
+    for name, parameters in todo:
+        before = load(name)
+        current = fingerprint(read(name))
+        if before and before.fingerprint == current and not options.force:
+            print(f"{name}: unchanged", flush=True)
+            continue
+        start = time.monotonic()
+        row = climb(
+            name,
+            parameters,
+            time_limit_s=options.time_limit,
+            memory_gib=options.memory_limit,
+        )
+        save(row)
+        ladder_page.write()
+        outcome = row.attempts[-1].kind if row.attempts else "nothing fits"
+        print(f"{name}: {outcome}, {time.monotonic() - start:.0f} s", flush=True)
+    ladder_page.write()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

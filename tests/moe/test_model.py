@@ -20,6 +20,7 @@ from moe.model.feed_forward import (
 )
 from moe.settings import LossSettings, ModelSettings, RouterSettings
 from moe.testing import MESHES
+from moe.testing.jaxprs import equations
 from moe.training import losses
 from partitioning.mesh import make_mesh
 
@@ -338,20 +339,6 @@ def loss_of(params, settings: ModelSettings):
 BFLOAT16 = dataclasses.replace(MODEL, dtype="bfloat16", remat="minimal")
 
 
-def equations(jaxpr):
-    """All equations, those of loops, branches and devices too."""
-    for equation in jaxpr.eqns:
-        yield equation
-        for inner in jax.tree.leaves(
-            list(equation.params.values()),
-            is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr"),
-        ):
-            if hasattr(inner, "jaxpr"):
-                inner = inner.jaxpr
-            if hasattr(inner, "eqns"):
-                yield from equations(inner)
-
-
 @pytest.mark.fast
 def test_in_bfloat16_the_router_and_everything_that_is_kept_stay_float32():
     differentiate = jax.value_and_grad(functools.partial(loss_of, settings=BFLOAT16))
@@ -397,7 +384,7 @@ def test_the_loss_in_bfloat16_is_close_to_the_loss_in_float32():
     np.testing.assert_allclose(rounded, exact, rtol=0.02)
 
 
-# Remat.
+# Remat; what is kept, and of which layers, is in test_remat.py.
 
 
 @pytest.mark.parametrize(
@@ -412,14 +399,17 @@ def test_every_remat_policy_gives_the_same_gradients(remat):
     )
 
 
-def test_a_stricter_remat_policy_keeps_less():
-    def kept_bytes(remat):
-        settings = dataclasses.replace(MODEL, remat=remat)
-        loss = functools.partial(loss_of, settings=settings)
-        backward = jax.eval_shape(lambda p: jax.vjp(loss, p)[1], shapes(MODEL))
-        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(backward))
+@pytest.mark.fast
+def test_a_deeper_model_is_traced_no_further():
+    def size(num_layers: int) -> int:
+        settings = dataclasses.replace(
+            MODEL, num_layers=num_layers, moe_every=2, remat="minimal"
+        )
+        differentiate = jax.grad(functools.partial(loss_of, settings=settings))
+        jaxpr = jax.make_jaxpr(differentiate)(shapes(settings))
+        return sum(1 for _ in equations(jaxpr))
 
-    assert kept_bytes("full") < kept_bytes("minimal") < kept_bytes("none")
+    assert size(64) == size(4) > 100
 
 
 # Dropout, and experts beyond the number of devices.

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 from jax import lax
 from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from partitioning.settings import AXES, UNCUT, PartitionSettings
 
@@ -122,10 +123,30 @@ class Grid:
         return jax.shard_map(
             function,
             mesh=self.mesh,
-            in_specs=in_specs,
+            in_specs=jax.tree.map(
+                self._naming_all, in_specs, is_leaf=lambda s: isinstance(s, P)
+            ),
             out_specs=out_specs,
             check_vma=False,
         )
 
+    def _naming_all(self, spec: P) -> P:
+        """Names axes of size 1, which cut nothing; gradients are summed over others.
+
+        Else the transpose of `shard_map` sums over axes of one device too.
+        """
+        if not len(spec):
+            return spec
+        cut = {axis for entry in spec for axis in _axes(entry)}
+        idle = [axis for axis in AXES if self.size(axis) == 1 and axis not in cut]
+        return P((*_axes(spec[0]), *idle), *spec[1:])
+
     def _large(self, axes: Sequence[str]) -> tuple[str, ...]:
         return tuple(axis for axis in axes if self.mesh.shape[axis] > 1)
+
+
+def _axes(entry: Any) -> tuple[str, ...]:
+    """Mesh axes of one dimension of a spec."""
+    if entry is None:
+        return ()
+    return entry if isinstance(entry, tuple) else (entry,)

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-import jax
 import numpy as np
 
 from launch.gin_files import ResolvedConfig
@@ -52,10 +51,11 @@ class Reference:
     seed: int
 
     def __post_init__(self) -> None:
-        self.batch = batches.draw(self.settings, self.tail, self.seed)
+        self.batch = batches.draw(self.settings, 0, self.seed)
+        self.padded_batch = batches.draw(self.settings, self.tail, self.seed)
         self.bench = Bench(self.config, self.settings)
         model, router = self.settings.model, self.settings.router
-        params = jax.device_get(weights.draw(self.seed, model, router))
+        params = weights.draw(self.seed, model, router)
         start = self.bench.start(params)
         self.start: Start
         self.step: Step
@@ -75,7 +75,7 @@ class Reference:
     def evaluation(self) -> Evaluation:
         """How one device scores the batch."""
         if self._evaluation is None:
-            self._evaluation = self.bench.evaluation(self.start, self.batch)
+            self._evaluation = self.bench.evaluation(self.start, self.padded_batch)
         return self._evaluation
 
 
@@ -130,8 +130,9 @@ def on_mesh(
             settings.router.num_selected,
         )
     if "evaluation" in parts:
-        whole = bench.evaluation(start, batch)
-        shorter = {name: x[:, : x.shape[1] - tail] for name, x in batch.items()}
+        padded = reference.padded_batch
+        whole = bench.evaluation(start, padded)
+        shorter = {name: x[:, : x.shape[1] - tail] for name, x in padded.items()}
         rows += compare.evaluations(reference.evaluation, whole, "held-out")
         cut = bench.evaluation(start, shorter)
         rows += compare.evaluations(whole, cut, "padding cut away")

@@ -21,6 +21,8 @@ from moe.settings import ModelSettings, OptimizerSettings, RouterSettings
 from partitioning.settings import MeshSettings, PartitionSettings
 
 _FACTORED = 128  # the least width of which Optax's Adafactor factors the moments
+# Short rows then reach every bucket of a relative position.
+_NEAR = {"relative_buckets": 8, "relative_max_distance": 12}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,7 +193,7 @@ def _model(
     every = min(model.moe_every, 3)
     periods = min((model.num_layers - model.first_dense_layers) // period, 2)
     shared = min(model.num_heads // model.kv_heads, 2)
-    kv_heads = min(model.kv_heads, 2 if cut == 1 else cut)
+    kv_heads = cut if cut > 1 else min(model.kv_heads, 2)
     blocked = 0 < model.attention_block < settings.data.length
     learned = model.positions == "learned"
     return dataclasses.replace(
@@ -206,8 +208,7 @@ def _model(
         head_dim=4,
         mlp_dim=_multiple(cut, max(least, 24)),
         attention_block=length // 2 if blocked else 0,
-        relative_buckets=min(model.relative_buckets, 8),
-        relative_max_distance=min(model.relative_max_distance, 12),
+        **(_NEAR if model.positions.startswith("relative") else {}),
         max_positions=length if learned else model.max_positions,
         num_experts=num_experts if model.moe_every else model.num_experts,
         expert_mlp_dim=_multiple(cut, max(least, 16)),
@@ -249,7 +250,7 @@ def _router(
         num_prototypes=_prototypes(router),
         num_expert_groups=groups,
         num_selected_groups=selected,
-        dtype="float32",
+        logit_dtype="float32",
         group_size=group_size,
         min_capacity=min(router.min_capacity, 1),
         capacity_multiple=min(router.capacity_multiple, 2),

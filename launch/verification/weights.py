@@ -1,44 +1,41 @@
 """Random parameters large enough that every part of the model changes the result."""
 
+import math
+import zlib
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 
 from moe.model import transformer
 from moe.settings import ModelSettings, RouterSettings
+from moe.training.optimizer import STACKED
+from partitioning.rules import FULLY_SHARDED
 
 
 def draw(seed: int, model: ModelSettings, router: RouterSettings) -> Any:
-    """Draws parameters; biases and scales are no longer 0 and 1, routers decide.
+    """Draws parameters as NumPy arrays, each by its own name.
 
-    Gates of an untrained router are all alike, and biases of 0 hide one that is added
-    twice.
+    Not those that training starts from: gates of an untrained router are all alike,
+    and a bias of 0 hides one that is added twice.
     """
-    params = transformer.init_params(jax.random.key(seed), model, router)
+    shapes = jax.eval_shape(
+        lambda: transformer.init_params(jax.random.key(0), model, router)
+    )
 
-    def louder(path: Any, x: jax.Array) -> jax.Array:
+    def one(path: Any, array: jax.ShapeDtypeStruct, axes: tuple) -> np.ndarray:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        noise = jax.random.normal(jax.random.key(hash_of(name) ^ seed), x.shape)
-        if name.endswith("moe/router"):
-            return noise * model.model_dim**-0.5
+        rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
+        drawn = rng.standard_normal(array.shape, np.float32)
         if name.endswith("scale"):
-            return 1 + 0.2 * noise
+            return 1 + np.float32(0.2) * drawn
         if name.endswith(("bias", "table", "positions")):
-            return 0.2 * noise
-        return x
+            return np.float32(0.2) * drawn
+        fan_in = model.model_dim
+        if name != "embedding" and axes[-1] in FULLY_SHARDED:
+            sizes = zip(array.shape[:-1], axes[:-1], strict=True)
+            fan_in = math.prod(size for size, axis in sizes if axis not in STACKED)
+        return drawn * np.float32(fan_in**-0.5)
 
-    return jax.tree_util.tree_map_with_path(louder, params)
-
-
-def hash_of(name: str) -> jax.Array | int:
-    """A number of 31 bits that a name always has."""
-    number = 0
-    for byte in name.encode():
-        number = (number * 257 + byte) % (2**31 - 1)
-    return number
-
-
-def count(params: Any) -> int:
-    """How many there are."""
-    return sum(jnp.size(x) for x in jax.tree.leaves(params))
+    axes = transformer.param_axes(model, router)
+    return jax.tree_util.tree_map_with_path(one, shapes, axes)

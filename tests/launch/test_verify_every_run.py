@@ -1,0 +1,82 @@
+"""Every configuration of `configs/runs` is the same on three meshes as on one device.
+
+Slow: an hour on one core. What passed is kept in pytest's cache until code or
+configurations change, so that a second run goes on where the first one ended.
+"""
+
+import dataclasses
+import hashlib
+import importlib.resources
+import json
+from pathlib import Path
+
+import jax
+import pytest
+
+from launch import gin_files
+from launch.settings import PlatformSettings, problems
+from launch.verification import examine, meshes
+from launch.verification.shrink import shrink
+
+CONFIGS = Path(str(importlib.resources.files("configs")))
+RUNS = sorted(
+    path.stem
+    for path in (CONFIGS / "runs").glob("*.gin")
+    if not path.stem.endswith("_base")
+)
+# Groups small enough for rows that are cut in four; a few knobs of placement each.
+MESHES = {
+    "data=2,expert=2,model=2": ("FSDP=data",),
+    "context=2,expert=2,model=2": ("FSDP=data_expert", "CONTEXT_ATTENTION=ring"),
+    "replica=2,data=2,expert=2": ("FSDP=optimizer", "MICROBATCHES=2"),
+}
+
+
+def read(run: str, mesh: str):
+    """A configuration with the knobs of a mesh."""
+    config = gin_files.read([f"runs/{run}.gin"], MESHES[mesh])
+    if not config.settings.model.moe_every:
+        return config
+    return gin_files.read([f"runs/{run}.gin"], [*MESHES[mesh], "GROUP_SIZE=16"])
+
+
+@pytest.fixture(scope="session")
+def passed(pytestconfig) -> Path:
+    """A folder for what this code and these configurations have passed."""
+    root = CONFIGS.parent
+    files = [
+        path
+        for folder in ("moe", "partitioning", "launch", "configs")
+        for path in (root / folder).rglob("*")
+        if path.suffix in (".py", ".gin")
+    ]
+    digest = hashlib.sha256(jax.__version__.encode())
+    for path in sorted(files):
+        digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
+    return pytestconfig.cache.mkdir(f"verified-{digest.hexdigest()[:16]}")
+
+
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("mesh", MESHES)
+def test_the_meshes_suit_every_run(run, mesh):
+    settings = read(run, mesh).settings
+    on_mesh = dataclasses.replace(
+        settings, mesh=meshes.parse(mesh)[0], platform=PlatformSettings()
+    )
+    assert problems(on_mesh) == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("mesh", MESHES)
+def test_every_run_is_the_same_on_a_mesh(run, mesh, passed):
+    file = passed / f"{run}-{mesh}.json"
+    if file.exists():
+        return  # with this very code
+    config = read(run, mesh)
+    small = shrink(config.settings, [meshes.parse(mesh)[0]], run, 8)
+    (verdict,) = examine.examine(config, small, parts=("decisions",))
+    assert verdict.ok, examine.differing(verdict)
+    rows = {row.quantity: row.difference for row in verdict.rows}
+    file.write_text(json.dumps({"seconds": verdict.seconds, "differences": rows}))

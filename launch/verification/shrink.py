@@ -22,7 +22,7 @@ from partitioning.settings import MeshSettings, PartitionSettings
 
 _FACTORED = 128  # the least width of which Optax's Adafactor factors the moments
 # Short rows then reach every bucket of a relative position.
-_NEAR = {"relative_buckets": 8, "relative_max_distance": 12}
+_NEAR: dict[str, Any] = {"relative_buckets": 8, "relative_max_distance": 12}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,7 +25,7 @@ def rematerialised(
     if remat == "none":
         if not gathers_weights:
             return layer
-        return jax.checkpoint(layer, policy=_all_but_gathered, prevent_cse=False)
+        return jax.checkpoint(layer, policy=_all_but_weights, prevent_cse=False)
     if remat == "full":
         return jax.checkpoint(layer, prevent_cse=False)
     policies = jax.checkpoint_policies
@@ -38,6 +38,9 @@ def rematerialised(
     return jax.checkpoint(layer, policy=policy, prevent_cse=False)
 
 
-def _all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
-    """Keeps everything but what was gathered, the weights of every layer above all."""
-    return primitive.name != "all_gather"
+def _all_but_weights(primitive: Any, *_: Any, **parameters: Any) -> bool:
+    """Keeps everything but gathered weights, which `weights.gathered` returns."""
+    if primitive.name != "custom_vjp_call":
+        return True
+    inner = parameters["call_jaxpr"].eqns
+    return not any(equation.primitive.name == "all_gather" for equation in inner)

@@ -73,7 +73,7 @@ def _run(words: list[str]) -> int:
     config = _read_config(options, bindings)
     if verb.simulates:
         config = importlib.import_module(verb.module).simulated(config, options)
-    lines = [_first_line(name, config)]
+    lines = [_first_line(name, config, getattr(options, "topology", ""))]
     job = None
     if verb.uses_jax:
         job, told = _before_jax(config.settings.platform, options)
@@ -241,11 +241,13 @@ def _version() -> str:
     return "(not installed)"
 
 
-def _first_line(name: str, config: "ResolvedConfig") -> str:
+def _first_line(name: str, config: "ResolvedConfig", topology: str) -> str:
     """Says in one line what is about to happen, on what, and where to."""
     settings = config.settings
     parts = [f"switchyard {_version()}", name, config.where]
-    if VERBS[name].uses_jax:
+    if topology:
+        parts.append(topology)
+    elif VERBS[name].uses_jax:
         parts += [_describe_devices(settings), settings.loop.model_dir]
     else:
         parts += [settings.data.mixture_or_task_name, settings.data.store_dir]

@@ -125,6 +125,26 @@ exit codes:
   1   something differs, or cannot be verified
 """
 
+_PLAN = """\
+Answers, without the hardware: does a run fit, how fast could it be, what would it cost?
+
+  switchyard plan --gin_file=configs/runs/demo.gin --topology=v5e:2x2 --search
+  switchyard plan --gin_file=configs/runs/glam_64b_64e.gin --topology=v4:8x8x16 \\
+      --mesh=data=16,expert=64 --gin.FSDP=data_expert --gin.REMAT=full --compile
+  switchyard plan --gin_file=configs/runs/m6_t_1t.gin --topology=v100-32g:480 \\
+      --search --output=mine.gin --html=plan.html
+
+A topology is v4:8x8x16, 2*v5e:16x16 (two slices) or h100:64. Without --compile all is
+arithmetic; with it the TPU's own compiler answers for memory, collectives and products
+(`make tpu-compiler`; no TPU is needed). docs/plan.md says how to read the tables.
+"""
+
+_PLAN_RESULT = """\
+exit codes:
+  0   it fits
+  1   it does not fit, or cannot be planned
+"""
+
 Flags = Callable[["Parser"], None]
 
 
@@ -236,6 +256,50 @@ def _verify_flags(parser: Parser) -> None:
     )
 
 
+def _plan_flags(parser: Parser) -> None:
+    parser.add_argument(
+        "--topology", required=True, metavar="CHIP:SHAPE", help="such as v4:8x8x16"
+    )
+    parser.add_argument(
+        "--mesh",
+        metavar="AXIS=N,AXIS=N",
+        help="mesh in place of the configuration's; axes not named have size 1",
+    )
+    parser.add_argument(
+        "--search",
+        action="store_true",
+        help="look for the mesh and the knobs that fit and are fast",
+    )
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="ask the TPU's compiler; of a search, about the best few",
+    )
+    parser.add_argument(
+        "--compile_best",
+        type=int,
+        default=3,
+        metavar="N",
+        help="meshes of a search that are compiled; default: 3",
+    )
+    parser.add_argument(
+        "--output", metavar="FILE.gin", help="write what --search finds there"
+    )
+    parser.add_argument("--json", metavar="FILE", help="write all numbers there")
+    parser.add_argument("--html", metavar="FILE", help="write a page there")
+    numbers = {
+        "pue": (1.1, "R", "power of the building over that of the chips; default: 1.1"),
+        "tonnes_per_mwh": (None, "T", "of CO2 equivalents; without it none is said"),
+        "price": (None, "P", "of an hour of a chip; without it no cost is said"),
+        "time_limit": (600, "S", "seconds after which compiling ends; default: 600"),
+        "memory_limit": (12, "GIB", "of this machine, for compiling; default: 12"),
+    }
+    for name, (default, metavar, meaning) in numbers.items():
+        parser.add_argument(
+            f"--{name}", type=float, default=default, metavar=metavar, help=meaning
+        )
+
+
 def _allow_module_flag(parser: Parser) -> None:
     parser.add_argument(
         "--allow_module",
@@ -311,6 +375,14 @@ VERBS = {
         _verify_flags,
         "launch.verify",
         simulates=True,
+    ),
+    "plan": Verb(
+        "say whether a run fits, how fast it could be, and what it costs",
+        _PLAN,
+        _PLAN_RESULT,
+        _plan_flags,
+        "launch.plan",
+        uses_jax=False,
     ),
     "prepare": Verb(
         "make the token store that training reads",

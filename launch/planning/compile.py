@@ -23,7 +23,7 @@ from launch.planning.topologies import Topology
 _PACKAGES = Path(__file__).resolve().parents[2]
 _WAIT_SECONDS = 0.1
 _LAST_LINES = 12
-_INSTALL = (
+INSTALL = (
     "install the TPU's compiler: `make tpu-compiler` in the repository, or "
     "`pip install 'switchyard[tpu]'`; no TPU is needed"
 )
@@ -79,7 +79,7 @@ def compile_step(
     folder = find_compiler() if compiler is None else compiler
     if folder is None or (folder and not Path(folder, "libtpu").is_dir()):
         where = folder or f"the environment or in {Path(sys.prefix).name}/tpu-compiler"
-        return Failure("no_compiler", f"no libtpu in {where}", _INSTALL)
+        return Failure("no_compiler", f"no libtpu in {where}", INSTALL)
     with tempfile.TemporaryDirectory(prefix="switchyard-plan-") as scratch:
         Path(scratch, "config.gin").write_text(config, encoding="utf-8")
         command = [sys.executable, "-m", "launch.planning.compile_child"]

@@ -144,7 +144,7 @@ def estimate(
     if collectives is None:
         sent = traffic.by_axis(traffic.flows(settings, platform))
     else:
-        sent = _compiled_traffic(settings, collectives)
+        sent = compiled_traffic(settings, collectives)
     # As `moe.accounting` counts them.
     forward = sum(part.model_flops for part in parts)
     model_flops = 3 * forward * settings.mesh.num_devices
@@ -185,7 +185,7 @@ def _network_seconds(
     }
 
 
-def _compiled_traffic(
+def compiled_traffic(
     settings: Settings, collectives: Iterable[Any]
 ) -> dict[str, dict[str, float]]:
     """A compiler's collectives by axis; those over several are cut as in `traffic`."""

@@ -94,7 +94,9 @@ def hardware_file(chip_name: str) -> str:
     """Returns the hardware file that has a chip's flags, "" if there is none."""
     folder = importlib.resources.files("configs") / "hardware"
     start = f"{chip_name.replace('-', '_')}_"
-    found = sorted(file.name for file in folder.iterdir() if file.name.startswith(start))
+    found = sorted(
+        file.name for file in folder.iterdir() if file.name.startswith(start)
+    )
     return f"hardware/{found[0]}" if found else ""
 
 

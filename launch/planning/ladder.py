@@ -187,6 +187,7 @@ def climb(name: str, parameters: int, *, time_limit_s: float, memory_gib: float)
 def _attempt(
     topology: Topology, chosen: Mapping[str, Any], result: Compiled | Failure
 ) -> Attempt:
+    needed: int | None
     if isinstance(result, Compiled):
         seconds = result.lowering_seconds + result.compiling_seconds
         kind = "fits" if result.fits else "too_large"
@@ -236,10 +237,9 @@ def load(name: str, folder: Path = FOLDER) -> Row | None:
     if not file.is_file():
         return None
     fields = json.loads(file.read_text(encoding="utf-8"))
-    compiled = fields.pop("compiled")
-    if compiled is not None:
-        compiled = records.from_json(json.dumps(compiled))
-        assert isinstance(compiled, Compiled)
+    written = fields.pop("compiled")
+    compiled = records.from_json(json.dumps(written)) if written else None
+    assert compiled is None or isinstance(compiled, Compiled)
     attempts = tuple(Attempt(**one) for one in fields.pop("attempts"))
     return Row(**fields, attempts=attempts, compiled=compiled)
 

@@ -12,7 +12,8 @@ from typing import Any
 
 from launch.errors import UserError
 from launch.planning import estimate, memory
-from launch.planning.knobs import changed
+from launch.planning.knobs import changed, hardware_file
+from launch.planning.records import Compiled, Failure
 from launch.planning.topologies import Topology, standard, warnings
 from launch.settings import Settings, problems
 from moe.settings import never_drops
@@ -89,10 +90,10 @@ def search(
         if one is not None:
             found.append(one)
     found.sort(key=lambda one: (one.cuts, one.seconds, one.plan.total))
-    best = [one for one in found[:8] for one in (one, *_travelling(one, topology, limit))]
-    return tuple(
-        sorted([*best, *found[8:]], key=lambda one: (one.cuts, one.seconds))
-    )
+    best = [
+        one for one in found[:8] for one in (one, *_travelling(one, topology, limit))
+    ]
+    return tuple(sorted([*best, *found[8:]], key=lambda one: (one.cuts, one.seconds)))
 
 
 def smallest(
@@ -202,8 +203,8 @@ def _pieces(settings: Settings) -> dict[str, int]:
     found = {}
     part = model.vocab_size // mesh.model
     fitting = [n for n in _divisors(part) if 8 * tokens * (part // n) <= LOGITS_BYTES]
-    found["VOCAB_CHUNKS"] = fitting[0] if fitting and model.vocab_chunks == 1 else (
-        model.vocab_chunks
+    found["VOCAB_CHUNKS"] = (
+        fitting[0] if fitting and model.vocab_chunks == 1 else (model.vocab_chunks)
     )
     scores = 8 * tokens * settings.data.length * max(1, model.num_heads // mesh.model)
     block = model.attention_block
@@ -248,7 +249,7 @@ def _powers(most: int) -> list[int]:
 
 
 def told(knobs: Mapping[str, Any]) -> str:
-    """Says knobs in a few words: those of the mesh that are larger than 1, and others."""
+    """Says knobs in a few words, without those that have their default."""
     default = {
         "EXPERT_TENSOR_PARALLEL": True,
         "SPARSE_REMAT": "same",
@@ -269,3 +270,54 @@ def best_meshes(found: Sequence[Candidate], number: int) -> list[Candidate]:
     for one in found:
         kept.setdefault(one.settings.mesh, one)
     return list(kept.values())[:number]
+
+
+def hardware_text(
+    where: str,
+    topology: Topology,
+    one: Candidate,
+    compiled: Compiled | Failure | None = None,
+) -> str:
+    """Writes a hardware file: the mesh and knobs that were found, the chip's flags.
+
+    Args:
+        where: the configuration that was searched for.
+        topology: the chips.
+        one: what was found.
+        compiled: what the compiler said of it.
+    """
+    gib = 2**30
+    held = f"{one.plan.total / gib:.2f} GiB of each device by arithmetic"
+    if isinstance(compiled, Compiled):
+        held += f", {compiled.total_bytes / gib:.2f} as compiled"
+    elif compiled is not None:
+        held += f"; not compiled: {compiled.kind}"
+    bounds = one.estimate
+    lines = [
+        f"# {topology}, found by `switchyard plan --search` for {where}.",
+        "#",
+        f"# Mesh: {_axes(one.settings.mesh)}.",
+        f"# Memory: {held},",
+        f"#     of {topology.chip.device().usable_bytes / gib:.2f} usable.",
+        f"# Step: {bounds.overlapped_seconds:.3g} s if all sending hides, "
+        f"{bounds.serial_seconds:.3g} s if none does; estimated.",
+        "",
+    ]
+    if name := hardware_file(topology.chip.name):
+        lines += [
+            "# For its compiler's flags; what follows is read later, and wins.",
+            f'include "{name}"',
+            "",
+        ]
+    kind = "tpu" if topology.chip.kind == "tpu" else "cuda"
+    # One process for each host; the pod, or the launcher, says how many there are.
+    first = {"PLATFORM": kind, "SIMULATED_DEVICES": 0, "NUM_PROCESSES": 0}
+    if topology.chip.kind == "gpu" and topology.num_chips <= topology.chip.node_size:
+        first["NUM_PROCESSES"] = 1
+    lines += [f"{macro} = {value!r}" for macro, value in {**first, **one.knobs}.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _axes(mesh: MeshSettings) -> str:
+    large = [f"{axis} {n}" for axis in AXES if (n := getattr(mesh, axis)) > 1]
+    return " × ".join(large) or "one device"

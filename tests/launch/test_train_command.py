@@ -316,7 +316,10 @@ def test_a_dry_run_tells_all_and_compiles_and_writes_nothing(
         "objective causal_lm, rows of 64 tokens (targets 64), packing next_fit" in text
     )
     assert "data runs/stores/python_topics_small_bytes is not prepared yet" in text
-    up = "params/periods/blocks/1/moe/experts/up 1×4×32×64 layers, expert, embed, mlp"
+    up = (
+        "params/periods/blocks/1/moe/experts/up 1×4×32×64 "
+        "layers, expert, expert_embed, expert_mlp"
+    )
     # float32; 2 of the 4 experts on each device.
     assert f"{up} –, expert, –, model {4 * 1 * 2 * 32 * 64:,}" in text
     assert text.endswith("dry run: nothing was compiled, nothing was written")

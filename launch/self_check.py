@@ -98,11 +98,11 @@ def compare(run: Run) -> Comparison:
         min_capacity=max(run.settings.router.min_capacity, 1),
     )
     name, _ = choice.pick(model, router, axis_size, platform, train=True)
-    arguments = _draw(run, Layer(model, router, mesh))
+    arguments = _draw(run, Layer(model, router, mesh, partition=run.settings.partition))
     results = {}
     for transport in (name, "einsum"):
         changed = dataclasses.replace(model, transport=transport)  # type: ignore[arg-type]
-        layer = Layer(changed, router, mesh)
+        layer = Layer(changed, router, mesh, partition=run.settings.partition)
         results[transport] = _forward_and_backward(layer, arguments)
     exact = model.dtype == "float32" and platform == "cpu"
     return Comparison(
@@ -114,13 +114,16 @@ def compare(run: Run) -> Comparison:
 
 def _draw(run: Run, layer: Layer) -> tuple[Any, ...]:
     """Weights, tokens, gradients of the output, and token ids, where they live."""
-    model, mesh, S = layer.model, layer.mesh, layer.router.group_size
+    model, mesh, grid = layer.model, layer.mesh, layer.grid
+    # A group for each device.
     B = run.settings.mesh.batch_shards
+    L = layer.router.group_size * grid.size("context", "model")
     container = _container(layer)
     axes = logical_axes(container)
     shapes = nnx.to_pure_dict(nnx.state(container))
     by_row = rules.sharding(mesh, ("batch",))
-    places = jax.tree.map(lambda _, a: rules.sharding(mesh, a), shapes, axes)
+    table = rules.table(layer.partition)
+    places = jax.tree.map(lambda _, a: rules.sharding(mesh, a, table), shapes, axes)
 
     @functools.partial(jax.jit, out_shardings=(places, by_row, by_row, by_row))
     def draw() -> tuple[Any, ...]:
@@ -130,10 +133,10 @@ def _draw(run: Run, layer: Layer) -> tuple[Any, ...]:
             shapes,
         )
         x_BLM, d_y_BLM = (
-            jax.random.normal(next(keys), (B, S, model.model_dim), model.dtype)
+            jax.random.normal(next(keys), (B, L, model.model_dim), model.dtype)
             for _ in range(2)
         )
-        id_BL = jax.random.randint(next(keys), (B, S), 0, model.vocab_size)
+        id_BL = jax.random.randint(next(keys), (B, L), 0, model.vocab_size)
         return weights, x_BLM, d_y_BLM, id_BL
 
     return draw()
@@ -153,9 +156,9 @@ def _forward_and_backward(layer: Layer, arguments: tuple[Any, ...]) -> dict[str,
     definition = nnx.graphdef(_container(layer))
 
     def objective(weights: Any, x_BLM: Any, d_y_BLM: Any, id_BL: Any) -> Any:
-        B, S = id_BL.shape
+        B, L = id_BL.shape
         tokens = Tokens(
-            mask_BL=jnp.broadcast_to(jnp.arange(S) < S - S // 8, (B, S)),
+            mask_BL=jnp.broadcast_to(jnp.arange(L) < L - L // 8, (B, L)),
             row_B=jnp.arange(B),
             id_BL=id_BL,
         )

@@ -249,7 +249,11 @@ FAULTS = [
 ]
 
 
-@pytest.mark.parametrize("fault", FAULTS, ids=lambda f: f.plant.__name__)
+@pytest.mark.parametrize(
+    "fault",
+    [*FAULTS[:-1], pytest.param(FAULTS[-1], marks=pytest.mark.slow)],
+    ids=lambda f: f.plant.__name__,
+)
 def test_verify_names_what_a_fault_breaks(fault, monkeypatch):
     small, one = shrunk(fault.partition), reference()
     assert small.on_one_device() == one.settings

@@ -27,9 +27,10 @@ TOLERANCES = {
 }
 # A gradient that is zero but for rounding, such as that of a key bias, is measured by
 # this part of the median array's largest entry.
-_FLOOR = 1e-2
-# Entries of a gradient below this part of its array's largest have no certain sign.
-_SIGNLESS = 1e-3
+_FLOOR = 0.1
+# Entries of a gradient below this part of its array's largest, or of the largest of
+# all, have no certain sign.
+_SIGNLESS, _SIGNLESS_AMONG_ALL = 1e-3, 1e-5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,7 +149,8 @@ def _own(expected: Step, actual: Step) -> Row:
         largest = max(
             np.max(np.abs(leaf)) for leaf in jax.tree.leaves(expected.gradient)
         )
-        certain = np.abs(g) >= _SIGNLESS * max(np.max(np.abs(g)), _FLOOR * largest)
+        least = max(_SIGNLESS * np.max(np.abs(g)), _SIGNLESS_AMONG_ALL * largest)
+        certain = np.abs(g) >= least
         certain |= (g == 0) & (other_g == 0)
         left_out, total = left_out + np.sum(~certain), total + g.size
         apart = np.where(certain, np.abs(one.astype(np.float64) - other), 0.0)

@@ -21,7 +21,7 @@ ready := $(VENV)/.ready-$(PYTHON_VERSION)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-fast test-all tpu-compiler lint bench lock clean
+.PHONY: help setup demo test test-fast test-all tpu-compiler ladder lint bench lock clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -44,6 +44,10 @@ test-all: $(ready) $(VENV)/.tpu-compiler  ## run all tests; SHARD=i/n runs the i
 	SWITCHYARD_SHARD=$(SHARD) $(pytest)
 
 tpu-compiler: $(VENV)/.tpu-compiler  ## install the TPU's compiler, for test-all; no TPU is needed
+
+# Rows whose configuration and program have not changed are kept.
+ladder: $(ready) $(VENV)/.tpu-compiler  ## compile every large model for its slice: hours; FORCE=1 keeps nothing
+	$(BIN)/python -m launch.planning.ladder $(if $(FORCE),--force)
 
 lint: $(ready)  ## check format, lint and types
 	$(BIN)/ruff format --check .

@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import hashlib
 import json
+import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from launch import gin_files
+from launch.errors import EXIT_INTERRUPTED
 from launch.gin_files import ResolvedConfig
 from launch.planning import knobs, memory, records, search
 from launch.planning.compile import compile_step
@@ -53,7 +55,18 @@ CHANGED = {"m6_t_1t": {"BATCH_SIZE": 4096, "TRAIN_STEPS": 47684}}
 
 @dataclasses.dataclass(frozen=True)
 class Attempt:
-    """One compilation: where, with which knobs, and what came of it."""
+    """One compilation: where, with which knobs, and what came of it.
+
+    Attributes:
+        topology: the slice.
+        knobs: of the search, by macro.
+        kind: "fits", "too_large", or that of a `Failure`.
+        message: of a failure.
+        needed_bytes: of one device, as far as the compiler said.
+        seconds: lowering and compiling.
+        peak_host_bytes: of the compiler's process.
+        largest: the largest values of what was too large.
+    """
 
     topology: str
     knobs: Mapping[str, Any]
@@ -62,6 +75,7 @@ class Attempt:
     needed_bytes: int | None
     seconds: float
     peak_host_bytes: int
+    largest: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,6 +172,7 @@ def slices_of(name: str) -> list[Topology]:
 def climb(name: str, parameters: int, *, time_limit_s: float, memory_gib: float) -> Row:
     """Compiles a row until something fits."""
     config = read(name)
+    current = fingerprint(config)  # of what is compiled, should a file change meanwhile
     moved = knobs.moved(config, slices_of(name)[0])
     attempts: list[Attempt] = []
     compiled = None
@@ -181,7 +196,7 @@ def climb(name: str, parameters: int, *, time_limit_s: float, memory_gib: float)
                 break
         elif result.kind in ("timed_out", "killed", "no_compiler"):
             break
-    return Row(name, parameters, fingerprint(config), tuple(attempts), compiled)
+    return Row(name, parameters, current, tuple(attempts), compiled)
 
 
 def _attempt(
@@ -203,6 +218,10 @@ def _attempt(
         needed,
         seconds,
         result.peak_host_bytes,
+        tuple(
+            f"{one.bytes / 2**30:.2f} GiB {one.shape} {one.operation} {one.source}"
+            for one in result.largest_buffers
+        ),
     )
 
 
@@ -240,7 +259,10 @@ def load(name: str, folder: Path = FOLDER) -> Row | None:
     written = fields.pop("compiled")
     compiled = records.from_json(json.dumps(written)) if written else None
     assert compiled is None or isinstance(compiled, Compiled)
-    attempts = tuple(Attempt(**one) for one in fields.pop("attempts"))
+    attempts = tuple(
+        Attempt(**{**one, "largest": tuple(one.get("largest", ()))})
+        for one in fields.pop("attempts")
+    )
     return Row(**fields, attempts=attempts, compiled=compiled)
 
 
@@ -262,6 +284,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--time_limit", type=float, default=600, metavar="SECONDS")
     parser.add_argument("--memory_limit", type=float, default=12, metavar="GIB")
     options = parser.parse_args(argv)
+    # So that the compiler's process ends with this one.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_INTERRUPTED))
     todo = [] if options.page_only else rows()
     if options.only:
         by_name = dict(todo)

@@ -27,6 +27,8 @@ SCORES_AT_ONCE = 2  # float32: scores and a gradient; the rest is fused
 ROWS_AT_ONCE = 4  # sent, received, computed, returned; gradients take their places
 ROUTING_AT_ONCE = 4  # logits, probabilities, their gradient, places in the queues
 ACTIVATIONS_AT_ONCE = 2  # a product's output and its gradient
+# Of the largest gradient that is scattered: once more, in the order of its pieces.
+SCATTERED_AT_ONCE = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -277,14 +279,15 @@ def _weights_in_use(
     for block in local.blocks(parameters).values():
         if any("/moe/" in weight.path for weight in block) is not sparse:
             continue
-        used = 0
+        used = largest = 0
         for weight in block:
             size = weight.gathered_size // weight.num_layers
             if weight.gathered_over:
                 used += size * (sizes.dtype_bytes + BYTES[model.reduce_dtype])
+                largest = max(largest, size * BYTES[model.reduce_dtype])
             elif model.dtype != model.param_dtype:
                 used += size * sizes.dtype_bytes
-        found.append(used)
+        found.append(used + SCATTERED_AT_ONCE * largest)
     return max(found, default=0)
 
 

@@ -20,15 +20,19 @@ def settings_of(*bindings, name=TINY):
     return gin_files.read([name], [*devices, *bindings]).settings
 
 
+TPU = ("PLATFORM='tpu'", "SIMULATED_DEVICES=0")
 MESHES = {
     "one": (),
     "data": ("MESH_DATA=2", "MESH_EXPERT=2"),
     "optimizer": ("MESH_DATA=4", "FSDP='optimizer'"),
     "fsdp": ("MESH_DATA=2", "MESH_EXPERT=2", "FSDP='data'"),
-    "all": ("MESH_DATA=2", "MESH_EXPERT=2", "MESH_MODEL=2", "FSDP='data_expert'"),
+    "all": (
+        *("MESH_DATA=2", "MESH_EXPERT=2", "MESH_MODEL=2", "FSDP='data_expert'"),
+        "GROUP_SIZE=32",
+    ),
     "whole_experts": (
         *("MESH_DATA=2", "MESH_MODEL=2", "FSDP='data'"),
-        "EXPERT_TENSOR_PARALLEL=False",
+        *("EXPERT_TENSOR_PARALLEL=False", "GROUP_SIZE=32"),
     ),
     "context": ("MESH_DATA=2", "MESH_CONTEXT=2", "FSDP='data'", "GROUP_SIZE=32"),
     "adafactor": ("MESH_EXPERT=4", "OPTIMIZER='adafactor'", "BETA1=0.0"),
@@ -132,7 +136,7 @@ def test_full_sharding_remat_and_pieces_of_the_vocabulary_save_memory():
 @pytest.mark.fast
 def test_offloaded_moments_are_the_hosts():
     here = memory.predict(settings_of())
-    away = memory.predict(settings_of("OFFLOAD_OPTIMIZER=True"))
+    away = memory.predict(settings_of("OFFLOAD_OPTIMIZER=True", *TPU))
     assert away.host == here.optimizer
     assert away.arguments == here.arguments - here.optimizer
 

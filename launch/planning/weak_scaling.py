@@ -173,9 +173,9 @@ def _growing(results: Mapping[str, Compiled | Failure]) -> list[str]:
     return lines
 
 
-def _sent(compiled: Compiled) -> collections.Counter:
+def _sent(compiled: Compiled) -> Mapping[str, float]:
     """Bytes that a chip sends in a step, by kind of collective."""
-    sent: collections.Counter = collections.Counter()
+    sent: dict[str, float] = collections.defaultdict(float)
     for one in compiled.collectives:
         sent[one.kind] += one.bytes
     return sent

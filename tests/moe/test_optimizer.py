@@ -249,7 +249,9 @@ def test_the_moments_of_adamw_have_the_axes_of_their_parameters():
 ADAFACTOR_AXES = {
     "embedding": "1:– | 128:– | 256:–",
     "final_norm/scale": "128:norm | 1:– | 1:–",
-    "periods/blocks/0/attention/query": "1:layers 1:– | 1:layers 128:– | 1:layers 256:–",
+    "periods/blocks/0/attention/query": (
+        "1:layers 1:– | 1:layers 128:– | 1:layers 256:–"
+    ),
     "periods/blocks/1/feed_forward_norm/scale": (
         "1:layers 128:norm | 1:layers 1:– | 1:layers 1:–"
     ),

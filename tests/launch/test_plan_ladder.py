@@ -1,0 +1,159 @@
+"""The ladder: attempts until something fits, results that are kept, and its page."""
+
+import dataclasses
+
+import pytest
+
+from launch import gin_files
+from launch.planning import knobs, ladder, ladder_page, search
+from launch.planning.compile import compile_step, find_compiler
+from launch.planning.hlo import Buffer, Collective
+from launch.planning.records import Compiled, Failure
+from launch.planning.topologies import parse
+
+GIB = 2**30
+FITS = Compiled(
+    topology="v5e:2x2",
+    compiler="jax, libtpu",
+    lowering_seconds=1.0,
+    compiling_seconds=2.0,
+    peak_host_bytes=GIB,
+    argument_bytes=8 * GIB,
+    output_bytes=8 * GIB,
+    alias_bytes=8 * GIB,
+    temp_bytes=4 * GIB,
+    code_bytes=0,
+    total_bytes=12 * GIB,
+    host_bytes=0,
+    memory_bytes=int(15.75 * GIB),
+    fits=True,
+    product_flops=1e15,
+    reported_flops=1e12,
+    reported_seconds=None,
+    collectives=(Collective("all-gather", ("data",), GIB, 4, True, "moe/a.py:1"),),
+    largest_buffers=(Buffer(GIB, "f32[1]", "moe/b.py:2", "dot_general"),),
+)
+TOO_LARGE = dataclasses.replace(FITS, fits=False, total_bytes=20 * GIB)
+REFUSED = Failure("rejected", "not supported", "try another mesh", seconds=3.0)
+SLOW = Failure("timed_out", "no answer within 600 s", "raise the limit")
+
+
+def answers(monkeypatch, *results):
+    """Answers in this order; returns what was asked."""
+    asked, left = [], list(results)
+
+    def compile_step(config, topology, **limits):
+        asked.append((config, topology))
+        return left.pop(0)
+
+    monkeypatch.setattr(ladder, "compile_step", compile_step)
+    return asked
+
+
+def climb(name="gpt3_1_3b"):
+    return ladder.climb(name, 1_315_575_808, time_limit_s=1, memory_gib=1)
+
+
+@pytest.mark.fast
+def test_every_run_above_a_billion_has_a_row_and_a_chip():
+    names = [name for name, _ in ladder.rows()]
+    assert {"glam_64b_64e", "switch_c_decoder", "m6_10t", "gpt3_1_3b"} <= set(names)
+    assert not {"demo", "tiny", "glam_base", "gpt3_760m"} & set(names)
+    assert ladder.chip_of("glam_64b_64e") == "v4"
+    assert ladder.chip_of("gpt3_1_3b") == "v5e"
+    assert ladder.chip_of("gpt3_13b") == "v5p"
+    assert [str(s) for s in ladder.slices_of("glam_64b_64e")] == ["v4:8x8x16"]
+    assert all(ladder.slices_of(name) for name in names)
+
+
+def test_what_is_too_large_or_refused_is_followed_by_another_mesh(monkeypatch):
+    asked = answers(monkeypatch, TOO_LARGE, REFUSED, FITS)
+    row = climb()
+    assert [attempt.kind for attempt in row.attempts] == [
+        "too_large",
+        "rejected",
+        "fits",
+    ]
+    assert row.compiled == FITS
+    assert len({config for config, _ in asked}) == 3
+    assert row.attempts[0].needed_bytes == 20 * GIB
+    assert "moe/b.py:2" in row.attempts[0].largest[0]
+
+
+def test_an_answer_that_does_not_come_ends_the_row(monkeypatch):
+    answers(monkeypatch, SLOW)
+    row = climb()
+    assert [attempt.kind for attempt in row.attempts] == ["timed_out"]
+    assert row.compiled is None
+
+
+def test_rows_are_kept_read_again_and_shown(monkeypatch, tmp_path):
+    answers(monkeypatch, TOO_LARGE, FITS)
+    row = climb()
+    ladder.save(row, tmp_path)
+    assert ladder.load(row.name, tmp_path) == row
+    assert ladder.load("another", tmp_path) is None
+    page = ladder_page.page([row])
+    assert "| `gpt3_1_3b` | 1.32B | " in page
+    config, plan = ladder.planned(row)
+    assert f"| {plan.total / GIB:.2f} | 12.00 |" in page
+    assert f"{100 * (plan.total / (12 * GIB) - 1):+.0f} %" in page
+    assert config.settings.mesh.num_devices == row.topology.num_devices
+    assert "too large | 20.00" in page
+
+
+def test_unchanged_rows_are_not_compiled_again(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(ladder, "FOLDER", tmp_path)
+    monkeypatch.setattr(
+        ladder,
+        "load",
+        lambda name, folder=tmp_path, read=ladder.load: read(name, folder),
+    )
+    monkeypatch.setattr(
+        ladder,
+        "save",
+        lambda row, folder=tmp_path, write=ladder.save: write(row, folder),
+    )
+    monkeypatch.setattr(ladder_page, "write", lambda: None)
+    asked = answers(monkeypatch, FITS, FITS)
+    assert ladder.main(["--only", "gpt3_1_3b"]) == 0
+    assert ladder.main(["--only", "gpt3_1_3b"]) == 0
+    assert len(asked) == 1
+    assert "gpt3_1_3b: unchanged" in capsys.readouterr().out
+    assert ladder.main(["--only", "gpt3_1_3b", "--force"]) == 0
+    assert len(asked) == 2
+
+
+@pytest.mark.fast
+def test_a_fingerprint_follows_every_knob():
+    one = gin_files.read(["runs/tiny.gin"])
+    other = gin_files.read(["runs/tiny.gin"], ["NUM_LAYERS=4"])
+    assert ladder.fingerprint(one) == ladder.fingerprint(one)
+    assert ladder.fingerprint(one) != ladder.fingerprint(other)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.skipif(find_compiler() is None, reason="no TPU compiler")
+@pytest.mark.parametrize("place", range(3))
+def test_the_three_smallest_rows_compile_again_to_what_is_recorded(place):
+    kept = [row for name, _ in ladder.rows() if (row := ladder.load(name))]
+    kept = [row for row in kept if row.compiled][:3]
+    if place >= len(kept):
+        pytest.skip(f"the ladder has {len(kept)} rows")
+    row = kept[place]
+    config, plan = ladder.planned(row)
+    found = compile_step(config.operative, row.topology, time_limit_s=1700)
+    assert isinstance(found, Compiled), found
+    assert found.fits
+    assert found.argument_bytes == pytest.approx(plan.arguments, rel=0.01)
+    # What compilers make of the same program does not depend on the machine.
+    assert found.total_bytes == pytest.approx(row.compiled.total_bytes, rel=0.05)
+
+
+@pytest.mark.fast
+def test_what_a_row_changes_is_read_with_it():
+    settings = ladder.read("m6_t_1t").settings
+    assert settings.train.batch_size == 4096
+    moved = knobs.moved(ladder.read("m6_t_1t"), parse("v4:8x8x16"))
+    assert search.least_bytes(moved.settings, parse("v4:8x8x16")) < 30 * GIB

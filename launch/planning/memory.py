@@ -177,13 +177,15 @@ def _gradient(weight: Weight, settings: Settings) -> int:
 def _update(
     settings: Settings, parameters: tuple[Weight, ...], others: tuple[Weight, ...]
 ) -> int:
-    """Adam is fused with the step it makes; Adafactor measures its update first.
+    """Adam is fused with the step it makes; Adafactor measures its updates first.
 
-    Adafactor: one float32 update, of the largest array. Stochastic rounding: as many
-    random bits. Offloading: the moments of one array, there and back.
+    Adafactor: float32 updates, of all arrays: the compiler takes none of them before
+    the last is made. Stochastic rounding: random bits of the largest array.
+    Offloading: the moments of one array, there and back.
     """
     largest = max(weight.local_size for weight in parameters) * FLOAT32
-    found = largest if settings.optimizer.name == "adafactor" else 0
+    every = sum(weight.local_size for weight in parameters) * FLOAT32
+    found = every if settings.optimizer.name == "adafactor" else 0
     if settings.optimizer.rounding == "stochastic":
         found += largest
     if settings.optimizer.offload:

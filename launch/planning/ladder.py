@@ -189,6 +189,8 @@ def climb(name: str, parameters: int, *, time_limit_s: float, memory_gib: float)
         print(f"  {attempts[-1].kind}: {attempts[-1].message[:300]}", flush=True)
         if isinstance(result, Compiled):
             print(_beside(one, result), flush=True)
+            for words in () if result.fits else attempts[-1].largest:
+                print(f"    {words}", flush=True)
             if result.fits:
                 compiled = dataclasses.replace(
                     result, collectives=result.collectives[:60]

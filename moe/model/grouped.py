@@ -1,8 +1,10 @@
 """The experts' feed-forward over rows sorted by expert: no capacity, no padding.
 
-On TPU and GPU the products are `jax.lax.ragged_dot`. On CPU that multiplies every row
-by every expert, so there loops go over the experts that have rows and take their rows
-in blocks; what they cost does not depend on the experts that have none.
+On TPU and GPU the products are `jax.lax.ragged_dot`. On TPU the gradient of the weights
+is not: compiled, it multiplies every row by every expert, so there jax's own kernel
+takes its place. On CPU all of them would, so there loops go over the experts that have
+rows and take their rows in blocks; what they cost does not depend on the experts that
+have none.
 """
 
 import dataclasses
@@ -18,12 +20,15 @@ from jax.ad_checkpoint import checkpoint_name
 
 from moe.model.feed_forward import GATED, PLAIN
 
-Method = Literal["ragged_dot", "blocked"]
+Method = Literal["ragged_dot", "tpu", "tpu_interpreted", "blocked"]
 Weights = dict[str, jax.Array]
 
 # Rows of a block. An expert's first block is the smallest that leaves a whole number of
 # the largest, which follow; smaller steps would waste fewer rows and compile longer.
 BLOCK_ROWS = (16, 32, 64, 128, 192, 256, 320, 384, 448, 512)
+
+# Of rows, inputs and outputs, in the kernel of TPUs; tuned by nobody yet.
+TPU_TILE = (512, 512, 1024)
 
 # Without this option jax multiplies densely on GPU too. It is part of what `jit` keys
 # its programs by, so it is set before anything is traced; who exported it is heard.
@@ -53,14 +58,15 @@ def grouped_feed_forward(
             expert's may hold anything.
         size_e: int32, rows of each expert; their sum is at most R.
         activation: name of the non-linearity.
-        method: "ragged_dot" for accelerators, "blocked" for CPUs.
+        method: "ragged_dot" for GPUs, "tpu", "blocked" for CPUs; "tpu_interpreted" is
+            what TPUs do, for tests.
     Returns:
         rows_RM, zero past the last expert's. Its inputs to the non-linearity are saved
         for the way back under the name "expert_hidden".
     """
     w = {name: _flat(name, array) for name, array in w.items()}
-    if method == "ragged_dot":
-        return _ragged_dot(w, rows_RM, size_e, activation)
+    if method != "blocked":
+        return _ragged_dot(w, rows_RM, size_e, activation, method)
     return _blocked(w, rows_RM, size_e, activation)
 
 
@@ -74,7 +80,7 @@ def _flat(name: str, array: jax.Array) -> jax.Array:
 
 
 def _ragged_dot(
-    w: Weights, rows_RM: jax.Array, size_e: jax.Array, activation: str
+    w: Weights, rows_RM: jax.Array, size_e: jax.Array, activation: str, method: Method
 ) -> jax.Array:
     """Two ragged products; their kernels leave rows of no expert unwritten."""
     w = {name: array.astype(rows_RM.dtype) for name, array in w.items()}
@@ -83,7 +89,11 @@ def _ragged_dot(
     expert_R = jnp.minimum(expert_R, size_e.shape[0] - 1)
 
     def product(rows_RX: jax.Array, matrix_eXY: jax.Array, bias: str) -> jax.Array:
-        y_RY = jax.lax.ragged_dot(rows_RX, matrix_eXY, size_e)
+        if method == "ragged_dot":
+            y_RY = jax.lax.ragged_dot(rows_RX, matrix_eXY, size_e)
+        else:
+            interpreted = method == "tpu_interpreted"
+            y_RY = _tpu_product(rows_RX, matrix_eXY, size_e, interpreted)
         if bias in w:
             y_RY += w[bias][expert_R]
         return _zero_past(y_RY, size_e)
@@ -92,6 +102,42 @@ def _ragged_dot(
     up_RU = checkpoint_name(product(rows_RM, w["up"], "up_bias"), "expert_hidden")
     hidden_RF = _activate(activation, *_inputs(activation, up_RU))
     return product(hidden_RF, w["down"], "down_bias")
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _tpu_product(
+    rows_RX: jax.Array, matrix_eXY: jax.Array, size_e: jax.Array, interpreted: bool
+) -> jax.Array:
+    """A ragged product whose gradients are as cheap as itself on TPU."""
+    del interpreted
+    return jax.lax.ragged_dot(rows_RX, matrix_eXY, size_e)
+
+
+def _tpu_product_forward(rows_RX, matrix_eXY, size_e, interpreted):
+    y_RY = _tpu_product(rows_RX, matrix_eXY, size_e, interpreted)
+    return y_RY, (rows_RX, matrix_eXY, size_e)
+
+
+def _tpu_product_backward(interpreted, saved, d_y_RY):
+    from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
+
+    rows_RX, matrix_eXY, size_e = saved
+    d_y_RY = _zero_past(d_y_RY, size_e)
+    d_rows_RX = jax.lax.ragged_dot(d_y_RY, jnp.swapaxes(matrix_eXY, 1, 2), size_e)
+    R, tile = rows_RX.shape[0], TPU_TILE[0]
+    pad = ((0, -R % tile), (0, 0))
+    d_matrix_eXY = tgmm(
+        jnp.pad(rows_RX, pad).T,
+        jnp.pad(d_y_RY, pad),
+        size_e,
+        preferred_element_type=jnp.float32,
+        tiling=(tile, *map(min, TPU_TILE[1:], matrix_eXY.shape[1:])),
+        interpret=interpreted,
+    )
+    return d_rows_RX, d_matrix_eXY.astype(matrix_eXY.dtype), None
+
+
+_tpu_product.defvjp(_tpu_product_forward, _tpu_product_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))

@@ -26,7 +26,7 @@ from moe.model.feed_forward import (
     expert_feed_forward,
     feed_forward,
 )
-from moe.model.grouped import grouped_feed_forward
+from moe.model.grouped import Method, grouped_feed_forward
 from moe.model.parameters import constant, logical_axes, normal
 from moe.model.weights import whole
 from moe.routing import expert_choice, hashed, prototypes, sinkhorn, token_choice
@@ -43,6 +43,7 @@ ROUTERS: dict[str, Callable[..., Assignment]] = {
     "hashed": hashed.route,
     "sinkhorn": sinkhorn.route,
 }
+METHODS: dict[str, Method] = {"cpu": "blocked", "gpu": "ragged_dot", "tpu": "tpu"}
 TRANSPORTS: dict[str, ModuleType] = {
     "all_to_all": all_to_all,
     "einsum": einsum,
@@ -331,7 +332,7 @@ def _compute(
             grouped_feed_forward,
             experts,
             activation=model.activation_of_experts,
-            method="blocked" if room.platform == "cpu" else "ragged_dot",
+            method=METHODS[room.platform],
         )
         if joined:
             rows_XRM = grid.gather(rows[None], ["model"], 0)

@@ -99,7 +99,7 @@ def assert_near(wanted, got, rtol):
     jax.tree.map(near, wanted, got)
 
 
-@pytest.mark.parametrize("method", ["blocked", "ragged_dot"])
+@pytest.mark.parametrize("method", ["blocked", "ragged_dot", "tpu_interpreted"])
 @pytest.mark.parametrize("activation", ["relu", "swiglu"])
 def test_outputs_and_gradients_for_any_sizes(activation, method):
     w = draw_weights(activation)
@@ -127,7 +127,7 @@ def test_one_expert_without_biases_is_the_dense_layer():
     np.testing.assert_allclose(y_RM, wanted_RM, rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("method", ["blocked", "ragged_dot"])
+@pytest.mark.parametrize("method", ["blocked", "ragged_dot", "tpu_interpreted"])
 def test_bfloat16_rows_give_float32_gradients_of_float32_weights(method):
     w, size_e = draw_weights("swiglu"), SIZES["experts without rows"]
     rows_RM = draw_rows(size_e).astype(jnp.bfloat16)

@@ -91,14 +91,15 @@ def main(topology: str, transport: str, dtype: str, *words: str) -> None:
         text = lowered.compile().as_text()
     operations = re.findall(rf" ({OPERATIONS})(?:-start)?\(", text)
     kernels = re.findall(r'custom_call_target="([^"]+)"', text)
-    # Scores and indices are sorted; activations, the only bfloat16 here, are not.
-    sorts = re.findall(r"= \(?[^=]*bf16[^=]* sort\(", text)
+    # Scores and indices are sorted, and counts scattered; activations, the only
+    # bfloat16 here, are neither.
+    moved = re.findall(r"= \(?[^=]*bf16[^=]* (?:sort|scatter)\(", text)
     print(
         json.dumps(
             {
                 "operations": collections.Counter(operations),
                 "kernels": collections.Counter(kernels),
-                "sorts_of_activations": len(sorts),
+                "sorts_and_scatters_of_activations": len(moved),
                 "highest_precision_products": len(
                     re.findall(r"operand_precision=\{highest,highest\}", text)
                 ),

@@ -256,6 +256,7 @@ def told(knobs: Mapping[str, Any]) -> str:
         "SPARSE_REMAT": "same",
         "MICROBATCHES": 1,
         "VOCAB_CHUNKS": 1,
+        "ATTENTION_BLOCK": 1024,
         "TRANSPORT": "auto",
     }
     return " ".join(

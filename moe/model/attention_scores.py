@@ -138,12 +138,17 @@ def _attend(
     """Cuts everything into blocks, a leading dimension, and mends the cut."""
     B, L, N, D = query_BLND.shape
     l, t = min(block, L), min(block, key_BTUD.shape[1])  # noqa: E741
+    # All layers see alike. Were that known, a scan over layers would compute what is
+    # visible beforehand, for all blocks at once: an L × T array for every head.
+    asking, asked = jax.lax.optimization_barrier(
+        (packed(queries), packed(keys), jax.lax.stop_gradient(query_BLND))
+    )[:2]
     # Padding is of segments that nobody has, and neither sees the other.
     mixed = attend_blocks(
         _cut(_grouped(query_BLND, key_BTUD.shape[2]), l),
-        (_cut(key_BTUD, t), _cut(value_BTUD, t), _cut(packed(keys), t, -1)),
+        (_cut(key_BTUD, t), _cut(value_BTUD, t), _cut(asked, t, -1)),
         bias,
-        _cut(packed(queries), l, -2),
+        _cut(asking, l, -2),
         ring,
     )
     return jnp.moveaxis(mixed, 0, 1).reshape(B, -1, N, D)[:, :L]

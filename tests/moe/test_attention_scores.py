@@ -323,3 +323,21 @@ def test_the_ring_only_passes_on_to_the_next():
     pairs = re.findall(r"source_target_pairs=({{.*?}})", program("ring", True))
     assert pairs == ["{{0,1},{1,2},{2,3},{3,0}}"] * 13
     assert " scatter(" not in program("ring", True)
+
+
+def test_scanned_layers_that_see_alike_hold_no_mask_of_all_blocks():
+    place_BL = jnp.broadcast_to(jnp.arange(LONG, dtype=jnp.int32), (1, LONG))
+    all_alike = Seen(place_BL, place_BL, jnp.ones_like(place_BL))
+
+    def layer(x_BLND, scale):
+        y_BLND = attend_blocked(
+            x_BLND * scale, x_BLND, x_BLND, all_alike, all_alike, block=BLOCK
+        )
+        return x_BLND + y_BLND, None
+
+    def loss(scales, x_BLND):
+        return jnp.sum(jax.lax.scan(layer, x_BLND, scales)[0] ** 2)
+
+    shape = jnp.zeros((1, LONG, N, D))
+    text = jax.jit(jax.grad(loss)).lower(jnp.ones(3), shape).compile().as_text()
+    assert largest(text) < LONG * LONG

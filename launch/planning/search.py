@@ -21,7 +21,7 @@ from partitioning.settings import AXES, MeshSettings
 
 # Of the usable memory, what a prediction may fill: compilers take more than arithmetic
 # says, or less.
-MARGIN = 0.85
+MARGIN = 0.95
 LARGEST_MODEL_AXIS = 8
 LARGEST_CONTEXT_AXIS = 32
 LONG_ROWS = 8192  # tokens, from which rows may be cut over `context`

@@ -69,7 +69,7 @@ CASES = {
         ("decisions", "evaluation"),
     ),
 }
-DAILY = ("prototypes", "selection_bias", "hashed")
+DAILY = ("selection_bias", "hashed")
 
 
 @functools.cache

@@ -39,7 +39,6 @@ MESHES = {
 }
 
 
-@pytest.mark.fast
 @pytest.mark.parametrize("mesh", MESHES)
 def test_arguments_are_those_of_the_assembled_run_to_the_byte(mesh):
     config = gin_files.read([TINY], [*MESHES[mesh], "SIMULATED_DEVICES=8"])
@@ -76,13 +75,11 @@ TILED = [
 ]
 
 
-@pytest.mark.fast
 @pytest.mark.parametrize(("shape", "itemsize", "told"), TILED)
 def test_small_arrays_are_padded_as_the_tpu_compiler_pads_them(shape, itemsize, told):
     assert local.tiled_bytes(shape, itemsize) == told
 
 
-@pytest.mark.fast
 def test_what_layers_keep_is_what_the_formulas_say():
     settings = settings_of(
         *("MESH_DATA=2", "MESH_MODEL=2", "DTYPE='bfloat16'", "MICROBATCHES=2"),
@@ -108,7 +105,6 @@ def test_what_layers_keep_is_what_the_formulas_say():
     ) + memory.saved_per_layer(sizes, settings.model.remat, sparse=True)
 
 
-@pytest.mark.fast
 def test_the_total_is_the_fullest_moment_and_its_categories():
     for bindings in MESHES.values():
         plan = memory.predict(settings_of(*bindings))
@@ -118,7 +114,6 @@ def test_the_total_is_the_fullest_moment_and_its_categories():
         assert plan.temporaries == most > 0
 
 
-@pytest.mark.fast
 def test_full_sharding_remat_and_pieces_of_the_vocabulary_save_memory():
     wide = ("EMBED_DIM=512", "MLP_DIM=2048", "EXPERT_MLP_DIM=2048", "REMAT='none'")
     plan = memory.predict(settings_of(*wide, "MESH_DATA=8"))
@@ -133,7 +128,6 @@ def test_full_sharding_remat_and_pieces_of_the_vocabulary_save_memory():
     assert full.categories["activations"] < none.categories["activations"]
 
 
-@pytest.mark.fast
 def test_offloaded_moments_are_the_hosts():
     here = memory.predict(settings_of())
     away = memory.predict(settings_of("OFFLOAD_OPTIMIZER=True", *TPU))
@@ -141,7 +135,6 @@ def test_offloaded_moments_are_the_hosts():
     assert away.arguments == here.arguments - here.optimizer
 
 
-@pytest.mark.fast
 def test_a_trillion_parameters_fit_480_v100_with_8_bytes_each_but_not_with_16():
     bindings = ("MESH_EXPERT=480", "REMAT='full'")
     room = 32 * GIB

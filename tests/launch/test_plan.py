@@ -23,7 +23,6 @@ def planned(capsys, *words):
     return code, said.out, said.err
 
 
-@pytest.mark.fast
 def test_a_trillion_parameters_are_planned_by_arithmetic(capsys, tmp_path):
     written = tmp_path / "plan.json"
     remat = ("--gin.REMAT=full", "--gin.VOCAB_CHUNKS=10", "--gin.ATTENTION_BLOCK=512")
@@ -54,7 +53,6 @@ def test_a_trillion_parameters_are_planned_by_arithmetic(capsys, tmp_path):
     assert found["counts"]["pf_days"]["6ND"] == pytest.approx(by_hand)
 
 
-@pytest.mark.fast
 def test_few_slots_are_warned_of(capsys):
     code, out, _ = planned(capsys, TINY, *ON_V5E, "--gin.NUM_EXPERTS=32", *SMALL)
     assert code == 0
@@ -75,7 +73,6 @@ def test_a_page_refers_to_nothing_and_has_both_figures(capsys, tmp_path):
 # ------------------------------------------------------------------- what cannot be
 
 
-@pytest.mark.fast
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -117,7 +114,6 @@ def test_a_run_without_a_mesh_is_told_what_would_fit(capsys):
     assert "--search" in err
 
 
-@pytest.mark.fast
 def test_a_mesh_that_does_not_fit_says_by_how_much(capsys):
     words = ("--topology=v4:8x8x16", "--mesh=data=16,expert=64")
     code, out, _ = planned(capsys, GLAM, *words)  # nothing fully sharded
@@ -142,7 +138,6 @@ FAILURES = {
 }
 
 
-@pytest.mark.fast
 @pytest.mark.parametrize("kind", FAILURES)
 def test_each_way_in_which_compiling_fails_is_a_message(capsys, monkeypatch, kind):
     failure = FAILURES[kind]
@@ -157,7 +152,6 @@ def test_each_way_in_which_compiling_fails_is_a_message(capsys, monkeypatch, kin
         assert "20.00 GiB of 15.00, 5.00 too many" in err
 
 
-@pytest.mark.fast
 def test_without_a_compiler_it_is_said_how_to_get_it(capsys, monkeypatch):
     monkeypatch.setattr(planned_compile, "find_compiler", lambda: None)
     code, _, err = planned(capsys, TINY, *ON_V5E, "--compile")
@@ -195,7 +189,6 @@ COMPILED = Compiled(
 )
 
 
-@pytest.mark.fast
 def test_what_was_compiled_stands_beside_what_was_predicted(
     capsys, monkeypatch, tmp_path
 ):
@@ -218,7 +211,6 @@ def test_what_was_compiled_stands_beside_what_was_predicted(
     assert flops == pytest.approx(8e9 / 512)
 
 
-@pytest.mark.fast
 def test_a_compiled_step_that_is_too_large_does_not_fit(capsys, monkeypatch):
     large = dataclasses.replace(COMPILED, fits=False, total_bytes=20 * 2**30)
     monkeypatch.setattr(planned_compile, "find_compiler", lambda: "")

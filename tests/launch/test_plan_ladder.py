@@ -54,7 +54,6 @@ def climb(name="gpt3_1_3b"):
     return ladder.climb(name, 1_315_575_808, time_limit_s=1, memory_gib=1)
 
 
-@pytest.mark.fast
 def test_every_run_above_a_billion_has_a_row_and_a_chip():
     names = [name for name, _ in ladder.rows()]
     assert {"glam_64b_64e", "switch_c_decoder", "m6_10t", "gpt3_1_3b"} <= set(names)
@@ -124,7 +123,6 @@ def test_unchanged_rows_are_not_compiled_again(monkeypatch, tmp_path, capsys):
     assert len(asked) == 2
 
 
-@pytest.mark.fast
 def test_a_fingerprint_follows_every_knob():
     one = gin_files.read(["runs/tiny.gin"])
     other = gin_files.read(["runs/tiny.gin"], ["NUM_LAYERS=4"])
@@ -151,7 +149,6 @@ def test_the_three_smallest_rows_compile_again_to_what_is_recorded(place):
     assert found.total_bytes == pytest.approx(row.compiled.total_bytes, rel=0.05)
 
 
-@pytest.mark.fast
 def test_what_a_row_changes_is_read_with_it():
     settings = ladder.read("m6_t_1t").settings
     assert settings.train.batch_size == 4096

@@ -9,8 +9,6 @@ import pytest
 from launch import roll_call
 from launch.roll_call import ProcessError
 
-pytestmark = pytest.mark.fast
-
 
 def free_address() -> str:
     with socket.socket() as one:

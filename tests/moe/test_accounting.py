@@ -39,7 +39,6 @@ ROUTERS = 2 * 256 * 8  # of two sparse layers
 ATTENDING = 4 * 4 * 256 * 4 * 64
 
 
-@pytest.mark.fast
 def test_a_dense_model_is_counted_as_by_hand():
     counts = accounting.count(
         dataclasses.replace(SMALL, moe_every=0), ROUTER, length=LENGTH
@@ -53,7 +52,6 @@ def test_a_dense_model_is_counted_as_by_hand():
     assert counts.train_flops_per_token == 3 * flops
 
 
-@pytest.mark.fast
 def test_a_sparse_model_is_counted_as_by_hand():
     counts = accounting.count(SMALL, ROUTER, length=LENGTH)
     shared = 4 * ATTENTION + 2 * TWO_MATRICES + ROUTERS
@@ -68,7 +66,6 @@ def test_a_sparse_model_is_counted_as_by_hand():
     assert counts.executed_forward_flops_per_token == executed
 
 
-@pytest.mark.fast
 def test_two_experts_per_token_and_a_gate_matrix_are_counted_as_by_hand():
     model = dataclasses.replace(
         SMALL, activation="geglu", moe_every=1, tie_embeddings=False
@@ -85,7 +82,6 @@ def test_two_experts_per_token_and_a_gate_matrix_are_counted_as_by_hand():
     assert counts.executed_forward_flops_per_token == flops, "no slot is spare"
 
 
-@pytest.mark.fast
 def test_spare_slots_are_executed_but_are_not_the_models_work():
     dropless = dataclasses.replace(ROUTER, capacity_factor=0.0)
     tight = dataclasses.replace(ROUTER, capacity_factor=1.0)
@@ -100,7 +96,6 @@ def test_spare_slots_are_executed_but_are_not_the_models_work():
     assert most.executed_forward_flops_per_token == most.forward_flops_per_token + spare
 
 
-@pytest.mark.fast
 def test_shared_experts_and_dense_layers_below_are_counted_as_by_hand():
     model = dataclasses.replace(
         SMALL,
@@ -119,7 +114,6 @@ def test_shared_experts_and_dense_layers_below_are_counted_as_by_hand():
     assert counts.forward_flops_per_token == flops
 
 
-@pytest.mark.fast
 @pytest.mark.parametrize("activation", ["gelu", "swiglu"])
 def test_biases_are_parameters_but_no_products(activation):
     model = dataclasses.replace(SMALL, activation=activation)
@@ -135,7 +129,6 @@ def test_biases_are_parameters_but_no_products(activation):
     assert counts.active == without.active + 2 * biases + 2 * biases + 2 * 8
 
 
-@pytest.mark.fast
 def test_biases_positions_and_norms_of_gpt3_are_no_products():
     model = dataclasses.replace(
         SMALL,
@@ -159,7 +152,6 @@ def test_biases_positions_and_norms_of_gpt3_are_no_products():
     assert plain.non_embedding == plain.total - EMBEDDING
 
 
-@pytest.mark.fast
 def test_heads_that_share_keys_save_products_but_no_scores():
     model = dataclasses.replace(SMALL, moe_every=0, num_kv_heads=1)
     counts = accounting.count(model, ROUTER, length=LENGTH)
@@ -172,7 +164,6 @@ def test_heads_that_share_keys_save_products_but_no_scores():
     assert counts.scores == plain.scores == ATTENDING
 
 
-@pytest.mark.fast
 @pytest.mark.parametrize(
     ("positions", "tables"), [("relative", 1), ("relative_per_layer", 4)]
 )
@@ -184,7 +175,6 @@ def test_tables_of_distances_are_parameters_but_no_products(positions, tables):
     assert counts.forward_flops_per_token == without.forward_flops_per_token
 
 
-@pytest.mark.fast
 def test_experts_unlike_the_dense_layers_are_counted_as_by_hand():
     model = dataclasses.replace(
         SMALL, activation="geglu", expert_activation="gelu", moe_position="first"
@@ -195,7 +185,6 @@ def test_experts_unlike_the_dense_layers_are_counted_as_by_hand():
     assert counts.expert_products == 2 * TWO_MATRICES, "one in each sparse layer"
 
 
-@pytest.mark.fast
 def test_a_token_sees_half_of_a_sequence_on_average():
     counts = accounting.count(SMALL, ROUTER, length=LENGTH)
     # 1 + 2 + ... + 256 pairs of 256 · 256.
@@ -205,7 +194,6 @@ def test_a_token_sees_half_of_a_sequence_on_average():
     assert whole - causal == ATTENDING - counts.causal_scores
 
 
-@pytest.mark.fast
 def test_what_is_executed_depends_on_padding_on_drops_and_on_remat():
     router = dataclasses.replace(ROUTER, num_selected=2)
     counts = accounting.count(SMALL, router, length=LENGTH)
@@ -223,7 +211,6 @@ def test_what_is_executed_depends_on_padding_on_drops_and_on_remat():
         counts.executed_flops_per_token(padded=False, dropped=25)
 
 
-@pytest.mark.fast
 def test_experts_that_choose_are_counted_by_what_a_token_meets_on_average():
     router = dataclasses.replace(
         ROUTER, family="expert_choice", num_selected=2, capacity_factor=1.0
@@ -257,7 +244,6 @@ def xla_flops_per_token(model: ModelSettings, router: RouterSettings) -> float:
     return lowered.cost_analysis()["flops"] / (B * L)
 
 
-@pytest.mark.fast
 @pytest.mark.parametrize("capacity_factor", [None, 1.0, 2.0])
 def test_xla_counts_the_same_operations(capacity_factor):
     # Wide enough for matrix products to be nearly all of the work.
@@ -289,7 +275,6 @@ def test_xla_counts_the_same_operations(capacity_factor):
         assert measured > 1.5 * counts.forward_flops_per_token
 
 
-@pytest.mark.fast
 def test_xla_counts_a_loop_once_and_we_count_all_of_it():
     """Three runs of a product and of four runs of another one in a loop of its own."""
     x_BM = jnp.zeros((16, 16))
@@ -317,7 +302,6 @@ def test_xla_counts_a_loop_once_and_we_count_all_of_it():
     assert counted == pytest.approx(16 * product, rel=0.01)
 
 
-@pytest.mark.fast
 def test_a_number_that_xla_does_not_know_is_refused():
     with pytest.raises(ValueError, match="reports -1 operations"):
         accounting.compiled_flops(-1.0)

@@ -19,8 +19,6 @@ from moe.model.attention_scores import (
     attend_whole,
 )
 
-pytestmark = pytest.mark.fast
-
 B, L, N, U, D, DEVICES = 2, 24, 4, 2, 4, 4
 BUCKETS, MAX_DISTANCE = 6, 12
 WAYS = ("whole", "blocked", "ring")

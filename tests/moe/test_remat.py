@@ -15,8 +15,6 @@ from partitioning import rules
 from partitioning.mesh import make_mesh
 from partitioning.settings import UNCUT, MeshSettings, PartitionSettings
 
-pytestmark = pytest.mark.fast
-
 # Widths that tell arrays apart, and three periods of a dense and a sparse layer.
 B, L, M, F_DENSE, F_EXPERT, PERIODS = 8, 8, 16, 40, 56, 3
 MODEL = ModelSettings(

@@ -179,9 +179,17 @@ def build(
 
 
 def init_params(key: jax.Array, settings: ModelSettings, router: RouterSettings) -> Any:
-    """Draws all parameters: a pure dict of arrays of `param_dtype`."""
+    """Draws all parameters: a pure dict of arrays of `param_dtype`.
+
+    Selection biases stay float32: they move by less than bfloat16 can tell apart.
+    """
     drawn = nnx.to_pure_dict(nnx.state(Transformer(key, settings, router)))
-    return jax.tree.map(lambda x: x.astype(settings.param_dtype), drawn)
+
+    def cast(path: Any, array: jax.Array) -> jax.Array:
+        is_bias = jax.tree_util.keystr(path, simple=True).endswith("selection_bias")
+        return array if is_bias else array.astype(settings.param_dtype)
+
+    return jax.tree_util.tree_map_with_path(cast, drawn)
 
 
 def param_axes(settings: ModelSettings, router: RouterSettings) -> Any:

@@ -2,7 +2,8 @@
 
 Both tables may be cut twice: the vocabulary over `model`, the width over the axes of
 full sharding. Neither is ever whole: tokens travel to the columns of the embedding, and
-logits are formed piece by piece of the vocabulary.
+logits are formed piece by piece of the vocabulary. In names here A is the devices that
+the width is cut over, and Z the pieces of the vocabulary.
 """
 
 import dataclasses

@@ -62,10 +62,9 @@ def gathered(
 
 
 def _gathered_forward(piece, grid, axes, dim, dtype, reduce_dtype):
-    whole = gathered(piece, grid, axes, dim, dtype, reduce_dtype)
-    return whole, jnp.zeros(
-        (0,), piece.dtype
-    )  # its type is all that the way back needs
+    # All that the way back needs of the piece is its type.
+    like = jnp.zeros((0,), piece.dtype)
+    return gathered(piece, grid, axes, dim, dtype, reduce_dtype), like
 
 
 def _gathered_backward(grid, axes, dim, dtype, reduce_dtype, like, gradient):

@@ -84,7 +84,7 @@ def apply_updates(
     rounded = []
     for i, (p, u) in enumerate(zip(leaves, jax.tree.leaves(updates), strict=True)):
         new = p.astype(jnp.float32) + u
-        if rounding == "stochastic":
+        if rounding == "stochastic" and p.dtype == jnp.bfloat16:
             rounded.append(_round_at_random(new, jax.random.fold_in(key, i)))
         else:
             rounded.append(new.astype(p.dtype))

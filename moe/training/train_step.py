@@ -15,7 +15,7 @@ from moe.model.transformer import Batch, Model
 from moe.routing.assignment import RouterSums
 from moe.settings import LossSettings
 from moe.training import losses
-from moe.training.precision import apply_updates
+from moe.training.precision import MasterState, apply_updates
 from moe.training.state import TrainState
 from partitioning import rules
 
@@ -35,7 +35,7 @@ class Learner:
         seed: of every random draw.
         rounding: how updates reach the parameters.
         opt_shardings: where the optimizer's state belongs on the devices, if it is kept
-            on their hosts or is cut otherwise than the parameters; else None.
+            on their hosts between steps; else None.
     """
 
     model: Model
@@ -99,6 +99,9 @@ def train_step(
         taken &= jnp.sum(sums.router.excess_P) == 0
         if learner.model.router.selection_bias:
             params = _even_out(params, sums.router.chosen_PE, learner)
+            if isinstance(opt_state, MasterState):  # the next update starts from it
+                master = _even_out(opt_state.master, sums.router.chosen_PE, learner)
+                opt_state = opt_state._replace(master=master)
     finite = jnp.isfinite(gradient_norm) & jnp.isfinite(metrics["loss/total"])
     params, opt_state = jax.tree.map(
         lambda new, old: jnp.where(taken & finite, new, old),

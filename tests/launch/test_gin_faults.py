@@ -411,3 +411,17 @@ def test_a_negative_size_is_always_refused_by_name():
         setting = next(name for name, bound in bindings_of_base() if bound == macro)
         named = "".join(problems_of(TINY, f"{macro}=-1"))
         assert macro in named or setting in named
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    ("binding", "said"),
+    [
+        ("ROUNDING='master'", "ROUNDING = 'master' means nothing to PARAM_DTYPE"),
+        ("ROUNDING='stochastic'", "or set PARAM_DTYPE to 'bfloat16'"),
+        ("OFFLOAD_OPTIMIZER=True", "there is no other memory to keep the optimizer"),
+    ],
+)
+def test_precision_and_offload_that_would_do_nothing_are_refused(binding, said):
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        gin_files.read(["runs/tiny.gin"], [binding])

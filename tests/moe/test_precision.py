@@ -1,0 +1,184 @@
+"""Fewer bits between steps: rounding, master copies, moments, and their exceptions."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from moe.model import transformer
+from moe.model.weights import gathered
+from moe.settings import (
+    LossSettings,
+    ModelSettings,
+    OptimizerSettings,
+    RouterSettings,
+)
+from moe.training import state as train_state
+from moe.training.optimizer import make_optimizer, make_schedule
+from moe.training.precision import apply_updates, moments_in, with_master
+from moe.training.train_step import Learner, train_step
+from partitioning.grid import Grid
+from partitioning.mesh import make_mesh
+from partitioning.settings import MeshSettings
+
+MODEL = ModelSettings(
+    vocab_size=16,
+    num_layers=1,
+    model_dim=8,
+    num_heads=2,
+    head_dim=4,
+    mlp_dim=12,
+    moe_every=1,
+    num_experts=4,
+    expert_mlp_dim=12,
+    dtype="float32",
+    param_dtype="bfloat16",
+    remat="none",
+)
+ROUTER = RouterSettings(group_size=8, selection_bias=True, bias_update_rate=1e-3)
+KEY = jax.random.key(0)
+
+
+def test_rounding_at_random_is_right_on_average_and_to_a_neighbour():
+    # Between 1 and the next bfloat16, 1 + 2^-7, at a quarter of the way.
+    params = {"w": jnp.ones(40_000, jnp.bfloat16)}
+    updates = {"w": jnp.full(40_000, 2.0**-9)}
+    new = apply_updates(params, updates, (), "stochastic", KEY)["w"]
+    values, counts = np.unique(np.asarray(new, np.float32), return_counts=True)
+    np.testing.assert_array_equal(values, [1, 1 + 2.0**-7])
+    # Four standard deviations of 40,000 draws with a chance of 1/4 are 0.009.
+    assert abs(counts[1] / 40_000 - 0.25) < 0.009
+    nearest = apply_updates(params, updates, (), "nearest", KEY)["w"]
+    assert np.all(np.asarray(nearest, np.float32) == 1)
+
+
+def test_rounding_at_random_keeps_what_bfloat16_holds_and_is_drawn_by_the_key():
+    exact = {"w": jnp.array([-2.5, 0.0, 1.5], jnp.bfloat16)}
+    none = {"w": jnp.zeros(3)}
+    np.testing.assert_array_equal(
+        apply_updates(exact, none, (), "stochastic", KEY)["w"], exact["w"]
+    )
+    params, updates = {"w": jnp.ones(64, jnp.bfloat16)}, {"w": jnp.full(64, 2.0**-8)}
+    one, same, other = (
+        apply_updates(params, updates, (), "stochastic", jax.random.key(k))["w"]
+        for k in (1, 1, 2)
+    )
+    assert np.array_equal(one, same)
+    assert not np.array_equal(one, other)
+
+
+def test_a_master_copy_learns_what_bfloat16_parameters_would_lose():
+    optimizer = with_master(optax.sgd(1.0))
+    params = {"w": jnp.ones(3, jnp.bfloat16)}
+    state = optimizer.init(params)
+    for _ in range(8):  # each below half a unit of bfloat16 in the last place
+        updates, state = optimizer.update({"w": jnp.full(3, 2.0**-10)}, state, params)
+        params = apply_updates(params, updates, state, "master", KEY)
+    assert state.master["w"].dtype == jnp.float32
+    np.testing.assert_array_equal(state.master["w"], 1 - 8 * 2.0**-10)
+    np.testing.assert_array_equal(params["w"].astype(jnp.float32), 1 - 2.0**-7)
+
+
+def test_moments_are_kept_in_a_type_and_computed_in_float32():
+    kept = moments_in(optax.scale_by_adam(0.9, 0.95), "bfloat16")
+    plain = optax.scale_by_adam(0.9, 0.95)
+    gradient = {"w": jnp.array([0.3, -1.1], jnp.float32)}
+    state = kept.init(gradient)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(state) if leaf.ndim} == {
+        "bfloat16"
+    }
+    got, state = kept.update(gradient, state)
+    wanted, wanted_state = plain.update(gradient, plain.init(gradient))
+    np.testing.assert_array_equal(got["w"], wanted["w"])  # zeros lose nothing
+    np.testing.assert_array_equal(
+        state.mu["w"], wanted_state.mu["w"].astype(jnp.bfloat16)
+    )
+
+
+@functools.cache
+def after_steps(rounding: str, param_dtype: str = "bfloat16", steps: int = 2):
+    """The state after some steps of the tiny model, and their states' types."""
+    model = dataclasses.replace(MODEL, param_dtype=param_dtype)
+    settings = OptimizerSettings(rounding=rounding, warmup_steps=0)
+    axes = transformer.param_axes(model, ROUTER)
+    optimizer = make_optimizer(settings, 10, axes)
+    learner = Learner(
+        model=transformer.build(model, ROUTER, make_mesh(MeshSettings())),
+        optimizer=optimizer,
+        schedule=make_schedule(settings, 10),
+        loss=LossSettings(),
+        microbatches=1,
+        seed=0,
+        rounding=rounding,
+    )
+    tokens_BL = np.random.default_rng(0).integers(1, 16, (4, 8)).astype(np.int32)
+    batch = dict.fromkeys(
+        (
+            "decoder_input_tokens",
+            "decoder_target_tokens",
+            "decoder_loss_weights",
+            "decoder_segment_ids",
+        ),
+        np.ones((4, 8), np.int32),
+    ) | {
+        "decoder_input_tokens": tokens_BL,
+        "decoder_target_tokens": np.roll(tokens_BL, -1, axis=1),
+        "decoder_positions": np.broadcast_to(np.arange(8, dtype=np.int32), (4, 8)),
+    }
+    state = train_state.init_state(KEY, model, ROUTER, optimizer)
+    step = jax.jit(functools.partial(train_step, learner=learner))
+    for n in range(steps):
+        state, _ = step(state, batch, jnp.int32(n))
+    return jax.device_get(state)
+
+
+def bias_of(params):
+    return params["periods"]["blocks"][0]["moe"]["selection_bias"]
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic", "master"])
+def test_selection_biases_move_in_float32_however_parameters_are_rounded(rounding):
+    bias = bias_of(after_steps(rounding).params)
+    assert bias.dtype == np.float32
+    # Two steps of ±1e-3, or of 0 where a load is the mean.
+    np.testing.assert_allclose(bias / 1e-3, np.round(bias / 1e-3), atol=1e-3)
+    assert np.max(np.abs(bias)) > 1.5e-3
+
+
+def test_all_other_parameters_are_of_the_type_asked_for_and_follow_their_master():
+    state = after_steps("master")
+    leaves = jax.tree_util.tree_leaves_with_path(state.params)
+    types = {
+        leaf.dtype.name
+        for path, leaf in leaves
+        if not jax.tree_util.keystr(path, simple=True).endswith("selection_bias")
+    }
+    assert types == {"bfloat16"}
+    jax.tree.map(
+        lambda p, master: np.testing.assert_array_equal(p, master.astype(p.dtype)),
+        state.params,
+        state.opt_state.master,
+    )
+
+
+def test_gradients_of_gathered_weights_travel_in_reduce_dtype():
+    mesh = make_mesh(MeshSettings(data=4))
+    grid, cut = Grid(mesh), jax.sharding.PartitionSpec("data")
+
+    def travelled(reduce_dtype: str) -> str:
+        def loss(piece):
+            whole = gathered(piece, grid, ("data",), 0, "bfloat16", reduce_dtype)
+            return jnp.sum(whole.astype(jnp.float32) ** 2)
+
+        both = jax.shard_map(
+            jax.grad(loss), mesh=mesh, in_specs=cut, out_specs=cut, check_vma=False
+        )
+        return str(jax.make_jaxpr(both)(jnp.ones((8, 4))))
+
+    assert "f32[2,4] = reduce_scatter" in travelled("float32")
+    assert "bf16[2,4] = reduce_scatter" in travelled("bfloat16")
+    assert "bf16[8,4] = all_gather" in travelled("float32")

@@ -95,12 +95,16 @@ class Run:
         return step.lower(self.placed_shapes(), self.batch_shapes(), index)
 
     def compile_eval_step(self) -> Callable[..., tuple[Sums, jax.Array]]:
-        """Compiles the scoring of one batch."""
+        """Compiles the scoring of one batch; see `lower_eval_step`."""
+        return self.lower_eval_step().compile()
+
+    def lower_eval_step(self) -> jax.stages.Lowered:
+        """Traces and lowers the scoring of one batch, in the step's microbatches."""
         step = jax.jit(
-            functools.partial(eval_step, model=self.learner.model),
+            functools.partial(eval_step, learner=self.learner),
             out_shardings=rules.replicated(self.mesh),
         )
-        return step.lower(self.placed_shapes().params, self.batch_shapes()).compile()
+        return step.lower(self.placed_shapes().params, self.batch_shapes())
 
 
 def assemble(

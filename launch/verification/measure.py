@@ -156,7 +156,7 @@ class Bench:
 
     def evaluation(self, start: Start, batch: dict[str, np.ndarray]) -> Evaluation:
         """Scores the batch as held-out data are scored."""
-        score = functools.partial(eval_step, model=self.run.learner.model)
+        score = functools.partial(eval_step, learner=self.run.learner)
         sums, nats_BL = self._compute(score, start, batch)
         named = {
             jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf)

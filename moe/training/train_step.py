@@ -10,9 +10,8 @@ import optax
 from jax.sharding import PartitionSpec
 
 from moe.model import transformer
-from moe.model.embedding import Scores, score
+from moe.model.embedding import score
 from moe.model.transformer import Batch, Model
-from moe.routing.assignment import RouterSums
 from moe.settings import LossSettings
 from moe.training import losses
 from moe.training.precision import MasterState, apply_updates
@@ -74,7 +73,7 @@ def train_step(
     key = jax.random.fold_in(steps_key, state.step)
 
     def objective(params: Any) -> tuple[jax.Array, tuple[losses.Sums, dict]]:
-        sums = batch_sums(params, batch, key, learner)
+        sums, _ = batch_sums(params, batch, key, learner)
         value, metrics = losses.total(sums, learner.loss)
         return value, (sums, metrics)
 
@@ -154,33 +153,24 @@ def _even_out(params: Any, chosen_PE: jax.Array, learner: Learner) -> Any:
     return jax.tree_util.tree_map_with_path(moved, params)
 
 
-def eval_step(params: Any, batch: Batch, model: Model) -> tuple[losses.Sums, jax.Array]:
+def eval_step(
+    params: Any, batch: Batch, learner: Learner
+) -> tuple[losses.Sums, jax.Array]:
     """Scores one batch: nothing is drawn, and by default nothing is dropped.
 
+    It is computed in the microbatches of training, so that it needs no more memory
+    than a step, and in rounds, so that whatever comes finds room.
+
     Returns:
-        The sums of the batch, and nats_BL: the cross-entropy of each target, 0 where
-        its weight is 0. Hosts add it up by document, in float64.
+        The sums of the batch, and nats_BL; see `batch_sums`.
     """
-    model = dataclasses.replace(model, in_rounds=True)
-
-    def on_device(params: Any, batch: Batch, row_B: jax.Array) -> Any:
-        scores, router = _scores(params, batch, row_B, None, model)
-        weight_BL = batch["decoder_loss_weights"]
-        sums = _sums(scores, router, batch, model)
-        nats_BL = jnp.where(weight_BL > 0, scores.log_z_BL - scores.target_logit_BL, 0)
-        return losses.over_devices(sums, model.grid), nats_BL
-
-    return model.grid.run(
-        on_device,
-        in_specs=(model.param_specs, transformer.batch_spec(batch), _BY_ROW),
-        out_specs=(PartitionSpec(), rules.spec(["batch", "length"])),
-    )(params, batch, _rows(batch))
+    return batch_sums(params, batch, None, in_rounds(learner))
 
 
 def batch_sums(
-    params: Any, batch: Batch, key: jax.Array, learner: Learner
-) -> losses.Sums:
-    """Sums up the batch, microbatch by microbatch.
+    params: Any, batch: Batch, key: jax.Array | None, learner: Learner
+) -> tuple[losses.Sums, jax.Array]:
+    """Sums up the batch, microbatch by microbatch, in training and outside it.
 
     The losses are formed from the result and differentiated through the scan, so any
     loss has its exact gradient whatever the number of microbatches. Each microbatch
@@ -188,67 +178,59 @@ def batch_sums(
 
     Piece a is the a-th block of each device's own rows, so that no row moves, and
     gradients of parameters that devices share are summed once, after the last.
+
+    Args:
+        params: as `init_params` returns them.
+        batch: SeqIO's decoder features, each [B, L].
+        key: PRNG key of the step; None outside training, where nothing is drawn.
+        learner: static; its optimizer is not used.
+    Returns:
+        The sums of the batch, and nats_BL: float32, the cross-entropy of each target,
+        0 where its weight is 0, without a gradient. Hosts add it up by document, in
+        float64.
     """
     model, A = learner.model, learner.microbatches
 
-    def one(params: Any, piece: Batch, row_B: jax.Array, key: Any) -> losses.Sums:
-        scores, router = _scores(params, piece, row_B, key, model)
-        return _sums(scores, router, piece, model)
+    def one(params: Any, piece: Batch, row_B: jax.Array, key: Any) -> Any:
+        x_BLM, router = transformer.hidden(model, params, piece, row_B, key)
+        target_BL = piece["decoder_target_tokens"]
+        weight_BL = piece["decoder_loss_weights"]
+        head_mv = transformer.head(model, params)
+        scores = score(head_mv, x_BLM, target_BL, model.settings, model.grid)
+        add_up = functools.partial(model.grid.sum, axes=("context", "model"))
+        sums = losses.sums(scores, target_BL, weight_BL, router, add_up)
+        nats_BL = jax.lax.stop_gradient(scores.log_z_BL - scores.target_logit_BL)
+        return sums, jnp.where(weight_BL > 0, nats_BL, 0)
 
-    def on_device(params: Any, batch: Batch, row_B: jax.Array, key: Any) -> losses.Sums:
+    def on_device(params: Any, batch: Batch, row_B: jax.Array, key: Any) -> Any:
         if A == 1:
-            return losses.over_devices(one(params, batch, row_B, key), model.grid)
+            sums, nats_BL = one(params, batch, row_B, key)
+            return losses.over_devices(sums, model.grid), nats_BL
         pieces = jax.tree.map(
             lambda x: x.reshape(A, x.shape[0] // A, *x.shape[1:]), (batch, row_B)
         )
         again = jax.checkpoint(one, prevent_cse=False)
 
-        def add(carried: losses.Sums, piece: Any) -> tuple[losses.Sums, None]:
-            return jax.tree.map(jnp.add, carried, again(params, *piece, key)), None
+        def add(carried: losses.Sums, piece: Any) -> tuple[losses.Sums, jax.Array]:
+            sums, nats_BL = again(params, *piece, key)
+            return jax.tree.map(jnp.add, carried, sums), nats_BL
 
-        shapes = jax.eval_shape(one, params, *jax.tree.map(lambda x: x[0], pieces), key)
+        first = jax.tree.map(lambda x: x[0], pieces)
+        shapes, _ = jax.eval_shape(one, params, *first, key)
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-        sums, _ = jax.lax.scan(add, zeros, pieces)
-        return losses.over_devices(sums, model.grid)
+        sums, nats_ABL = jax.lax.scan(add, zeros, pieces)
+        nats_BL = nats_ABL.reshape(-1, nats_ABL.shape[-1])
+        return losses.over_devices(sums, model.grid), nats_BL
 
+    by_row = rules.spec(["batch"])
+    num_rows = batch["decoder_target_tokens"].shape[0]
     return model.grid.run(
         on_device,
         in_specs=(
             model.param_specs,
             transformer.batch_spec(batch),
-            _BY_ROW,
+            by_row,
             PartitionSpec(),
         ),
-        out_specs=PartitionSpec(),
-    )(params, batch, _rows(batch), key)
-
-
-_BY_ROW = rules.spec(["batch"])
-
-
-def _scores(
-    params: Any, batch: Batch, row_B: jax.Array, key: jax.Array | None, model: Model
-) -> tuple[Scores, RouterSums | None]:
-    """The forward pass on one device."""
-    x_BLM, router = transformer.hidden(model, params, batch, row_B, key)
-    head_mv = transformer.head(model, params)
-    target_BL = batch["decoder_target_tokens"]
-    return score(head_mv, x_BLM, target_BL, model.settings, model.grid), router
-
-
-def _sums(
-    scores: Scores, router: RouterSums | None, batch: Batch, model: Model
-) -> losses.Sums:
-    """What one device's part of the losses is made of."""
-    return losses.sums(
-        scores,
-        batch["decoder_target_tokens"],
-        batch["decoder_loss_weights"],
-        router,
-        functools.partial(model.grid.sum, axes=("context", "model")),
-    )
-
-
-def _rows(batch: Batch) -> jax.Array:
-    """Global row numbers of a whole batch."""
-    return jnp.arange(batch["decoder_target_tokens"].shape[0], dtype=jnp.int32)
+        out_specs=(PartitionSpec(), rules.spec(["batch", "length"])),
+    )(params, batch, jnp.arange(num_rows, dtype=jnp.int32), key)

@@ -11,13 +11,14 @@ import types
 
 import jax
 import numpy as np
+import optax
 
 from launch import evaluate
 from launch.task_metrics import TaskMetrics
 from moe.model import transformer
 from moe.settings import LossSettings, ModelSettings, RouterSettings
 from moe.testing import MESHES
-from moe.training.train_step import eval_step
+from moe.training.train_step import Learner, eval_step
 from partitioning import rules
 from partitioning.mesh import make_mesh
 from tasks import scoring
@@ -205,6 +206,12 @@ def build(mesh: str) -> transformer.Model:
     return transformer.build(MODEL, ROUTER, make_mesh(MESHES[mesh]))
 
 
+def make_learner(mesh: str) -> Learner:
+    """What scores; it is never asked to learn."""
+    nothing = optax.identity()
+    return Learner(build(mesh), nothing, lambda _: 0.0, LossSettings(), 1, seed=0)
+
+
 def make_run(mesh: str, model_dir, data: DataSettings = DATA):
     """What evaluation reads of a `launch.assemble.Run`."""
     model = build(mesh)
@@ -217,17 +224,17 @@ def make_run(mesh: str, model_dir, data: DataSettings = DATA):
     return types.SimpleNamespace(
         settings=settings,
         mesh=model.mesh,
-        learner=types.SimpleNamespace(model=model),
+        learner=make_learner(mesh),
         batch_sharding=rules.sharding(model.mesh, ("batch", "length")),
     )
 
 
 @functools.cache
 def compiled_eval_step(mesh: str):
-    model = build(mesh)
+    learner = make_learner(mesh)
     return jax.jit(
-        functools.partial(eval_step, model=model),
-        out_shardings=rules.replicated(model.mesh),
+        functools.partial(eval_step, learner=learner),
+        out_shardings=rules.replicated(learner.model.mesh),
     )
 
 

@@ -525,7 +525,7 @@ def test_gradients_of_prefixes_are_those_of_targets_on_any_mesh_in_any_pieces(st
         )
 
         def loss(params, batch):
-            sums = batch_sums(params, batch, jax.random.key(0), learner)
+            sums, _ = batch_sums(params, batch, jax.random.key(0), learner)
             value, metrics = losses.total(sums, learner.loss)
             return value, metrics["loss/nats_per_token"]
 

@@ -87,7 +87,7 @@ def compiled(
     batch = {f"decoder_{name}": tokens for name in TOKENS}
 
     def loss(params, batch):
-        sums = batch_sums(params, batch, jax.random.key(0), learner)
+        sums, _ = batch_sums(params, batch, jax.random.key(0), learner)
         return losses.total(sums, learner.loss)[0]
 
     step = jax.jit(

@@ -218,7 +218,7 @@ def hlo(mesh: str, remat: str, backward: bool) -> str:
     places = train_state.shardings(params, axes, mesh)
 
     def loss(params, batch):
-        sums = batch_sums(params, batch, jax.random.key(0), learner)
+        sums, _ = batch_sums(params, batch, jax.random.key(0), learner)
         return losses.total(sums, learner.loss)[0]
 
     compiled = jax.jit(
@@ -344,14 +344,42 @@ def test_biases_and_losses_of_whole_batches_do_not_depend_on_how_it_is_cut():
     np.testing.assert_array_equal(*map(biases, (actual[0].params, expected[0].params)))
 
 
-def test_evaluation_drops_nothing_and_draws_nothing():
-    model = make_learner("d4e2", transport="auto").model
-    with jax.set_mesh(model.mesh):
-        score = jax.jit(functools.partial(eval_step, model=model))
-        first, second = (
-            jax.device_get(score(initial_state().params, make_batch()))
-            for _ in range(2)
+def compile_evaluation(mesh: str, microbatches: int, num_rows: int = B):
+    """Scores the batch of that many rows."""
+    learner = make_learner(mesh, microbatches=microbatches, transport="auto")
+    mesh = learner.model.mesh
+    by_row = rules.sharding(mesh, ("batch", "length"))
+    step = jax.jit(
+        functools.partial(eval_step, learner=learner), in_shardings=(None, by_row)
+    )
+    params, batch = initial_state().params, make_batch()
+    repeated = (num_rows // B, 1)
+    batch = {name: np.tile(rows, repeated) for name, rows in batch.items()}
+    with jax.set_mesh(mesh):
+        compiled = step.lower(params, batch).compile()
+
+    def score():
+        return jax.device_get(
+            compiled(*jax.device_put((params, batch), compiled.input_shardings[0]))
         )
+
+    score.temporaries = compiled.memory_analysis().temp_size_in_bytes
+    return score
+
+
+def test_evaluation_takes_the_microbatches_of_training():
+    whole, cut = (compile_evaluation("d2e4", a, num_rows=32) for a in (1, 4))
+    (sums, nats_BL), (cut_sums, cut_nats_BL) = whole(), cut()
+    close = functools.partial(np.testing.assert_allclose, rtol=2e-6)
+    jax.tree.map(close, cut_sums, sums)
+    np.testing.assert_allclose(cut_nats_BL, nats_BL, rtol=2e-6, atol=1e-6)
+    assert len(np.unique(nats_BL[:B])) > 60  # rows that differ stay in place
+    assert cut.temporaries < 0.5 * whole.temporaries
+
+
+def test_evaluation_drops_nothing_and_draws_nothing():
+    score = compile_evaluation("d4e2", microbatches=1)
+    first, second = (score() for _ in range(2))
     jax.tree.map(np.testing.assert_array_equal, first, second)
     sums, nats_BL = first
     assert np.all(sums.router.chosen_PE == sums.router.kept_PE)

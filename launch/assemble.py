@@ -3,14 +3,15 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 
 from launch.errors import ConfigError
 from launch.gin_files import ResolvedConfig
 from launch.settings import Settings
+from moe.dispatch import choice
 from moe.model import transformer
+from moe.model.moe_layer import exchange_of
 from moe.training import state as train_state
 from moe.training.losses import Sums
 from moe.training.optimizer import make_optimizer, make_schedule
@@ -68,6 +69,18 @@ class Run:
             self.shapes,
             self.shardings,
         )
+
+    @property
+    def may_exceed_budget(self) -> bool:
+        """Whether a step may bring more rows than ROW_BUDGET makes room for."""
+        settings, model = self.settings, self.learner.model
+        if not settings.model.moe_every:
+            return False
+        cuts = settings.mesh.batch_shards * settings.mesh.context * settings.mesh.model
+        tokens = settings.train.batch_size * settings.data.length
+        of_device = tokens // cuts // settings.train.microbatches
+        _, _, room = exchange_of(model.layer, of_device, train=True)
+        return room.num_rounds > 1
 
     def compile_train_step(
         self, *, rounds: bool = False
@@ -133,6 +146,7 @@ def assemble(
             ],
         )
     mesh = make_mesh(settings.mesh, devices)
+    _refuse_missing_exchange(config, mesh)
     axes = transformer.param_axes(settings.model, settings.router)
     optimizer = make_optimizer(settings.optimizer, settings.train.train_steps, axes)
     learner = Learner(
@@ -179,6 +193,20 @@ def assemble(
     )
 
 
-def host(tree: Any) -> Any:
-    """Fetches replicated results as NumPy arrays."""
-    return jax.device_get(tree)
+def _refuse_missing_exchange(config: ResolvedConfig, mesh: jax.sharding.Mesh) -> None:
+    """Says before compiling that devices have no ragged exchange; CPU stands in."""
+    platform = mesh.devices.flat[0].platform
+    if mesh.shape["expert"] == 1 or platform == "cpu":
+        return
+    model = config.settings.model
+    if model.moe_every and model.transport == "ragged":
+        if choice.mesh_has_ragged_exchange(mesh):
+            return
+        raise ConfigError(
+            config.where,
+            [
+                f"TRANSPORT = 'ragged': {mesh.devices.size} "
+                f"{mesh.devices.flat[0].device_kind} devices have no ragged exchange: "
+                "use 'ring', 'all_to_all' or 'auto'"
+            ],
+        )

@@ -25,14 +25,16 @@ def problems(
         length: L, tokens of a row.
     """
     found = []
-    multiple = mesh.batch_shards * train.microbatches
+    group_rows = router.group_rows if model.moe_every else 1
+    multiple = mesh.batch_shards * train.microbatches * group_rows
     axes = named(mesh, BATCH_AXES)
     shards = f"{mesh.batch_shards} batch shards ({axes})" if axes else "1 batch shard"
     if multiple >= 1 and train.batch_size >= 1 and train.batch_size % multiple:
         found.append(
             f"BATCH_SIZE = {train.batch_size} does not divide over {shards} × "
-            f"MICROBATCHES = {train.microbatches}: "
-            f"{_nearest_multiples(train.batch_size, multiple)}"
+            f"MICROBATCHES = {train.microbatches}"
+            + (f" × GROUP_ROWS = {group_rows}" if group_rows > 1 else "")
+            + f": {_nearest_multiples(train.batch_size, multiple)}"
         )
     if model.moe_every and model.num_experts >= 1 and model.num_experts % mesh.expert:
         found.append(_expert_problem(model.num_experts, mesh.expert))
@@ -54,7 +56,8 @@ def _sequence_problems(
     if cuts == 1:
         return []
     axes = named(mesh, ("context", "model"))
-    whole_groups = model.moe_every > 0 and router.group_size >= 1
+    cut = router.group_length
+    whole_groups = model.moe_every > 0 and cut >= 1
     if not model.moe_every and not partition.sequence_parallel:
         cuts = mesh.context
     if length % cuts:
@@ -63,14 +66,16 @@ def _sequence_problems(
             f"{_nearest_multiples(length, cuts)}, or make an axis smaller"
         ]
     piece = length // cuts
-    if not whole_groups or piece % router.group_size == 0:
+    if not whole_groups or piece % cut == 0:
         return []
-    fitting = [d for d in range(1, piece + 1) if piece % d == 0]
-    below = [d for d in fitting if d <= router.group_size][-2:]
+    rows = router.group_rows
+    fitting = [d * rows for d in range(1, piece + 1) if piece % d == 0]
+    below = [size for size in fitting if size <= router.group_size][-2:]
+    of_each = f", cut over GROUP_ROWS = {rows} rows," if rows > 1 else ""
     return [
-        f"GROUP_SIZE = {router.group_size} does not divide the {piece} tokens of a row "
-        f"of {length} that each device of {axes} routes: use {_choice(below)}, or make "
-        "an axis smaller"
+        f"GROUP_SIZE = {router.group_size}{of_each} does not divide the {piece} tokens "
+        f"of a row of {length} that each device of {axes} routes: use "
+        f"{_choice(below)}, or make an axis smaller"
     ]
 
 
@@ -84,7 +89,7 @@ def _model_axis_problems(
     }
     if model.num_kv_heads:
         cut["NUM_KV_HEADS"] = model.num_kv_heads
-    if model.moe_every != 1 or model.first_dense_layers:
+    if model.moe_every != 1 or model.num_first_layers:
         cut["MLP_DIM"] = model.mlp_dim
     if model.moe_every and partition.expert_tensor_parallel:
         cut["EXPERT_MLP_DIM"] = model.expert_mlp_dim

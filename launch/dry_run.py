@@ -137,9 +137,9 @@ def sparse_facts(settings: Settings, mesh: jax.sharding.Mesh) -> list[tuple[str,
     E, S = model.num_experts, router.group_size
     lines = [("router", _describe_router(settings))]
     axis_size = mesh.shape["expert"]
-    platform = mesh.devices.flat[0].platform
+    has_ragged = choice.mesh_has_ragged_exchange(mesh)
     (taken, why), (eval_taken, eval_why) = (
-        choice.pick(model, router, axis_size, platform, train=train)
+        choice.pick(model, router, axis_size, has_ragged, train=train)
         for train in (True, False)
     )
     transport = f"{taken} ({why})"

@@ -260,7 +260,11 @@ def table(record: Record, store: TokenStore, data: DataSettings) -> list[str]:
     ]
     lines += [
         f"{name:24} {record[name]:,}"
-        for name in ("router/dropped_fraction", "tokens")
+        for name in (
+            "router/dropped_fraction",
+            "router/tokens_without_expert_fraction",
+            "tokens",
+        )
         if name in record
     ]
     if predicts_text(data):

@@ -8,8 +8,9 @@ import jax
 import numpy as np
 
 from launch.assemble import Run
-from launch.errors import EXIT_DONE
+from launch.errors import EXIT_DONE, UserError
 from launch.gin_files import ResolvedConfig
+from launch.settings import Settings
 from launch.task_metrics import until_end
 from launch.terminal import waiting
 from launch.trained import restored
@@ -31,6 +32,35 @@ def main(config: ResolvedConfig, options: argparse.Namespace) -> int:
     return EXIT_DONE
 
 
+class SampleError(UserError):
+    """What is to be drawn does not fit the model."""
+
+
+def encode_prompt(settings: Settings, vocabulary: Vocabulary) -> list[int]:
+    """Returns the tokens of the settings' prompt.
+
+    Raises:
+        SampleError: with what is to follow they are more than a model of learned
+            positions knows.
+    """
+    model, sample = settings.model, settings.sample
+    prompt = vocabulary.encode(sample.prompt)
+    if settings.data.objective == "seq2seq":  # as every document of inputs ends
+        prompt = [*prompt, vocabulary.eos_id]
+    needed, known = len(prompt) + sample.num_tokens, model.max_positions
+    if model.positions == "learned" and needed > known:
+        left = known - len(prompt)
+        remedy = f"lower SAMPLE_TOKENS (--num_tokens) to {left}"
+        if left < 1:
+            remedy = f"shorten the prompt to fewer than {known} tokens"
+        raise SampleError(
+            f"MAX_POSITIONS = {known}: a prompt of {len(prompt)} tokens and "
+            f"SAMPLE_TOKENS = {sample.num_tokens} need {needed} positions, and the "
+            f"model has learned no more: {remedy}"
+        )
+    return prompt
+
+
 def continue_prompt(run: Run, params: Any, vocabulary: Vocabulary) -> str:
     """Draws a continuation of the settings' prompt, on the run's mesh.
 
@@ -39,12 +69,12 @@ def continue_prompt(run: Run, params: Any, vocabulary: Vocabulary) -> str:
 
     Returns:
         What follows the prompt; of a run that learnt targets from inputs, the targets.
+    Raises:
+        SampleError: it does not fit the model.
     """
     data, sample = run.settings.data, run.settings.sample
     answers = data.objective == "seq2seq"
-    prompt = vocabulary.encode(sample.prompt)
-    if answers:  # as every document of inputs ends
-        prompt = [*prompt, vocabulary.eos_id]
+    prompt = encode_prompt(run.settings, vocabulary)
     room = -(-max(len(prompt), 1) // _PROMPT_STEP) * _PROMPT_STEP
     rows = run.settings.mesh.batch_shards
     prompt_BL = np.zeros((rows, room), np.int32)

@@ -239,6 +239,10 @@ class TrainProgress:
         if dropped is not None:
             style = "yellow" if dropped > _WARN_DROPPED else ""
             parts.append(Text(f"dropped {_percent(dropped)}", style))
+        alone = self._train.get("router/tokens_without_expert_fraction")
+        if alone and alone != dropped:  # with one choice each they are the same
+            style = "yellow" if alone > _WARN_DROPPED else ""
+            parts.append(Text(f"without expert {_percent(alone)}", style))
         extremes = load_extremes(self._train.get("router/load", ()))
         if extremes:
             parts += [Text(f"most {extremes[0]}"), Text(f"least {extremes[1]}")]

@@ -118,6 +118,12 @@ def ledger(
             f"{_percent(sum(all_shares) / len(all_shares))} were dropped, in the worst "
             f"of them {_percent(max(all_shares))}."
         )
+    alone = _numbers(recent, "router/tokens_without_expert_fraction")
+    if any(alone):
+        sentences.append(
+            f"{_percent(sum(alone) / len(alone))} of the tokens of a sparse layer had "
+            "no expert at all, and only their residual went on."
+        )
     spilled = _numbers(recent, "router/spilled_fraction")
     if any(spilled):
         sentences.append(

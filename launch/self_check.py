@@ -16,8 +16,7 @@ from flax import nnx
 
 from launch.assemble import Run
 from launch.errors import UserError
-from moe.dispatch import choice
-from moe.model.moe_layer import Layer, MoE, Tokens, moe_layer
+from moe.model.moe_layer import Layer, MoE, Tokens, exchange_of, moe_layer
 from moe.model.parameters import logical_axes
 from partitioning import rules
 
@@ -33,14 +32,17 @@ class SelfCheckError(UserError):
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """How a transport and its expert products compare with the oracle.
+    """How a program's transport and expert products compare with the oracle.
 
     Attributes:
-        transport: that of this run.
-        differences: relative difference of the output and of each gradient.
+        program: "training", "evaluation" or "rounds".
+        transport: its transport.
+        differences: relative difference of the output and, but for evaluation, of each
+            gradient.
         tolerance: what they may be.
     """
 
+    program: str
     transport: str
     differences: Mapping[str, float]
     tolerance: float
@@ -50,66 +52,92 @@ class Comparison:
         """The largest difference; not a number if any is not."""
         return float(np.max(list(self.differences.values())))
 
-    def __str__(self) -> str:
-        """Says it in a line."""
-        return (
-            f"TRANSPORT {self.transport!r} equals the oracle, forward and backward, "
-            f"to {self.worst:.1e}"
-        )
+    @property
+    def is_right(self) -> bool:
+        """Whether all is within tolerance; False if anything is not a number."""
+        return self.worst <= self.tolerance
 
 
-def check(run: Run) -> Comparison | None:
+def check(run: Run) -> str:
     """Compares one sparse layer of the run with `einsum` and batched products.
 
+    So it is computed in training, in evaluation and, if steps may have to be taken in
+    rounds, in rounds.
+
     Returns:
-        The comparison; None for a model without experts.
+        What was found, in a line; "" for a model without experts.
     Raises:
-        SelfCheckError: they differ by more than their rounding.
+        SelfCheckError: something differs by more than its rounding.
     """
     if not run.settings.model.moe_every:
-        return None
+        return ""
     found = compare(run)
-    if found.worst <= found.tolerance:  # False if it is not a number
-        return found
-    rows = "\n".join(
-        f"  {name:32} {difference:.3g}"
-        for name, difference in found.differences.items()
-    )
+    wrong = [comparison for comparison in found if not comparison.is_right]
+    if not wrong:
+        words = ", ".join(
+            f"{c.program} {c.transport!r} to {c.worst:.1e}" for c in found
+        )
+        return f"equal to the oracle: {words}"
+    where = f"{run.mesh.devices.size} {run.mesh.devices.flat[0].platform} devices"
     raise SelfCheckError(
-        f"TRANSPORT = {found.transport!r} differs from the oracle by {found.worst:.3g} "
-        f"on {run.mesh.devices.size} {run.mesh.devices.flat[0].platform} devices, and "
-        f"may by {found.tolerance:g}:\n{rows}\n"
-        "Nothing was trained. Set TRANSPORT to 'all_to_all', look for flags in "
-        "XLA_FLAGS that change kernels or schedules, or pass --self_check=off to go on "
-        "all the same."
+        "\n".join(
+            [
+                *(line for comparison in wrong for line in _told(comparison, where)),
+                "Nothing was trained. Set TRANSPORT to 'all_to_all', look for flags in "
+                "XLA_FLAGS that change kernels or schedules, or pass --self_check=off "
+                "to go on all the same.",
+            ]
+        )
     )
 
 
-def compare(run: Run) -> Comparison:
-    """Runs both layers on one small batch and measures how far they are apart."""
+def _told(wrong: Comparison, where: str) -> list[str]:
+    """What is off, line by line."""
+    return [
+        f"TRANSPORT = {wrong.transport!r} differs from the oracle in {wrong.program} "
+        f"by {wrong.worst:.3g} on {where}, and may by {wrong.tolerance:g}:",
+        *(f"  {name:32} {value:.3g}" for name, value in wrong.differences.items()),
+    ]
+
+
+def compare(run: Run) -> list[Comparison]:
+    """Runs the layer on one small batch and measures how far it is from the oracle."""
     model, mesh = run.settings.model, run.mesh
-    platform, axis_size = mesh.devices.flat[0].platform, mesh.shape["expert"]
     S = min(run.settings.router.group_size, LONGEST_GROUP)
     # Room for everything: what exceeds it is the loop's affair, not the kernels'.
-    router = dataclasses.replace(
+    roomy = dataclasses.replace(
         run.settings.router,
         group_size=S,
-        row_budget=float(axis_size),
+        group_rows=1,
+        row_budget=float(mesh.shape["expert"]),
         min_capacity=max(run.settings.router.min_capacity, 1),
     )
-    name, _ = choice.pick(model, router, axis_size, platform, train=True)
-    arguments = _draw(run, Layer(model, router, mesh, partition=run.settings.partition))
-    results = {}
-    for transport in (name, "einsum"):
-        changed = dataclasses.replace(model, transport=transport)  # type: ignore[arg-type]
-        layer = Layer(changed, router, mesh, partition=run.settings.partition)
-        results[transport] = _forward_and_backward(layer, arguments)
-    exact = model.dtype == "float32" and platform == "cpu"
-    return Comparison(
-        transport=name,
-        differences=_differences(results[name], results["einsum"], mesh),
-        tolerance=TOLERANCES["exact" if exact else "rounded"],
+    layer = Layer(model, roomy, mesh, partition=run.settings.partition)
+    oracle = dataclasses.replace(
+        layer, model=dataclasses.replace(model, transport="einsum")
     )
+    half = dataclasses.replace(roomy, row_budget=0.5)  # of an even share: two rounds
+    programs = {"training": layer, "evaluation": layer}
+    if run.may_exceed_budget:
+        programs["rounds"] = dataclasses.replace(layer, router=half, in_rounds=True)
+    arguments = _draw(run, layer)
+    exact = model.dtype == "float32" and mesh.devices.flat[0].platform == "cpu"
+    found, right = [], {}
+    for program, tried in programs.items():
+        train = program != "evaluation"
+        if train not in right:
+            right[train] = _results(oracle, arguments, train=train)
+        _, name, _ = exchange_of(tried, S, train=train)
+        results = _results(tried, arguments, train=train)
+        found.append(
+            Comparison(
+                program=program,
+                transport=name,
+                differences=_differences(results, right[train], mesh),
+                tolerance=TOLERANCES["exact" if exact else "rounded"],
+            )
+        )
+    return found
 
 
 def _draw(run: Run, layer: Layer) -> tuple[Any, ...]:
@@ -151,8 +179,10 @@ def _scattered(shape: tuple[int, ...]) -> jax.Array:
     return 2**0.5 * jnp.sin(number)
 
 
-def _forward_and_backward(layer: Layer, arguments: tuple[Any, ...]) -> dict[str, Any]:
-    """Output and gradients of one layer; the last tokens of each row are padding."""
+def _results(
+    layer: Layer, arguments: tuple[Any, ...], *, train: bool
+) -> dict[str, Any]:
+    """Output and, in training, gradients; the last tokens of each row are padding."""
     definition = nnx.graphdef(_container(layer))
 
     def objective(weights: Any, x_BLM: Any, d_y_BLM: Any, id_BL: Any) -> Any:
@@ -162,11 +192,14 @@ def _forward_and_backward(layer: Layer, arguments: tuple[Any, ...]) -> dict[str,
             row_B=jnp.arange(B),
             id_BL=id_BL,
         )
+        key = jax.random.key(1) if train else None
         y_BLM, _ = moe_layer(
-            nnx.merge(definition, weights), x_BLM, tokens, jax.random.key(1), 0, layer
+            nnx.merge(definition, weights), x_BLM, tokens, key, 0, layer
         )
         return jnp.sum((y_BLM * d_y_BLM).astype(jnp.float32)), y_BLM
 
+    if not train:
+        return {"output": jax.jit(objective)(*arguments)[1]}
     (_, y_BLM), (d_weights, d_x_BLM) = jax.jit(
         jax.value_and_grad(objective, argnums=(0, 1), has_aux=True)
     )(*arguments)

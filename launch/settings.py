@@ -69,6 +69,8 @@ class LoopSettings:
         max_skipped_steps: consecutive non-finite steps after which the run gives up.
         self_check: whether the sparse layer is compared with the oracle before
             training.
+        compile_ahead: what is compiled before the first step: "all" that the run may
+            need, or the "train_step" alone.
     """
 
     model_dir: str
@@ -80,6 +82,7 @@ class LoopSettings:
     log_period_steps: int = 10
     max_skipped_steps: int = 10
     self_check: Literal["on", "off"] = "on"
+    compile_ahead: Literal["all", "train_step"] = "all"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,6 +142,7 @@ def problems(settings: Settings) -> list[str]:
         ),
         *tasks.settings.problems(settings.data, settings.mixture, settings.filters),
         *_range_problems(settings),
+        *_optimizer_problems(settings.optimizer),
         *_text_problems(settings),
         *_size_problems(settings),
         *_device_problems(settings.platform, settings.mesh),
@@ -187,6 +191,7 @@ def _range_problems(settings: Settings) -> list[str]:
         "BETA2": (optimizer.b2, "[0, 1)"),
         "SAMPLE_TOP_P": (sample.top_p, "(0, 1]"),
     }
+    int32 = {"SAMPLE_TOKENS": sample.num_tokens, "SAMPLE_TOP_K": sample.top_k}
     seeds = {
         "SEED": settings.train.seed,
         "HASH_SEED": settings.router.hash_seed,
@@ -203,12 +208,34 @@ def _range_problems(settings: Settings) -> list[str]:
             or ("(0" in interval and x == 0)
             or ("1)" in interval and x == 1)
         ),
+        *(f"{m} = {x}: must be below 2**31" for m, x in int32.items() if x >= 2**31),
         *(
             f"{macro} = {seed}: must be in [0, 2**32)"
             for macro, seed in seeds.items()
             if not 0 <= seed < 2**32
         ),
     ]
+
+
+def _optimizer_problems(optimizer: OptimizerSettings) -> list[str]:
+    """Settings of the other optimizer, or of another schedule."""
+    default = OptimizerSettings()
+    belongs_to = {
+        "BETA2": ("b2", "OPTIMIZER", optimizer.name, "adamw"),
+        "EPSILON": ("eps", "OPTIMIZER", optimizer.name, "adamw"),
+        "FINAL_LEARNING_RATE_FRACTION": (
+            *("final_fraction", "SCHEDULE", optimizer.schedule, "cosine"),
+        ),
+    }
+    found = []
+    for macro, (field, choice, taken, owner) in belongs_to.items():
+        value, unused = getattr(optimizer, field), getattr(default, field)
+        if taken != owner and value != unused:
+            found.append(
+                f"{macro} = {value} means nothing to {choice} = {taken!r}, only to "
+                f"{owner!r}: leave it at {unused}"
+            )
+    return found
 
 
 def _text_problems(settings: Settings) -> list[str]:

@@ -9,7 +9,6 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from launch.checkpoints import Checkpoints
 from launch.errors import EXIT_DONE, EXIT_NON_FINITE, UserError
 from launch.gin_files import ResolvedConfig
 from launch.inspection import cut_words
+from launch.programs import Programs
 from launch.progress import TrainProgress
 from launch.task_metrics import EvalStep, TaskMetrics
 from launch.terminal import waiting
@@ -55,17 +55,17 @@ def main(config: ResolvedConfig, options: argparse.Namespace) -> int:
         owned(model_dir),
         jax.set_mesh(run.mesh),
         Checkpoints(str(model_dir), settings.loop.keep_checkpoints) as saved,
+        Programs(run) as programs,
     ):
-        store, batches, measure = _data(config, run, options)
+        programs.during = functools.partial(waiting, quiet=quiet)
+        store, batches, measure = _data(config, run, programs, options)
         found = saved.latest()
         if found is not None and found >= settings.train.train_steps:
             return _already_complete(config, run, store, saved, found, measure, options)
         if found is None:  # drawing cannot fail, so compiling need not wait for it
-            compiling = _in_background(run.mesh, run.compile_train_step)
-            state = _start(run, store, saved, found, quiet=quiet)
-        else:
-            state = _start(run, store, saved, found, quiet=quiet)
-            compiling = _in_background(run.mesh, run.compile_train_step)
+            programs.begin()
+        state = _start(run, store, saved, found, quiet=quiet)
+        programs.begin()
         _write_config(model_dir, config.operative)
         with (
             _writer(model_dir, resume_step=found or 0) as writer,
@@ -73,12 +73,10 @@ def main(config: ResolvedConfig, options: argparse.Namespace) -> int:
                 settings.train.train_steps, start_step=found or 0, quiet=quiet
             ) as progress,
         ):
+            programs.during = measure.during = progress.waiting
             _check(run, progress, quiet=quiet)
-            if not compiling.done():
-                with progress.waiting("compiling the train step"):
-                    compiling.exception()
-            train_step = compiling.result()
-            hooks = _hooks(config, run, store, batches, train_step, progress, measure)
+            programs.wait()
+            hooks = _hooks(config, run, store, batches, programs, measure)
             state, code = loop.train(
                 run, state, batches, hooks, saved, writer, progress
             )
@@ -106,7 +104,7 @@ def _check(run: Run, progress: TrainProgress, *, quiet: bool) -> None:
 
 
 def _data(
-    config: ResolvedConfig, run: Run, options: argparse.Namespace
+    config: ResolvedConfig, run: Run, programs: Programs, options: argparse.Namespace
 ) -> tuple[TokenStore, Batches, TaskMetrics]:
     """The store, what is learnt from it, and what measures by the Tasks' metrics.
 
@@ -118,13 +116,15 @@ def _data(
         functools.partial(prepare.ensure_store, config, options),
         functools.partial(prepare.open_checked, config),
     )
+    if settings.sample.prompt:  # too long a one is not first said when all is done
+        generate.encode_prompt(settings, store.vocabulary)
     batches = prepare.training_batches(store, settings)
     if (words := cut_words(batches)) and distributed.is_first():
         print(f"  data{words}", file=sys.stderr, flush=True)
     measure = TaskMetrics(
         run,
         store,
-        functools.cache(run.compile_eval_step),
+        programs.evaluation,
         allowed_modules=prepare.allowed_modules(config, options),
         during=functools.partial(waiting, quiet=quiet),
     )
@@ -156,15 +156,13 @@ def _hooks(
     run: Run,
     store: TokenStore,
     batches: Batches,
-    train_step: Any,
-    progress: TrainProgress,
+    programs: Programs,
     measure: TaskMetrics,
 ) -> loop.Hooks:
-    """What the loop calls between steps; most is compiled when it is first called."""
-    measure.during = progress.waiting
+    """What the loop calls between steps."""
     return loop.Hooks(
-        train_step=train_step,
-        in_rounds=_in_rounds(run, progress),
+        train_step=programs.train_step(),
+        in_rounds=programs.rounds,
         score=_scorer(run, store, measure.eval_step),
         measure=measure,
         data_facts=_data_facts(batches, store),
@@ -185,32 +183,8 @@ def _data_facts(batches: Batches, store: TokenStore) -> Callable[[int], dict[str
     return facts
 
 
-def _in_background(mesh: jax.sharding.Mesh, work: Callable[[], Any]) -> Future[Any]:
-    """Starts work that runs nothing on the devices, such as compiling."""
-
-    def under_mesh() -> Any:
-        with jax.set_mesh(mesh):  # which belongs to a thread
-            return work()
-
-    pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="compile")
-    future = pool.submit(under_mesh)
-    pool.shutdown(wait=False)
-    return future
-
-
-def _in_rounds(run: Run, progress: TrainProgress) -> Any:
-    """The step that always fits, compiled when it is first needed."""
-
-    @functools.cache
-    def compiled() -> Any:
-        with progress.waiting("compiling the step in rounds: rows exceed ROW_BUDGET"):
-            return run.compile_train_step(rounds=True)
-
-    return compiled
-
-
 def _scorer(run: Run, store: TokenStore, compiled: Callable[[], EvalStep]) -> Any:
-    """Held-out scoring, compiled when it is first asked for."""
+    """Held-out scoring."""
 
     def score(params: Any, num_batches: int) -> dict[str, Any]:
         return evaluate.heldout(run, store, params, compiled(), num_batches)

@@ -164,6 +164,7 @@ def _number_problems(model: ModelSettings, router: RouterSettings) -> list[str]:
         "NUM_EXPERT_GROUPS": router.num_expert_groups,
         "NUM_SELECTED_GROUPS": router.num_selected_groups,
         "SINKHORN_ITERATIONS": router.sinkhorn_iterations,
+        "GROUP_ROWS": router.group_rows,
         "CAPACITY_MULTIPLE": router.capacity_multiple,
         "ROW_BUDGET": router.row_budget,
     }
@@ -203,7 +204,7 @@ def _family_problems(
             "SECOND_EXPERT_POLICY = 'random' is defined for NUM_SELECTED_EXPERTS = 2, "
             f"not {K}"
         )
-    if router.renormalize != "no" and K == 1 and router.scores == "softmax":
+    if router.renormalize != "no" and K == 1:
         found.append(
             f"RENORMALIZE_GATES = {router.renormalize!r} with NUM_SELECTED_EXPERTS = 1 "
             "makes each gate 1, and the router would learn nothing from the loss: set "
@@ -249,6 +250,10 @@ def _foreign_settings(router: RouterSettings) -> list[str]:
         "RENORMALIZE_GATES": (
             "renormalize",
             ("token_choice", "prototypes", "sinkhorn"),
+        ),
+        "ROUTER_DTYPE": (
+            "logit_dtype",
+            ("token_choice", "prototypes", "expert_choice", "sinkhorn"),
         ),
         "SLOT_ORDER": (
             "slot_order",
@@ -351,15 +356,7 @@ def _capacity_problems(
     model: ModelSettings, router: RouterSettings, length: int
 ) -> list[str]:
     """Groups that do not divide a sequence, and experts without a slot."""
-    found = []
-    if router.group_size < 1 or length % router.group_size:
-        divisors = [d for d in range(1, length + 1) if length % d == 0]
-        below = [d for d in divisors if d < router.group_size][-1:]
-        above = [d for d in divisors if d > router.group_size][:1]
-        found.append(
-            f"GROUP_SIZE = {router.group_size} does not divide a sequence of "
-            f"{length} tokens: nearest are {' and '.join(map(str, below + above))}"
-        )
+    found = _group_problems(router, length)
     factors = (router.capacity_factor, router.eval_capacity_factor)
     sizes = (router.group_size, router.capacity_multiple, model.num_experts)
     if min(*factors, router.min_capacity) < 0 or min(sizes) < 1:
@@ -381,6 +378,23 @@ def _capacity_problems(
                 "= 'ceil'"
             )
     return found
+
+
+def _group_problems(router: RouterSettings, length: int) -> list[str]:
+    """Groups take as many tokens of each of their rows, and cut rows evenly."""
+    S, rows = router.group_size, router.group_rows
+    if rows < 1:
+        return []  # a problem of its own
+    if S < 1 or S % rows or length % (S // rows):
+        sizes = [d * rows for d in range(1, length + 1) if length % d == 0]
+        below = [size for size in sizes if size < S][-1:]
+        above = [size for size in sizes if size > S][:1]
+        of_each = f", cut over GROUP_ROWS = {rows} rows," if rows > 1 else ""
+        return [
+            f"GROUP_SIZE = {S}{of_each} does not divide a sequence of {length} tokens: "
+            f"nearest are {' and '.join(map(str, below + above))}"
+        ]
+    return []
 
 
 def leaks(router: RouterSettings) -> list[str]:

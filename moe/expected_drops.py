@@ -87,7 +87,8 @@ def few_slots(router: RouterSettings, num_experts: int) -> str:
     return (
         f"{slots} per expert and group, so that chance alone overfills some experts "
         f"and leaves others empty: {FEW_SLOTS} or more would take GROUP_SIZE = "
-        f"{wider.group_size} instead of {S} (it divides a sequence), fewer NUM_EXPERTS "
-        f"than {num_experts}, or a larger TRAIN_CAPACITY_FACTOR than {factor:g}; "
+        f"{wider.group_size} instead of {S} (over several rows: GROUP_ROWS), fewer "
+        f"NUM_EXPERTS than {num_experts}, or a larger TRAIN_CAPACITY_FACTOR than "
+        f"{factor:g}; "
         "TRAIN_CAPACITY_FACTOR = 0 drops nothing"
     )

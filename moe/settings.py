@@ -52,6 +52,8 @@ class RouterSettings:
         allow_future_leak: permit routers through which a token may depend on later
             ones; a causal model then cannot be trusted to generate.
         group_size: S, tokens that compete for the same slots.
+        group_rows: rows that a group takes S / group_rows tokens of each: the same cut
+            of so many consecutive rows of one device and microbatch.
         capacity_factor: slots per expert are S·K·capacity_factor / E; 0 drops nothing.
         eval_capacity_factor: the same outside training.
         min_capacity: the least number of slots per expert and group.
@@ -88,6 +90,7 @@ class RouterSettings:
     overflow: Literal["drop", "spill"] = "drop"
     allow_future_leak: bool = False
     group_size: int = 256
+    group_rows: int = 1
     capacity_factor: float = 1.25
     eval_capacity_factor: float = 0.0
     min_capacity: int = 4
@@ -95,6 +98,11 @@ class RouterSettings:
     capacity_rounding: Literal["ceil", "floor", "half_even"] = "ceil"
     capacity_multiple: int = 1
     row_budget: float = 1.5
+
+    @property
+    def group_length(self) -> int:
+        """Tokens that a group takes of each of its rows."""
+        return self.group_size // max(self.group_rows, 1)
 
     def mean_choices(self, num_experts: int) -> Fraction:
         """Returns the experts that a token visits on average, if none is full."""
@@ -128,8 +136,8 @@ class ModelSettings:
         num_kv_heads: heads of keys and values, each shared by as many heads of queries
             (arXiv:2305.13245); 0 has one for each.
         attention_biases: whether the four projections have biases.
-        attention_block: longer sequences are attended block by block, so that no
-            L × L array is ever whole; 0 never does.
+        attention_block: sequences of so many tokens or more are attended block by
+            block, so that no L × L array is ever whole; 0 never does.
         positions: "rotary" (arXiv:2104.09864); "relative", T5's bias by bucket of
             distance (arXiv:1910.10683), one table for all layers; "relative_per_layer",
             one for each; "learned", a vector per position, added to the embedding
@@ -152,7 +160,9 @@ class ModelSettings:
         expert_dropout: the same inside the experts, for fine-tuning (Switch, section
             2.4: 0.4).
         init_scale: variance of the initial weights, times their fan-in (Switch,
-            section 2.4: 0.1).
+            section 2.4: 0.1). As in Flaxformer's recipe, of all products, of the bias
+            by distance and of an output projection of its own, but not of embeddings,
+            which start out with unit variance, nor of routers, which have 0.02².
         rope_base: base of the rotary position angles (arXiv:2104.09864).
         tie_embeddings: the output projection is the embedding.
         vocab_chunks: pieces of the vocabulary that logits are computed in, to save
@@ -221,6 +231,11 @@ class ModelSettings:
         return self.activation if same else self.expert_activation
 
     @property
+    def num_first_layers(self) -> int:
+        """Dense layers below the periods; none in a dense model, all alike."""
+        return self.first_dense_layers if self.moe_every else 0
+
+    @property
     def sparse_in_period(self) -> int:
         """Which layer of a period is sparse; -1 in a dense model."""
         first = self.moe_position == "first" and self.moe_every > 0
@@ -234,7 +249,7 @@ class ModelSettings:
     @property
     def num_periods(self) -> int:
         """Periods of `moe_every` layers above the first dense ones."""
-        return (self.num_layers - self.first_dense_layers) // max(self.moe_every, 1)
+        return (self.num_layers - self.num_first_layers) // max(self.moe_every, 1)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -157,18 +157,34 @@ def _length_problems(data: DataSettings) -> list[str]:
             "PACKING = 'stream' is for OBJECTIVE = 'causal_lm', and would be ignored "
             f"with {data.objective!r}: set it to 'next_fit'"
         )
-    if not 0 < data.noise_density < 1:
-        found.append(f"NOISE_DENSITY = {data.noise_density}: must be in (0, 1)")
-    if data.mean_noise_span_length < 1:
-        found.append(
-            f"MEAN_NOISE_SPAN_LENGTH = {data.mean_noise_span_length}: must be at "
-            "least 1"
-        )
+    found += _noise_problems(data)
     if data.objective == "causal_lm" and data.prefix_attention != "causal":
         found.append(
             "PREFIX_ATTENTION = 'bidirectional' has no prefix to act on with "
             "OBJECTIVE = 'causal_lm': set it to 'causal'"
         )
+    return found
+
+
+def _noise_problems(data: DataSettings) -> list[str]:
+    """What is masked, where anything is."""
+    density, length = data.noise_density, data.mean_noise_span_length
+    found = []
+    if not 0 < density < 1:
+        found.append(f"NOISE_DENSITY = {density}: must be in (0, 1)")
+    if length < 1:
+        found.append(f"MEAN_NOISE_SPAN_LENGTH = {length}: must be at least 1")
+    if data.objective != "span_corruption":
+        default = {field.name: field.default for field in dataclasses.fields(data)}
+        found += [
+            f"{macro} = {value} means nothing to OBJECTIVE = {data.objective!r}, only "
+            f"to 'span_corruption': leave it at {default[field]}"
+            for macro, field, value in (
+                ("NOISE_DENSITY", "noise_density", density),
+                ("MEAN_NOISE_SPAN_LENGTH", "mean_noise_span_length", length),
+            )
+            if value != default[field]
+        ]
     return found
 
 

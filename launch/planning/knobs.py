@@ -27,6 +27,7 @@ PLACES: Mapping[str, tuple[str, str]] = {
     "EXPERT_TENSOR_PARALLEL": ("partition", "expert_tensor_parallel"),
     "CONTEXT_ATTENTION": ("partition", "context_attention"),
     "GROUP_SIZE": ("router", "group_size"),
+    "GROUP_ROWS": ("router", "group_rows"),
     "REMAT": ("model", "remat"),
     "SPARSE_REMAT": ("model", "sparse_remat"),
     "TRANSPORT": ("model", "transport"),

@@ -146,7 +146,8 @@ class Local:
         """How rows travel in training."""
         model, router = self.settings.model, self.settings.router
         axis_size = self.settings.mesh.expert
-        return choice.pick(model, router, axis_size, self.platform, train=True)[0]
+        has_ragged = choice.has_ragged_exchange(self.platform)
+        return choice.pick(model, router, axis_size, has_ragged, train=True)[0]
 
     @property
     def sent_rows(self) -> int:

@@ -187,11 +187,11 @@ def _model(
     whole = _common(small, "data", "context", "expert", "model")
     least = _FACTORED if settings.optimizer.name == "adafactor" else 16
     chunks = min(model.vocab_chunks, 2)
-    first = min(model.first_dense_layers, 2)
+    first = min(model.num_first_layers, 2)
     period = max(model.moe_every, 1)
     # Longer periods than three repeat dense layers.
     every = min(model.moe_every, 3)
-    periods = min((model.num_layers - model.first_dense_layers) // period, 2)
+    periods = min((model.num_layers - model.num_first_layers) // period, 2)
     shared = min(model.num_heads // model.kv_heads, 2)
     kv_heads = cut if cut > 1 else min(model.kv_heads, 2)
     blocked = 0 < model.attention_block < settings.data.length
@@ -223,9 +223,9 @@ def _model(
 
 def _transport(settings: Settings, mesh: MeshSettings) -> str:
     """The transport that the run takes on its own devices, not on simulated ones."""
-    platform = "cpu" if settings.platform.name == "cpu" else "tpu"
+    has_ragged = settings.platform.name != "cpu"
     name, _ = choice.pick(
-        settings.model, settings.router, mesh.expert, platform, train=True
+        settings.model, settings.router, mesh.expert, has_ragged, train=True
     )
     return name
 

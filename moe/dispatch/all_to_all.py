@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from moe.dispatch.exchange import from_experts, to_experts
-from moe.dispatch.gathers import seat, weigh
+from moe.dispatch.gathers import rounded, seat, weigh
 from moe.dispatch.room import Room
 from moe.routing.assignment import Assignment
 
@@ -41,7 +41,7 @@ def combine(
         plan: what `dispatch` returned.
         room: size of the mesh axis `expert`.
     Returns:
-        y_gSM in the rows' dtype, summed in float32; zero for a token that has no slot.
+        y_gSM in float32, zero for a token that has no slot; `finish` rounds it.
     """
     del plan
     g, S, J = assignment.gate_GSJ.shape
@@ -50,6 +50,9 @@ def combine(
     gate_TJ = assignment.gate_GSJ.reshape(g * S, J)
     y_TM = weigh(rows_ERM.reshape(-1, M), gate_TJ, *_maps(assignment))
     return y_TM.reshape(g, S, M)
+
+
+finish = rounded
 
 
 def _maps(assignment: Assignment) -> tuple[jax.Array, jax.Array]:

@@ -1,16 +1,42 @@
 """Which transport `TRANSPORT = "auto"` takes, and why. Standard library only."""
 
+from typing import Any
+
 from moe.settings import ModelSettings, RouterSettings, never_drops
 
 # Transports whose rows are slots of capacity, a fixed number per expert.
 PADDED = ("all_to_all", "einsum")
 
 
+# What larger slices of a v5e cannot do; see docs/hardware.md.
+_LARGEST_V5E_WITH_RAGGED_EXCHANGE = 16
+
+
+def has_ragged_exchange(platform: str, kind: str = "", per_slice: int = 1) -> bool:
+    """Whether `lax.ragged_all_to_all` runs on a kind of device.
+
+    Args:
+        platform: "cpu", "gpu" or "tpu".
+        kind: name that jax gives the device, such as "TPU v5 lite".
+        per_slice: devices that are joined by the fast network.
+    """
+    if platform == "tpu" and ("v5 lite" in kind or "v5e" in kind):
+        return per_slice <= _LARGEST_V5E_WITH_RAGGED_EXCHANGE
+    return platform != "cpu"
+
+
+def mesh_has_ragged_exchange(mesh: Any) -> bool:
+    """Whether `lax.ragged_all_to_all` runs on the devices of a jax mesh."""
+    device = mesh.devices.flat[0]
+    per_slice = mesh.devices.size // mesh.shape["replica"]
+    return has_ragged_exchange(device.platform, device.device_kind, per_slice)
+
+
 def pick(
     model: ModelSettings,
     router: RouterSettings,
     axis_size: int,
-    platform: str,
+    ragged_exchange: bool,
     *,
     train: bool,
 ) -> tuple[str, str]:
@@ -20,7 +46,7 @@ def pick(
         model: the transport that was asked for, and E.
         router: K and capacity.
         axis_size: size of the mesh axis `expert`.
-        platform: of the mesh.
+        ragged_exchange: whether the devices have one.
         train: whether capacity is that of training.
     """
     if model.transport != "auto":
@@ -32,11 +58,11 @@ def pick(
     if not never_drops(router, model.num_experts, train=train):
         return "all_to_all", "capacity bounds every expert's rows"
     choices = router.num_choices(model.num_experts)
-    if axis_size <= choices or platform == "cpu":
+    if axis_size <= choices or not ragged_exchange:
         return "ring", (
             f"nothing drops, and gathering {axis_size} devices' tokens costs no more "
             f"than sending {choices} rows per token"
             if axis_size <= choices
-            else "nothing drops, and this platform has no ragged exchange"
+            else "nothing drops, and these devices have no ragged exchange"
         )
     return "ragged", "nothing drops: only the rows that there are travel"

@@ -10,6 +10,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from moe.dispatch.room import Room
+
 UNROLLED_CHOICES = 8  # beyond, a loop over the choices that are in use
 
 
@@ -52,8 +54,11 @@ def weigh(
 ) -> jax.Array:
     """Sums y[t] = Σ_j gate[t, j] · rows[row of choice (t, j)], in float32.
 
+    Rounds of a layer add up before anything is rounded, so the result is float32; its
+    gradient is taken to be rounded to the rows' dtype already.
+
     Args:
-        rows_RM: outputs of experts; the result has their dtype.
+        rows_RM: outputs of experts.
         gate_TJ: float32.
         choice_of_row_R: int32, or -1.
         row_of_choice_TJ: int32, or -1; its inverse.
@@ -63,7 +68,7 @@ def weigh(
         gate_T1 = jax.lax.dynamic_index_in_dim(gate_TJ, j, axis=1)
         return gate_T1 * _rows(rows_RM, row_T).astype(jnp.float32)
 
-    return _sum_over_choices(row_of_choice_TJ, weighed).astype(rows_RM.dtype)
+    return _sum_over_choices(row_of_choice_TJ, weighed)
 
 
 def _weigh_forward(rows_RM, gate_TJ, choice_of_row_R, row_of_choice_TJ):
@@ -75,6 +80,7 @@ def _weigh_backward(saved, d_y_TM):
     """drows[r] = gate of its choice · dy[its token]; dgate = rows · dy, row by row."""
     rows_RM, gate_TJ, choice_of_row_R, row_of_choice_TJ = saved
     num_choices = gate_TJ.shape[-1]
+    d_y_TM = d_y_TM.astype(rows_RM.dtype)  # half the bytes to gather
     d_y_RM = _rows(d_y_TM, choice_of_row_R // num_choices).astype(jnp.float32)
     gate_R1 = _rows(gate_TJ.reshape(-1, 1), choice_of_row_R)
     d_rows_RM = (gate_R1 * d_y_RM).astype(rows_RM.dtype)
@@ -85,6 +91,18 @@ def _weigh_backward(saved, d_y_TM):
 
 
 weigh.defvjp(_weigh_forward, _weigh_backward)
+
+
+def rounded(y_gSM: jax.Array, room: Room, dtype: str) -> jax.Array:
+    """Rounds the sums of all rounds, where they are at home already.
+
+    Args:
+        y_gSM: float32 sums of this device's tokens.
+        room: sizes of the exchange.
+        dtype: type of the result.
+    """
+    del room
+    return y_gSM.astype(dtype)
 
 
 def _rows(source_RM: jax.Array, index_T: jax.Array) -> jax.Array:

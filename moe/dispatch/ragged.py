@@ -12,7 +12,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from moe.dispatch.exchange import Route, all_maps, exchange_rows
-from moe.dispatch.gathers import seat, weigh
+from moe.dispatch.gathers import rounded, seat, weigh
 from moe.dispatch.room import Room
 from moe.dispatch.sorted_rows import sorted_maps
 from moe.routing.assignment import Assignment
@@ -89,7 +89,8 @@ def combine(
     """Puts the rows back in order of arrival, returns them, and sums by the gates.
 
     Returns:
-        y_gSM in the rows' dtype, zero for a token that has no row in this round.
+        y_gSM in float32, zero for a token that has no row in this round; `finish`
+        rounds the sum of all rounds.
     """
     g, S, J = assignment.gate_GSJ.shape
     rows_LM = rows_RM
@@ -107,6 +108,9 @@ def combine(
     gate_TJ = assignment.gate_GSJ.reshape(g * S, J)
     y_TM = weigh(rows_LM, gate_TJ, plan.choice_of_row_L, plan.row_of_choice_TJ)
     return y_TM.reshape(g, S, -1)
+
+
+finish = rounded
 
 
 def _of_this_device(size_iE: jax.Array) -> jax.Array:

@@ -82,14 +82,30 @@ def dispatch(
 def combine(
     rows_RM: jax.Array, assignment: Assignment, plan: Plan, room: Room
 ) -> jax.Array:
-    """Sums this device's share of every token, and the shares over the axis.
+    """Sums this device's share of every token on the axis.
 
     Returns:
-        y_gSM in the rows' dtype, zero for a token that has no row in this round.
+        y_GSM in float32, zero for a token that has no row here in this round; `finish`
+        adds up the shares.
     """
-    g, S, _ = assignment.gate_GSJ.shape
+    del room
+    S = assignment.gate_GSJ.shape[1]
     y_TM = weigh(rows_RM, plan.gate_TJ, plan.choice_of_row_R, plan.row_of_choice_TJ)
+    return y_TM.reshape(-1, S, y_TM.shape[-1])
+
+
+def finish(y_GSM: jax.Array, room: Room, dtype: str) -> jax.Array:
+    """Adds up the devices' shares, which travel in the type of the result.
+
+    Args:
+        y_GSM: float32 shares of all tokens on the axis, of all rounds.
+        room: size of the axis.
+        dtype: type of the result.
+    Returns:
+        y_gSM of this device's tokens.
+    """
+    y_gSM = y_GSM.astype(dtype)
     if room.axis_size > 1:
-        y_TM = lax.psum_scatter(y_TM, "expert", tiled=True)
-        y_TM = checkpoint_name(y_TM, "returned_rows")
-    return y_TM.reshape(g, S, -1)
+        y_gSM = lax.psum_scatter(y_gSM, "expert", tiled=True)
+        y_gSM = checkpoint_name(y_gSM, "returned_rows")
+    return y_gSM

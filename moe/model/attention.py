@@ -1,6 +1,7 @@
 """Self-attention: projections, positions, and a cache; scores are in their own file."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -31,12 +32,13 @@ class Attention(nnx.Module):
         U = settings.kv_heads
         query_key, key_key, value_key, output_key = jax.random.split(key, 4)
         of_keys = ("embed", "kv_heads", "head_dim")
-        self.query = scaled(
+        drawn = functools.partial(scaled, scale=settings.init_scale)
+        self.query = drawn(
             query_key, (M, N, D), ("embed", "heads", "head_dim"), fan_in=M
         )
-        self.key = scaled(key_key, (M, U, D), of_keys, fan_in=M)
-        self.value = scaled(value_key, (M, U, D), of_keys, fan_in=M)
-        self.output = scaled(
+        self.key = drawn(key_key, (M, U, D), of_keys, fan_in=M)
+        self.value = drawn(value_key, (M, U, D), of_keys, fan_in=M)
+        self.output = drawn(
             output_key, (N, D, M), ("heads", "head_dim", "embed"), fan_in=N * D
         )
         if settings.attention_biases:
@@ -148,7 +150,7 @@ def attend(
             axis_size=grid.size("context"),
             block=block or length,
         )
-    elif 0 < block < length:
+    elif 0 < block <= length:
         mixed_BLND = attend_blocked(
             query_BLND, key_BLUD, value_BLUD, *given, block=block
         )
@@ -214,7 +216,11 @@ def attend_cached(
     )
     place_T = jnp.arange(cache.key_BTUD.shape[1], dtype=jnp.int32)
     keys = there(place_T, end, place_T >= start)
-    mixed_BLND = attend_whole(
+    block = settings.attention_block
+    mix = attend_whole
+    if 0 < block <= x_BLM.shape[1]:  # a long prompt
+        mix = functools.partial(attend_blocked, block=block)
+    mixed_BLND = mix(
         query_BLND,
         cache.key_BTUD,
         cache.value_BTUD,

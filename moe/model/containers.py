@@ -11,12 +11,16 @@ from moe.model.attention import Attention
 from moe.model.feed_forward import FeedForward
 from moe.model.moe_layer import Layer, MoE
 from moe.model.norms import Norm
-from moe.model.parameters import logical_axes, normal
+from moe.model.parameters import logical_axes, normal, scaled
 from moe.model.positions import RelativeBias
 from moe.settings import ModelSettings, RouterSettings
 from partitioning import rules
 from partitioning.grid import Grid
 from partitioning.settings import UNCUT, PartitionSettings
+
+# Of learned positions, beside tokens of unit variance: GPT-2 and GPT-3 draw positions
+# with 0.01 and tokens with 0.02.
+POSITION_STDDEV = 0.5
 
 
 class Block(nnx.Module):
@@ -100,18 +104,22 @@ class Transformer(nnx.Module):
                 jax.random.fold_in(embedding_key, 1),
                 (settings.max_positions, M),
                 ("position", "norm"),
-                stddev=0.02,
+                stddev=POSITION_STDDEV,
             )
         if settings.positions == "relative":
             self.relative = RelativeBias(jax.random.fold_in(embedding_key, 1), settings)
-        if settings.first_dense_layers:
-            self.first_layers = stack(
-                first_key, settings.first_dense_layers, dense=True
-            )
+        if settings.num_first_layers:
+            self.first_layers = stack(first_key, settings.num_first_layers, dense=True)
         self.periods = stack(periods_key, settings.num_periods)
         self.final_norm = Norm(settings)
         if not settings.tie_embeddings:
-            self.head = normal(head_key, (M, V), ("embed", "vocab"), stddev=M**-0.5)
+            self.head = scaled(
+                head_key,
+                (M, V),
+                ("embed", "vocab"),
+                fan_in=M,
+                scale=settings.init_scale,
+            )
 
 
 @dataclasses.dataclass(frozen=True)

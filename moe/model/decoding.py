@@ -10,6 +10,10 @@ from moe.model import transformer
 from moe.model.attention import NEVER, Cache
 from moe.model.transformer import Model
 
+# Lower temperatures are no float32 numbers or overflow; at this one already all
+# probability is that of the likeliest.
+COLDEST = 1e-30
+
 
 def generate(
     model: Model,
@@ -77,7 +81,9 @@ def generate(
         logits_BV = jnp.where(allowed_V, logits_BV, NEVER)
         if temperature == 0:
             return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-        likely_BV = keep_likely(logits_BV / temperature, top_k, top_p)
+        logits_BV -= jnp.max(logits_BV, axis=-1, keepdims=True)
+        logits_BV /= max(temperature, COLDEST)
+        likely_BV = keep_likely(logits_BV, top_k, top_p)
         step_key_B = jax.vmap(lambda k: jax.random.fold_in(k, i))(key_B)
         return jax.vmap(jax.random.categorical)(step_key_B, likely_BV).astype(jnp.int32)
 
@@ -124,11 +130,14 @@ class _Drawing(NamedTuple):
 
 def keep_likely(logits_BV: jax.Array, top_k: int, top_p: float) -> jax.Array:
     """Bars all but the k likeliest tokens and the nucleus of probability `top_p`."""
+    if not top_k and top_p == 1:
+        return logits_BV
     order_BV = jnp.argsort(-logits_BV, axis=-1)
     sorted_BV = jnp.take_along_axis(logits_BV, order_BV, axis=-1)
     probability_BV = jax.nn.softmax(sorted_BV)
     before_BV = jnp.cumsum(probability_BV, axis=-1) - probability_BV
-    kept_BV = before_BV < top_p  # the first is always kept
+    # Sums round, so a nucleus of 1 is not looked for. The first is always kept.
+    kept_BV = (before_BV < top_p) if top_p < 1 else jnp.ones(before_BV.shape, bool)
     if top_k:
         kept_BV &= jnp.arange(logits_BV.shape[-1]) < top_k
     rank_BV = jnp.argsort(order_BV, axis=-1)
@@ -145,7 +154,7 @@ def empty_cache(model: Model, num_rows: int, room: int) -> tuple[Cache, ...]:
         array = jnp.zeros(shape, settings.dtype)
         return Cache(key_BTUD=array, value_BTUD=array)
 
-    dense = settings.first_dense_layers
+    dense = settings.num_first_layers
     first = (zeros(dense, 1),) if dense else ()
     return (*first, zeros(settings.num_periods, max(settings.moe_every, 1)))
 
@@ -155,6 +164,7 @@ def _grouped(model: Model, group_size: int) -> Model:
     router = dataclasses.replace(
         model.router,
         group_size=group_size,
+        group_rows=1,
         min_capacity=max(model.router.min_capacity, 1),
     )
     return dataclasses.replace(model, router=router, in_rounds=True)

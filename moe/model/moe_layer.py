@@ -128,8 +128,9 @@ def moe_layer(
         y_BLM, sums = sparse(
             nnx.merge(definition, arrays), x_BLM, tokens, key, index, layer
         )
+        blocks = len(x_BLM) // layer.router.group_rows
         by_row = jax.tree.map(
-            lambda sum_G: sum_G.reshape(len(x_BLM), -1, *sum_G.shape[1:]), sums
+            lambda sum_G: sum_G.reshape(blocks, -1, *sum_G.shape[1:]), sums
         )
         return y_BLM, by_row
 
@@ -159,8 +160,8 @@ def sparse(
 ) -> tuple[jax.Array, RouterSums]:
     """What one device does of the layer: its tokens, its experts; see `moe_layer`.
 
-    Groups are cuts of `router.group_size` tokens of one sequence, so a group is the
-    same set of tokens on every mesh.
+    A group is the same cut of `router.group_rows` consecutive sequences,
+    `router.group_size` tokens in all: the same set of tokens on every mesh.
 
     Args:
         weights: the router, and this device's experts.
@@ -171,11 +172,22 @@ def sparse(
         layer: settings and mesh.
     """
     B, L, M = x_BLM.shape
-    S = layer.router.group_size
     model, router, grid = layer.model, layer.router, layer.grid
+    rows, length = router.group_rows, router.group_length
     cuts = () if layer.routes_alike else ("context", "model")
-    pieces, first = grid.size(*cuts), grid.index(*cuts) * (L // S)
-    group_BG = tokens.row_B[:, None] * (pieces * L // S) + first + jnp.arange(L // S)
+    here = L // length  # groups of this device's pieces of the same rows
+    first = grid.index(*cuts) * here + jnp.arange(here)
+    block_B = tokens.row_B[::rows] // rows
+    group_BG = block_B[:, None] * (grid.size(*cuts) * here) + first
+
+    def grouped(x_BL: jax.Array) -> jax.Array:
+        x_BrGL = x_BL.reshape(B // rows, rows, here, length, *x_BL.shape[2:])
+        return x_BrGL.swapaxes(1, 2).reshape(-1, router.group_size, *x_BL.shape[2:])
+
+    def ungrouped(y_GSM: jax.Array) -> jax.Array:
+        y_BGrLM = y_GSM.reshape(B // rows, here, rows, length, M)
+        return y_BGrLM.swapaxes(1, 2).reshape(B, L, M)
+
     routing = {
         name: getattr(weights, name)[...]
         for name in ("router", "selection_bias")
@@ -188,14 +200,14 @@ def sparse(
     y_GSM, sums = _core(
         routing,
         arrays(weights.experts),
-        x_BLM.reshape(-1, S, M),
-        tokens.mask_BL.reshape(-1, S),
-        tokens.id_BL.reshape(-1, S),
+        grouped(x_BLM),
+        grouped(tokens.mask_BL),
+        grouped(tokens.id_BL),
         group_BG.reshape(-1),
         key,
         layer=layer,
     )
-    y_BLM = y_GSM.reshape(B, L, M)
+    y_BLM = ungrouped(y_GSM)
     if hasattr(weights, "shared_expert"):
         y_BLM += _shared(weights.shared_expert, x_BLM, layer)
     return y_BLM, sums
@@ -224,30 +236,52 @@ def _core(
     layer: Layer,
 ) -> tuple[jax.Array, RouterSums]:
     """Route, dispatch, experts, combine."""
-    model, router, train = layer.model, layer.router, key is not None
-    axis_size = layer.mesh.shape["expert"]
-    platform = layer.mesh.devices.flat[0].platform
-    name, _ = choice.pick(model, router, axis_size, platform, train=train)
-    transport = TRANSPORTS[name]
-    tokens = mask_gS.size
-    room = room_for(router, model.num_experts, tokens, axis_size, platform, train=train)
+    transport, _, room = exchange_of(layer, mask_gS.size, train=key is not None)
     keys_g = None if key is None else _group_keys(key, group_g)
     assignment = _assign(routing, x_gSM, mask_gS, id_gS, keys_g, layer)
     dropout_g = None
-    if keys_g is not None and model.expert_dropout > 0:
+    if keys_g is not None and layer.model.expert_dropout > 0:
         dropout_g = keys_g["dropout"]
 
-    def one_round(first_row: jax.Array | int) -> tuple[jax.Array, jax.Array]:
+    def one_round(
+        x_gSM: jax.Array, first_row: jax.Array | int
+    ) -> tuple[jax.Array, jax.Array]:
         rows, size_e, plan = transport.dispatch(x_gSM, assignment, room, first_row)
         rows = compute(experts, rows, size_e, dropout_g, room, layer)
-        y_gSM = transport.combine(rows, assignment, plan, room)
-        return y_gSM, jnp.zeros((), jnp.int32) if plan is None else plan.excess
+        y_GSM = transport.combine(rows, assignment, plan, room)
+        return y_GSM, jnp.zeros((), jnp.int32) if plan is None else plan.excess
 
-    if layer.in_rounds and name not in choice.PADDED and room.num_rounds > 1:
-        return _in_rounds(one_round, x_gSM, assignment, room, layer), assignment.sums
-    y_gSM, excess = one_round(0)
-    excess_g = jnp.zeros_like(group_g).at[0].set(excess)
-    return y_gSM, dataclasses.replace(assignment.sums, excess_G=excess_g)
+    if layer.in_rounds and room.num_rounds > 1:
+        y_GSM = _in_rounds(one_round, x_gSM, assignment, room, layer)
+        return transport.finish(y_GSM, room, x_gSM.dtype), assignment.sums
+    y_GSM, excess = one_round(x_gSM, 0)
+    y_gSM = transport.finish(y_GSM, room, x_gSM.dtype)
+    excess_G = assignment.sums.excess_G.at[0].set(excess)
+    return y_gSM, dataclasses.replace(assignment.sums, excess_G=excess_G)
+
+
+def exchange_of(layer: Layer, tokens: int, *, train: bool) -> tuple[Any, str, Room]:
+    """Returns the transport of a pass, its name, and the sizes of its exchange.
+
+    Args:
+        layer: settings and mesh.
+        tokens: tokens that each device routes at once.
+        train: whether capacity is that of training.
+    """
+    axis_size = layer.mesh.shape["expert"]
+    has_ragged = choice.mesh_has_ragged_exchange(layer.mesh)
+    name, _ = choice.pick(layer.model, layer.router, axis_size, has_ragged, train=train)
+    room = room_for(
+        layer.router,
+        layer.model.num_experts,
+        tokens,
+        axis_size,
+        layer.mesh.devices.flat[0].platform,
+        train=train,
+    )
+    if name in choice.PADDED:  # the rectangle holds all that have a slot
+        room = dataclasses.replace(room, num_rounds=1)
+    return TRANSPORTS[name], name, room
 
 
 def _in_rounds(
@@ -261,25 +295,30 @@ def _in_rounds(
 
     Each round keeps nothing for the backward pass but its inputs, so memory is that of
     one round; the static number of rounds is that of the worst assignment, and those
-    that no device needs are skipped.
+    that no device needs are skipped. Outputs, and the gradients of tokens, are summed
+    over the rounds in float32, as within one.
     """
+    wide_gSM = x_gSM.astype(jnp.float32)
     size_E = jnp.sum(assignment.sums.kept_GE, axis=0)
     size_E = lax.psum(size_E, "expert")
     fullest = jnp.max(jnp.sum(size_E.reshape(room.axis_size, -1), axis=1))
     fullest = layer.grid.max(fullest)
 
+    def output(first_row: jax.Array) -> jax.Array:
+        return one_round(wide_gSM.astype(x_gSM.dtype), first_row)[0]
+
     @jax.checkpoint
-    def add_round(y_gSM: jax.Array, first_row: jax.Array) -> tuple[jax.Array, None]:
-        more_gSM = lax.cond(
+    def add_round(y_GSM: jax.Array, first_row: jax.Array) -> tuple[jax.Array, None]:
+        more_GSM = lax.cond(
             fullest > first_row,
-            lambda: one_round(first_row)[0].astype(jnp.float32),
-            lambda: jnp.zeros_like(y_gSM),
+            lambda: output(first_row),
+            lambda: jnp.zeros_like(y_GSM),
         )
-        return y_gSM + more_gSM, None
+        return y_GSM + more_GSM, None
 
     first_rows = jnp.arange(room.num_rounds, dtype=jnp.int32) * room.num_rows
-    start_gSM = jnp.zeros(x_gSM.shape, jnp.float32)
-    return lax.scan(add_round, start_gSM, first_rows)[0].astype(x_gSM.dtype)
+    shape = jax.eval_shape(output, first_rows[0]).shape
+    return lax.scan(add_round, jnp.zeros(shape, jnp.float32), first_rows)[0]
 
 
 def _assign(

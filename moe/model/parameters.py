@@ -26,7 +26,7 @@ def scaled(
     shape: Sequence[int],
     axes: Sequence[str | None],
     *,
-    fan_in: int,
+    fan_in: float,
     scale: float = 1.0,
 ) -> nnx.Param:
     """Declares a float32 parameter of variance scale / fan_in."""

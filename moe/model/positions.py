@@ -22,13 +22,19 @@ def rotate(x_BLND: jax.Array, position_BL: jax.Array, base: float) -> jax.Array:
 class RelativeBias(nnx.Module):
     """A bias on attention scores for each bucket of distance and each head.
 
-    Drawn with variance 1 / buckets, as T5 does: the table is the matrix of a one-hot
-    vector of that length.
+    Drawn with the variance of T5X's, `init_scale` over the mean of buckets and heads,
+    from a truncated normal where T5X draws uniformly.
     """
 
     def __init__(self, key: jax.Array, settings: ModelSettings):
         shape = settings.relative_buckets, settings.num_heads
-        self.table = scaled(key, shape, (None, "heads"), fan_in=shape[0])
+        self.table = scaled(
+            key,
+            shape,
+            (None, "heads"),
+            fan_in=sum(shape) / 2,
+            scale=settings.init_scale,
+        )
 
 
 def relative_bucket(

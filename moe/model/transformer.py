@@ -79,9 +79,10 @@ def forward(
     def on_device(params: Any, batch: Batch, row_B: Any, key: Any) -> Any:
         x_BLM, sums = hidden(model, params, batch, row_B, key)
         logits_BLV = logits_of(head(model, params), x_BLM, model.settings, model.grid)
-        if sums is not None:  # [P, G] to [P, B, G / B]: groups of a row are neighbours
+        if sums is not None:  # groups of the same rows are neighbours
+            blocks = len(row_B) // model.router.group_rows
             sums = jax.tree.map(
-                lambda s: s.reshape(s.shape[0], len(row_B), -1, *s.shape[2:]), sums
+                lambda s: s.reshape(s.shape[0], blocks, -1, *s.shape[2:]), sums
             )
         return logits_BLV, sums
 
@@ -291,7 +292,7 @@ class _Stack:
 
 def _stacks(model: Model, weights: Transformer) -> list[_Stack]:
     """The stacks of periods from the bottom up."""
-    dense = model.settings.first_dense_layers
+    dense = model.settings.num_first_layers
     per_period = max(model.settings.moe_every, 1)
     first = dense + per_period * jnp.arange(model.settings.num_periods)
     found = [(weights.first_layers, jnp.arange(dense))] if dense else []

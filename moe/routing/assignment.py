@@ -41,7 +41,9 @@ class RouterSums:
     """What a router saw, summed over the tokens of each group; real tokens only.
 
     Sums merge exactly over groups, devices and microbatches; `moe.training.losses`
-    forms each loss from them once.
+    forms each loss from them once. Of groups of several rows (`group_rows`) there are
+    sums for each row: in the names below G then counts groups times rows, those of a
+    group side by side, as losses of single sequences need them.
 
     Attributes:
         tokens_G: real tokens.
@@ -57,8 +59,9 @@ class RouterSums:
         z_G: squared log-sum-exp of the logits.
         entropy_G: entropy of the router's probabilities, in nats.
         square_G: mean squared logit.
+        without_expert_G: tokens that no expert computed: only the residual passes.
         excess_G: rows beyond the budget of this group's device, counted in the first
-            group of the device; filled in by the layer.
+            of the device's sums; filled in by the layer.
     """
 
     tokens_G: jax.Array
@@ -72,6 +75,7 @@ class RouterSums:
     z_G: jax.Array
     entropy_G: jax.Array
     square_G: jax.Array
+    without_expert_G: jax.Array
     excess_G: jax.Array
 
 
@@ -154,57 +158,73 @@ def assign(
     choice_of_slot_GEC, slot_of_choice_GSJ = fill(
         choices.expert_GSJ, choices.active_GSJ, choices.priority_GS, None
     )
-    kept_GE = _filled(choice_of_slot_GEC)
-    spilled_GE = jnp.zeros_like(kept_GE)
+    second_GEC = jnp.full_like(choice_of_slot_GEC, -1)
     gate_GSJ = choices.gate_GSJ
     if choices.spill_GSJ is not None:
         next_GSJ, next_gate_GSJ = choices.spill_GSJ
         homeless_GSJ = choices.active_GSJ & (slot_of_choice_GSJ < 0)
+        taken_GE = jnp.sum(choice_of_slot_GEC >= 0, axis=-1, dtype=jnp.int32)
         second_GEC, second_GSJ = fill(
-            next_GSJ, homeless_GSJ, choices.priority_GS, kept_GE
+            next_GSJ, homeless_GSJ, choices.priority_GS, taken_GE
         )
         choice_of_slot_GEC = jnp.maximum(choice_of_slot_GEC, second_GEC)
         slot_of_choice_GSJ = jnp.maximum(slot_of_choice_GSJ, second_GSJ)
         gate_GSJ = jnp.where(second_GSJ >= 0, next_gate_GSJ, gate_GSJ)
-        spilled_GE = _filled(second_GEC)
-        kept_GE = kept_GE + spilled_GE
     if settings.renormalize == "after_drop":
         kept_gate_GSJ = jnp.where(slot_of_choice_GSJ >= 0, gate_GSJ, 0.0)
         gate_GSJ = over_sum(gate_GSJ, kept_gate_GSJ)
 
+    def by_row(x_GS: jax.Array) -> jax.Array:
+        """Each row's tokens of a group for themselves, as `RouterSums` counts them."""
+        rows = settings.group_rows
+        G, S, *rest = x_GS.shape
+        return x_GS.reshape(G * rows, S // rows, *rest)
+
+    def filled(choice_of_slot_GEC: jax.Array) -> jax.Array:
+        rows = settings.group_rows
+        row_GEC = choice_of_slot_GEC // (mask_GS.shape[1] // rows * J)  # -1 // n is -1
+        is_row_GErC = row_GEC[:, :, None] == jnp.arange(rows)[:, None]
+        count_GEr = jnp.sum(is_row_GErC, axis=-1, dtype=jnp.int32)
+        return count_GEr.swapaxes(1, 2).reshape(-1, E)
+
     def count(flag_GSJ: jax.Array) -> jax.Array:
         is_expert_GSJE = choices.expert_GSJ[..., None] == jnp.arange(E)
         counted = is_expert_GSJE & (flag_GSJ & choices.active_GSJ)[..., None]
-        return jnp.sum(counted, axis=(1, 2), dtype=jnp.int32)
+        return jnp.sum(by_row(counted), axis=(1, 2), dtype=jnp.int32)
 
     def over_tokens(x_GS: jax.Array) -> jax.Array:
-        return jnp.sum(jnp.where(mask_GS, x_GS, 0.0), axis=1)
+        mask = mask_GS.reshape(*mask_GS.shape, *(1,) * (x_GS.ndim - 2))
+        return jnp.sum(by_row(jnp.where(mask, x_GS, 0.0)), axis=1)
 
-    probability_GSE = jnp.where(mask_GS[..., None], choices.probability_GSE, 0.0)
-    zero_G = jnp.zeros(mask_GS.shape[0])
-    load_GE = jnp.zeros_like(probability_GSE[:, 0])
-    if choices.load_GSE is not None:
-        load_GE = jnp.sum(jnp.where(mask_GS[..., None], choices.load_GSE, 0.0), axis=1)
+    def how_many(flag_GS: jax.Array) -> jax.Array:
+        return jnp.sum(by_row(flag_GS), axis=1, dtype=jnp.int32)
+
+    probability_GE = over_tokens(choices.probability_GSE)
+    tokens_G = how_many(mask_GS)
+    zero_G = jnp.zeros(tokens_G.shape)
     log_p_GSE = jnp.log(jnp.maximum(choices.probability_GSE, 1e-30))
     return Assignment(
         choice_of_slot_GEC=choice_of_slot_GEC,
         slot_of_choice_GSJ=slot_of_choice_GSJ,
         gate_GSJ=gate_GSJ * settings.gate_scale,
         sums=RouterSums(
-            tokens_G=jnp.sum(mask_GS, axis=1, dtype=jnp.int32),
-            probability_GE=jnp.sum(probability_GSE, axis=1),
-            load_GE=load_GE,
+            tokens_G=tokens_G,
+            probability_GE=probability_GE,
+            load_GE=jnp.zeros_like(probability_GE)
+            if choices.load_GSE is None
+            else over_tokens(choices.load_GSE),
             first_GE=count(choices.first_GSJ),
             chosen_GE=count(jnp.ones_like(choices.active_GSJ)),
-            kept_GE=kept_GE,
-            spilled_GE=spilled_GE,
-            padding_G=J * jnp.sum(~mask_GS, axis=1, dtype=jnp.int32),
+            kept_GE=filled(choice_of_slot_GEC),
+            spilled_GE=filled(second_GEC),
+            padding_G=J * how_many(~mask_GS),
             z_G=zero_G if logits_GSE is None else over_tokens(_z(logits_GSE)),
             entropy_G=over_tokens(-jnp.sum(choices.probability_GSE * log_p_GSE, -1)),
             square_G=zero_G
             if logits_GSE is None
             else over_tokens(_mean_square(jax.lax.stop_gradient(logits_GSE))),
-            excess_G=jnp.zeros(mask_GS.shape[0], jnp.int32),
+            without_expert_G=how_many(mask_GS & jnp.all(slot_of_choice_GSJ < 0, -1)),
+            excess_G=jnp.zeros(tokens_G.shape, jnp.int32),
         ),
     )
 
@@ -231,10 +251,6 @@ def over_sum(gate_GSJ: jax.Array, summed_GSJ: jax.Array) -> jax.Array:
     square, which must not be 0 either.
     """
     return gate_GSJ / jnp.maximum(jnp.sum(summed_GSJ, axis=-1, keepdims=True), 1e-18)
-
-
-def _filled(choice_of_slot_GEC: jax.Array) -> jax.Array:
-    return jnp.sum(choice_of_slot_GEC >= 0, axis=-1, dtype=jnp.int32)
 
 
 def _fill_group(

@@ -71,7 +71,7 @@ def route(
         settings,
         capacity=capacity,
     )
-    return _counting_all(assignment, taken_GSE)
+    return _counting_all(assignment, taken_GSE, settings)
 
 
 def _capped(
@@ -111,8 +111,12 @@ def _capped(
     return jnp.exp(log_a)
 
 
-def _counting_all(assignment: Assignment, taken_GSE: jax.Array) -> Assignment:
-    """Counts as chosen what the experts took, also above the cap."""
-    chosen_GE = jnp.sum(taken_GSE, axis=1, dtype=jnp.int32)
+def _counting_all(
+    assignment: Assignment, taken_GSE: jax.Array, settings: RouterSettings
+) -> Assignment:
+    """Counts as chosen what the experts took, also above the cap, row by row."""
+    G, S, E = taken_GSE.shape
+    by_row = taken_GSE.reshape(G * settings.group_rows, S // settings.group_rows, E)
+    chosen_GE = jnp.sum(by_row, axis=1, dtype=jnp.int32)
     sums = dataclasses.replace(assignment.sums, chosen_GE=chosen_GE, first_GE=chosen_GE)
     return dataclasses.replace(assignment, sums=sums)

@@ -138,22 +138,31 @@ def held_gates(
 
 
 def router_sums(
-    logits_SE: np.ndarray, told: Told, decision: Decision, settings: RouterSettings
+    logits_SE: np.ndarray,
+    told: Told,
+    decision: Decision,
+    settings: RouterSettings,
+    row: int = 0,
 ) -> dict[str, np.ndarray]:
-    """Sums of one group, by the names of `RouterSums` without their suffixes."""
+    """Sums of one row of a group, by the names of `RouterSums` without suffixes."""
     logits_SE = np.asarray(logits_SE, np.float64)
     S, E = logits_SE.shape
     names = ("probability", "load", "first", "chosen", "kept", "spilled")
     sums = {name: np.zeros(E) for name in names}
-    sums |= {name: np.zeros(()) for name in ("tokens", "z", "entropy", "square")}
+    of_tokens = ("tokens", "z", "entropy", "square", "without_expert")
+    sums |= {name: np.zeros(()) for name in of_tokens}
+    length = S // settings.group_rows
+    here = range(row * length, (row + 1) * length)
+    tokens = [s for s in here if told.mask_S[s]]
+    wanted = {c: e for c, e in decision.wanted.items() if c[0] in here}
+    seated = {c: e for c, (e, _) in decision.seated.items() if c[0] in here}
     num_choices = settings.num_prototypes * settings.num_selected
     if settings.family == "expert_choice":
         num_choices = E
-    sums["padding"] = np.asarray(num_choices * int(np.sum(~told.mask_S)))
-    for s in range(S):
-        if not told.mask_S[s]:
-            continue
+    sums["padding"] = np.asarray(num_choices * (length - len(tokens)))
+    for s in tokens:
         sums["tokens"] += 1
+        sums["without_expert"] += not decision.held(s)
         p_E = probabilities(logits_SE[s], settings)
         sums["probability"] += p_E
         sums["entropy"] -= sum(p * math.log(p) for p in p_E if p > 0)
@@ -162,13 +171,13 @@ def router_sums(
             sums["square"] += np.mean(logits_SE[s] ** 2)
         if told.clean_logits_SE is not None:
             sums["load"] += chances(logits_SE[s], told.clean_logits_SE[s], settings)
-    for (_, j), e in decision.wanted.items():
+    for (_, j), e in wanted.items():
         sums["chosen"][e] += 1
         # Every prototype has a first choice of its own; experts that choose have no
         # second.
         if settings.family == "expert_choice" or j % settings.num_selected == 0:
             sums["first"][e] += 1
-    for choice, (e, _) in decision.seated.items():
+    for choice, e in seated.items():
         sums["kept"][e] += 1
         sums["spilled"][e] += choice in decision.spilled
     return sums

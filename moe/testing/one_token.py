@@ -30,7 +30,8 @@ class OracleResult:
         d_x_GSM: gradient of the objective with respect to the inputs.
         d_router_ME: with respect to the router; zero for a hash router.
         d_experts: with respect to the arrays of the experts, by name.
-        sums: router sums, by name without suffix, each [G] or [G, E].
+        sums: router sums, by name without suffix, each [G] or [G, E], where G counts
+            the rows of each group.
         decisions: one per group.
     """
 
@@ -80,7 +81,9 @@ def one_token_at_a_time(
     logits_GSE = x_GSM @ router_ME
     decisions = [decide(logits_GSE[g], told_G[g], settings, capacity) for g in range(G)]
     sums_G = [
-        router_sums(logits_GSE[g], told_G[g], decisions[g], settings) for g in range(G)
+        router_sums(logits_GSE[g], told_G[g], decisions[g], settings, row)
+        for g in range(G)
+        for row in range(settings.group_rows)
     ]
     out = OracleResult(
         y_GSM=np.zeros_like(x_GSM),

@@ -39,9 +39,10 @@ class RouterTotals:
         z_P: summed squared log-sum-exp.
         entropy_P: summed entropy in nats.
         square_P: summed mean squared logit.
+        without_expert_P: tokens that no expert computed.
         excess_P: rows that devices had no room for.
-        local_balance_P: per scope and counts, such as ("group", "first"), the balance
-            loss of each group or sequence times its tokens, summed.
+        local_balance_P: the balance loss of each group, or of each sequence, times its
+            tokens, summed; 0 where the loss is formed over the whole batch.
     """
 
     tokens_P: jax.Array
@@ -55,8 +56,9 @@ class RouterTotals:
     z_P: jax.Array
     entropy_P: jax.Array
     square_P: jax.Array
+    without_expert_P: jax.Array
     excess_P: jax.Array
-    local_balance_P: dict[tuple[str, str], jax.Array]
+    local_balance_P: jax.Array
 
 
 @jax.tree_util.register_dataclass
@@ -84,22 +86,29 @@ def sums(
     target_BL: jax.Array,
     weight_BL: jax.Array,
     router: RouterSums | None,
+    settings: LossSettings,
     join_sequence: Callable[[jax.Array], jax.Array] = lambda x: x,
+    *,
+    group_rows: int = 1,
 ) -> Sums:
     """Sums up a batch, a microbatch, or one device's part of it.
 
     Args:
-        scores: of each target.
+        scores: what is known of each target's logits.
         target_BL: int32.
         weight_BL: 1 where the target counts, 0 elsewhere.
         router: sums per sparse layer and group.
+        settings: which balance loss is formed.
         join_sequence: adds up over the devices that a sequence is cut over.
+        group_rows: rows of a group.
     """
     weight_BL = weight_BL.astype(jnp.float32)
     log_z_BL = scores.log_z_BL
     totals = None
     if router is not None:
-        totals = router_totals(router, len(target_BL), join_sequence)
+        totals = router_totals(
+            router, len(target_BL), settings, join_sequence, group_rows=group_rows
+        )
     return Sums(
         cross_entropy=jnp.sum(weight_BL * (log_z_BL - scores.target_logit_BL)),
         z=jnp.sum(weight_BL * log_z_BL**2),
@@ -122,41 +131,47 @@ def over_devices(sums: Sums, grid: Grid) -> Sums:
 def router_totals(
     router: RouterSums,
     num_sequences: int,
+    settings: LossSettings,
     join_sequence: Callable[[jax.Array], jax.Array] = lambda x: x,
+    *,
+    group_rows: int = 1,
 ) -> RouterTotals:
     """Adds up the groups of sums that lead with layers, [P, G, ...].
 
     Args:
-        router: sums per group; those of a sequence are neighbours.
+        router: sums per group, or per row of a group; see `RouterSums`.
         num_sequences: B.
+        settings: which balance loss is formed.
         join_sequence: adds up over the devices that a sequence is cut over.
+        group_rows: rows of a group.
     """
 
     def over_groups(sum_PG: jax.Array) -> jax.Array:
         return jnp.sum(sum_PG, axis=1)
 
+    def per_group(sum_PG: jax.Array) -> jax.Array:
+        P, _, *rest = sum_PG.shape
+        return jnp.sum(sum_PG.reshape(P, -1, group_rows, *rest), axis=2)
+
     def per_sequence(sum_PG: jax.Array) -> jax.Array:
-        P, G, *rest = sum_PG.shape
-        return jnp.sum(
-            sum_PG.reshape(P, num_sequences, G // num_sequences, *rest), axis=2
-        )
+        P, _, *rest = sum_PG.shape
+        blocks = num_sequences // group_rows
+        sum_PBGr = sum_PG.reshape(P, blocks, -1, group_rows, *rest)
+        return jnp.sum(sum_PBGr, axis=2).reshape(P, num_sequences, *rest)
 
     def joined(sum_PG: jax.Array) -> jax.Array:
         return join_sequence(per_sequence(sum_PG))
 
-    local_balance_P = {}
-    for scope, cut, unit in (
-        ("group", lambda x: x, lambda x: x),
-        ("sequence", per_sequence, joined),
-    ):
-        probability_PGE = unit(router.probability_GE)
-        tokens_PG = cut(router.tokens_G)  # a sequence's, shared out over its devices
-        for counts, number_GE in (
-            ("first", router.first_GE),
-            ("all", router.chosen_GE),
-        ):
-            balance_PG = balance(unit(number_GE), probability_PGE)
-            local_balance_P[scope, counts] = over_groups(tokens_PG * balance_PG)
+    local_balance_P = jnp.zeros(router.tokens_G.shape[0])
+    if settings.balance_scope != "global":
+        cut, unit = per_group, per_group
+        if settings.balance_scope == "sequence":
+            # The tokens of a sequence are shared out over its devices.
+            cut, unit = per_sequence, joined
+        first = settings.balance_counts == "first"
+        number_GE = router.first_GE if first else router.chosen_GE
+        balance_PG = balance(unit(number_GE), unit(router.probability_GE))
+        local_balance_P = over_groups(cut(router.tokens_G) * balance_PG)
     return RouterTotals(
         tokens_P=over_groups(router.tokens_G),
         probability_PE=over_groups(router.probability_GE),
@@ -169,6 +184,7 @@ def router_totals(
         z_P=over_groups(router.z_G),
         entropy_P=over_groups(router.entropy_G),
         square_P=over_groups(router.square_G),
+        without_expert_P=over_groups(router.without_expert_G),
         excess_P=over_groups(router.excess_G),
         local_balance_P=local_balance_P,
     )
@@ -188,19 +204,19 @@ def balance(count_E: jax.Array, probability_E: jax.Array) -> jax.Array:
     return count_E.shape[-1] * jnp.sum(f_E * _share(probability_E), axis=-1)
 
 
-def balance_P(router: RouterTotals, scope: str, counts: str) -> jax.Array:
-    """Load-balance loss of each layer.
+def balance_P(router: RouterTotals, settings: LossSettings) -> jax.Array:
+    """Load-balance loss of each layer, as scope and counts of the settings say.
 
     Args:
-        router: totals of the whole batch.
-        scope: "group" and "sequence" average the loss of each of these, weighted by
+        router: totals of the whole batch, formed with the same settings.
+        settings: "group" and "sequence" average the loss of each of these, weighted by
             its tokens; "global" forms one over the whole batch.
-        counts: f are fractions of the "first" or of "all" choices.
     """
-    if scope == "global":
-        count_PE = router.first_PE if counts == "first" else router.chosen_PE
+    if settings.balance_scope == "global":
+        first = settings.balance_counts == "first"
+        count_PE = router.first_PE if first else router.chosen_PE
         return balance(count_PE, router.probability_PE)
-    return _mean(router.local_balance_P[scope, counts], router.tokens_P)
+    return _mean(router.local_balance_P, router.tokens_P)
 
 
 def unevenness(sum_PE: jax.Array) -> jax.Array:
@@ -224,6 +240,7 @@ def total(sums: Sums, settings: LossSettings) -> tuple[jax.Array, dict]:
     value = cross_entropy + settings.z_weight * z
     metrics = {
         "loss/nats_per_token": cross_entropy,
+        "loss/output_z": z,
         "accuracy/fraction": _mean(sums.correct, sums.weight),
     }
     if sums.router is not None:
@@ -241,7 +258,7 @@ def _router_terms(
     terms = {
         "loss/balance": (
             settings.balance_weight,
-            balance_P(router, settings.balance_scope, settings.balance_counts),
+            balance_P(router, settings),
         ),
         "loss/router_z": (
             settings.router_z_weight,
@@ -282,6 +299,10 @@ def ledger(router: RouterTotals) -> dict[str, jax.Array]:
             jnp.sum((chosen_P - kept_P).astype(jnp.float32)), chosen
         ),
         "router/spilled_fraction": _mean(spilled, chosen),
+        "router/tokens_without_expert_fraction": _mean(
+            jnp.sum(router.without_expert_P.astype(jnp.float32)),
+            jnp.sum(router.tokens_P.astype(jnp.float32)),
+        ),
         "router/entropy_nats": jnp.mean(entropy_P),
         "router/logit_rms": jnp.sqrt(jnp.mean(_mean(router.square_P, router.tokens_P))),
         "router/max_violation": jnp.max(load_PE) * num_experts - 1,
@@ -294,7 +315,8 @@ def ledger(router: RouterTotals) -> dict[str, jax.Array]:
 def choices_per_layer(router: RouterTotals) -> dict[str, jax.Array]:
     """Counts where choices went, exactly, whatever kind of arrays the totals are.
 
-    routed = computed + dropped + padding; spilled are among the computed.
+    routed = computed + dropped + padding; spilled are among the computed. Besides, the
+    real tokens of which no choice was computed.
     """
     chosen_P, kept_P = router.chosen_PE.sum(axis=-1), router.kept_PE.sum(axis=-1)
     return {
@@ -303,6 +325,7 @@ def choices_per_layer(router: RouterTotals) -> dict[str, jax.Array]:
         "ledger/spilled_choices": router.spilled_PE.sum(axis=-1),
         "ledger/dropped_choices": chosen_P - kept_P,
         "ledger/padding_choices": router.padding_P,
+        "ledger/tokens_without_expert": router.without_expert_P,
     }
 
 

@@ -43,8 +43,8 @@ def make_optimizer(
             _per_matrix(_adafactor(), axes),
             optax.ema(settings.b1, debias=False) if settings.b1 else optax.identity(),
         )
-    if settings.moment_dtype != "float32":
-        scale = moments_in(scale, settings.moment_dtype)
+    # Float32 too: Optax would start the moments of bfloat16 parameters in bfloat16.
+    scale = moments_in(scale, settings.moment_dtype)
     whole = optax.chain(clip, scale, decay, rate)
     return with_master(whole) if settings.rounding == "master" else whole
 

@@ -198,7 +198,15 @@ def batch_sums(
         head_mv = transformer.head(model, params)
         scores = score(head_mv, x_BLM, target_BL, model.settings, model.grid)
         add_up = functools.partial(model.grid.sum, axes=("context", "model"))
-        sums = losses.sums(scores, target_BL, weight_BL, router, add_up)
+        sums = losses.sums(
+            scores,
+            target_BL,
+            weight_BL,
+            router,
+            learner.loss,
+            add_up,
+            group_rows=model.router.group_rows,
+        )
         nats_BL = jax.lax.stop_gradient(scores.log_z_BL - scores.target_logit_BL)
         return sums, jnp.where(weight_BL > 0, nats_BL, 0)
 

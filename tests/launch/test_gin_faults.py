@@ -362,6 +362,41 @@ def test_rules_do_not_speak_of_values_that_were_never_given(leaf):
         (["LEARNING_RATE=0"], "LEARNING_RATE = 0.0: must be above 0"),
         (["BETA2=1"], "BETA2 = 1.0: must be in [0, 1)"),
         (["SAMPLE_TOP_P=0"], "SAMPLE_TOP_P = 0.0: must be in (0, 1]"),
+        (
+            ["SAMPLE_TOP_K=3000000000"],
+            "SAMPLE_TOP_K = 3000000000: must be below 2**31",
+        ),
+        (
+            ["SAMPLE_TOKENS=3000000000"],
+            "SAMPLE_TOKENS = 3000000000: must be below 2**31",
+        ),
+        (
+            ["OPTIMIZER=adafactor", "BETA2=0.99"],
+            "BETA2 = 0.99 means nothing to OPTIMIZER = 'adafactor', only to 'adamw': "
+            "leave it at 0.95",
+        ),
+        (
+            ["OPTIMIZER=adafactor", "EPSILON=1e-6"],
+            "EPSILON = 1e-06 means nothing to OPTIMIZER = 'adafactor'",
+        ),
+        (
+            ["SCHEDULE=constant", "FINAL_LEARNING_RATE_FRACTION=0.5"],
+            "FINAL_LEARNING_RATE_FRACTION = 0.5 means nothing to SCHEDULE = 'constant'",
+        ),
+        (
+            ["NOISE_DENSITY=0.3"],
+            "NOISE_DENSITY = 0.3 means nothing to OBJECTIVE = 'causal_lm', only to "
+            "'span_corruption': leave it at 0.15",
+        ),
+        (
+            ["MEAN_NOISE_SPAN_LENGTH=4.0"],
+            "MEAN_NOISE_SPAN_LENGTH = 4.0 means nothing to OBJECTIVE = 'causal_lm'",
+        ),
+        (
+            ["GROUP_ROWS=3", "GROUP_SIZE=192"],
+            "BATCH_SIZE = 8 does not divide over 1 batch shard × MICROBATCHES = 1 × "
+            "GROUP_ROWS = 3: nearest are 6 and 9",
+        ),
         (["SEED=-1"], "SEED = -1: must be in [0, 2**32)"),
         # One rule of each record's own list: they are all asked.
         (["HEAD_DIM=15"], "HEAD_DIM = 15: rotary positions turn pairs"),

@@ -1,5 +1,6 @@
 """The check before training: it passes what is right, and stops what is wrong."""
 
+import dataclasses
 import math
 import re
 
@@ -11,6 +12,7 @@ from launch.assemble import Run, assemble
 from launch.errors import UserError
 from launch.self_check import Comparison, SelfCheckError
 from moe.dispatch import all_to_all
+from moe.model.moe_layer import ROUTERS
 
 KNOBS = ("TRANSPORT='all_to_all'", "GROUP_SIZE=16")
 ON_FOUR = ("SIMULATED_DEVICES=4", "MESH_DATA=2", "MESH_EXPERT=2")
@@ -21,9 +23,8 @@ def tiny_run(*knobs: str) -> Run:
 
 
 def test_a_layer_that_is_right_passes_and_says_how_close_it_is():
-    comparison = self_check.check(tiny_run(*ON_FOUR))
-    assert comparison is not None
-    assert comparison.differences.keys() == {
+    training, evaluation = self_check.compare(tiny_run(*ON_FOUR))
+    assert training.differences.keys() == {
         "output",
         "tokens",
         "weights/router",
@@ -31,9 +32,41 @@ def test_a_layer_that_is_right_passes_and_says_how_close_it_is():
         "weights/experts/down",
     }
     # Float32 on CPU: only the order of sums differs.
-    assert comparison.worst == max(comparison.differences.values()) < 1e-5
-    assert comparison.tolerance == 1e-4
-    assert str(comparison).startswith("TRANSPORT 'all_to_all' equals the oracle, ")
+    assert training.worst == max(training.differences.values()) < 1e-5
+    assert training.tolerance == 1e-4
+    # Scoring draws nothing and has no gradient.
+    assert evaluation.program == "evaluation"
+    assert evaluation.differences.keys() == {"output"}
+    assert evaluation.worst < 1e-5
+
+
+def test_what_a_run_without_drops_computes_is_checked_in_rounds_too():
+    knobs = ("TRANSPORT='auto'", "TRAIN_CAPACITY_FACTOR=0", *ON_FOUR)
+    found = self_check.compare(tiny_run(*knobs))
+    assert [c.program for c in found] == ["training", "evaluation", "rounds"]
+    assert all(c.is_right and c.transport == "ring" for c in found)
+    assert found[2].differences.keys() == found[0].differences.keys()
+
+
+def test_a_fault_of_evaluation_alone_stops_the_run(monkeypatch):
+    def route(*given, original=ROUTERS["token_choice"], **named):
+        assignment = original(*given, **named)
+        return dataclasses.replace(assignment, gate_GSJ=1.01 * assignment.gate_GSJ)
+
+    patched = iter([False, True])
+    results = self_check._results
+
+    def second_evaluation_is_wrong(layer, arguments, *, train):
+        if not train and next(patched):
+            monkeypatch.setitem(ROUTERS, "token_choice", route)
+        return results(layer, arguments, train=train)
+
+    monkeypatch.setattr(self_check, "_results", second_evaluation_is_wrong)
+    with pytest.raises(SelfCheckError) as caught:
+        self_check.check(tiny_run())
+    message = str(caught.value)
+    assert "differs from the oracle in evaluation by 0.01" in message
+    assert "in training" not in message
 
 
 def scaled(y_gSM):
@@ -66,9 +99,11 @@ def test_a_fault_in_a_transport_stops_the_run(fault, wrong, right, monkeypatch):
         self_check.check(tiny_run())
     assert isinstance(caught.value, UserError), "one readable error, no traceback"
     message = str(caught.value)
-    assert message.startswith("TRANSPORT = 'all_to_all' differs from the oracle by ")
+    assert message.endswith("or pass --self_check=off to go on all the same.")
+    begins = "TRANSPORT = 'all_to_all' differs from the oracle in training by "
+    assert message.startswith(begins)
+    message = message.partition("in evaluation")[0]
     assert "on 1 cpu devices, and may by 0.0001:" in message
-    assert "pass --self_check=off" in message
     told = {
         name: float(x) for name, x in re.findall(r"^  (\S+) +(\S+)$", message, re.M)
     }
@@ -78,12 +113,13 @@ def test_a_fault_in_a_transport_stops_the_run(fault, wrong, right, monkeypatch):
 
 @pytest.mark.fast
 def test_what_is_not_a_number_is_wrong(monkeypatch):
-    found = Comparison("ring", {"output": 0.0, "tokens": math.nan}, tolerance=0.1)
-    monkeypatch.setattr(self_check, "compare", lambda run: found)
-    with pytest.raises(SelfCheckError, match="'ring' differs from the oracle by nan "):
+    differences = {"output": 0.0, "tokens": math.nan}
+    found = Comparison("training", "ring", differences, tolerance=0.1)
+    monkeypatch.setattr(self_check, "compare", lambda run: [found])
+    with pytest.raises(SelfCheckError, match=r"'ring' differs .* in training by nan "):
         self_check.check(tiny_run())
 
 
 @pytest.mark.fast
 def test_a_model_without_experts_has_nothing_to_check():
-    assert self_check.check(tiny_run("MOE_EVERY=0")) is None
+    assert self_check.check(tiny_run("MOE_EVERY=0")) == ""

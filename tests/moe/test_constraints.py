@@ -81,9 +81,6 @@ def spill(**changes: Any) -> dict[str, Any]:
             "group_score": "top2_sum",
             "selection_bias": True,
         },
-        # A single sigmoid that is made 1 is the user's affair: it has no gradient
-        # either, but its selection may be moved by its bias.
-        {"scores": "sigmoid", "renormalize": "before_drop"},
         {"logit_noise": 1.0, "load_weight": 0.005, "importance_weight": 0.005},
         {"num_selected": 2, "second_policy": "random"},
         {"num_layers": 7, "first_dense_layers": 3},
@@ -147,6 +144,17 @@ def test_settings_that_obey_the_rules(changes):
         ({"num_selected_groups": 0}, "NUM_SELECTED_GROUPS = 0: must be at least 1"),
         (sinkhorn(sinkhorn_iterations=0), "SINKHORN_ITERATIONS = 0: must be at least"),
         ({"capacity_multiple": 0}, "CAPACITY_MULTIPLE = 0: must be at least 1"),
+        ({"group_rows": 0}, "GROUP_ROWS = 0: must be at least 1"),
+        (
+            {"group_rows": 3},
+            "GROUP_SIZE = 64, cut over GROUP_ROWS = 3 rows, does not divide a sequence "
+            "of 64 tokens: nearest are 48 and 96",
+        ),
+        (
+            {"group_rows": 2, "group_size": 96},
+            "GROUP_SIZE = 96, cut over GROUP_ROWS = 2 rows, does not divide a sequence "
+            "of 64 tokens: nearest are 64 and 128",
+        ),
         ({"row_budget": 0.5}, "ROW_BUDGET = 0.5: must be at least 1"),
         (
             expert_choice(max_experts_per_token=1, capacity_factor=2.0),
@@ -200,6 +208,11 @@ def test_settings_that_obey_the_rules(changes):
         ),
         (
             {"renormalize": "before_drop"},
+            "RENORMALIZE_GATES = 'before_drop' with NUM_SELECTED_EXPERTS = 1 makes "
+            "each gate 1",
+        ),
+        (
+            {"renormalize": "before_drop", "scores": "sigmoid"},
             "RENORMALIZE_GATES = 'before_drop' with NUM_SELECTED_EXPERTS = 1 makes "
             "each gate 1",
         ),
@@ -294,6 +307,7 @@ BELONGS_TO = {
         {"token_choice", "prototypes", "sinkhorn"},
     ),
     "SLOT_ORDER": ("slot_order", "choice_major", set(FAMILIES) - {"expert_choice"}),
+    "ROUTER_DTYPE": ("logit_dtype", "bfloat16", set(FAMILIES) - {"hashed"}),
 }
 
 

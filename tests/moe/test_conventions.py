@@ -537,7 +537,6 @@ def totals(first_PE, probability_PE, **given) -> RouterTotals:
         "first_PE": first_PE,
         "chosen_PE": first_PE,
         "probability_PE": probability_PE,
-        "local_balance_P": {},
     }
     return RouterTotals(**values | given)
 
@@ -598,7 +597,7 @@ def formed():
         np.ones((2, 2), np.float32),
         np.ones((2, 2), np.float32),
         z_P=np.array([2, 4], np.float32),
-        local_balance_P={("group", "first"): np.array([1, 1.4], np.float32)},
+        local_balance_P=np.array([1, 1.4], np.float32),
     )
     zero = np.zeros(())
     everything = LossSettings(importance_weight=1.0, load_weight=1.0)
@@ -613,11 +612,15 @@ def formed():
 
     @jax.jit
     def run(group_sums, two_layers, noisy_GSE, sum_PE):
-        router = losses.router_totals(RouterSums(**group_sums), 1)
+        scopes = {
+            scope: LossSettings(balance_scope=scope)
+            for scope in ("group", "sequence", "global")
+        }
+        sums = RouterSums(**group_sums)
         return {
             "scopes": {
-                scope: losses.balance_P(router, scope, "first")[0]
-                for scope in ("group", "sequence", "global")
+                scope: losses.balance_P(losses.router_totals(sums, 1, given), given)[0]
+                for scope, given in scopes.items()
             },
             "totals": {
                 name: losses.total(Sums(zero, zero, zero, zero, two_layers), given)

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -12,6 +13,7 @@ from moe.model.attention import NEVER
 from moe.model.decoding import empty_cache, generate, keep_likely
 from moe.settings import ModelSettings, RouterSettings
 from moe.testing import MESHES
+from moe.testing.jaxprs import equations
 from partitioning.mesh import make_mesh
 
 B, L, V = 8, 8, 16
@@ -41,20 +43,27 @@ MODELS = {
         ),
         RouterSettings(num_selected=2, renormalize="before_drop"),
     ),
-    "dense": (dataclasses.replace(SPARSE, moe_every=0), RouterSettings()),
+    # Pieces of four tokens are attended in blocks.
+    "dense": (
+        dataclasses.replace(SPARSE, moe_every=0, attention_block=4),
+        RouterSettings(),
+    ),
 }
+
+
+def shapes_of(settings: ModelSettings):
+    return jax.eval_shape(
+        lambda: transformer.init_params(jax.random.key(0), settings, RouterSettings())
+    )
 
 
 @functools.cache
 def parameters(name: str):
     """Weights large enough for tokens, positions and experts to matter."""
-    settings, _ = MODELS[name]
-    shapes = jax.eval_shape(
-        lambda: transformer.init_params(jax.random.key(0), settings, RouterSettings())
-    )
     rng = np.random.default_rng(0)
     return jax.tree.map(
-        lambda x: rng.normal(size=x.shape, scale=0.5).astype(np.float32), shapes
+        lambda x: rng.normal(size=x.shape, scale=0.5).astype(np.float32),
+        shapes_of(MODELS[name][0]),
     )
 
 
@@ -112,6 +121,53 @@ def test_a_sequence_read_in_pieces_has_the_logits_of_the_full_forward(name, leng
     np.testing.assert_allclose(
         np.concatenate(logits, axis=1), full_forward(name, tokens_BL), 1e-4, 1e-5
     )
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("length", [16, 17])
+def test_a_long_prompt_is_attended_in_blocks(length):
+    settings = dataclasses.replace(SPARSE, moe_every=0, attention_block=16)
+    model = transformer.build(settings, RouterSettings(), make_mesh(MESHES["d1"]))
+    room = 41  # a dimension that nothing else has
+    jaxpr = jax.make_jaxpr(functools.partial(transformer.forward_cached, model))(
+        shapes_of(settings),
+        np.zeros((B, length), np.int32),
+        np.ones((B, length), bool),
+        jnp.int32(0),
+        np.zeros(B, np.int32),
+        empty_cache(model, B, room),
+    )
+    scores = [
+        v.aval.shape
+        for equation in equations(jaxpr)
+        for v in equation.outvars
+        if v.aval.ndim >= 3 and {length, room} <= set(v.aval.shape[-2:])
+    ]
+    assert scores == []
+
+
+@pytest.mark.fast
+def test_a_sequence_of_the_length_of_a_block_keeps_no_scores_for_the_way_back():
+    length = 37  # that nothing else has
+
+    def kept(block: int) -> list[tuple[int, ...]]:
+        settings = dataclasses.replace(SPARSE, moe_every=0, attention_block=block)
+        model = transformer.build(settings, RouterSettings(), make_mesh(MESHES["d1"]))
+        features = ("input_tokens", "positions", "segment_ids")
+        ones_BL = np.ones((B, length), np.int32)
+        batch = {f"decoder_{name}": ones_BL for name in features}
+
+        def residuals(params):
+            def hidden(params):
+                return transformer.hidden(model, params, batch, np.arange(B), None)[0]
+
+            return jax.vjp(hidden, params)[1]
+
+        shapes = jax.tree.leaves(jax.eval_shape(residuals, shapes_of(settings)))
+        return [x.shape for x in shapes if x.shape[-2:] == (length, length)]
+
+    assert kept(length) == []
+    assert kept(length + 1) != []
 
 
 @functools.cache
@@ -298,3 +354,23 @@ def test_the_likely_tokens_are_these(top_k, top_p, kept):
     likely_BV = likely_tokens(logits_BV, top_k=top_k, top_p=top_p)
     expected_V = np.where(np.isin(np.arange(4), kept), logits_BV[0], NEVER)
     np.testing.assert_array_equal(likely_BV[0], expected_V.astype(np.float32))
+
+
+@pytest.mark.fast
+def test_the_whole_distribution_keeps_every_token_however_unlikely():
+    # Sums of float32 probabilities reach 1 before the last tokens: a nucleus would
+    # leave them out.
+    logits_BV = np.random.default_rng(0).normal(size=(4, 5000), scale=6.0)
+    logits_BV = logits_BV.astype(np.float32)
+    for top_k in (0, 5000):
+        likely_BV = likely_tokens(logits_BV, top_k=top_k, top_p=1.0)
+        np.testing.assert_array_equal(likely_BV, logits_BV)
+
+
+def test_a_temperature_near_zero_is_greedy():
+    tokens_BL = np.random.default_rng(4).integers(1, V, (B, L)).astype(np.int32)
+    given = parameters("dense"), tokens_BL, np.full(B, L), jax.random.key(0)
+    greedy = compiled_generate("dense", "d1", 0.0)(*given)
+    for temperature in (1e-6, 1e-38, 1e-300):
+        drawn = compiled_generate("dense", "d1", temperature)(*given)
+        np.testing.assert_array_equal(drawn, greedy)

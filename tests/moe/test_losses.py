@@ -42,6 +42,7 @@ def router_sums(logits_GSE, mask_GS) -> RouterSums:
             z_G=jnp.sum(z_GS * mask_GS, 1),
             entropy_G=jnp.zeros(len(mask_GS)),
             square_G=jnp.zeros(len(mask_GS)),
+            without_expert_G=jnp.zeros(len(mask_GS), jnp.int32),
             excess_G=jnp.zeros(len(mask_GS), jnp.int32),
         )
 
@@ -79,14 +80,22 @@ def scores_of(logits_BLV, target_BL) -> Scores:
 def sums_of(problem) -> Sums:
     router = router_sums(problem["router"], problem["mask"])
     scores = scores_of(problem["logits"], problem["target"])
-    return losses.sums(scores, problem["target"], problem["weight"], router)
+    target_BL, weight_BL = problem["target"], problem["weight"]
+    return losses.sums(scores, target_BL, weight_BL, router, LossSettings())
+
+
+def balance_of(sums, num_sequences: int, scope: str, counts: str = "first"):
+    """The balance loss of every layer, of sums per group."""
+    settings = LossSettings(balance_scope=scope, balance_counts=counts)
+    totals = losses.router_totals(sums, num_sequences, settings)
+    return losses.balance_P(totals, settings)
 
 
 @functools.partial(jax.jit, static_argnames="num_sequences")
 def balances(logits_GSE, mask_GS, num_sequences):
     """The balance loss of every layer, in all scopes, of first choices."""
-    router = losses.router_totals(router_sums(logits_GSE, mask_GS), num_sequences)
-    return {scope: losses.balance_P(router, scope, "first") for scope in SCOPES}
+    sums = router_sums(logits_GSE, mask_GS)
+    return {scope: balance_of(sums, num_sequences, scope) for scope in SCOPES}
 
 
 def test_balance_is_one_in_every_layer_when_experts_are_used_alike():
@@ -141,9 +150,8 @@ def test_balance_of_sequences_and_of_all_choices_as_worked_out_by_hand():
 
     @functools.partial(jax.jit, static_argnames="num_sequences")
     def balance(sums, num_sequences):
-        router = losses.router_totals(sums, num_sequences)
         return {
-            (scope, counts): losses.balance_P(router, scope, counts)[0]
+            (scope, counts): balance_of(sums, num_sequences, scope, counts)[0]
             for scope in SCOPES
             for counts in COUNTS
         }
@@ -179,9 +187,8 @@ def test_all_choices_used_alike_have_a_balance_of_one_however_many_they_are():
         first_GE=[[[8, 0, 0, 0]]],
         chosen_GE=[[[4, 4, 4, 4]]],
     )
-    router = jax.jit(losses.router_totals, static_argnums=1)(sums, 1)
     for scope in SCOPES:
-        assert losses.balance_P(router, scope, "all") == 1
+        assert balance_of(sums, 1, scope, "all") == 1
 
 
 @pytest.mark.fast
@@ -209,9 +216,9 @@ def test_the_gradient_of_balance_flows_through_the_probabilities_alone():
     @jax.jacrev
     def gradients(logits_GSE):
         sums = route(logits_GSE, context, RouterSettings(), capacity=S).sums
-        router = losses.router_totals(jax.tree.map(lambda x: x[None], sums), 1)
+        one_layer = jax.tree.map(lambda x: x[None], sums)
         return {
-            (scope, counts): losses.balance_P(router, scope, counts)[0]
+            (scope, counts): balance_of(one_layer, 1, scope, counts)[0]
             for scope in SCOPES
             for counts in COUNTS
         }
@@ -231,25 +238,18 @@ def totals(**changes) -> RouterTotals:
     for field in dataclasses.fields(RouterTotals):
         shape = (2, 3) if field.name.endswith("_PE") else (2,)
         values[field.name] = np.zeros(shape, np.float32)
-    local = {(scope, c): np.zeros(2) for scope in SCOPES[:2] for c in COUNTS}
-    return RouterTotals(**values | {"local_balance_P": local} | changes)
+    return RouterTotals(**values | changes)
 
 
 @pytest.mark.fast
 @pytest.mark.parametrize("over_layers", ["sum", "mean"])
 def test_router_losses_are_means_over_tokens_and_a_sum_or_mean_over_layers(over_layers):
-    local = {
-        ("group", "first"): np.array([4.0, 8.0]),
-        ("group", "all"): np.array([400.0, 400.0]),
-        ("sequence", "first"): np.array([400.0, 400.0]),
-        ("sequence", "all"): np.array([400.0, 400.0]),
-    }
     router = totals(
         tokens_P=np.array([4, 4]),
         z_P=np.array([2.0, 6.0], np.float32),
         probability_PE=np.array([[1, 2, 3], [4, 4, 4]], np.float32),
         load_PE=np.array([[4, 4, 4], [6, 4, 2]], np.float32),
-        local_balance_P=local,
+        local_balance_P=np.array([4.0, 8.0]),
     )
     settings = LossSettings(
         balance_weight=0.01,
@@ -281,6 +281,7 @@ def test_losses_that_are_switched_off_are_no_metrics():
     assert {name for name in metrics if name.startswith("loss/")} == {
         "loss/total",
         "loss/nats_per_token",
+        "loss/output_z",
         "loss/balance",
         "loss/router_z",
     }
@@ -370,6 +371,7 @@ def test_the_ledger_accounts_for_every_choice():
         padding_P=np.array([2, 2]),
         entropy_P=np.array([1.5, 3.0], np.float32),
         square_P=np.array([12.0, 84.0], np.float32),
+        without_expert_P=np.array([0, 2]),
         excess_P=np.array([0, 5]),
     )
     expected = {
@@ -378,6 +380,7 @@ def test_the_ledger_accounts_for_every_choice():
         "router/entropy_nats_per_layer": [0.5, 1.0],  # 1.5 / 3 and 3 / 3
         "router/dropped_fraction": 3 / 12,
         "router/spilled_fraction": 3 / 12,
+        "router/tokens_without_expert_fraction": 2 / 6,
         "router/entropy_nats": 0.75,
         "router/logit_rms": 4.0,  # √((12 / 3 + 84 / 3) / 2)
         "router/max_violation": 1.0,  # the largest load, ⅔, is twice the fair ⅓
@@ -388,6 +391,7 @@ def test_the_ledger_accounts_for_every_choice():
         "ledger/spilled_choices": [3, 0],
         "ledger/dropped_choices": [1, 2],
         "ledger/padding_choices": [2, 2],
+        "ledger/tokens_without_expert": [0, 2],
     }
     actual = jax.device_get(jax.jit(losses.ledger)(router))
     assert actual.keys() == expected.keys()

@@ -70,6 +70,11 @@ ROUTERS = {
     "hashed": replace(TIGHT, family="hashed", num_selected=2),
     "sinkhorn": replace(TIGHT, family="sinkhorn", num_selected=2, capacity_factor=0.5),
 }
+# Groups of two tokens of each of two rows.
+OF_TWO_ROWS = {
+    name: replace(ROUTERS[name], group_rows=2)
+    for name in ("switch", "spill", "deepseek", "expert_choice", "dropless")
+}
 EXPERTS = {
     "deepseek": {"activation": "swiglu", "expert_biases": True},
     "spill": {"activation": "gelu", "expert_biases": True},
@@ -80,6 +85,16 @@ EXPERTS = {
 
 def model_of(name: str, transport: str) -> ModelSettings:
     return replace(MODEL, transport=transport, **EXPERTS.get(name, {}))
+
+
+def grouped(x_BL, router: RouterSettings):
+    """[B, L] as groups [G, S], row by row of each group."""
+    x_GS = []
+    for b in range(0, B, router.group_rows):
+        for cut in range(0, L, router.group_length):
+            rows = x_BL[b : b + router.group_rows, cut : cut + router.group_length]
+            x_GS.append(np.concatenate(list(rows)))
+    return np.array(x_GS)
 
 
 @functools.cache
@@ -129,7 +144,8 @@ def compiled(layer: Layer, *, gradients: bool = True):
     def objective(arrays, x_BLM):
         y_BLM, sums = run_layer(definition, arrays, x_BLM, layer, jax.random.key(5))
         value = jnp.sum(y_BLM * jnp.where(p["mask"][..., None], p["d_y"], 0))
-        value += jnp.sum(sums.probability_GE * p["d_probability"])
+        d_probability = np.repeat(p["d_probability"], layer.router.group_rows, 0)
+        value += jnp.sum(sums.probability_GE * d_probability)
         value += p["d_z"] * jnp.sum(sums.z_G)
         return value, (y_BLM, sums)
 
@@ -155,36 +171,37 @@ def oracle(model: ModelSettings, router: RouterSettings, arrays, x_BLM):
     told_G = [
         Told(mask_S, bias_E=arrays.get("selection_bias"), id_S=id_S, order_V=order_V)
         for mask_S, id_S in zip(
-            p["mask"].reshape(G, S), p["id"].reshape(G, S), strict=True
+            grouped(p["mask"], router), grouped(p["id"], router), strict=True
         )
     ]
     return one_token_at_a_time(
-        x_BLM.reshape(G, S, M),
+        grouped(x_BLM, router),
         arrays.get("router", np.zeros((M, E))),
         arrays["experts"],
         told_G,
         router,
         capacity(router, E, train=True),
         activation=model.activation,
-        d_y_GSM=p["d_y"].reshape(G, S, M),
+        d_y_GSM=grouped(p["d_y"], router),
         d_probability_GE=p["d_probability"],
         d_z=p["d_z"],
     )
 
 
 @functools.cache
-def oracle_of(name: str):
-    model, router = model_of(name, "auto"), ROUTERS[name]
+def oracle_of(name: str, group_rows: int = 1):
+    model = model_of(name, "auto")
+    router = replace(ROUTERS[name], group_rows=group_rows)
     _, arrays = weights_of(model, router)
     return oracle(model, router, arrays, problem()["x"])
 
 
-def agree(result, expected) -> None:
+def agree(result, expected, router: RouterSettings = TIGHT) -> None:
     """Outputs, every gradient and every sum."""
     (d_arrays, d_x_BLM), (y_BLM, sums) = result
     close = functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-5)
-    close(y_BLM.reshape(G, S, M), expected.y_GSM)
-    close(d_x_BLM.reshape(G, S, M), expected.d_x_GSM, atol=5e-5)
+    close(grouped(y_BLM, router), expected.y_GSM)
+    close(grouped(d_x_BLM, router), expected.d_x_GSM, atol=5e-5)
     for name, d_array in expected.d_experts.items():
         close(d_arrays["experts"][name], d_array, atol=2e-4, err_msg=name)
     if "router" in d_arrays:
@@ -250,7 +267,7 @@ def check_layer(router: str, layer: Layer) -> None:
     """Everything agrees with the oracle, and the case is one of its kind."""
     _, arrays = weights_of(layer.model, layer.router)
     result = compiled(layer)(arrays, problem()["x"])
-    agree(result, oracle_of(router))
+    agree(result, oracle_of(router, layer.router.group_rows), layer.router)
 
     _, (_, sums) = result
     assert sums.excess_G.sum() == 0
@@ -308,6 +325,30 @@ def test_pieces_of_sequences_agree_with_one_token_at_a_time(
     check_layer(router, layer)
 
 
+# Groups that span rows. Each device of these meshes has two rows or more.
+
+OVER_ROWS = [
+    ("switch", "c2e4", PartitionSettings(), "all_to_all"),
+    ("spill", "d2e2m2", PartitionSettings(), "all_to_all"),
+    ("deepseek", "c2e2m2", PartitionSettings(), "einsum"),
+    ("expert_choice", "d2e2m2", CUTS["experts_whole"][1], "ring"),
+    ("dropless", "c2e4", CUTS["context"][1], "ragged"),
+]
+
+
+@pytest.mark.parametrize(("router", "mesh", "partition", "transport"), OVER_ROWS)
+def test_groups_of_several_rows_agree_with_one_token_at_a_time(
+    meshes, router, mesh, partition, transport
+):
+    layer = Layer(
+        model_of(router, transport),
+        OF_TWO_ROWS[router],
+        meshes[mesh],
+        partition=partition,
+    )
+    check_layer(router, layer)
+
+
 # More rows than a device has room for.
 
 CROWDED = replace(FREE, row_budget=1.0)
@@ -356,6 +397,23 @@ def test_rows_beyond_the_budget_are_computed_in_further_rounds(meshes, transport
         assert excess_of(expected, 2, 4).sum() > 0, "one round must not be enough"
     kept_E = expected.sums["kept"].sum(axis=0)
     assert kept_E[3] == problem()["mask"].sum() > 2 * ROOM
+
+
+@pytest.mark.parametrize("transport", ["ring", "ragged"])
+def test_rounds_in_bfloat16_give_the_output_of_ample_room_bit_for_bit(
+    meshes, transport
+):
+    model = replace(model_of("dropless", transport), dtype="bfloat16")
+    arrays, x_BLM, expected = crowded("one_expert")
+    given = arrays, jnp.asarray(x_BLM, jnp.bfloat16)
+    roomy = replace(CROWDED, row_budget=4.0)
+    mesh = meshes["d2e4"]
+    _, (ample, _) = compiled(Layer(model, roomy, mesh), gradients=False)(*given)
+    in_rounds = Layer(model, CROWDED, mesh, in_rounds=True)
+    _, (y_BLM, _) = compiled(in_rounds, gradients=False)(*given)
+    assert y_BLM.dtype == jnp.bfloat16
+    assert excess_of(expected, 2, 4).sum() > 0, "one round must not be enough"
+    np.testing.assert_array_equal(y_BLM.view(np.uint16), ample.view(np.uint16))
 
 
 @pytest.mark.slow

@@ -99,24 +99,22 @@ def test_moments_are_kept_in_a_type_and_computed_in_float32():
     )
 
 
-@functools.cache
-def after_steps(rounding: str, param_dtype: str = "bfloat16", steps: int = 2):
-    """The state after some steps of the tiny model, and their states' types."""
+def learner_of(settings: OptimizerSettings, param_dtype: str) -> Learner:
     model = dataclasses.replace(MODEL, param_dtype=param_dtype)
-    settings = OptimizerSettings(rounding=rounding, warmup_steps=0)
-    axes = transformer.param_axes(model, ROUTER)
-    optimizer = make_optimizer(settings, 10, axes)
-    learner = Learner(
+    return Learner(
         model=transformer.build(model, ROUTER, make_mesh(MeshSettings())),
-        optimizer=optimizer,
+        optimizer=make_optimizer(settings, 10, transformer.param_axes(model, ROUTER)),
         schedule=make_schedule(settings, 10),
         loss=LossSettings(),
         microbatches=1,
         seed=0,
-        rounding=rounding,
+        rounding=settings.rounding,
     )
+
+
+def batch() -> dict[str, np.ndarray]:
     tokens_BL = np.random.default_rng(0).integers(1, 16, (4, 8)).astype(np.int32)
-    batch = dict.fromkeys(
+    return dict.fromkeys(
         (
             "decoder_input_tokens",
             "decoder_target_tokens",
@@ -129,11 +127,58 @@ def after_steps(rounding: str, param_dtype: str = "bfloat16", steps: int = 2):
         "decoder_target_tokens": np.roll(tokens_BL, -1, axis=1),
         "decoder_positions": np.broadcast_to(np.arange(8, dtype=np.int32), (4, 8)),
     }
-    state = train_state.init_state(KEY, model, ROUTER, optimizer)
+
+
+@functools.cache
+def after_steps(rounding: str, param_dtype: str = "bfloat16", steps: int = 2):
+    """The state after some steps of the tiny model."""
+    settings = OptimizerSettings(rounding=rounding, warmup_steps=0)
+    learner = learner_of(settings, param_dtype)
+    state = train_state.init_state(
+        KEY, learner.model.settings, ROUTER, learner.optimizer
+    )
     step = jax.jit(functools.partial(train_step, learner=learner))
     for n in range(steps):
-        state, _ = step(state, batch, jnp.int32(n))
+        state, _ = step(state, batch(), jnp.int32(n))
     return jax.device_get(state)
+
+
+def types_of(tree):
+    return jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("moment_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["adamw", "adafactor"])
+@pytest.mark.parametrize(
+    ("param_dtype", "rounding"),
+    [
+        ("float32", "nearest"),
+        ("bfloat16", "nearest"),
+        ("bfloat16", "stochastic"),
+        ("bfloat16", "master"),
+    ],
+)
+def test_a_step_returns_a_state_of_the_types_it_was_given(
+    param_dtype, rounding, name, moment_dtype
+):
+    settings = OptimizerSettings(
+        name=name, rounding=rounding, moment_dtype=moment_dtype
+    )
+    learner = learner_of(settings, param_dtype)
+    state = jax.eval_shape(
+        lambda: train_state.init_state(
+            KEY, learner.model.settings, ROUTER, learner.optimizer
+        )
+    )
+    after, _ = jax.eval_shape(
+        functools.partial(train_step, learner=learner), state, batch(), jnp.int32(0)
+    )
+    assert types_of(after) == types_of(state)
+    moments = jax.tree.leaves(
+        state.opt_state.inner if rounding == "master" else state.opt_state
+    )
+    assert {x.dtype.name for x in moments if x.ndim} == {moment_dtype}
 
 
 def bias_of(params):

@@ -20,7 +20,7 @@ from partitioning import rules
 from partitioning.mesh import make_mesh
 from partitioning.settings import UNCUT, MeshSettings, PartitionSettings
 
-B, L, V = 8, 16, 32
+B, L, V = 16, 16, 32
 BASE = ModelSettings(
     vocab_size=V,
     num_layers=4,
@@ -33,7 +33,8 @@ BASE = ModelSettings(
     transport="all_to_all",
     dtype="float32",
 )
-# Two models that have every part between them, and draw and drop.
+# Two models that have every part between them, and draw and drop. Groups of the first
+# span two rows, and its balance is that of single sequences.
 MODELS = {
     "biased": dataclasses.replace(
         BASE,
@@ -68,7 +69,8 @@ ROUTERS = {
         renormalize="before_drop",
         second_policy="random",
         jitter=0.05,
-        group_size=2,
+        group_size=4,
+        group_rows=2,
         min_capacity=1,
         capacity_factor=1.0,
     ),

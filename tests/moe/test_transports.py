@@ -82,16 +82,19 @@ def there_and_back(p, mesh, transport: str, room: Room):
     def core(x_gSM, gate_gSJ, choice_of_slot_gEC, slot_of_choice_gSJ):
         assignment = Assignment(choice_of_slot_gEC, slot_of_choice_gSJ, gate_gSJ, None)
 
-        def one_round(y_gSM, first_row):
+        def one_round(y_GSM, first_row):
             rows, size_e, plan = TRANSPORTS[transport].dispatch(
                 x_gSM, assignment, room, first_row
             )
             rows = experts(rows, size_e, room.axis_size)
-            y_gSM += TRANSPORTS[transport].combine(rows, assignment, plan, room)
-            return y_gSM, jnp.zeros((), int) if plan is None else plan.excess
+            y_GSM += TRANSPORTS[transport].combine(rows, assignment, plan, room)
+            return y_GSM, jnp.zeros((), int) if plan is None else plan.excess
 
         first_rows = jnp.arange(room.num_rounds) * room.num_rows
-        y_gSM, excess_N = jax.lax.scan(one_round, jnp.zeros_like(x_gSM), first_rows)
+        gathered = room.axis_size if transport == "ring" else 1
+        start_GSM = jnp.zeros((gathered * len(x_gSM), *x_gSM.shape[1:]))
+        y_GSM, excess_N = jax.lax.scan(one_round, start_GSM, first_rows)
+        y_gSM = TRANSPORTS[transport].finish(y_GSM, room, x_gSM.dtype)
         return y_gSM, excess_N[None]
 
     sharded = jax.shard_map(

@@ -435,10 +435,11 @@ def test_uniform_logits_give_every_balance_loss_its_floor():
         data.bias_E *= 0
         _, assignment = run_router(BANK[name], data, C)
         sums = jax.tree.map(lambda x: jnp.asarray(x)[None], assignment.sums)
-        totals = losses.router_totals(sums, num_sequences=G)
         for scope in ("group", "sequence", "global"):
             for counts in ("first", "all"):
-                balance = losses.balance_P(totals, scope, counts)
+                settings = LossSettings(balance_scope=scope, balance_counts=counts)
+                totals = losses.router_totals(sums, G, settings)
+                balance = losses.balance_P(totals, settings)
                 # Groups of padding alone count nothing, and have no tokens to weigh.
                 np.testing.assert_allclose(balance, 1, rtol=1e-6, err_msg=name)
         np.testing.assert_allclose(losses.unevenness(totals.probability_PE), 0, 1e-10)

@@ -143,7 +143,7 @@ def _candidates(
     pieces = _common(small, "context", "model")
     sizes = (4, 8, 16, 32) if pieces > 4 else (8, 16, 32, 4)
     for number, size in itertools.product(numbers[:4], sizes):
-        size = min(size, router.group_size)
+        size = min(size, router.group_length)
         length = max(2 * size * pieces, 32)
         length = -(-length // (size * pieces)) * size * pieces
         yield _sized(settings, small, number, size, length), size * pieces
@@ -156,9 +156,11 @@ def _sized(
     group_size: int,
     length: int,
 ) -> Settings:
-    """The settings with given numbers of experts and sizes of groups and rows."""
+    """The settings with given numbers of experts and tokens of a group in each row."""
     microbatches = min(settings.train.microbatches, 2)
     shards = _common(small, "replica", "data", "expert") * 2
+    if settings.model.moe_every:
+        shards *= _group_rows(settings.router)
     names = list(settings.data.task_feature_lengths)
     lengths = dict.fromkeys(names, length // len(names))
     lengths[names[0]] += length - sum(lengths.values())
@@ -234,6 +236,10 @@ def _prototypes(router: RouterSettings) -> int:
     return min(router.num_prototypes, 4)
 
 
+def _group_rows(router: RouterSettings) -> int:
+    return min(router.group_rows, 2)
+
+
 def _router(
     settings: Settings,
     num_experts: int,
@@ -251,7 +257,8 @@ def _router(
         num_expert_groups=groups,
         num_selected_groups=selected,
         logit_dtype="float32",
-        group_size=group_size,
+        group_size=group_size * _group_rows(router),
+        group_rows=_group_rows(router),
         min_capacity=min(router.min_capacity, 1),
         capacity_multiple=min(router.capacity_multiple, 2),
         # Room for every row: a step that has none is taken again, and is another test.

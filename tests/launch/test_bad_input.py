@@ -11,7 +11,10 @@ import commands
 import pytest
 from commands import TINY, Done, inline
 
+from launch import gin_files
+from launch.assemble import Run
 from launch.checkpoints import Checkpoints
+from launch.generate import SampleError, encode_prompt
 from launch.train import ModelDirError, owned
 from tasks import vocabularies
 from tasks.manifest import read_manifest, write_manifest
@@ -214,6 +217,46 @@ def test_a_mesh_larger_than_the_machine_is_said(trained, tmp_path):
     assert "the mesh data 16 needs 16 devices and 8 are here" in error
     assert "SIMULATED_DEVICES = 16" in error
     assert not (tmp_path / "run").exists()
+
+
+def test_a_sample_beyond_the_learned_positions_is_said_before_anything_is_compiled(
+    trained, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(Run, "lower_train_step", None)
+    knobs = {"POSITIONS": "learned", "MAX_POSITIONS": 64, "SAMPLE_PROMPT": "def "}
+    error = error_of(inline("train", *trained.knobs(tmp_path / "run", **knobs)))
+    # The four bytes of the prompt, and as many tokens as base.gin asks for.
+    assert (
+        "SampleError: MAX_POSITIONS = 64: a prompt of 4 tokens and SAMPLE_TOKENS = "
+        in (error)
+    )
+    assert "SAMPLE_TOKENS = 128 need 132 positions" in error
+    assert "lower SAMPLE_TOKENS (--num_tokens) to 60" in error
+    assert_nothing_begun(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("changes", "remedy"),
+    [
+        ({"prompt": "x" * 70}, "shorten the prompt to fewer than 64 tokens"),
+        (
+            {"prompt": "x" * 63, "num_tokens": 2},
+            "lower SAMPLE_TOKENS (--num_tokens) to 1",
+        ),
+        ({"prompt": "x" * 63, "num_tokens": 1}, None),
+    ],
+)
+def test_a_prompt_and_what_follows_need_a_position_each(changes, remedy):
+    learned = ["POSITIONS=learned", "MAX_POSITIONS=64", "MODEL_DIR=unused"]
+    settings = gin_files.read(["runs/tiny.gin"], learned).settings
+    sample = dataclasses.replace(settings.sample, **changes)
+    settings = dataclasses.replace(settings, sample=sample)
+    vocabulary = vocabularies.ByteVocabulary()
+    if remedy is None:
+        assert len(encode_prompt(settings, vocabulary)) == 63
+    else:
+        with pytest.raises(SampleError, match=re.escape(remedy)):
+            encode_prompt(settings, vocabulary)
 
 
 @pytest.mark.parametrize("name", ["file", "file/run"])

@@ -1,5 +1,6 @@
 """Where nothing drops: a step that finds too little room is taken again."""
 
+import contextlib
 import dataclasses
 import functools
 
@@ -9,6 +10,7 @@ import pytest
 
 from launch import gin_files, loop
 from launch.assemble import Run, assemble
+from launch.programs import Programs
 
 TIGHT, AMPLE = 2.0, 4.0
 STEPS = 4
@@ -29,6 +31,7 @@ def make_run(row_budget: float) -> Run:
                 "NUM_LAYERS=2",
                 "TRAIN_CAPACITY_FACTOR=0",
                 f"ROW_BUDGET={row_budget}",
+                f"COMPILE_AHEAD={'all' if row_budget == TIGHT else 'train_step'}",
             ],
         )
     )
@@ -65,10 +68,14 @@ class Log:
 def trained(row_budget: float):
     """The state after all batches, and the log."""
     run, log = make_run(row_budget), Log()
-    with jax.set_mesh(run.mesh):
+    waited = []
+    with jax.set_mesh(run.mesh), Programs(run) as programs:
+        programs.during = lambda message: contextlib.nullcontext(waited.append(message))
+        programs.begin()
+        programs.wait()
         hooks = loop.Hooks(
-            run.compile_train_step(),
-            functools.cache(lambda: run.compile_train_step(rounds=True)),
+            programs.train_step(),
+            programs.rounds,
             *[lambda *_: {}] * 3,
             provenance={},
         )
@@ -76,11 +83,36 @@ def trained(row_budget: float):
         for index in range(STEPS):
             steps.take(loop.Launched(index + 1, index, batch(run, index), 0.0))
         steps.settle()
-    return jax.device_get(steps.state), log.records
+    return jax.device_get(steps.state), log.records, waited
+
+
+def test_what_a_run_may_need_is_compiled_before_its_first_step():
+    assert trained(TIGHT)[2] == [
+        "compiling the train step",
+        "compiling evaluation",
+        "compiling the step in rounds",
+    ]
+    assert not make_run(AMPLE).may_exceed_budget, "it never needs rounds"
+    assert trained(AMPLE)[2] == ["compiling the train step"], "as COMPILE_AHEAD says"
+
+
+@pytest.mark.fast
+def test_an_evaluation_that_cannot_be_compiled_is_said_before_the_first_step(
+    monkeypatch,
+):
+    def refused(run):
+        raise RuntimeError("the compiler refuses it")
+
+    monkeypatch.setattr(Run, "compile_train_step", lambda run, **_: "compiled")
+    monkeypatch.setattr(Run, "compile_eval_step", refused)
+    with Programs(make_run(TIGHT)) as programs:
+        programs.begin()
+        with pytest.raises(RuntimeError, match="the compiler refuses it"):
+            programs.wait()
 
 
 def test_a_step_without_room_is_taken_again_and_those_after_it_too():
-    state, records = trained(TIGHT)
+    state, records, _ = trained(TIGHT)
     assert [step for step, _, _ in records] == [1, 2, 3, 4], "each step counts once"
     again = [step for step, again, _ in records if again]
     assert ADVERSARY + 1 in again
@@ -93,8 +125,8 @@ def test_a_step_without_room_is_taken_again_and_those_after_it_too():
 
 
 def test_its_result_is_that_of_ample_room():
-    state, records = trained(TIGHT)
-    expected, ample = trained(AMPLE)
+    state, records, _ = trained(TIGHT)
+    expected, ample, _ = trained(AMPLE)
     assert not any(again for _, again, _ in ample)
     for (_, _, metrics), (_, _, wanted) in zip(records, ample, strict=True):
         np.testing.assert_allclose(metrics["loss/total"], wanted["loss/total"], 2e-5)

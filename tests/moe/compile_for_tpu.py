@@ -1,6 +1,8 @@
 """Compiles a sparse layer, forward and backward, with the TPU's own compiler.
 
-    python tests/moe/compile_for_tpu.py TOPOLOGY TRANSPORT DTYPE [in_rounds]
+    python tests/moe/compile_for_tpu.py TOPOLOGY TRANSPORT DTYPE [in_rounds] [4x8]
+
+The last word is data × expert, 4x4 by default.
 
 In a process of its own, because that compiler can end it. Needs `libtpu`, no TPU.
 Prints one line of JSON: operations by name, kernels, precisions.
@@ -30,7 +32,7 @@ from moe.settings import ModelSettings, RouterSettings
 from partitioning import rules
 from partitioning.settings import AXES
 
-B, S, M, E, F = 32, 256, 256, 16, 512
+S, M, E, F = 256, 256, 16, 512
 OPERATIONS = (
     "all-to-all|ragged-all-to-all|all-gather|all-reduce|reduce-scatter|"
     "collective-permute|sort|scatter"
@@ -38,9 +40,12 @@ OPERATIONS = (
 
 
 def main(topology: str, transport: str, dtype: str, *words: str) -> None:
-    """Compiles for data 4 × expert 4 and says what came out."""
+    """Compiles for a mesh of data × expert and says what came out."""
+    sizes = next((word for word in words if "x" in word), "4x4")
+    data, expert = map(int, sizes.split("x"))
+    B = max(32, data * expert)
     described = topologies.get_topology_desc(platform="tpu", topology_name=topology)
-    made = topologies.make_mesh(described, (1, 1, 4, 1, 4, 1), AXES)
+    made = topologies.make_mesh(described, (1, 1, data, 1, expert, 1), AXES)
     mesh = Mesh(made.devices, AXES, axis_types=(AxisType.Auto,) * len(AXES))
     model = ModelSettings(
         vocab_size=2,

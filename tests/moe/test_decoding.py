@@ -331,9 +331,6 @@ def test_padding_and_ids_beyond_the_vocabulary_are_never_drawn():
     assert set(drawn.ravel()) == set(range(1, VOCABULARY_SIZE))
 
 
-likely_tokens = jax.jit(keep_likely, static_argnames="top_k")
-
-
 @pytest.mark.fast
 @pytest.mark.parametrize(
     ("top_k", "top_p", "kept"),
@@ -351,7 +348,7 @@ likely_tokens = jax.jit(keep_likely, static_argnames="top_k")
 )
 def test_the_likely_tokens_are_these(top_k, top_p, kept):
     logits_BV = np.log([[0.1, 0.4, 0.2, 0.3]]).astype(np.float32)
-    likely_BV = likely_tokens(logits_BV, top_k=top_k, top_p=top_p)
+    likely_BV = keep_likely(logits_BV, top_k=top_k, top_p=top_p)
     expected_V = np.where(np.isin(np.arange(4), kept), logits_BV[0], NEVER)
     np.testing.assert_array_equal(likely_BV[0], expected_V.astype(np.float32))
 
@@ -363,7 +360,7 @@ def test_the_whole_distribution_keeps_every_token_however_unlikely():
     logits_BV = np.random.default_rng(0).normal(size=(4, 5000), scale=6.0)
     logits_BV = logits_BV.astype(np.float32)
     for top_k in (0, 5000):
-        likely_BV = likely_tokens(logits_BV, top_k=top_k, top_p=1.0)
+        likely_BV = keep_likely(logits_BV, top_k=top_k, top_p=1.0)
         np.testing.assert_array_equal(likely_BV, logits_BV)
 
 

@@ -103,12 +103,21 @@ def test_where_chance_does_not_rule_nothing_is_expected(changes):
     assert of_router(dataclasses.replace(RouterSettings(), **changes), 8) is None
 
 
+def test_groups_of_several_rows_drop_less_by_chance():
+    # Switch's 128 experts, a factor of 1.25: 512 · 1.25 / 128 = 5 slots, 8,192 · 1.25 /
+    # 128 = 80.
+    row = RouterSettings(group_size=512, capacity_factor=1.25)
+    rows = dataclasses.replace(row, group_size=8192, group_rows=16)
+    assert of_router(row, 128) == pytest.approx(0.102, abs=5e-4)
+    assert of_router(rows, 128) == pytest.approx(0.0013, abs=5e-5)
+
+
 def test_few_slots_are_warned_of_with_what_to_change():
     router = RouterSettings(group_size=512, capacity_factor=1.25, min_capacity=1)
     # 512 · 1.25 / 512 = 1.25 slots, rounded up; 2,048 · 1.25 / 512 = 5, and 4,096 ten.
     words = few_slots(router, 512)
     assert words.startswith("2 per expert and group")
-    assert "GROUP_SIZE = 4096 instead of 512" in words
+    assert "GROUP_SIZE = 4096 instead of 512 (over several rows: GROUP_ROWS)" in words
     assert "NUM_EXPERTS than 512" in words
     assert "TRAIN_CAPACITY_FACTOR than 1.25" in words
     assert few_slots(router, 80) == "", "8 slots are enough"

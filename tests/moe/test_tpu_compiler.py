@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from moe.dispatch import choice
+
 SCRIPT = Path(__file__).with_name("compile_for_tpu.py")
 COMPILER = Path(sys.prefix, "tpu-compiler")
 REPOSITORY = SCRIPT.parents[2]
@@ -24,10 +26,9 @@ EXCHANGES = {
 }
 
 
-@functools.cache
-def compiled(topology: str, *words: str) -> dict:
+def compile_in_child(topology: str, *words: str) -> subprocess.CompletedProcess:
     assert (COMPILER / "libtpu").is_dir(), "no TPU compiler: run `make tpu-compiler`"
-    done = subprocess.run(
+    return subprocess.run(
         [sys.executable, str(SCRIPT), topology, *words],
         env=os.environ | {"PYTHONPATH": f"{COMPILER}:{REPOSITORY}", "XLA_FLAGS": ""},
         capture_output=True,
@@ -35,6 +36,11 @@ def compiled(topology: str, *words: str) -> dict:
         timeout=170,
         check=False,
     )
+
+
+@functools.cache
+def compiled(topology: str, *words: str) -> dict:
+    done = compile_in_child(topology, *words)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.strip().splitlines()[-1])
 
@@ -61,6 +67,16 @@ def test_the_compiler_takes_every_transport_with_the_exchanges_we_meant(
 def test_the_compiler_takes_rounds(transport):
     found = compiled("v6e:4x4", transport, "bfloat16", "in_rounds")
     assert found["operations"]["all-reduce"] > 0  # of how many rounds there are
+
+
+@pytest.mark.slow
+def test_larger_slices_of_v5e_have_no_ragged_exchange_as_auto_knows():
+    done = compile_in_child("v5e:4x8", "ragged", "bfloat16", "4x8")
+    assert done.returncode != 0
+    assert "not supported in limited ICI routing" in done.stderr
+    assert not choice.has_ragged_exchange("tpu", "TPU v5 lite", per_slice=32)
+    assert compiled("v6e:4x8", "ragged", "bfloat16", "4x8")["operations"]
+    assert choice.has_ragged_exchange("tpu", "TPU v6 lite", per_slice=32)
 
 
 @pytest.mark.slow

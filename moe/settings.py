@@ -149,7 +149,8 @@ class ModelSettings:
         expert_activation: of the experts; "same" takes `activation`.
         expert_biases: whether experts have biases.
         first_dense_layers: layers at the bottom that are dense (DeepSeek-V3: 3).
-        moe_every: of the others every n-th is sparse; 0 makes every layer dense.
+        moe_every: above the first dense layers, every n-th layer is sparse; 0 makes
+            every layer dense.
         moe_position: which layer of such a period: its "last", or its "first".
         num_experts: E.
         expert_mlp_dim: F of one expert.
@@ -257,7 +258,8 @@ class LossSettings:
     """Weights of what is added to the cross-entropy.
 
     Attributes:
-        balance_weight: of the auxiliary load-balance loss (arXiv:2101.03961, eq. 4).
+        balance_weight: weight of the auxiliary load-balance loss (arXiv:2101.03961,
+            eq. 4).
         balance_scope: "group" forms E·Σ f·P in every group and averages, "sequence" in
             every sequence (DeepSeek-V3, eq. 17); "global" forms it once over the whole
             batch.
@@ -265,12 +267,13 @@ class LossSettings:
             of all choices ("all": DeepSeek, Megatron).
         over_layers: all losses of routers are summed over the sparse layers
             (Mesh-TensorFlow, Praxis) or averaged ("mean": Flaxformer).
-        importance_weight: of the squared coefficient of variation of the experts'
-            summed probabilities (V-MoE, arXiv:2106.05974, eq. 8; 0.005).
-        load_weight: of that of their chances to be chosen once more (V-MoE, eq. 9;
-            0.005); needs noisy logits.
-        router_z_weight: of the router z-loss (arXiv:2202.08906, eq. 5).
-        z_weight: of (log Z)² of the output softmax.
+        importance_weight: weight of the squared coefficient of variation of the
+            experts' summed probabilities (V-MoE, arXiv:2106.05974, eq. 8; 0.005).
+        load_weight: weight of V-MoE's load loss (eq. 9; 0.005), the squared
+            coefficient of variation of each expert's probability of being selected if
+            the noise were drawn again; needs noisy logits.
+        router_z_weight: weight of the router z-loss (arXiv:2202.08906, eq. 5).
+        z_weight: weight of (log Z)² of the output softmax.
     """
 
     balance_weight: float = 1e-2

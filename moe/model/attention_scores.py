@@ -138,12 +138,12 @@ def _attend(
     """Cuts everything into blocks, a leading dimension, and mends the cut."""
     B, L, N, D = query_BLND.shape
     l, t = min(block, L), min(block, key_BTUD.shape[1])  # noqa: E741
-    # All layers see alike. Were that known, a scan over layers would compute what is
-    # visible beforehand, for all blocks at once: an L × T array for every head.
+    # The mask is the same in every layer. Without this barrier XLA hoists it out of the
+    # scan over layers, for all blocks at once: an L × T array.
     asking, asked = jax.lax.optimization_barrier(
         (packed(queries), packed(keys), jax.lax.stop_gradient(query_BLND))
     )[:2]
-    # Padding is of segments that nobody has, and neither sees the other.
+    # Queries of padding get segment -2 and keys -1, so that they never match.
     mixed = attend_blocks(
         _cut(_grouped(query_BLND, key_BTUD.shape[2]), l),
         (_cut(key_BTUD, t), _cut(value_BTUD, t), _cut(asked, t, -1)),

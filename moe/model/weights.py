@@ -62,7 +62,7 @@ def gathered(
 
 
 def _gathered_forward(piece, grid, axes, dim, dtype, reduce_dtype):
-    # All that the way back needs of the piece is its type.
+    # The backward pass needs the type of the piece, and nothing else of it.
     like = jnp.zeros((0,), piece.dtype)
     return gathered(piece, grid, axes, dim, dtype, reduce_dtype), like
 

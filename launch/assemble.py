@@ -162,9 +162,7 @@ def assemble(
     )
     shapes = train_state.abstract_state(settings.model, settings.router, optimizer)
     state_axes = train_state.logical_axes(shapes, settings.model, settings.router)
-    if problems := rules.problems(
-        mesh, shapes, state_axes, rules.table(settings.partition)
-    ):
+    if problems := rules.problems(mesh, shapes, state_axes, learner.model.grid.table):
         raise ConfigError(config.where, problems)
     shardings = train_state.shardings(shapes, state_axes, mesh, settings.partition)
     if settings.optimizer.offload:

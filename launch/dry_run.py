@@ -50,7 +50,7 @@ def main(config: ResolvedConfig, options: argparse.Namespace) -> int:
     )
     placement.columns[-1].justify = "right"
     rows = rules.placement_table(
-        run.mesh, run.shapes, run.axes, rules.table(run.settings.partition)
+        run.mesh, run.shapes, run.axes, run.learner.model.grid.table
     )
     batch_axes = dict.fromkeys(run.batch_shapes(), ("batch", "length"))
     rows += rules.placement_table(run.mesh, run.batch_shapes(), batch_axes)

@@ -150,7 +150,7 @@ def _draw(run: Run, layer: Layer) -> tuple[Any, ...]:
     axes = logical_axes(container)
     shapes = nnx.to_pure_dict(nnx.state(container))
     by_row = rules.sharding(mesh, ("batch",))
-    table = rules.table(layer.partition)
+    table = layer.grid.table
     places = jax.tree.map(lambda _, a: rules.sharding(mesh, a, table), shapes, axes)
 
     @functools.partial(jax.jit, out_shardings=(places, by_row, by_row, by_row))

@@ -14,6 +14,8 @@ from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from partitioning import rules
+from partitioning.mesh import fastest_first
 from partitioning.settings import AXES, UNCUT, PartitionSettings
 
 
@@ -29,6 +31,11 @@ class Grid:
     mesh: Mesh
     partition: PartitionSettings = UNCUT
 
+    @property
+    def table(self) -> rules.Rules:
+        """From logical axes to mesh axes, as they lie on this mesh's devices."""
+        return rules.table(self.partition, fastest_first(self.mesh))
+
     def size(self, *axes: str) -> int:
         """Returns the number of devices along the axes."""
         return math.prod(self.mesh.shape[axis] for axis in axes)
@@ -43,8 +50,9 @@ class Grid:
     def gather(self, x: jax.Array, axes: Sequence[str], dim: int) -> jax.Array:
         """Joins the devices' pieces of a dimension.
 
-        Axis by axis, the fastest first: over several at once, TPUs add up arrays that
-        are zero but for a piece, which moves twice as much and is slower.
+        Axis by axis, the last first: over several at once, TPUs add up arrays that are
+        zero but for a piece, which moves twice as much and is slower. The first axis
+        of several, over which pieces are outermost, moves nearly all bytes.
         """
         for axis in reversed(self._large(axes)):
             x = lax.all_gather(x, axis, axis=dim, tiled=True)

@@ -12,7 +12,12 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from partitioning.settings import BATCH_AXES, UNCUT, PartitionSettings
+from partitioning.settings import (
+    BATCH_AXES,
+    FASTEST_FIRST,
+    UNCUT,
+    PartitionSettings,
+)
 
 Rules = Mapping[str, tuple[str, ...]]
 
@@ -20,8 +25,18 @@ Rules = Mapping[str, tuple[str, ...]]
 FULLY_SHARDED = ("embed", "expert_embed")
 
 
-def table(partition: PartitionSettings) -> Rules:
-    """Returns the mesh axes of every logical axis."""
+def table(
+    partition: PartitionSettings, fastest_first: Sequence[str] = FASTEST_FIRST
+) -> Rules:
+    """Returns the mesh axes of every logical axis.
+
+    What is fully sharded over several is cut over the fastest of them first: that one
+    is gathered last, and carries nearly all bytes (`Grid.gather`).
+
+    Args:
+        partition: what is cut beside the batch and the experts.
+        fastest_first: the mesh axes by bandwidth; see `mesh.fastest_first`.
+    """
     whole_experts = not partition.expert_tensor_parallel
     cut = {
         "none": ((), ()),
@@ -32,6 +47,10 @@ def table(partition: PartitionSettings) -> Rules:
     weights, moments = cut[partition.fsdp]
     also_expert = ("expert",) if partition.fsdp == "data_expert" else ()
     also_model = ("model",) if whole_experts else ()
+
+    def ordered(*axes: str) -> tuple[str, ...]:
+        return tuple(sorted(axes, key=fastest_first.index))
+
     return {
         # activations
         "batch": BATCH_AXES,
@@ -44,8 +63,8 @@ def table(partition: PartitionSettings) -> Rules:
         "kv_heads": ("model",),
         "mlp": ("model",),
         "expert_mlp": () if whole_experts else ("model",),
-        "embed": (*weights, *also_expert),
-        "expert_embed": (*weights, *(also_model if weights else ())),
+        "embed": ordered(*weights, *also_expert),
+        "expert_embed": ordered(*weights, *(also_model if weights else ())),
         "norm": (),  # a vector of M
         "routed": (),  # experts as a router sees them
         "bucket": (),  # of distance
@@ -54,8 +73,8 @@ def table(partition: PartitionSettings) -> Rules:
         "pair": (),  # a gate and what it gates
         "layers": (),
         # the same of the optimizer's state
-        "embed_moment": (*moments, *also_expert),
-        "expert_embed_moment": (*moments, *(also_model if moments else ())),
+        "embed_moment": ordered(*moments, *also_expert),
+        "expert_embed_moment": ordered(*moments, *(also_model if moments else ())),
     }
 
 

@@ -2,10 +2,15 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Literal
 
 AXES = ("replica", "stage", "data", "context", "expert", "model")
 BATCH_AXES = ("replica", "data", "expert")
+# Unless a mesh lies on a torus, its last axes have the fastest links.
+FASTEST_FIRST = AXES[::-1]
+# Slices of up to so many devices: jax winds a ring of its own through some of them.
+WOUND_DEVICES = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +69,13 @@ class PartitionSettings:
 
 
 UNCUT = PartitionSettings()
+
+
+def by_links(links: Mapping[str, float], sizes: Mapping[str, int]) -> tuple[str, ...]:
+    """Orders the axes by a device's links along each, then by size, the last first."""
+    return tuple(
+        sorted(FASTEST_FIRST, key=lambda axis: (-links.get(axis, 0), -sizes[axis]))
+    )
 
 
 def problems(mesh: MeshSettings) -> list[str]:

@@ -1,6 +1,6 @@
-"""Compiles one step for a described topology, and leaves the answer in a file.
+"""Compiles a run's programs for a described topology, and leaves the answer in a file.
 
-    python -m launch.planning.compile_child FOLDER TOPOLOGY HLO_FILE
+    python -m launch.planning.compile_child FOLDER TOPOLOGY HLO_FILE [evaluation]
 
 Run by `launch.planning.compile`, whose process survives whatever the compiler does.
 """
@@ -22,32 +22,61 @@ from launch.environment import prepare_environment
 from launch.errors import ConfigError, is_user_error
 from launch.planning.compile import out_of_memory
 from launch.planning.hlo import Buffer
-from launch.planning.records import Compiled, Failure, to_json
+from launch.planning.records import Compiled, Evaluation, Failure, to_json
 from launch.planning.topologies import Topology, parse, problems
 from launch.settings import PlatformSettings
 
 if TYPE_CHECKING:
     import jax
 
+    from launch.assemble import Run
+
 _MOST_COLLECTIVES = 200
 
 
-def main(folder: str, topology_name: str, hlo_file: str) -> None:
-    """Compiles, and writes `result.json` into the folder."""
+def main(folder: str, topology_name: str, hlo_file: str, *programs: str) -> None:
+    """Compiles, and writes `result.json` into the folder.
+
+    First the train step's answer alone: evaluation may end this process.
+    """
     start = time.monotonic()
     topology = parse(topology_name)
-    record: Compiled | Failure
+    config_file = Path(folder, "config.gin")
     try:
-        record = _compile(Path(folder, "config.gin"), topology, hlo_file)
+        run, record = _compile(config_file, topology, hlo_file)
     except Exception as error:
-        failure = _failure(error, topology)
-        record = dataclasses.replace(failure, seconds=time.monotonic() - start)
+        _write(folder, _failure(error, topology, start))
+        return
+    _write(folder, record)
+    if "evaluation" not in programs:
+        return
+    start = time.monotonic()
+    evaluation: Evaluation | Failure
+    try:
+        evaluation = _compile_evaluation(run, record)
+        fits = evaluation.total_bytes <= record.memory_bytes
+    except Exception as error:
+        evaluation, fits = _failure(error, topology, start), False
+    both = dataclasses.replace(record, evaluation=evaluation, fits=record.fits and fits)
+    _write(folder, both)
+
+
+def _write(folder: str, record: Compiled | Failure) -> None:
+    """Writes what is known so far, whole or not at all."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     record = dataclasses.replace(record, peak_host_bytes=peak)
-    Path(folder, "result.json").write_text(to_json(record), encoding="utf-8")
+    unfinished = Path(folder, "unfinished.json")
+    unfinished.write_text(to_json(record), encoding="utf-8")
+    unfinished.replace(Path(folder, "result.json"))
 
 
-def _failure(error: Exception, topology: Topology) -> Failure:
+def _failure(error: Exception, topology: Topology, start: float) -> Failure:
+    """What came of compiling instead of a program, that many seconds after `start`."""
+    failure = _kind_of_failure(error, topology)
+    return dataclasses.replace(failure, seconds=time.monotonic() - start)
+
+
+def _kind_of_failure(error: Exception, topology: Topology) -> Failure:
     """Tells a chip that is too small from a program that is refused, and a fault."""
     message = str(error)
     if isinstance(error, OutOfMemoryError):
@@ -86,7 +115,10 @@ class NoCompilerError(Exception):
     """libtpu is missing, or cannot describe what was asked."""
 
 
-def _compile(config_file: Path, topology: Topology, hlo_file: str) -> Compiled:
+def _compile(
+    config_file: Path, topology: Topology, hlo_file: str
+) -> tuple["Run", Compiled]:
+    """Compiles the train step."""
     config = gin_files.read([str(config_file)])
     config = dataclasses.replace(config, where="the configuration to plan")
     if found := problems(topology, config.settings.mesh):
@@ -102,6 +134,7 @@ def _compile(config_file: Path, topology: Topology, hlo_file: str) -> Compiled:
         )
     )
     from launch.assemble import assemble
+    from partitioning.mesh import fastest_first
 
     devices = describe(topology)
     start = time.monotonic()
@@ -110,24 +143,65 @@ def _compile(config_file: Path, topology: Topology, hlo_file: str) -> Compiled:
         run = assemble(config, devices=devices)
         lowered = run.lower_train_step()
     lowering = time.monotonic() - start
-    start = time.monotonic()
-    try:
-        compiled = lowered.compile()
-    except Exception as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        raise OutOfMemoryError(str(error), _held(lowered)) from error
-    compiling = time.monotonic() - start
+    compiled, compiling = _compiled(lowered)
     text = compiled.as_text() or ""
     if hlo_file != os.devnull:
         Path(hlo_file).write_text(text, encoding="utf-8")
     notes = [str(one.message) for one in said if "Split" in one.category.__name__]
     record = _measure(compiled, text, dict(run.mesh.shape), topology)
-    return dataclasses.replace(
+    return run, dataclasses.replace(
         record,
         lowering_seconds=lowering,
         compiling_seconds=compiling,
         notes=tuple(dict.fromkeys(notes)),
+        fastest_first=fastest_first(run.mesh),
+    )
+
+
+def _compile_evaluation(run: "Run", record: Compiled) -> Evaluation:
+    """Compiles the scoring of a batch, beside the state that training leaves there."""
+    from moe.dispatch import choice
+
+    start = time.monotonic()
+    lowered = run.lower_eval_step()
+    lowering = time.monotonic() - start
+    compiled, compiling = _compiled(lowered)
+    memory = compiled.memory_analysis()
+    model, router, mesh = run.settings.model, run.settings.router, run.settings.mesh
+    transport = ""
+    if model.num_sparse_layers:
+        transport, _ = choice.pick(model, router, mesh.expert, "tpu", train=False)
+    kept = max(0, record.argument_bytes - memory.argument_size_in_bytes)
+    return Evaluation(
+        transport=transport,
+        lowering_seconds=lowering,
+        compiling_seconds=compiling,
+        argument_bytes=memory.argument_size_in_bytes,
+        temp_bytes=memory.temp_size_in_bytes,
+        kept_bytes=kept,
+        total_bytes=_total(memory) + kept,
+    )
+
+
+def _compiled(lowered: Any) -> tuple[Any, float]:
+    """Compiles, and takes the time."""
+    start = time.monotonic()
+    try:
+        return lowered.compile(), time.monotonic() - start
+    except Exception as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise OutOfMemoryError(str(error), _held(lowered)) from error
+
+
+def _total(memory: Any) -> int:
+    """All that a program has on a device, what arguments and results share once."""
+    return (
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes
+        + memory.generated_code_size_in_bytes
     )
 
 
@@ -185,13 +259,7 @@ def _measure(
     from launch.planning.hlo_text import Module
 
     memory = compiled.memory_analysis()
-    total = (
-        memory.argument_size_in_bytes
-        + memory.output_size_in_bytes
-        - memory.alias_size_in_bytes
-        + memory.temp_size_in_bytes
-        + memory.generated_code_size_in_bytes
-    )
+    total = _total(memory)
     costs: dict[str, float] = {}
     with contextlib.suppress(NotImplementedError):
         found = compiled.cost_analysis()

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from launch.planning import flow, local, traffic, work
-from launch.planning.topologies import Topology, axis_bandwidth
+from launch.planning.topologies import Topology, axis_bandwidth, fastest_first
 from launch.settings import Settings
 
 Source = Literal["measured", "compiled", "estimated"]
@@ -142,7 +142,8 @@ def estimate(
     platform = device.kind
     parts = work.parts(settings, platform, load)
     if collectives is None:
-        sent = traffic.by_axis(traffic.flows(settings, platform))
+        order = fastest_first(topology, settings.mesh)
+        sent = traffic.by_axis(traffic.flows(settings, platform, order))
     else:
         sent = compiled_traffic(settings, collectives)
     # As `moe.accounting` counts them.
@@ -188,14 +189,15 @@ def _network_seconds(
 def compiled_traffic(
     settings: Settings, collectives: Iterable[Any]
 ) -> dict[str, dict[str, float]]:
-    """A compiler's collectives by axis; those over several are cut as in `traffic`."""
+    """A compiler's collectives by axis; those over several at once as in `traffic`."""
     sizes = local.local(settings, "tpu").sizes
     found: dict[str, dict[str, float]] = {}
     for collective in collectives:
         exchange = "all-to-all" in collective.kind
         pattern = flow.EXCHANGE if exchange else flow.RING
         # Only the shares of the axes are taken of this.
-        shares = flow.Flow("", tuple(collective.axes), 2**40, 1, pattern, "", sizes)
+        axes = flow.at_once(collective.axes, sizes)
+        shares = flow.Flow("", axes, 2**40, 1, pattern, "", sizes)
         for axis, sent in shares.by_axis.items():
             patterns = found.setdefault(axis, {})
             share = collective.bytes * sent / shares.sent_bytes

@@ -1,9 +1,10 @@
 """One purpose of sending: how many bytes, how often, over which axes."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from launch.planning.local import Local
+from partitioning.settings import AXES
 
 EXCHANGE = "all_to_all"
 RING = "ring"
@@ -15,7 +16,8 @@ class Flow:
 
     Attributes:
         purpose: what for.
-        axes: mesh axes larger than 1 that it goes over.
+        axes: mesh axes larger than 1 that it goes over; the first moves the whole, each
+            other what the ones before it have left.
         whole_bytes: of one collective, what is gathered, scattered or exchanged.
         times: collectives per step; a sum of all counts as two.
         pattern: "ring" for gathers and sums, "all_to_all".
@@ -34,11 +36,10 @@ class Flow:
     def by_axis(self) -> dict[str, float]:
         """Bytes that one chip sends in a step over each axis.
 
-        The largest moves the whole, the next what is left of it when it has been cut,
-        `replica` the last rest; together they send (n-1)/n of the whole.
+        Together they send (n-1)/n of the whole.
         """
         found, rest = {}, float(self.whole_bytes)
-        for axis in sorted(self.axes, key=lambda a: (a == "replica", -self.sizes[a])):
+        for axis in self.axes:
             size = self.sizes[axis]
             found[axis] = self.times * rest * (size - 1) / size
             rest /= size
@@ -48,6 +49,16 @@ class Flow:
     def sent_bytes(self) -> float:
         """Bytes that one chip sends in a step."""
         return sum(self.by_axis.values())
+
+
+def at_once(axes: Sequence[str], sizes: Mapping[str, int]) -> tuple[str, ...]:
+    """Orders the axes of one collective over all of them, which nobody is asked about.
+
+    Arithmetic and what was compiled are counted alike: the largest axis moves the
+    whole, and over the slow network goes the last rest.
+    """
+    in_order = sorted(axes, key=AXES.index)
+    return tuple(sorted(in_order, key=lambda a: (a == "replica", -sizes[a])))
 
 
 def flow_of(
@@ -60,8 +71,10 @@ def flow_of(
     pattern: str = RING,
 ) -> Flow:
     """Makes a flow over those of the axes that are larger than 1; see `Flow`."""
-    large = tuple(axis for axis in axes if sizes.sizes[axis] > 1)
-    return Flow(purpose, large, whole_bytes, times, pattern, formula, sizes.sizes)
+    large = [axis for axis in axes if sizes.sizes[axis] > 1]
+    return Flow(
+        purpose, tuple(large), whole_bytes, times, pattern, formula, sizes.sizes
+    )
 
 
 def forward_passes(sizes: Local) -> int:

@@ -49,8 +49,9 @@ def attention(sizes: Local) -> list[Flow]:
         sizes.settings.partition,
         sizes.settings.train.microbatches,
     )
+    ring = partition.context_attention == "ring"
     # The steps of a ring are made again on the way back, whatever the layer keeps.
-    round_again = microbatches if partition.context_attention == "ring" else 0
+    round_again = microbatches if ring else 0
     found = []
     for sparse, layers in ((False, dense), (True, model.num_sparse_layers)):
         kind = "sparse" if sparse else "dense"
@@ -65,6 +66,16 @@ def attention(sizes: Local) -> list[Flow]:
                 times(sizes, layers, sparse=sparse) + layers * round_again,
                 f"2 × b × L × u × D × d, {layers} layers: gathered, or passed round, "
                 "forward and backward",
+            )
+        )
+        found.append(
+            flow_of(
+                sizes,
+                f"whose the keys of {kind} layers are",
+                ("context",),
+                sizes.rows * sizes.settings.data.length * 4,
+                times(sizes, layers, sparse=sparse) if ring else 0,
+                f"int32 of b × L, {layers} layers: passed round with the keys",
             )
         )
     return found

@@ -7,6 +7,7 @@ parameters are the model's own, by `jax.eval_shape`.
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from launch.settings import Settings
@@ -23,7 +24,7 @@ from moe.settings import (
 from moe.training import state as train_state
 from moe.training.optimizer import make_optimizer
 from partitioning import rules
-from partitioning.settings import AXES
+from partitioning.settings import AXES, FASTEST_FIRST
 
 BYTES = {"float32": 4, "bfloat16": 2}
 FLOAT32 = 4
@@ -69,7 +70,7 @@ class Weight:
 
     @property
     def gathered_over(self) -> tuple[str, ...]:
-        """Mesh axes, larger than 1, that it is gathered over before it is used."""
+        """Mesh axes, larger than 1, that it is gathered over: the first comes last."""
         return tuple(
             axis
             for logical, axes in zip(self.logical, self.cut, strict=True)
@@ -223,10 +224,18 @@ def local(settings: Settings, platform: str) -> Local:
     )
 
 
-def weights(settings: Settings) -> tuple[tuple[Weight, ...], tuple[Weight, ...]]:
-    """Returns all parameters, and the rest of the train state, with their places."""
+def weights(
+    settings: Settings, fastest_first: Sequence[str] = FASTEST_FIRST
+) -> tuple[tuple[Weight, ...], tuple[Weight, ...]]:
+    """Returns all parameters, and the rest of the train state, with their places.
+
+    Args:
+        settings: of the run.
+        fastest_first: the mesh axes by bandwidth; only the order of `gathered_over`
+            depends on it.
+    """
     sizes = {axis: getattr(settings.mesh, axis) for axis in AXES}
-    table = rules.table(settings.partition)
+    table = rules.table(settings.partition, fastest_first)
     parameters: list[Weight] = []
     others: list[Weight] = []
     for path, array, logical in _state(*_of_shapes(settings)):

@@ -1,4 +1,4 @@
-"""What compiling a step gives: an answer, or a failure that says what to do."""
+"""What compiling a run gives: an answer, or a failure that says what to do."""
 
 import dataclasses
 import json
@@ -6,11 +6,38 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from launch.planning.hlo import Buffer, Collective
+from partitioning.settings import AXES
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """The scoring of one batch as the compiler made it. Bytes are those of one device.
+
+    Attributes:
+        transport: of its sparse layers, which may not be that of training; "" in a
+            dense model.
+        lowering_seconds: tracing, and writing the program.
+        compiling_seconds: the compiler's own.
+        argument_bytes: parameters and batch.
+        temp_bytes: everything between.
+        kept_bytes: the rest of the state, which stays where it is meanwhile.
+        total_bytes: all of these, the results and the program.
+    """
+
+    transport: str
+    lowering_seconds: float
+    compiling_seconds: float
+    argument_bytes: int
+    temp_bytes: int
+    kept_bytes: int
+    total_bytes: int
 
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """A whole train step as the compiler made it. Bytes are those of one jax device.
+    """A whole train step as the compiler made it, and evaluation's beside it.
+
+    Bytes are those of one jax device.
 
     Attributes:
         topology: what it was compiled for.
@@ -26,7 +53,8 @@ class Compiled:
         total_bytes: all of these, the shared ones once.
         host_bytes: arguments and temporaries that were placed in the host's memory.
         memory_bytes: what a program may have on this chip.
-        fits: whether the total is at most that.
+        fits: whether the total is at most that, and evaluation's too if it was asked
+            for.
         product_flops: multiply-adds of products per step, times 2, loops counted as
             often as they run; see `hlo.product_flops`.
         reported_flops: XLA's figure, which counts loops once.
@@ -35,6 +63,10 @@ class Compiled:
         largest_buffers: the largest values.
         unknown_loops: loops counted once for want of a number of trips.
         notes: what was said on the way, such as of a torus that had to be cut.
+        fastest_first: the mesh axes in the order of `partitioning.mesh.fastest_first`;
+            by default that of programs made before there was one.
+        evaluation: the other program of a run, why there is none, or None if it was
+            not asked for.
     """
 
     topology: str
@@ -58,6 +90,16 @@ class Compiled:
     largest_buffers: tuple[Buffer, ...]
     unknown_loops: int = 0
     notes: tuple[str, ...] = ()
+    fastest_first: tuple[str, ...] = AXES
+    evaluation: "Evaluation | Failure | None" = None
+
+    @property
+    def most_bytes(self) -> int:
+        """The larger of the two programs, as far as the compiler said."""
+        if isinstance(self.evaluation, Evaluation):
+            return max(self.total_bytes, self.evaluation.total_bytes)
+        needed = self.evaluation.needed_bytes if self.evaluation else None
+        return max(self.total_bytes, needed or 0)
 
     @property
     def optimal_seconds(self) -> float | None:
@@ -72,7 +114,7 @@ FailureKind = Literal[
 
 @dataclasses.dataclass(frozen=True)
 class Failure:
-    """A step that did not compile, which is an answer too.
+    """A program that did not compile, which is an answer too.
 
     Attributes:
         kind: "out_of_memory" of the chip; "crashed", the compiler ended its process or
@@ -107,13 +149,27 @@ def to_json(record: Compiled | Failure) -> str:
 def from_json(text: str) -> Compiled | Failure:
     """Reads what `to_json` wrote."""
     fields = json.loads(text)
-    record = fields.pop("record")
+    if fields.pop("record") == "failure":
+        return _failure(fields)
     fields["largest_buffers"] = tuple(Buffer(**b) for b in fields["largest_buffers"])
-    if record == "failure":
-        return Failure(**fields)
     fields["collectives"] = tuple(_collective(c) for c in fields["collectives"])
-    fields["notes"] = tuple(fields["notes"])
+    for name in ("notes", "fastest_first"):
+        if name in fields:
+            fields[name] = tuple(fields[name])
+    evaluation = fields.pop("evaluation", None)
+    if evaluation is not None:
+        read = _failure if "kind" in evaluation else _evaluation
+        fields["evaluation"] = read(evaluation)
     return Compiled(**fields)
+
+
+def _evaluation(fields: Mapping[str, Any]) -> Evaluation:
+    return Evaluation(**fields)
+
+
+def _failure(fields: Mapping[str, Any]) -> Failure:
+    buffers = tuple(Buffer(**b) for b in fields["largest_buffers"])
+    return Failure(**{**fields, "largest_buffers": buffers})
 
 
 def _collective(fields: Mapping[str, Any]) -> Collective:

@@ -15,7 +15,7 @@ from launch.planning import estimate, memory, sensitivity, traffic, work
 from launch.planning.estimate import Estimate, Figure
 from launch.planning.records import Compiled, Failure
 from launch.planning.search import Candidate, told
-from launch.planning.topologies import Topology, warnings
+from launch.planning.topologies import Topology, fastest_first, warnings
 from launch.settings import Settings
 from moe import energy, expected_drops
 from moe.accounting import Counts, count
@@ -202,10 +202,13 @@ class Traffic:
 
 def traffic_by_axis(plan: Plan) -> list[Traffic]:
     """Compares what is sent over each mesh axis with the least."""
-    least = traffic.by_axis(traffic.flows(plan.settings, plan.topology.chip.kind))
+    order = fastest_first(plan.topology, plan.settings.mesh)
     sent: Mapping[str, Mapping[str, float]] | None = None
     if isinstance(plan.compiled, Compiled):
+        order = plan.compiled.fastest_first
         sent = estimate.compiled_traffic(plan.settings, plan.compiled.collectives)
+    platform = plan.topology.chip.kind
+    least = traffic.by_axis(traffic.flows(plan.settings, platform, order))
     return [
         Traffic(
             axis,

@@ -14,7 +14,13 @@ from typing import Literal
 from launch.errors import UserError
 from launch.planning.chips import CHIPS, Chip
 from launch.planning.torus import Cut, lay_out, ring, spread
-from partitioning.settings import AXES, MeshSettings
+from partitioning.settings import (
+    AXES,
+    FASTEST_FIRST,
+    WOUND_DEVICES,
+    MeshSettings,
+    by_links,
+)
 
 _NAME = re.compile(r"(?:(\d+)\*)?([a-z0-9-]+):(\d+(?:x\d+)*)")
 
@@ -260,6 +266,21 @@ def axis_bandwidth(
     if topology.num_slices > 1:
         found["replica"] = chip.slow_bandwidth
     return {axis: found[axis] for axis in AXES if getattr(mesh, axis) > 1}
+
+
+def fastest_first(topology: Topology, mesh: MeshSettings) -> tuple[str, ...]:
+    """Orders the axes as `partitioning.mesh.fastest_first` does on those devices.
+
+    Which sides are closed cannot be seen there, and so does not count here either.
+    """
+    devices = topology.num_devices // topology.num_slices
+    if topology.chip.kind == "gpu" or devices <= WOUND_DEVICES:
+        return FASTEST_FIRST
+    links = {
+        axis: ring([cut._replace(closed=True) for cut in parts])
+        for axis, parts in _cuts(topology, mesh).items()
+    }
+    return by_links(links, dataclasses.asdict(mesh))
 
 
 def _gpu_bandwidth(chip: Chip, mesh: MeshSettings, pattern: str) -> dict[str, float]:

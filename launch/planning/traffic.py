@@ -5,18 +5,19 @@ moves, and how often. Compiled programs are compared with it in tests; what is l
 is router statistics and single numbers.
 
 A collective over n chips sends, along a ring, (n-1)/n of what is gathered (its output),
-scattered (its input) or exchanged, and a sum of all twice that. Over several axes it
-goes along one after the other, so that of a sum over slices only the part that one
-chip is left with crosses the slow network.
+scattered (its input) or exchanged, and a sum of all twice that. Weights are gathered
+along one axis after the other, and the fastest moves nearly all (`Grid.gather`). Sums
+are counted so too: only the part that one chip is left with crosses the slow network.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from launch.planning import layer_traffic, local
 from launch.planning.flow import (
     EXCHANGE,
     Flow,
+    at_once,
     cuts_sequence,
     flow_of,
     forward_passes,
@@ -24,17 +25,24 @@ from launch.planning.flow import (
 )
 from launch.planning.local import BYTES, FLOAT32, Local, Weight
 from launch.settings import Settings
+from partitioning.settings import FASTEST_FIRST
 
 
-def flows(settings: Settings, platform: str = "tpu") -> tuple[Flow, ...]:
+def flows(
+    settings: Settings,
+    platform: str = "tpu",
+    fastest_first: Sequence[str] = FASTEST_FIRST,
+) -> tuple[Flow, ...]:
     """Lists everything that a chip sends in a step, largest first.
 
     Args:
         settings: of the run.
         platform: which decides the transport.
+        fastest_first: the mesh axes by bandwidth, which decides over which of several
+            most bytes go; see `topologies.fastest_first`.
     """
     sizes = local.local(settings, platform)
-    parameters, _ = local.weights(settings)
+    parameters, _ = local.weights(settings, fastest_first)
     found = [
         *_weights(sizes, parameters),
         *_gradients(sizes, parameters),
@@ -121,7 +129,7 @@ def _gradients(sizes: Local, parameters: tuple[Weight, ...]) -> list[Flow]:
             flow_of(
                 sizes,
                 "gradients of replicas" if axes == ("replica",) else "gradients summed",
-                axes,
+                at_once(axes, sizes.sizes),
                 whole,
                 2,
                 "elements of a chip × bytes of a parameter, scattered and gathered",
@@ -162,7 +170,7 @@ def _tables(sizes: Local, parameters: tuple[Weight, ...]) -> list[Flow]:
         flow_of(
             sizes,
             "embeddings exchanged",
-            axes,
+            at_once(axes, sizes.sizes),
             sizes.residual_tokens * model.model_dim * d,
             both,
             "tokens × M × d, forward and backward",

@@ -168,7 +168,7 @@ class Model:
             lambda: init_params(jax.random.key(0), self.settings, self.router)
         )
         axes = param_axes(self.settings, self.router)
-        return rules.specs(shapes, axes, rules.table(self.partition))
+        return rules.specs(shapes, axes, self.grid.table)
 
     def bind(self, params: Any) -> Transformer:
         """Puts the arrays back into their containers."""

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 
 from moe.model.weights import gathered
 from moe.settings import ModelSettings
-from partitioning import rules
 from partitioning.grid import Grid
 
 
@@ -50,7 +49,7 @@ def look_up(
     Returns:
         x_BLM, cut as the residual stream is.
     """
-    axes = rules.table(grid.partition)["embed"]
+    axes = grid.table["embed"]
     id_ABL = grid.gather(id_BL[None], axes, 0)
     row_ABL = id_ABL - grid.index("model") * table_vm.shape[0]
     if grid.size("model") > 1:
@@ -107,7 +106,7 @@ def score(
     policies = jax.checkpoint_policies
     if chunks > 1:
         one = jax.checkpoint(one, prevent_cse=False)
-    elif grid.size(*rules.table(grid.partition)["embed"]) > 1:  # keep no whole head
+    elif grid.size(*grid.table["embed"]) > 1:  # keep no whole head
         one = jax.checkpoint(one, policy=policies.dots_with_no_batch_dims_saveable)
     if chunks == 1:
         parts = tuple(x[None] for x in one(head_mv, 0))
@@ -138,7 +137,7 @@ def logits_of(
     head_mv: jax.Array, x_BLM: jax.Array, settings: ModelSettings, grid: Grid
 ) -> jax.Array:
     """Projects to logits_BLV, in float32, of this device's part of the vocabulary."""
-    axes = rules.table(grid.partition)["embed"]
+    axes = grid.table["embed"]
     if grid.size(*axes) > 1:
         types = settings.dtype, settings.reduce_dtype
         head_Mv = gathered(head_mv, grid, axes, 0, *types)

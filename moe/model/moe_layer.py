@@ -137,7 +137,7 @@ def moe_layer(
     y_BLM, sums = layer.grid.run(
         on_device,
         in_specs=(
-            rules.specs(pure, axes, rules.table(layer.partition)),
+            rules.specs(pure, axes, layer.grid.table),
             piece,
             Tokens(piece, by_row, piece),  # type: ignore[arg-type]
             none,

@@ -316,7 +316,7 @@ def _layer(
     """Makes one layer a function of activations, its arrays, its number and a cache."""
     definition = nnx.graphdef(stacked)
     axes = jax.tree.map(lambda axes: axes[1:], logical_axes(stacked), is_leaf=_is_axes)
-    settings, table = model.settings, rules.table(model.partition)
+    settings, table = model.settings, model.grid.table
     remat = settings.remat
     if hasattr(stacked, "moe") and settings.sparse_remat != "same":
         remat = settings.sparse_remat

@@ -24,7 +24,7 @@ def whole(arrays: Any, axes: Any, settings: ModelSettings, grid: Grid) -> Any:
         settings: types of products and of sums of gradients.
         grid: the mesh.
     """
-    table = rules.table(grid.partition)
+    table = grid.table
 
     def one(array: jax.Array, logical: tuple[str | None, ...]) -> jax.Array:
         types: tuple[str, str] = settings.dtype, settings.reduce_dtype

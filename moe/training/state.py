@@ -11,6 +11,7 @@ from moe.model import transformer
 from moe.settings import ModelSettings, RouterSettings
 from moe.training.optimizer import state_axes
 from partitioning import rules
+from partitioning.grid import Grid
 from partitioning.settings import UNCUT, PartitionSettings
 
 Leaf = Any  # an array, or what stands for it: its shape, its place, its axes
@@ -90,7 +91,7 @@ def shardings(
     partition: PartitionSettings = UNCUT,
 ) -> Any:
     """Places every array of the state by the one table."""
-    table = rules.table(partition)
+    table = Grid(mesh, partition).table
     placed = [
         rules.sharding(mesh, array_axes, table)
         for _, _, array_axes in rules.leaves(shapes, axes)

@@ -1,6 +1,7 @@
 """Names of topologies, the meshes that lie on them, and what links are left."""
 
 import dataclasses
+import itertools
 import math
 import re
 import subprocess
@@ -13,6 +14,7 @@ from jax.experimental import mesh_utils
 from launch.planning import topologies, torus
 from launch.planning.chips import CHIPS, GIB
 from launch.planning.topologies import TopologyError, axis_bandwidth, parse
+from partitioning.mesh import fastest_first, make_mesh
 from partitioning.settings import AXES, MeshSettings
 
 pytestmark = pytest.mark.fast
@@ -93,6 +95,7 @@ def test_axes_that_cut_a_dimension_are_named_with_sizes_that_do_not():
 @dataclasses.dataclass(frozen=True)
 class _Device:
     coords: tuple[int, int, int]
+    slice_index = 0
     platform = "tpu"
     device_kind = "TPU v4"
     core_on_chip = 0
@@ -110,6 +113,26 @@ def test_whole_dimensions_are_given_out_as_jax_does(sizes):
         line = np.moveaxis(grid, AXES.index(axis), 0).reshape(named[axis], -1)[:, 0]
         extent = np.ptp([device.coords for device in line], axis=0) + 1
         assert sorted(n for n in extent if n > 1) == sorted(c.size for c in parts)
+
+
+@pytest.mark.parametrize("shape", [(4, 4, 8), (8, 8, 16), (2, 4, 4)])
+def test_a_plan_knows_the_fastest_axis_of_the_mesh_that_will_run(shape):
+    described = parse(f"v4:{'x'.join(map(str, shape))}")
+    devices = [_Device(tuple(map(int, at))) for at in np.ndindex(shape)]
+    number, tried = math.prod(shape), 0
+    for expert, model in itertools.product((2**n for n in range(11)), (1, 2, 4, 8)):
+        if number % (expert * model):
+            continue
+        mesh = MeshSettings(data=number // expert // model, expert=expert, model=model)
+        if topologies.warnings(described, mesh):
+            continue  # jax may cut dimensions in another way
+        order = topologies.fastest_first(described, mesh)
+        assert order == fastest_first(make_mesh(mesh, devices))
+        rates = axis_bandwidth(described, mesh)
+        found = [rates[axis] for axis in order if axis in rates]
+        assert found == sorted(found, reverse=True)
+        tried += 1
+    assert tried > 5
 
 
 def test_every_mesh_lies_on_a_torus_by_cutting_it():

@@ -16,9 +16,9 @@ from moe.settings import LossSettings, ModelSettings, OptimizerSettings, RouterS
 from moe.training import state as train_state
 from moe.training.optimizer import make_optimizer, make_schedule
 from moe.training.train_step import Learner, train_step
-from partitioning import rules
+from partitioning import grid, rules
 from partitioning.mesh import make_mesh
-from partitioning.settings import UNCUT, MeshSettings, PartitionSettings
+from partitioning.settings import AXES, UNCUT, MeshSettings, PartitionSettings
 
 B, L, V = 16, 16, 32
 BASE = ModelSettings(
@@ -290,6 +290,18 @@ def test_a_step_in_pieces_is_the_step_of_one_device(name):
     assert_close(adam.mu, wanted_adam.mu)
     assert_close(adam.nu, wanted_adam.nu)
     assert_close(state.params, whole.params)
+
+
+@pytest.mark.slow
+def test_the_order_of_gathers_changes_places_and_no_number(monkeypatch):
+    case = CASES["d2e2m2-fsdp"]
+    last_first = step(case)
+    where = learner_of(case).model.grid.table["embed"]
+    monkeypatch.setattr(grid, "fastest_first", lambda mesh: AXES)
+    assert learner_of(case).model.grid.table["embed"] == where[::-1]
+    (state, _), (wanted, _) = step(case), last_first
+    assert_close(adam_of(state).mu, adam_of(wanted).mu)
+    assert_close(state.params, wanted.params)
 
 
 @pytest.mark.parametrize(

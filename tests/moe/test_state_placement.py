@@ -71,15 +71,15 @@ PLACES = {
     "periods/blocks/1/moe/experts/down": "–, expert, {width}, {expert}",
 }
 UNCUT = {"dense": "–", "expert": "–"}
-CUT = {"dense": "data×context", "expert": "data×context"}
+CUT = {"dense": "context×data", "expert": "context×data"}
 # By `fsdp`: of parameters, and of moments.
 FULLY_SHARDED = {
     "none": (UNCUT, UNCUT),
     "optimizer": (UNCUT, CUT),
     "data": (CUT, CUT),
     "data_expert": (
-        {"dense": "data×context×expert", "expert": "data×context"},
-        {"dense": "data×context×expert", "expert": "data×context"},
+        {"dense": "expert×context×data", "expert": "context×data"},
+        {"dense": "expert×context×data", "expert": "context×data"},
     ),
 }
 
@@ -93,7 +93,7 @@ def test_parameters_and_moments_live_here(fsdp, whole_experts):
         if whole_experts:  # what is left of `model` cuts their other dimension
             cut["width"] = "–"
             if cut["expert"] != "–":
-                cut["expert"] += "×model"
+                cut["expert"] = f"model×{cut['expert']}"
         for path, template in PLACES.items():
             wanted = template.format(**cut)
             found = {

@@ -211,14 +211,14 @@ GOLDENS = {
         },
         step={"all-gather model": 2, "reduce-scatter model": 2},
     ),
-    # Keys, values and who they are make three turns, forward and backward; with them
-    # the sums of two gradients, which go on, home.
+    # Keys, values and who they are make three turns, forward and backward, and who they
+    # are once more between; with them the sums of two gradients, which go on, home.
     "ring": Golden(
         DENSE,
         MeshSettings(data=2, context=4),
         PartitionSettings(context_attention="ring"),
-        layer={"collective-permute context": 9 + 9 + 2 * 4},
-        step={"collective-permute context": 1},  # who the keys are, in all layers
+        layer={"collective-permute context": 9 + 3 + 9 + 2 * 4},
+        step={},
     ),
     "one_device": Golden(SPARSE, MeshSettings(), PartitionSettings(), {}, {}),
 }

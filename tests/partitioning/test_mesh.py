@@ -5,9 +5,14 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from jax.sharding import AxisType
+from jax.sharding import AxisType, Mesh
 
-from partitioning.mesh import SplitAxesWarning, describe, make_mesh
+from partitioning.mesh import (
+    SplitAxesWarning,
+    describe,
+    fastest_first,
+    make_mesh,
+)
 from partitioning.settings import AXES, BATCH_AXES, MeshSettings, problems
 
 pytestmark = pytest.mark.fast
@@ -108,3 +113,37 @@ def test_slices_are_joined_by_the_replica_axis():
         make_mesh(MeshSettings(data=8, expert=16), chips)
     # One slice of the two is no matter.
     assert make_mesh(MeshSettings(data=4, expert=16), chips).size == 64
+
+
+@pytest.mark.parametrize(
+    ("sizes", "order"),
+    [
+        # Two rings of 8, and one of 16; then the other way round.
+        ({"data": 16, "expert": 64}, ["expert", "data"]),
+        ({"data": 64, "expert": 16}, ["data", "expert"]),
+        # A ring each: the longer one.
+        ({"data": 16, "context": 8, "expert": 8}, ["data", "expert", "context"]),
+    ],
+)
+def test_the_axis_with_the_most_links_of_the_torus_is_the_fastest(sizes, order):
+    mesh = make_mesh(MeshSettings(**sizes), _slices((8, 8, 16)))
+    found = fastest_first(mesh)
+    assert sorted(found) == sorted(AXES)
+    assert list(found[: len(order)]) == order
+    two = make_mesh(MeshSettings(replica=2, **sizes), _slices((8, 8, 16), number=2))
+    assert [axis for axis in fastest_first(two) if axis in sizes] == order
+
+
+def test_neighbours_on_a_ring_are_faster_than_every_fourth_of_its_devices():
+    # Neighbours: a line with a link of its own. Every fourth: four rings share two.
+    ring = np.array(_slices((16, 1, 1))).reshape(4, 4)
+    for devices, order in ((ring, ("expert", "data")), (ring.T, ("data", "expert"))):
+        mesh = Mesh(devices.reshape(1, 1, 4, 1, 4, 1), AXES)
+        assert fastest_first(mesh)[:2] == order
+
+
+def test_elsewhere_the_last_axes_are_the_fastest():
+    for settings in (MeshSettings(data=4, expert=2), MeshSettings(data=2, expert=4)):
+        assert fastest_first(make_mesh(settings)) == AXES[::-1]
+    small = make_mesh(MeshSettings(data=4, expert=2), _slices((2, 4, 1)))
+    assert fastest_first(small) == AXES[::-1]

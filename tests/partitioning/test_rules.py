@@ -81,6 +81,21 @@ def test_the_table_names_mesh_axes_only_and_no_array_uses_one_twice():
             assert len(used) == len(set(used)), path
 
 
+def test_what_is_fully_sharded_is_cut_over_the_fastest_axis_first():
+    for fastest_first in (AXES, AXES[::-1]):
+        table = rules.table(
+            PartitionSettings(fsdp="data_expert", expert_tensor_parallel=False),
+            fastest_first,
+        )
+        for name in ("embed", "embed_moment", "expert_embed", "expert_embed_moment"):
+            axes = table[name]
+            assert list(axes) == sorted(axes, key=fastest_first.index), name
+        assert set(table["embed"]) == {"data", "context", "expert"}
+        assert table["batch"] == ("replica", "data", "expert"), (
+            "rows stay where they are"
+        )
+
+
 def test_an_axis_that_is_not_in_the_table_is_an_error():
     with pytest.raises(KeyError, match="embde"):
         rules.spec(("embde",))

@@ -18,6 +18,7 @@ from moe import expected_drops
 from moe.accounting import count
 from moe.constraints import leaks
 from moe.dispatch import choice
+from moe.model import grouped_method
 from moe.settings import RouterSettings, capacity, never_drops
 from partitioning import rules
 from partitioning.mesh import describe
@@ -146,6 +147,8 @@ def sparse_facts(settings: Settings, mesh: jax.sharding.Mesh) -> list[tuple[str,
     if (eval_taken, eval_why) != (taken, why):
         transport += f"; held-out {eval_taken} ({eval_why})"
     lines.append(("transport", transport))
+    if {taken, eval_taken} - set(choice.PADDED):
+        lines.append(("expert products", _describe_products(settings, mesh)))
     slots, heldout = (capacity(router, E, train=train) for train in (True, False))
     if never_drops(router, E, train=True):
         room = "; ROW_BUDGET is for more than one device on the expert axis"
@@ -189,6 +192,21 @@ def computed_for_few(router: RouterSettings, num_experts: int, taken: str) -> st
         f". TRANSPORT {taken!r} computes {rows:.3g} rows for each token, of which "
         f"{float(router.mean_choices(num_experts)):.3g} were chosen"
     )
+
+
+def _describe_products(settings: Settings, mesh: jax.sharding.Mesh) -> str:
+    """Says how experts over sorted rows are computed, and why."""
+    model, device = settings.model, mesh.devices.flat[0]
+    cut = mesh.shape["model"] if settings.partition.expert_tensor_parallel else 1
+    method, why = grouped_method.pick(
+        device.platform,
+        device.device_kind,
+        model.dtype,
+        num_experts=model.num_experts // mesh.shape["expert"],
+        mlp_dim=model.expert_mlp_dim // cut,
+        model_dim=model.model_dim,
+    )
+    return f"{method} ({why})"
 
 
 def _describe_router(settings: Settings) -> str:

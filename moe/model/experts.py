@@ -11,13 +11,12 @@ from jax.sharding import Mesh
 
 from moe.dispatch.exchange import all_maps
 from moe.dispatch.room import Room
+from moe.model import grouped_method
 from moe.model.feed_forward import expert_feed_forward
-from moe.model.grouped import Method, grouped_feed_forward
+from moe.model.grouped import grouped_feed_forward
 from moe.settings import ModelSettings, RouterSettings
 from partitioning.grid import Grid
 from partitioning.settings import UNCUT, PartitionSettings
-
-METHODS: dict[str, Method] = {"cpu": "blocked", "gpu": "ragged_dot", "tpu": "tpu"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,11 +91,20 @@ def compute(
         if joined:
             rows = grid.scatter_sum(rows, ["model"], 1)
     else:
+        device, (e, F, M) = layer.mesh.devices.flat[0], experts["down"].shape
+        method, _ = grouped_method.pick(
+            device.platform,
+            device.device_kind,
+            rows.dtype.name,
+            num_experts=e,
+            mlp_dim=F,
+            model_dim=M,
+        )
         products = functools.partial(
             grouped_feed_forward,
             experts,
             activation=model.activation_of_experts,
-            method=METHODS[room.platform],
+            method=method,
         )
         if joined:
             rows_XRM = grid.gather(rows[None], ["model"], 0)

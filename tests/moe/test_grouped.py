@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from moe.model import grouped
+from moe.model import grouped_cpu, grouped_gpu
 from moe.model.feed_forward import GATED, PLAIN
 from moe.model.grouped import grouped_feed_forward
 
 blocked = functools.partial(grouped_feed_forward, method="blocked")
 
+METHODS = ["blocked", "tpu_interpreted", "hopper_interpreted", "batched"]
 M, F, R = 8, 12, 40
 SIZES = {
     "experts without rows": [0, 11, 0, 0, 9, 3, 0],
@@ -24,7 +25,8 @@ SIZES = {
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch):
     """Several blocks per expert, of several sizes, in arrays of a few rows."""
-    monkeypatch.setattr(grouped, "BLOCK_ROWS", (3, 4, 8))
+    monkeypatch.setattr(grouped_cpu, "BLOCK_ROWS", (3, 4, 8))
+    monkeypatch.setattr(grouped_gpu, "BLOCK_ROWS", 2)
 
 
 def draw_weights(activation, *, num_experts=7, bias=True):
@@ -99,7 +101,7 @@ def assert_near(wanted, got, rtol):
     jax.tree.map(near, wanted, got)
 
 
-@pytest.mark.parametrize("method", ["blocked", "ragged_dot", "tpu_interpreted"])
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("activation", ["relu", "swiglu"])
 def test_outputs_and_gradients_for_any_sizes(activation, method):
     w = draw_weights(activation)
@@ -117,17 +119,19 @@ def test_outputs_and_gradients_for_any_sizes(activation, method):
 
 
 @pytest.mark.fast
-def test_one_expert_without_biases_is_the_dense_layer():
+@pytest.mark.parametrize("method", ["blocked", "batched"])
+def test_one_expert_without_biases_is_the_dense_layer(method):
     w = draw_weights("gelu", num_experts=1, bias=False)
     size_e = np.array([R - 3], np.int32)
     rows_RM = draw_rows(size_e)
-    y_RM = jax.jit(blocked, static_argnums=3)(w, rows_RM, size_e, "gelu")
+    layer = functools.partial(grouped_feed_forward, activation="gelu", method=method)
+    y_RM = jax.jit(layer)(w, rows_RM, size_e)
     hidden_RF = jax.nn.gelu(rows_RM @ w["up"][0])
     wanted_RM = np.where(np.isnan(rows_RM), 0, hidden_RF @ w["down"][0])
     np.testing.assert_allclose(y_RM, wanted_RM, rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("method", ["blocked", "ragged_dot", "tpu_interpreted"])
+@pytest.mark.parametrize("method", METHODS)
 def test_bfloat16_rows_give_float32_gradients_of_float32_weights(method):
     w, size_e = draw_weights("swiglu"), SIZES["experts without rows"]
     rows_RM = draw_rows(size_e).astype(jnp.bfloat16)
@@ -140,7 +144,7 @@ def test_bfloat16_rows_give_float32_gradients_of_float32_weights(method):
     )
     gradients = (dw, drows_RM.astype(jnp.float32))
     assert_near(wanted, gradients, rtol=2e-2)
-    if method == "blocked":  # sums over rows were not rounded to bfloat16
+    if method != "tpu_interpreted":  # sums over rows were not rounded to bfloat16
         rounded = jax.tree.map(lambda g: g.astype(jnp.bfloat16).astype(g.dtype), dw)
         assert all(np.any(rounded[name] != dw[name]) for name in ("up", "down"))
 
@@ -191,5 +195,5 @@ def test_saved_by_name_the_up_projection_is_not_repeated():
 
     saved = products(policies.save_only_these_names("expert_hidden"))
     # Per size of block: up and down forward; backward two for rows, two for weights.
-    assert saved == 6 * (len(grouped.BLOCK_ROWS) + 1)
+    assert saved == 6 * (len(grouped_cpu.BLOCK_ROWS) + 1)
     assert products(policies.nothing_saveable) > saved

@@ -143,6 +143,29 @@ def test_settings_are_read_without_jax(name):
     assert foreign <= sys.stdlib_module_names
 
 
+@pytest.mark.parametrize("folder", PACKAGES)
+def test_importing_a_module_leaves_the_settings_of_jax_alone(folder):
+    # They are part of what jit keys its programs by, and everybody's in the process.
+    assert not [
+        f"{file.relative_to(ROOT)}:{line}"
+        for file in sorted((ROOT / folder).rglob("*.py"))
+        for line in settings_changed_on_import(file.read_text())
+    ]
+
+
+def test_the_check_of_settings_sees_every_form():
+    for change in (
+        "jax.config.update('a', 1)",
+        "if jax:\n    config.update('a', 1)",
+        "class M:\n    jax.config.a = 1",
+        "jax.config.a, b = 1, 2",
+    ):
+        assert settings_changed_on_import(change), change
+        late = "def late():\n" + "\n".join(f"    {one}" for one in change.split("\n"))
+        assert not settings_changed_on_import(late)
+    assert not settings_changed_on_import("known.update('a')\nx = jax.config.a")
+
+
 def test_every_dependency_says_what_it_is_for():
     lines = (ROOT / "pyproject.toml").read_text().splitlines()
     for dependency in dependencies(
@@ -258,6 +281,26 @@ def imports_of(file: Path) -> tuple[Import, ...]:
 
     visit(ast.parse(file.read_text()), at_top=True)
     return tuple(found)
+
+
+def settings_changed_on_import(source: str) -> list[int]:
+    """Returns the lines at top level that change a setting of jax."""
+    found = []
+
+    def visit(node: ast.AST) -> None:
+        match node:
+            case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.Lambda():
+                return
+            case (
+                ast.Call(func=ast.Attribute(attr="update", value=value))
+                | ast.Attribute(ctx=ast.Store(), value=value)
+            ) if ast.unparse(value).split(".")[-1] == "config":
+                found.append(node.lineno)
+        for child in ast.iter_child_nodes(node):
+            visit(child)
+
+    visit(ast.parse(source))
+    return found
 
 
 def reached_from(file: Path) -> set[Import]:

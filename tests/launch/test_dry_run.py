@@ -35,3 +35,13 @@ def test_a_dropless_run_expects_no_drops():
     facts = dict(sparse_facts(settings, make_mesh(MESHES["d1"])))
     assert facts["capacity"].startswith("nothing drops")
     assert "expected drops" not in facts
+
+
+def test_a_run_over_sorted_rows_says_how_its_experts_are_computed():
+    settings = gin_files.read(["runs/mixtral_8x7b.gin"]).settings
+    facts = dict(sparse_facts(settings, make_mesh(MESHES["d1"])))
+    assert facts["expert products"] == "blocked (loops over the experts that have rows)"
+    padded = gin_files.read(["runs/glam_64b_64e.gin"], ["EVAL_CAPACITY_FACTOR = 2.0"])
+    facts = dict(sparse_facts(padded.settings, make_mesh(MESHES["e8"])))
+    assert facts["transport"].startswith("all_to_all")
+    assert "expert products" not in facts

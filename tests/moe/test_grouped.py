@@ -9,8 +9,7 @@ from jax.sharding import PartitionSpec
 from moe.model import grouped_cpu, grouped_gpu
 from moe.model.feed_forward import GATED, PLAIN
 from moe.model.grouped import grouped_feed_forward
-
-blocked = functools.partial(grouped_feed_forward, method="blocked")
+from moe.testing.jaxprs import equations
 
 METHODS = ["blocked", "tpu_interpreted", "hopper_interpreted", "batched"]
 M, F, R = 8, 12, 40
@@ -149,7 +148,8 @@ def test_bfloat16_rows_give_float32_gradients_of_float32_weights(method):
         assert all(np.any(rounded[name] != dw[name]) for name in ("up", "down"))
 
 
-def test_on_eight_devices_in_a_rematerialised_scan():
+@pytest.mark.parametrize("method", ["blocked", "batched"])
+def test_on_eight_devices_in_a_rematerialised_scan(method):
     w, size_e = draw_weights("relu", bias=False), SIZES["experts without rows"]
     rows_RM = draw_rows(size_e, garbage=0)
     size_e = np.array(size_e, np.int32)
@@ -158,7 +158,8 @@ def test_on_eight_devices_in_a_rematerialised_scan():
 
     def two_layers(w, rows_RM, size_e):
         def layer(rows_RM, _):
-            return blocked(w, rows_RM, size_e[0], "relu"), None
+            own_e = size_e[0]
+            return grouped_feed_forward(w, rows_RM, own_e, "relu", method=method), None
 
         return jax.lax.scan(jax.checkpoint(layer), rows_RM, None, length=2)[0]
 
@@ -181,19 +182,26 @@ def test_on_eight_devices_in_a_rematerialised_scan():
     assert_near(jax.grad(plain)(w, rows_RM), got, rtol=2e-5)
 
 
-def test_saved_by_name_the_up_projection_is_not_repeated():
+@pytest.mark.parametrize("method", ["blocked", "batched", "hopper_interpreted"])
+def test_saved_by_name_the_up_projection_is_not_repeated(method):
     w, size_e = draw_weights("swiglu", bias=False), np.array([20, 0, 9], np.int32)
     w = {name: array[:3] for name, array in w.items()}
     policies = jax.checkpoint_policies
 
     def products(policy):
         layer = jax.checkpoint(
-            lambda w, x: blocked(w, x, size_e, "swiglu"), policy=policy
+            lambda w, x: grouped_feed_forward(w, x, size_e, "swiglu", method=method),
+            policy=policy,
         )
         loss = jax.value_and_grad(lambda w, x: jnp.sum(layer(w, x)), argnums=(0, 1))
-        return jax.jit(loss).lower(w, draw_rows(size_e, 0)).as_text().count("dot_gen")
+        traced = jax.make_jaxpr(loss)(w, draw_rows(size_e, 0))
+        names = [one.primitive.name for one in equations(traced)]
+        return sum("dot_general" in name for name in names)
 
     saved = products(policies.save_only_these_names("expert_hidden"))
-    # Per size of block: up and down forward; backward two for rows, two for weights.
-    assert saved == 6 * (len(grouped_cpu.BLOCK_ROWS) + 1)
+    # Up and down forward; backward two for rows, two for weights: each per size of
+    # block, or for rectangle and blocks. The kernel is one, but not for weights.
+    blocks = len(grouped_cpu.BLOCK_ROWS) + 1
+    number = {"blocked": 6 * blocks, "batched": 6 * 2, "hopper_interpreted": 4 + 2 * 2}
+    assert saved == number[method]
     assert products(policies.nothing_saveable) > saved

@@ -9,6 +9,10 @@ from collections.abc import Iterable, Mapping, MutableMapping
 
 from launch.settings import PlatformSettings
 
+# What XLA's CPU compiler hands to its YNN library in one piece comes back wrong on the
+# jaxlib 0.10.2 and 0.12.0.1 of the lock; this hands it nothing. docs/hardware.md.
+CPU_FLAG = "--xla_cpu_experimental_ynn_fusion_type="
+
 
 def prepare_environment(
     platform: PlatformSettings, environ: MutableMapping[str, str] = os.environ
@@ -16,7 +20,8 @@ def prepare_environment(
     """Sets platform, simulated devices, flags and cache, and says what was set.
 
     What the user exported wins. XLA_FLAGS and LIBTPU_INIT_ARGS are appended to, but a
-    flag that is already in them keeps the user's value.
+    flag that is already in them keeps the user's value. Where jax may take the CPU, CPU_FLAG
+    is appended too, unless the configuration gives that flag another value.
 
     Args:
         platform: what the configuration asks for.
@@ -34,8 +39,11 @@ def prepare_environment(
     if platform.simulated_devices > 0:
         number = str(platform.simulated_devices)
         lines += _simulate(environ, number)
-    lines += _append(environ, "XLA_FLAGS", platform.xla_flags)
-    lines += _append(environ, "LIBTPU_INIT_ARGS", platform.libtpu_init_args)
+    flags = list(platform.xla_flags)
+    if uses_cpu(environ) and _name(CPU_FLAG) not in map(_name, flags):
+        flags.append(CPU_FLAG)
+    lines += append_flags(environ, "XLA_FLAGS", flags)
+    lines += append_flags(environ, "LIBTPU_INIT_ARGS", platform.libtpu_init_args)
     if platform.num_processes != 1 and environ.get("JAX_PLATFORMS") == "cpu":
         # Of CPU processes nothing else joins the devices.
         name = "JAX_CPU_COLLECTIVES_IMPLEMENTATION"
@@ -49,6 +57,11 @@ def prepare_environment(
             environ, "JAX_COMPILATION_CACHE_DIR", cache, "COMPILATION_CACHE_DIR"
         )
     return lines
+
+
+def uses_cpu(environ: Mapping[str, str]) -> bool:
+    """Says whether JAX_PLATFORMS lets jax take the CPU; if it is not set, jax may."""
+    return bool({"", "cpu"} & set(environ.get("JAX_PLATFORMS", "").split(",")))
 
 
 def cache_folder(environ: Mapping[str, str], platforms: str) -> str:
@@ -96,10 +109,18 @@ def _simulate(environ: MutableMapping[str, str], number: str) -> list[str]:
     return _set(environ, "JAX_NUM_CPU_DEVICES", number, "SIMULATED_DEVICES")
 
 
-def _append(
+def append_flags(
     environ: MutableMapping[str, str], name: str, flags: Iterable[str]
 ) -> list[str]:
-    """Appends the flags that the user did not set; says which were kept."""
+    """Appends the flags that the user did not set; says which were kept.
+
+    Args:
+        environ: changed in place.
+        name: XLA_FLAGS or LIBTPU_INIT_ARGS.
+        flags: such as "--flag=1"; an empty value is one too.
+    Returns:
+        One line for every flag that kept another value, and one for those appended.
+    """
     exported = environ.get(name, "").split()
     theirs = {_name(flag): flag for flag in exported}
     lines = [

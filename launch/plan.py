@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from launch.environment import CPU_FLAG, append_flags, uses_cpu
 from launch.errors import EXIT_DONE, EXIT_USER_ERROR, ConfigError, UserError
 from launch.gin_files import ResolvedConfig
 from launch.planning import compile as planned_compile
@@ -43,6 +44,8 @@ def main(config: ResolvedConfig, options: argparse.Namespace) -> int:
     _check_options(options, topology)
     # Shapes are traced, on no device: a TPU of this machine is left alone.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    if uses_cpu(os.environ):
+        append_flags(os.environ, "XLA_FLAGS", [CPU_FLAG])
     from launch.planning import page, report, table
 
     console = Console(width=None if Console().is_terminal else _WIDTH)

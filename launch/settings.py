@@ -29,7 +29,8 @@ class PlatformSettings:
     Attributes:
         name: "cpu", "cuda", "tpu", or "auto", which takes what jax finds.
         simulated_devices: CPU devices to simulate; 0 leaves the real ones.
-        xla_flags: appended to XLA_FLAGS, such as ("--xla_cpu_use_xnnpack=true",).
+        xla_flags: appended to XLA_FLAGS, such as ("--xla_cpu_use_xnnpack=true",); where
+            the CPU may be used, CPU_FLAG of launch/environment.py is too.
         libtpu_init_args: appended to LIBTPU_INIT_ARGS.
         compilation_cache_dir: keeps compiled steps between runs; "" keeps none, "auto"
             chooses a folder of the user's.
@@ -68,7 +69,7 @@ class LoopSettings:
         log_period_steps: between records of metrics.
         max_skipped_steps: consecutive non-finite steps after which the run gives up.
         self_check: whether the sparse layer is compared with the oracle before
-            training.
+            training, and the CPU's compiler with NumPy before anything is computed.
         compile_ahead: what is compiled before the first step: "all" that the run may
             need, or the "train_step" alone.
     """

@@ -16,6 +16,7 @@ import jax
 
 from launch import checkpoints as saving
 from launch import (
+    compiler_check,
     distributed,
     dry_run,
     evaluate,
@@ -95,8 +96,9 @@ def main(config: ResolvedConfig, options: argparse.Namespace) -> int:
 
 
 def _check(run: Run, progress: TrainProgress, *, quiet: bool) -> None:
-    """Compares the sparse layer with its oracle, unless told not to."""
+    """Compares compiler and sparse layer with their oracles, unless told not to."""
     if run.settings.loop.self_check == "on":
+        compiler_check.check()
         with progress.waiting("comparing the sparse layer with the oracle"):
             checked = self_check.check(run)
         if checked and not quiet:

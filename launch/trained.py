@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from launch import prepare
+from launch import compiler_check, prepare
 from launch.assemble import Run, assemble
 from launch.checkpoints import Checkpoints
 from launch.gin_files import ResolvedConfig
@@ -38,7 +38,11 @@ def restored(config: ResolvedConfig, options: argparse.Namespace) -> Iterator[Tr
     Raises:
         StoreError: the store of the run is missing or damaged.
         CheckpointError: there is no such checkpoint, or it does not fit.
+        CompilerCheckError: the compiler of the CPU computes wrong numbers, unless
+            SELF_CHECK is "off".
     """
+    if config.settings.loop.self_check == "on":
+        compiler_check.check()
     store = prepare.open_checked(config)
     run = assemble(config)
     model_dir = config.settings.loop.model_dir

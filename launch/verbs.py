@@ -177,8 +177,8 @@ def _train_flags(parser: Parser) -> None:
     parser.add_argument(
         "--self_check",
         choices=["on", "off"],
-        help="compare the sparse layer with the oracle on these devices before "
-        "training; sets SELF_CHECK",
+        help="compare the sparse layer with the oracle on these devices, and the "
+        "CPU's compiler with NumPy, before training; sets SELF_CHECK",
     )
     _allow_module_flag(parser)
 

@@ -96,11 +96,17 @@ def main(config: ResolvedConfig, options: argparse.Namespace) -> int:
 
     Returns:
         0 if every quantity is the same, else 1.
+    Raises:
+        CompilerCheckError: the compiler of the CPU computes wrong numbers, unless
+            SELF_CHECK is "off".
     """
+    from launch import compiler_check
     from launch.terminal import waiting
     from launch.verification import examine, table
 
     table.refuse_what_does_not_divide(config, options.asked)
+    if config.settings.loop.self_check == "on":
+        compiler_check.check()
     shrunk = shrink(options.given, options.asked, config.where)
     show = table.Printer()
     if not options.quiet:

@@ -3,12 +3,15 @@
 import os
 import zlib
 
+from launch.environment import CPU_FLAG
+
 # Before jax starts: half the compile time for slower code. Tests of speed or of
 # bit-exact resumption run the command line in processes of their own, without this.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"
 os.environ["XLA_FLAGS"] = (
-    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
+    f"{CPU_FLAG}"
 )
 
 import jax

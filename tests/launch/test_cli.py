@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from launch import cli, environment, errors, gin_files, verbs
+from launch.environment import CPU_FLAG
 from launch.settings import PlatformSettings
 from tasks.errors import StoreError
 
@@ -260,13 +261,6 @@ def test_an_interrupt_is_one_line_and_code_130(capsys, stub):
 # ---------------------------------------------------------------- what a verb gets
 
 
-# What configs/hardware/cpu*.gin ask for.
-YNN = (
-    "--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_DOT,"
-    "LIBRARY_FUSION_TYPE_REDUCE"
-)
-
-
 CACHE = environment.cache_folder({"XDG_CACHE_HOME": "/caches"}, "cpu")
 
 
@@ -278,14 +272,14 @@ def test_the_first_line_and_the_environment_come_before_jax():
         "devices, data 2 × expert 2 · runs/demo",
         "  set JAX_PLATFORMS=cpu",
         "  set JAX_NUM_CPU_DEVICES=4",
-        f"  set XLA_FLAGS: {YNN}",
+        f"  set XLA_FLAGS: {CPU_FLAG}",
         f"  set JAX_COMPILATION_CACHE_DIR={CACHE}",
     ]
     assert given["module"] == "launch.train"
     assert given["environment"] == {
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": "4",
-        "XLA_FLAGS": YNN,
+        "XLA_FLAGS": CPU_FLAG,
         "JAX_COMPILATION_CACHE_DIR": CACHE,
     }
     assert "gin" in given["modules"]
@@ -358,7 +352,7 @@ def test_prepare_touches_no_environment_of_jax(tmp_path):
 def test_what_the_user_exported_wins_and_is_told():
     given, shown = run_probe("train", TINY, JAX_PLATFORMS="cuda", XLA_FLAGS="--a=1")
     assert given["environment"]["JAX_PLATFORMS"] == "cuda"
-    assert given["environment"]["XLA_FLAGS"] == f"--a=1 {YNN}"
+    assert given["environment"]["XLA_FLAGS"] == "--a=1"
     assert "  kept your JAX_PLATFORMS=cuda, where PLATFORM asks for cpu" in shown
 
 
@@ -378,31 +372,61 @@ def test_every_variable_is_set_and_told():
     assert environ == {
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": "3",
-        "XLA_FLAGS": "--a=1 --b",
+        "XLA_FLAGS": f"--a=1 --b {CPU_FLAG}",
         "LIBTPU_INIT_ARGS": "--c=2",
         "JAX_COMPILATION_CACHE_DIR": "cache",
     }
     assert lines == [
         "set JAX_PLATFORMS=cpu",
         "set JAX_NUM_CPU_DEVICES=3",
-        "set XLA_FLAGS: --a=1 --b",
+        f"set XLA_FLAGS: --a=1 --b {CPU_FLAG}",
         "set LIBTPU_INIT_ARGS: --c=2",
         "set JAX_COMPILATION_CACHE_DIR=cache",
     ]
 
 
-def test_nothing_is_set_that_was_not_asked_for():
+def test_nothing_is_set_that_was_not_asked_for_but_the_flag_of_the_cpu():
     environ: dict[str, str] = {}
     platform = PlatformSettings(compilation_cache_dir="")
-    assert environment.prepare_environment(platform, environ) == []
-    assert environ == {}
+    lines = environment.prepare_environment(platform, environ)
+    assert lines == [f"set XLA_FLAGS: {CPU_FLAG}"]
+    assert environ == {"XLA_FLAGS": CPU_FLAG}
+
+
+@pytest.mark.parametrize(
+    ("name", "exported", "flag"),
+    [
+        ("cpu", "", CPU_FLAG),
+        ("auto", "", CPU_FLAG),
+        ("auto", "cuda,cpu", CPU_FLAG),
+        ("tpu", "cpu", CPU_FLAG),
+        ("tpu", "", None),
+        ("cuda", "", None),
+        ("cpu", "tpu", None),
+        ("auto", "cuda", None),
+    ],
+)
+def test_the_flag_of_the_cpu_is_set_wherever_jax_may_take_it(name, exported, flag):
+    environ = {"JAX_PLATFORMS": exported} if exported else {}
+    platform = PlatformSettings(name=name, compilation_cache_dir="")
+    environment.prepare_environment(platform, environ)
+    assert environ.get("XLA_FLAGS") == flag
+
+
+def test_another_value_of_the_flag_of_the_cpu_is_kept_whoever_gave_it():
+    given = f"{CPU_FLAG}LIBRARY_FUSION_TYPE_DOT"
+    for flags, environ in (((), {"XLA_FLAGS": given}), ((given,), {})):
+        platform = PlatformSettings(xla_flags=flags, compilation_cache_dir="")
+        environment.prepare_environment(platform, environ)
+        assert environ == {"XLA_FLAGS": given}
 
 
 def test_what_is_compiled_is_kept_in_a_folder_of_the_user_unless_told_otherwise():
     def chosen(name, **environ):
+        exported = "JAX_COMPILATION_CACHE_DIR" in environ
         lines = environment.prepare_environment(PlatformSettings(name=name), environ)
         folder = environ["JAX_COMPILATION_CACHE_DIR"]
-        assert f"set JAX_COMPILATION_CACHE_DIR={folder}" in lines or not lines
+        assert (f"set JAX_COMPILATION_CACHE_DIR={folder}" in lines) != exported
         return folder
 
     home = Path("~/.cache/switchyard/compiled").expanduser()
@@ -433,10 +457,10 @@ def test_flags_are_appended_and_the_users_own_are_kept():
     platform = dataclasses.replace(platform, compilation_cache_dir="")
     environ = {"XLA_FLAGS": "--b=9 --c --d"}
     lines = environment.prepare_environment(platform, environ)
-    assert environ == {"XLA_FLAGS": "--b=9 --c --d --a=1"}
+    assert environ == {"XLA_FLAGS": f"--b=9 --c --d --a=1 {CPU_FLAG}"}
     assert lines == [
         "kept your --b=9 in XLA_FLAGS, where the run asks for --b=2",
-        "appended to XLA_FLAGS: --a=1",
+        f"appended to XLA_FLAGS: --a=1 {CPU_FLAG}",
     ]
 
 
@@ -446,8 +470,8 @@ def test_the_older_flag_for_simulated_devices_is_kept_too():
     lines = environment.prepare_environment(
         PlatformSettings(simulated_devices=4, compilation_cache_dir=""), environ
     )
-    assert environ == {"XLA_FLAGS": flag}
-    assert lines == [f"kept your {flag}, where SIMULATED_DEVICES asks for 4"]
+    assert environ == {"XLA_FLAGS": f"{flag} {CPU_FLAG}"}
+    assert lines[0] == f"kept your {flag}, where SIMULATED_DEVICES asks for 4"
 
 
 def test_an_environment_prepared_too_late_is_refused(monkeypatch):

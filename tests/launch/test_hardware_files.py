@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from launch import gin_files
+from launch.environment import CPU_FLAG
 from launch.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,12 +36,13 @@ def named(*prefixes: str) -> list:
 
 
 def compile_under(flags: str, topology: str) -> subprocess.CompletedProcess:
+    # The TPU's compiler reads XLA_FLAGS too, as it does while planning.
     assert (COMPILER / "libtpu").is_dir(), "no TPU compiler: run `make tpu-compiler`"
     return subprocess.run(
         [sys.executable, str(Path(__file__).with_name("flags_worker.py")), topology],
         env=os.environ
         | {"PYTHONPATH": f"{COMPILER}:{ROOT}"}
-        | {"XLA_FLAGS": "", "LIBTPU_INIT_ARGS": flags},
+        | {"XLA_FLAGS": CPU_FLAG, "LIBTPU_INIT_ARGS": flags},
         capture_output=True,
         text=True,
         timeout=170,

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from launch.environment import CPU_FLAG
 from tasks import batches, files
 from tasks.arrays import write_array
 from tasks.manifest import Manifest, SplitManifest, TaskManifest, write_manifest
@@ -113,7 +114,7 @@ def start(store_dir, folder, number, first, seconds=0.0) -> list[subprocess.Pope
             ],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
-            env={k: v for k, v in os.environ.items() if k != "XLA_FLAGS"},
+            env=os.environ | {"XLA_FLAGS": CPU_FLAG},
         )
         for process in range(number)
     ]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from launch.environment import CPU_FLAG
 from moe.dispatch import choice
 
 SCRIPT = Path(__file__).with_name("compile_for_tpu.py")
@@ -30,7 +31,8 @@ def compile_in_child(topology: str, *words: str) -> subprocess.CompletedProcess:
     assert (COMPILER / "libtpu").is_dir(), "no TPU compiler: run `make tpu-compiler`"
     return subprocess.run(
         [sys.executable, str(SCRIPT), topology, *words],
-        env=os.environ | {"PYTHONPATH": f"{COMPILER}:{REPOSITORY}", "XLA_FLAGS": ""},
+        env=os.environ
+        | {"PYTHONPATH": f"{COMPILER}:{REPOSITORY}", "XLA_FLAGS": CPU_FLAG},
         capture_output=True,
         text=True,
         timeout=170,

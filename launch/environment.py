@@ -20,8 +20,8 @@ def prepare_environment(
     """Sets platform, simulated devices, flags and cache, and says what was set.
 
     What the user exported wins. XLA_FLAGS and LIBTPU_INIT_ARGS are appended to, but a
-    flag that is already in them keeps the user's value. Where jax may take the CPU, CPU_FLAG
-    is appended too, unless the configuration gives that flag another value.
+    flag that is already in them keeps the user's value. Where jax may take the CPU,
+    CPU_FLAG is appended too, unless the configuration gives that flag another value.
 
     Args:
         platform: what the configuration asks for.

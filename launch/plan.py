@@ -68,6 +68,8 @@ def main(config: ResolvedConfig, options: argparse.Namespace) -> int:
         Path(options.html).write_text(page.render(plan), encoding="utf-8")
     if isinstance(compiled, Failure):
         raise PlanError(f"not compiled ({compiled.kind}): {_words(compiled)}")
+    if compiled and isinstance(failure := compiled.evaluation, Failure):
+        raise PlanError(f"evaluation not compiled ({failure.kind}): {_words(failure)}")
     return EXIT_DONE if plan.fits else EXIT_USER_ERROR
 
 
@@ -195,13 +197,9 @@ def _searched(
     for one in search.best_meshes(found, number if options.compile else 0):
         result = _compile(knobs.reconfigured(config, one.knobs), topology, options)
         results.append((one, result))
-        words = (
-            f"{result.total_bytes / _GIB:.2f} GiB, predicted "
-            f"{one.plan.total / _GIB:.2f}"
-            if isinstance(result, Compiled)
-            else f"{result.kind}: {result.message.splitlines()[0][:200]}"
-        )
-        console.print(f"compiled {search.told(one.knobs)}: {words}")
+        predicted = f"predicted {one.plan.total / _GIB:.2f}"
+        words = f"compiled {search.told(one.knobs)}: {_in_short(result)}, {predicted}"
+        console.print(words)
     fitting = [(o, r) for o, r in results if isinstance(r, Compiled) and r.fits]
     if fitting:
         best, compiled = fitting[0]
@@ -227,6 +225,16 @@ def _compile(
             time_limit_s=options.time_limit,
             memory_limit_bytes=int(options.memory_limit * _GIB),
         )
+
+
+def _in_short(result: Compiled | Failure) -> str:
+    """What came of compiling, in one line."""
+    if isinstance(result, Failure):
+        return f"{result.kind}: {result.message.splitlines()[0][:200]}"
+    words = f"{result.most_bytes / _GIB:.2f} GiB"
+    if isinstance(result.evaluation, Failure):
+        words += f", without evaluation, {_in_short(result.evaluation)}"
+    return words
 
 
 def _words(failure: Failure) -> str:

@@ -102,8 +102,8 @@ def fastest_first(mesh: Mesh) -> tuple[str, ...]:
     whole = _extent(devices)
     links = {}
     for place, axis in enumerate(AXES):
-        line = np.moveaxis(places, place, 0)[(slice(None), *[0] * (len(AXES) - 1))]
-        links[axis] = sum(map(_links, line.T, whole))
+        lines = np.moveaxis(places, place, 0).reshape(mesh.shape[axis], -1, len(whole))
+        links[axis] = sum(map(_links, lines[:, 0].T, whole))
     return by_links(links, mesh.shape)
 
 

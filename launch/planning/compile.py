@@ -1,9 +1,10 @@
-"""Compiles a configuration's train step with the TPU's own compiler, without a TPU.
+"""Compiles a run's two programs with the TPU's own compiler, without a TPU.
 
 The compiler can end its process, or take all memory, so it runs in a process of its own
 that is watched.
 """
 
+import dataclasses
 import importlib.util
 import os
 import re
@@ -53,8 +54,9 @@ def compile_step(
     memory_limit_bytes: int = 12 * 2**30,
     compiler: str | None = None,
     hlo_file: str = "",
+    evaluation: bool = True,
 ) -> Compiled | Failure:
-    """Compiles the whole train step for a described topology.
+    """Compiles the whole train step, and evaluation's, for a described topology.
 
     Flags of the configuration (XLA_FLAGS, LIBTPU_INIT_ARGS) are passed on; PLATFORM and
     SIMULATED_DEVICES are set aside.
@@ -65,7 +67,8 @@ def compile_step(
         time_limit_s: after which the compiler is ended.
         memory_limit_bytes: of this machine, likewise.
         compiler: the folder of libtpu; by default what `find_compiler` finds.
-        hlo_file: where to keep the compiled program's text; "" keeps none.
+        hlo_file: where to keep the compiled train step's text; "" keeps none.
+        evaluation: whether evaluation's program is compiled as well.
     Returns:
         What the compiler said, also where it failed: neither out of memory nor a crash
         raises.
@@ -84,6 +87,7 @@ def compile_step(
         Path(scratch, "config.gin").write_text(config, encoding="utf-8")
         command = [sys.executable, "-m", "launch.planning.compile_child"]
         command += [scratch, str(topology), os.path.abspath(hlo_file or os.devnull)]
+        command += ["evaluation"] if evaluation else []
         ended = _watch(
             command,
             Path(scratch),
@@ -191,11 +195,25 @@ def _resident_bytes(group: int) -> int:
 def _answer(
     ended: _Ended, scratch: Path, time_limit_s: float, memory_limit_bytes: int
 ) -> Compiled | Failure:
-    """Reads the child's result, or says why there is none."""
+    """Reads the child's result, or says why there is none.
+
+    The train step's is there while evaluation's is made: what ends the process then is
+    evaluation's failure alone.
+    """
     result = scratch / "result.json"
+    found = from_json(result.read_text(encoding="utf-8")) if result.exists() else None
+    if ended.code == 0 and found is not None:
+        return found
+    failure = _ended_early(ended, scratch, time_limit_s, memory_limit_bytes)
+    if isinstance(found, Compiled):
+        return dataclasses.replace(found, evaluation=failure, fits=False)
+    return failure
+
+
+def _ended_early(
+    ended: _Ended, scratch: Path, time_limit_s: float, memory_limit_bytes: int
+) -> Failure:
     said = _last_lines(scratch / "stderr")
-    if ended.code == 0 and result.exists():
-        return from_json(result.read_text(encoding="utf-8"))
     kind: FailureKind
     if ended.reason == "time":
         kind, message = "timed_out", f"no answer within {time_limit_s:g} s"

@@ -167,10 +167,12 @@ def _compile_evaluation(run: "Run", record: Compiled) -> Evaluation:
     lowering = time.monotonic() - start
     compiled, compiling = _compiled(lowered)
     memory = compiled.memory_analysis()
-    model, router, mesh = run.settings.model, run.settings.router, run.settings.mesh
-    transport = ""
+    model, router, mesh = run.settings.model, run.settings.router, run.mesh
+    transport, has_ragged = "", choice.mesh_has_ragged_exchange(mesh)
     if model.num_sparse_layers:
-        transport, _ = choice.pick(model, router, mesh.expert, "tpu", train=False)
+        transport, _ = choice.pick(
+            model, router, mesh.shape["expert"], has_ragged, train=False
+        )
     kept = max(0, record.argument_bytes - memory.argument_size_in_bytes)
     return Evaluation(
         transport=transport,

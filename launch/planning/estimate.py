@@ -139,11 +139,11 @@ def estimate(
             sends per step, instead of those of `traffic`.
     """
     device = topology.chip.device()
-    platform = device.kind
-    parts = work.parts(settings, platform, load)
+    chip = topology.chip.name
+    parts = work.parts(settings, chip, load)
     if collectives is None:
         order = fastest_first(topology, settings.mesh)
-        sent = traffic.by_axis(traffic.flows(settings, platform, order))
+        sent = traffic.by_axis(traffic.flows(settings, chip, order))
     else:
         sent = compiled_traffic(settings, collectives)
     # As `moe.accounting` counts them.

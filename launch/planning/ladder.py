@@ -60,10 +60,10 @@ class Attempt:
     Attributes:
         topology: the slice.
         knobs: of the search, by macro.
-        kind: "fits", "too_large", or that of a `Failure`.
+        kind: "fits", "too_large", or that of a `Failure`, evaluation's too.
         message: of a failure.
         needed_bytes: of one device, as far as the compiler said.
-        seconds: lowering and compiling.
+        seconds: lowering and compiling, of both programs.
         peak_host_bytes: of the compiler's process.
         largest: the largest values of what was too large.
     """
@@ -196,7 +196,7 @@ def climb(name: str, parameters: int, *, time_limit_s: float, memory_gib: float)
                     result, collectives=result.collectives[:60]
                 )
                 break
-        elif result.kind in ("timed_out", "killed", "no_compiler"):
+        if attempts[-1].kind in ("timed_out", "killed", "no_compiler"):
             break
     return Row(name, parameters, current, tuple(attempts), compiled)
 
@@ -206,9 +206,11 @@ def _attempt(
 ) -> Attempt:
     needed: int | None
     if isinstance(result, Compiled):
-        seconds = result.lowering_seconds + result.compiling_seconds
+        seconds = compile_seconds(result)
         kind = "fits" if result.fits else "too_large"
-        message, needed = "", result.total_bytes
+        message, needed = "", result.most_bytes
+        if isinstance(failure := result.evaluation, Failure):
+            kind, message = failure.kind, f"evaluation: {failure.message}"[:500]
     else:
         seconds, kind = result.seconds, result.kind
         message, needed = result.message[:500], result.needed_bytes
@@ -227,6 +229,20 @@ def _attempt(
     )
 
 
+def compile_seconds(result: Compiled) -> float:
+    """Lowering and compiling of all that was compiled."""
+    found = result.lowering_seconds + result.compiling_seconds
+    if isinstance(result.evaluation, Failure):
+        return found + result.evaluation.seconds
+    if result.evaluation is None:
+        return found
+    return (
+        found
+        + result.evaluation.lowering_seconds
+        + (result.evaluation.compiling_seconds)
+    )
+
+
 def _beside(one: search.Candidate, result: Compiled) -> str:
     gib = 2**30
     return (
@@ -234,7 +250,20 @@ def _beside(one: search.Candidate, result: Compiled) -> str:
         f"{one.plan.arguments / gib:.2f}; total {result.total_bytes / gib:.2f}, "
         f"predicted {one.plan.total / gib:.2f} ({one.plan.fullest}); "
         f"compiled in {result.compiling_seconds:.0f} s, lowered in "
-        f"{result.lowering_seconds:.0f} s"
+        f"{result.lowering_seconds:.0f} s{_evaluation_beside(result)}"
+    )
+
+
+def _evaluation_beside(result: Compiled) -> str:
+    found = result.evaluation
+    if found is None:
+        return ""
+    if isinstance(found, Failure):
+        return f"; evaluation {found.kind} after {found.seconds:.0f} s"
+    return (
+        f"; evaluation ({found.transport or 'dense'}) {found.total_bytes / 2**30:.2f}, "
+        f"compiled in {found.compiling_seconds:.0f} s, lowered in "
+        f"{found.lowering_seconds:.0f} s"
     )
 
 
@@ -272,7 +301,7 @@ def planned(row: Row) -> tuple[ResolvedConfig, memory.MemoryPlan]:
     """Returns a row's configuration as it was compiled, and today's prediction."""
     chosen = row.attempts[-1].knobs
     config = knobs.reconfigured(knobs.moved(read(row.name), row.topology), chosen)
-    return config, memory.predict(config.settings, row.topology.chip.kind)
+    return config, memory.predict(config.settings, row.topology.chip.name)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from launch.planning.chips import CHIPS
 from launch.settings import Settings
 from moe.dispatch import choice
 from moe.dispatch.room import room_for
@@ -97,18 +98,26 @@ class Local:
 
     Attributes:
         settings: of the run.
-        platform: "tpu", "gpu" or "cpu", which decides the transport.
+        chip: its name, or the platform where any of its chips will do; it decides the
+            transport.
         rows: b, sequences.
         length: l, tokens of each that attention's queries come from.
         piece: tokens of each that a sparse layer takes; the residual stream too, if
             it is cut over `model`.
+        train: whether capacity and transport are those of training, or of evaluation.
     """
 
     settings: Settings
-    platform: str
+    chip: str
     rows: int
     length: int
     piece: int
+    train: bool = True
+
+    @property
+    def platform(self) -> str:
+        """Of the chip: "tpu", "gpu" or "cpu"."""
+        return CHIPS[self.chip].kind if self.chip in CHIPS else self.chip
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -144,18 +153,24 @@ class Local:
 
     @property
     def transport(self) -> str:
-        """How rows travel in training."""
+        """How rows travel."""
+        return self.picked[0]
+
+    @property
+    def picked(self) -> tuple[str, str]:
+        """The transport, and why."""
         model, router = self.settings.model, self.settings.router
         axis_size = self.settings.mesh.expert
-        has_ragged = choice.has_ragged_exchange(self.platform)
-        return choice.pick(model, router, axis_size, has_ragged, train=True)[0]
+        per_slice = self.settings.mesh.num_devices // self.settings.mesh.replica
+        has_ragged = choice.has_ragged_exchange(self.platform, self.chip, per_slice)
+        return choice.pick(model, router, axis_size, has_ragged, train=self.train)
 
     @property
     def sent_rows(self) -> int:
         """Rows that this chip's tokens make: slots of capacity, or choices."""
         router, E = self.settings.router, self.settings.model.num_experts
         groups = -(-self.piece_tokens // router.group_size)
-        slots = E * capacity(router, E, train=True) * groups
+        slots = E * capacity(router, E, train=self.train) * groups
         if self.transport in choice.PADDED:
             return slots
         return min(self.piece_tokens * router.num_choices(E), slots)
@@ -168,7 +183,7 @@ class Local:
         router, E = self.settings.router, self.settings.model.num_experts
         axis_size = self.settings.mesh.expert
         return room_for(
-            router, E, self.piece_tokens, axis_size, self.platform, train=True
+            router, E, self.piece_tokens, axis_size, self.platform, train=self.train
         ).num_rows
 
     @property
@@ -177,7 +192,7 @@ class Local:
         model, router = self.settings.model, self.settings.router
         axis_size, E = self.settings.mesh.expert, model.num_experts
         room = room_for(
-            router, E, self.piece_tokens, axis_size, self.platform, train=True
+            router, E, self.piece_tokens, axis_size, self.platform, train=self.train
         )
         return room.num_rows * room.num_rounds
 
@@ -210,14 +225,14 @@ class Local:
         return 2 if self.settings.model.activation_of_experts in GATED else 1
 
 
-def local(settings: Settings, platform: str) -> Local:
-    """Cuts the batch of a run by its mesh and its microbatches."""
+def local(settings: Settings, chip: str) -> Local:
+    """Cuts the batch of a run by its mesh and its microbatches; see `Local`."""
     mesh = settings.mesh
     shards = mesh.batch_shards * settings.train.microbatches
     length = -(-settings.data.length // mesh.context)
     return Local(
         settings=settings,
-        platform=platform,
+        chip=chip,
         rows=-(-settings.train.batch_size // shards),
         length=length,
         piece=-(-length // mesh.model),

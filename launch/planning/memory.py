@@ -25,6 +25,7 @@ from tasks import objectives
 LOGITS_AT_ONCE = 2  # the logits and their gradient
 SCORES_AT_ONCE = 2  # float32: scores and a gradient; the rest is fused
 ROWS_AT_ONCE = 4  # sent, received, computed, returned; gradients take their places
+EVALUATED_ROWS_AT_ONCE = 2  # of these, where no gradient needs any again
 ROUTING_AT_ONCE = 4  # logits, probabilities, their gradient, places in the queues
 ACTIVATIONS_AT_ONCE = 2  # a product's output and its gradient
 # Of the largest gradient that is scattered: once more, in the order of its pieces.
@@ -88,14 +89,15 @@ class MemoryPlan:
         return dict(sorted(found.items(), key=lambda item: -item[1]))
 
 
-def predict(settings: Settings, platform: str = "tpu") -> MemoryPlan:
+def predict(settings: Settings, chip: str = "tpu") -> MemoryPlan:
     """Predicts the memory of one chip.
 
     Args:
         settings: of the run; its mesh says how many chips there are.
-        platform: "tpu" pads small arrays and may have other transports than "gpu".
+        chip: its name, or the platform. TPUs pad small arrays, and transports differ.
     """
-    sizes = local.local(settings, platform)
+    sizes = local.local(settings, chip)
+    platform = sizes.platform
     parameters, others = local.weights(settings)
     held = {True: 0, False: 0}
     for weight in others:
@@ -141,7 +143,7 @@ def _moments(
     # The scan over layers stacks its gradients before they are added to those so far.
     in_backward = gradients * (2 if many else 1)
     activations = saved(sizes)
-    found = {
+    found: dict[str, dict[str, int]] = {
         "logits": {
             "gradients": gradients if many else 0,
             "activations": activations,
@@ -165,7 +167,23 @@ def _moments(
                 name: int(LAYERS_AT_ONCE * size) for name, size in (again | own).items()
             }
             found[f"{part} of a {kind}"] = common | layer
-    return found
+    return found | _evaluation(dataclasses.replace(sizes, train=False), parameters)
+
+
+def _evaluation(
+    sizes: Local, parameters: tuple[Weight, ...]
+) -> dict[str, dict[str, int]]:
+    """What a sparse layer holds in the scoring of a microbatch.
+
+    It has its own capacity and transport: where nothing drops, padded rows are as many
+    as tokens for every expert. All else is less than in training: there is no gradient,
+    and nothing is kept for one.
+    """
+    if not sizes.settings.model.num_sparse_layers:
+        return {}
+    weights = _weights_in_use(sizes, parameters, sparse=True)
+    own = {"weights": int(LAYERS_AT_ONCE * weights)} | _experts(sizes)
+    return {"evaluation of a sparse layer": own}
 
 
 def _count(sizes: Local, *, sparse: bool) -> int:
@@ -281,7 +299,8 @@ def _weights_in_use(
 ) -> int:
     """Of one layer: each matrix whole in d bytes, its gradient in `reduce_dtype`.
 
-    Where nothing is gathered, the copy in d bytes alone, if the types differ.
+    Evaluation has no gradients. Where nothing is gathered, the copy in d bytes alone,
+    if the types differ.
     """
     model = sizes.settings.model
     found = []
@@ -292,8 +311,9 @@ def _weights_in_use(
         for weight in block:
             size = weight.gathered_size // weight.num_layers
             if weight.gathered_over:
-                used += size * (sizes.dtype_bytes + BYTES[model.reduce_dtype])
-                largest = max(largest, size * BYTES[model.reduce_dtype])
+                gradient = size * BYTES[model.reduce_dtype] * sizes.train
+                used += size * sizes.dtype_bytes + gradient
+                largest = max(largest, gradient)
             elif model.dtype != model.param_dtype:
                 used += size * sizes.dtype_bytes
         found.append(used + SCATTERED_AT_ONCE * largest)
@@ -334,15 +354,16 @@ def _experts(sizes: Local) -> dict[str, int]:
     model, router, d = sizes.settings.model, sizes.settings.router, sizes.dtype_bytes
     M, cut = model.model_dim, sizes.expert_model_cut
     rows = max(sizes.expert_rows, sizes.sent_rows)
-    buffers = ROWS_AT_ONCE * rows * M * d
+    buffers = (ROWS_AT_ONCE if sizes.train else EVALUATED_ROWS_AT_ONCE) * rows * M * d
     if cut > 1:  # gathered over `model`, and their outputs before the sum
         buffers += 2 * cut * sizes.expert_rows * M * d
     if sizes.transport == "ring":  # tokens of the whole axis, and their sums
         buffers += 2 * sizes.settings.mesh.expert * sizes.piece_tokens * M * d
-    hidden = _expert_hidden(sizes)
-    wide = ACTIVATIONS_AT_ONCE * hidden + hidden // sizes.expert_pair
+    wide = hidden = _expert_hidden(sizes)
+    if sizes.train:
+        wide = ACTIVATIONS_AT_ONCE * hidden + hidden // sizes.expert_pair
     choices = sizes.piece_tokens * model.num_experts * FLOAT32
-    slots = capacity(router, model.num_experts, train=True)
+    slots = capacity(router, model.num_experts, train=sizes.train)
     groups = -(-sizes.piece_tokens // router.group_size)
     maps = groups * model.num_experts * slots * 4
     shared = _dense_hidden(sizes, model.shared_expert_mlp_dim)

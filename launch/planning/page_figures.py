@@ -14,7 +14,7 @@ from launch.drawing import (
 )
 from launch.planning import work
 from launch.planning.estimate import ATTAINABLE
-from launch.planning.records import Compiled
+from launch.planning.records import Compiled, Evaluation
 from launch.planning.report import GIB, Plan
 from launch.planning.table import seconds
 
@@ -43,6 +43,12 @@ def memory(plan: Plan) -> str:
             axes.barh("compiled", held, color=TRAIN, label="arguments")
             axes.barh("compiled", more, left=held, color=HELDOUT, label="temporaries")
             start = max(start, held + more)
+            if isinstance(found := plan.compiled.evaluation, Evaluation):
+                held = (found.argument_bytes + found.kept_bytes) / GIB
+                more = found.total_bytes / GIB - held
+                axes.barh("evaluation", held, color=TRAIN)
+                axes.barh("evaluation", more, left=held, color=HELDOUT)
+                start = max(start, held + more)
         usable = plan.usable_bytes / GIB
         axes.axvline(usable, color=INK, lw=1.2, ls="--")
         axes.text(
@@ -60,7 +66,9 @@ def memory(plan: Plan) -> str:
         axes.grid(axis="y", visible=False)
         legend_below(axes)
 
-    rows = 2 if isinstance(plan.compiled, Compiled) else 1
+    rows = 1
+    if isinstance(plan.compiled, Compiled):
+        rows += 1 + isinstance(plan.compiled.evaluation, Evaluation)
     return to_svg("memory", draw, width=9.6, height=1.7 + 0.45 * rows)
 
 
@@ -72,7 +80,7 @@ def roofline(plan: Plan) -> str:
         axes = figure.subplots()
         points = [
             (part.flops / part.touched_bytes, part)
-            for part in work.parts(plan.settings, plan.topology.chip.kind)
+            for part in work.parts(plan.settings, plan.topology.chip.name)
             if part.flops and part.touched_bytes
         ]
         low = min([1.0, *(x for x, _ in points)]) / 2

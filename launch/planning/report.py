@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from launch.gin_files import ResolvedConfig
-from launch.planning import estimate, memory, sensitivity, traffic, work
+from launch.planning import estimate, local, memory, sensitivity, traffic, work
 from launch.planning.estimate import Estimate, Figure
 from launch.planning.records import Compiled, Failure
 from launch.planning.search import Candidate, told
@@ -78,12 +78,24 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """By the compiler if it was asked and answered, else by arithmetic."""
+        """By the compiler if it was asked and answered, else by arithmetic.
+
+        Training's step and evaluation's both must.
+        """
         if isinstance(self.compiled, Compiled):
             return self.compiled.fits
         if self.compiled is not None and self.compiled.kind == "out_of_memory":
             return False
         return self.memory.total <= self.usable_bytes
+
+    @property
+    def transports(self) -> dict[str, tuple[str, str]]:
+        """How rows travel in training and in evaluation, and why; {} if dense."""
+        if not self.settings.model.num_sparse_layers:
+            return {}
+        sizes = local.local(self.settings, self.topology.chip.name)
+        scoring = dataclasses.replace(sizes, train=False)
+        return {"training": sizes.picked, "evaluation": scoring.picked}
 
     @property
     def tokens(self) -> int:
@@ -147,7 +159,7 @@ def make(
         config=config,
         topology=topology,
         counts=count(model, router, settings.data.length),
-        memory=memory.predict(settings, topology.chip.kind),
+        memory=memory.predict(settings, topology.chip.name),
         drops=expected_drops.of_router(router, E) if sparse else None,
         few_slots=expected_drops.few_slots(router, E) if sparse else "",
         warnings=tuple(warnings(topology, settings.mesh)),
@@ -163,7 +175,7 @@ def make(
 def executed_flops(settings: Settings, topology: Topology) -> float:
     """Operations of one device in a step, each counted once whatever it costs."""
     total = 0.0
-    for part in work.parts(settings, topology.chip.kind):
+    for part in work.parts(settings, topology.chip.name):
         exact = part.name == "router" and settings.router.logit_dtype == "float32"
         total += part.flops / (work.HIGHEST_PRECISION if exact else 1)
     return total
@@ -207,8 +219,8 @@ def traffic_by_axis(plan: Plan) -> list[Traffic]:
     if isinstance(plan.compiled, Compiled):
         order = plan.compiled.fastest_first
         sent = estimate.compiled_traffic(plan.settings, plan.compiled.collectives)
-    platform = plan.topology.chip.kind
-    least = traffic.by_axis(traffic.flows(plan.settings, platform, order))
+    chip = plan.topology.chip.name
+    least = traffic.by_axis(traffic.flows(plan.settings, chip, order))
     return [
         Traffic(
             axis,
@@ -279,6 +291,10 @@ def to_json(plan: Plan) -> str:
             "host_bytes": held.host,
             "categories": held.categories,
             "source": "estimated",
+        },
+        "transports": {
+            use: {"transport": name, "reason": reason, "source": "exact"}
+            for use, (name, reason) in plan.transports.items()
         },
         "expected_drops": plan.drops,
         "warnings": [*plan.warnings, *filter(None, [plan.few_slots])],

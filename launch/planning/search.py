@@ -113,7 +113,7 @@ def smallest(
 def least_bytes(settings: Settings, topology: Topology) -> int:
     """Bytes of state and gradients of one device, were everything cut by all."""
     bare = changed(settings, {f"MESH_{axis.upper()}": 1 for axis in AXES})
-    plan = memory.predict(bare, topology.chip.kind)
+    plan = memory.predict(bare, topology.chip.name)
     gradients = plan.moments["optimizer"]["gradients"]
     return (plan.parameters + plan.optimizer + gradients) // topology.num_devices
 
@@ -184,7 +184,7 @@ def _first_that_fits(
             continue
         wanted |= _pieces(found)
         found = changed(settings, wanted)
-        plan = memory.predict(found, topology.chip.kind)
+        plan = memory.predict(found, topology.chip.name)
         if plan.arguments > limit:
             return None
         if plan.total > limit or problems(found):
@@ -229,7 +229,7 @@ def _travelling(
         return
     for transport in ("ring", "all_to_all"):
         found = changed(settings, {"TRANSPORT": transport})
-        plan = memory.predict(found, topology.chip.kind)
+        plan = memory.predict(found, topology.chip.name)
         if plan.total > limit or problems(found):
             continue
         yield Candidate(
@@ -291,7 +291,7 @@ def hardware_text(
     gib = 2**30
     held = f"{one.plan.total / gib:.2f} GiB of each device by arithmetic"
     if isinstance(compiled, Compiled):
-        held += f", {compiled.total_bytes / gib:.2f} as compiled"
+        held += f", {compiled.most_bytes / gib:.2f} as compiled"
     elif compiled is not None:
         held += f"; not compiled: {compiled.kind}"
     bounds = one.estimate

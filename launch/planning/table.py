@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from launch.planning.records import Compiled, Failure
+from launch.planning.records import Compiled, Evaluation, Failure
 from launch.planning.report import (
     GIB,
     Plan,
@@ -46,6 +46,10 @@ def sections(plan: Plan) -> Iterable[tuple[str, Sequence[str], list[Sequence[str
     head: Sequence[str] = ("", "", "source")
     yield "The model and its run", head, counts(plan)
     yield "Memory of one device", ("", "GiB", "source"), held(plan)
+    if isinstance(plan.compiled, Compiled):
+        head = ("program", "arguments", "temporaries", "state beside it", "in all, GiB")
+        more = ("lowered in", "compiled in", "source")
+        yield "What was compiled", (*head, *more), programs(plan.compiled)
     yield "A step", ("part", "compute", "memory", "takes", "source"), parts(plan)
     head = ("axis", "least GiB sent", "compiled GiB", "ratio", "takes", "source")
     yield "What one device sends in a step", head, sent(plan)
@@ -95,6 +99,8 @@ def counts(plan: Plan) -> list[Sequence[str]]:
     days = rules_of_thumb(plan)
     told_days = ", ".join(f"{days[name]:,.4g} {name}" for name in days)
     rows.append(("PF-days, three ways", told_days, "estimated"))
+    for use, (transport, reason) in plan.transports.items():
+        rows.append((f"transport in {use}", f"{transport}: {reason}", "exact"))
     if plan.drops is not None:
         dropped = f"{plan.drops:.1%} of choices, were all experts equally liked"
         rows.append(("expected drops", dropped, "estimated"))
@@ -117,12 +123,47 @@ def held(plan: Plan) -> list[Sequence[str]]:
         found = plan.compiled
         for name, ours, size in (
             ("arguments", plan.memory.arguments, found.argument_bytes),
-            ("in all", plan.memory.total, found.total_bytes),
+            ("in all", plan.memory.total, found.most_bytes),
         ):
             error = f"{name} (predicted {_gib(ours)}, {ours / size - 1:+.1%})"
             rows.append((error, _gib(size), "compiled"))
     chip = plan.topology.chip.name
     rows.append((f"usable on {chip}", _gib(plan.usable_bytes), "chips.py"))
+    return rows
+
+
+def programs(compiled: Compiled) -> list[Sequence[str]]:
+    """Bytes and compile times of both programs, and why evaluation's has none."""
+    rows: list[Sequence[str]] = [
+        (
+            "train step",
+            _gib(compiled.argument_bytes),
+            _gib(compiled.temp_bytes),
+            "–",
+            _gib(compiled.total_bytes),
+            seconds(compiled.lowering_seconds),
+            seconds(compiled.compiling_seconds),
+            "compiled",
+        )
+    ]
+    found = compiled.evaluation
+    if isinstance(found, Evaluation):
+        rows.append(
+            (
+                f"evaluation, {found.transport}" if found.transport else "evaluation",
+                _gib(found.argument_bytes),
+                _gib(found.temp_bytes),
+                _gib(found.kept_bytes),
+                _gib(found.total_bytes),
+                seconds(found.lowering_seconds),
+                seconds(found.compiling_seconds),
+                "compiled",
+            )
+        )
+    else:
+        told = "not asked for" if found is None else f"after {seconds(found.seconds)}"
+        kind = "not compiled" if found is None else found.kind.replace("_", " ")
+        rows.append(("evaluation", *["–"] * 5, told, kind))
     return rows
 
 
@@ -250,7 +291,13 @@ def attainable_words() -> str:
 def verdict(plan: Plan) -> str:
     """Whether it fits, and by how much."""
     if isinstance(plan.compiled, Compiled):
-        total, by = plan.compiled.total_bytes, "as compiled"
+        total, by = plan.compiled.most_bytes, f"as compiled{_of_which(plan.compiled)}"
+        if isinstance(plan.compiled.evaluation, Failure) and total <= plan.usable_bytes:
+            return (
+                f"cannot run: the train step takes {_gib(total)} of "
+                f"{_gib(plan.usable_bytes)} GiB, as compiled, and evaluation did not "
+                f"compile ({plan.compiled.evaluation.kind})"
+            )
     elif plan.compiled is not None and plan.compiled.needed_bytes:
         total, by = plan.compiled.needed_bytes, "as the compiler says"
     else:
@@ -262,6 +309,15 @@ def verdict(plan: Plan) -> str:
         f"does not fit: {_gib(total)} of {_gib(usable)} GiB, {_gib(total - usable)} "
         f"too many, {by}; --search looks for a mesh and knobs that do"
     )
+
+
+def _of_which(compiled: Compiled) -> str:
+    """Which program the larger total is of."""
+    if compiled.evaluation is None:
+        return "; evaluation was not"
+    if compiled.most_bytes > compiled.total_bytes:
+        return ", in evaluation"
+    return ", in training"
 
 
 def candidates(found: Sequence[Candidate], topology: Topology) -> Table:

@@ -30,18 +30,18 @@ from partitioning.settings import FASTEST_FIRST
 
 def flows(
     settings: Settings,
-    platform: str = "tpu",
+    chip: str = "tpu",
     fastest_first: Sequence[str] = FASTEST_FIRST,
 ) -> tuple[Flow, ...]:
     """Lists everything that a chip sends in a step, largest first.
 
     Args:
         settings: of the run.
-        platform: which decides the transport.
+        chip: its name, or the platform; it decides the transport.
         fastest_first: the mesh axes by bandwidth, which decides over which of several
             most bytes go; see `topologies.fastest_first`.
     """
-    sizes = local.local(settings, platform)
+    sizes = local.local(settings, chip)
     parameters, _ = local.weights(settings, fastest_first)
     found = [
         *_weights(sizes, parameters),

@@ -208,7 +208,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             continue
         print(point.name, flush=True)
         found = compile_step(
-            point.config.operative, point.topology, time_limit_s=options.time_limit
+            point.config.operative,
+            point.topology,
+            time_limit_s=options.time_limit,
+            evaluation=False,
         )
         results[point.name] = found
         outcome = found.kind if isinstance(found, Failure) else "compiled"

@@ -41,16 +41,16 @@ class Part:
     touched_bytes: float
 
 
-def parts(settings: Settings, platform: str, load: float = 1.0) -> tuple[Part, ...]:
+def parts(settings: Settings, chip: str, load: float = 1.0) -> tuple[Part, ...]:
     """Lists the work of a step of the busiest chip.
 
     Args:
         settings: of the run.
-        platform: which decides the transport.
+        chip: its name, or the platform; it decides the transport.
         load: rows of the busiest chip's experts, over the mean. Slots of fixed
             capacity are computed whether they are full or not.
     """
-    sizes = local.local(settings, platform)
+    sizes = local.local(settings, chip)
     model = settings.model
     found = [_projections(sizes), _scores(sizes)]
     if sizes.num_dense_layers:

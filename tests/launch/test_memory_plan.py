@@ -1,5 +1,6 @@
 """Memory predicted without compiling: exact for the state, by hand for the rest."""
 
+import dataclasses
 import math
 
 import jax
@@ -126,6 +127,31 @@ def test_full_sharding_remat_and_pieces_of_the_vocabulary_save_memory():
     full = memory.predict(settings_of("REMAT='full'"))
     none = memory.predict(settings_of("REMAT='none'"))
     assert full.categories["activations"] < none.categories["activations"]
+
+
+def test_evaluation_counts_where_its_rows_are_more_than_those_of_training():
+    tokens = ("BATCH_SIZE=256", "MICROBATCHES=2", "MIN_EXPERT_CAPACITY=1")
+    on_mesh = ("MESH_DATA=2", "MESH_EXPERT=4", "NUM_EXPERTS=32", *tokens)
+    padded = settings_of(*on_mesh, "TRANSPORT='all_to_all'")
+    sizes = local.local(padded, "tpu")
+    scoring = dataclasses.replace(sizes, train=False)
+    # 256 rows on 8 chips in 2 microbatches: 16 groups of 64 tokens and 32 experts, of
+    # ⌈64 · 1.25 / 32⌉ = 3 slots each in training; where nothing drops, of 64.
+    assert sizes.expert_rows == 16 * 32 * 3
+    assert scoring.expert_rows == 16 * 32 * 64
+    plan = memory.predict(padded)
+    assert plan.fullest == "evaluation of a sparse layer"
+    # Rows in and out, 32 wide, float32, and 64 wide between; no gradient, and nothing
+    # kept for one.
+    assert plan.categories["dispatch"] == 2 * 16 * 32 * 64 * 32 * 4
+    assert plan.categories["experts"] == 16 * 32 * 64 * 64 * 4
+    assert not {"gradients", "activations"} & set(plan.categories)
+    # Left to itself the run takes another transport there: rows of choices alone.
+    assert "evaluation" not in memory.predict(settings_of(*on_mesh)).fullest
+    dropping = settings_of(
+        *on_mesh, "TRANSPORT='all_to_all'", "EVAL_CAPACITY_FACTOR=1.25"
+    )
+    assert "evaluation" not in memory.predict(dropping).fullest
 
 
 def test_offloaded_moments_are_the_hosts():

@@ -8,7 +8,7 @@ import pytest
 from launch import cli, plan
 from launch.planning import compile as planned_compile
 from launch.planning.hlo import Buffer, Collective
-from launch.planning.records import Compiled, Failure
+from launch.planning.records import Compiled, Evaluation, Failure, from_json, to_json
 
 GLAM = "--gin_file=runs/glam_64b_64e.gin"
 TINY = "--gin_file=runs/tiny.gin"
@@ -209,6 +209,101 @@ def test_what_was_compiled_stands_beside_what_was_predicted(
     # 1e9 on each of 8 devices, 512 tokens in a step.
     flops = found["counts"]["flops_per_token"]["compiled"]
     assert flops == pytest.approx(8e9 / 512)
+
+
+# Two thirds of the arguments, and the rest of the state beside them.
+EVALUATION = Evaluation(
+    transport="ragged",
+    lowering_seconds=0.5,
+    compiling_seconds=45.0,
+    argument_bytes=7 * 2**20,
+    temp_bytes=3 * 2**30,
+    kept_bytes=3 * 2**20,
+    total_bytes=3 * 2**30 + 10 * 2**20,
+)
+
+
+def compiled_plan(capsys, monkeypatch, compiled, *words):
+    monkeypatch.setattr(planned_compile, "find_compiler", lambda: "")
+    monkeypatch.setattr(planned_compile, "compile_step", lambda *_, **__: compiled)
+    return planned(capsys, TINY, *ON_V5E, "--compile", *words)
+
+
+def test_evaluation_decides_where_it_needs_more_than_the_step(
+    capsys, monkeypatch, tmp_path
+):
+    both = dataclasses.replace(COMPILED, evaluation=EVALUATION)
+    written, page = tmp_path / "plan.json", tmp_path / "plan.html"
+    words = (f"--json={written}", f"--html={page}")
+    code, out, err = compiled_plan(capsys, monkeypatch, both, *words)
+    assert code == 0, err
+    assert "fits: 3.01 of 15.75 GiB, as compiled, in evaluation" in out
+    said = " ".join(out.split())
+    assert "evaluation, ragged" in said
+    assert "45 s" in said, "how long it took to compile"
+    found = json.loads(written.read_text())
+    assert found["compiled"]["evaluation"]["compiling_seconds"] == 45
+    assert found["compiled"]["evaluation"]["total_bytes"] == EVALUATION.total_bytes
+    assert "evaluation, ragged" in page.read_text()
+
+    most = EVALUATION.total_bytes + 15 * 2**30
+    large = dataclasses.replace(EVALUATION, total_bytes=most)
+    both = dataclasses.replace(COMPILED, evaluation=large, fits=False)
+    code, out, _ = compiled_plan(capsys, monkeypatch, both)
+    assert code == 1
+    assert "does not fit: 18.01 of 15.75 GiB" in out
+    assert "as compiled, in evaluation" in " ".join(out.split())
+
+
+@pytest.mark.parametrize("kind", FAILURES)
+def test_a_run_whose_evaluation_does_not_compile_is_no_plan(capsys, monkeypatch, kind):
+    both = dataclasses.replace(COMPILED, evaluation=FAILURES[kind], fits=False)
+    code, out, err = compiled_plan(capsys, monkeypatch, both)
+    assert code == 1
+    assert f"evaluation not compiled ({kind}): {FAILURES[kind].message}" in err
+    assert "fits:" not in out
+    assert ("does not fit: 20.00" in out) == (kind == "out_of_memory")
+    assert ("cannot run: the train step takes 1.01" in out) == (kind != "out_of_memory")
+
+
+def test_a_step_compiled_without_evaluation_says_so(capsys, monkeypatch):
+    code, out, _ = compiled_plan(capsys, monkeypatch, COMPILED)
+    assert code == 0
+    assert "fits: 1.01 of 15.75 GiB, as compiled; evaluation was not" in out
+
+
+def test_transports_of_training_and_of_evaluation_are_both_said(capsys, tmp_path):
+    written = tmp_path / "plan.json"
+    told = {}
+    for topology, mesh in (("v5e:4x4", "data=4"), ("v5e:4x8", "data=8")):
+        words = (f"--topology={topology}", f"--mesh={mesh},expert=4")
+        words += ("--gin.BATCH_SIZE=32", f"--json={written}")
+        code, out, err = planned(capsys, TINY, *words)
+        assert code == 0, err
+        assert "transport in evaluation" in out
+        found = json.loads(written.read_text())["transports"]
+        told[topology] = [found[use]["transport"] for use in ("training", "evaluation")]
+    # Capacity bounds training; in evaluation nothing drops, and slices of v5e of more
+    # than 16 chips have no ragged exchange.
+    assert told == {
+        "v5e:4x4": ["all_to_all", "ragged"],
+        "v5e:4x8": ["all_to_all", "ring"],
+    }
+
+
+@pytest.mark.parametrize("evaluation", [None, EVALUATION, FAILURES["rejected"]])
+def test_records_are_read_back_with_their_evaluation(evaluation):
+    record = dataclasses.replace(COMPILED, evaluation=evaluation)
+    assert from_json(to_json(record)) == record
+
+
+def test_records_from_before_evaluation_was_compiled_are_read():
+    fields = json.loads(to_json(COMPILED))
+    del fields["evaluation"], fields["fastest_first"]
+    old = from_json(json.dumps(fields))
+    assert old.evaluation is None
+    # Those programs gathered over data last.
+    assert old.fastest_first.index("data") < old.fastest_first.index("expert")
 
 
 def test_a_compiled_step_that_is_too_large_does_not_fit(capsys, monkeypatch):

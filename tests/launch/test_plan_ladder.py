@@ -8,7 +8,7 @@ from launch import gin_files
 from launch.planning import knobs, ladder, ladder_page, search
 from launch.planning.compile import compile_step, find_compiler
 from launch.planning.hlo import Buffer, Collective
-from launch.planning.records import Compiled, Failure
+from launch.planning.records import Compiled, Evaluation, Failure
 from launch.planning.topologies import parse
 
 GIB = 2**30
@@ -34,6 +34,16 @@ FITS = Compiled(
     largest_buffers=(Buffer(GIB, "f32[1]", "moe/b.py:2", "dot_general"),),
 )
 TOO_LARGE = dataclasses.replace(FITS, fits=False, total_bytes=20 * GIB)
+EVALUATION = Evaluation(
+    transport="",
+    lowering_seconds=1.0,
+    compiling_seconds=4.0,
+    argument_bytes=4 * GIB,
+    temp_bytes=5 * GIB,
+    kept_bytes=4 * GIB,
+    total_bytes=13 * GIB,
+)
+BOTH_FIT = dataclasses.replace(FITS, evaluation=EVALUATION)
 REFUSED = Failure("rejected", "not supported", "try another mesh", seconds=3.0)
 SLOW = Failure("timed_out", "no answer within 600 s", "raise the limit")
 
@@ -79,11 +89,35 @@ def test_what_is_too_large_or_refused_is_followed_by_another_mesh(monkeypatch):
     assert "moe/b.py:2" in row.attempts[0].largest[0]
 
 
+def test_evaluation_must_fit_too(monkeypatch):
+    most = dataclasses.replace(EVALUATION, total_bytes=17 * GIB)
+    too_large = dataclasses.replace(FITS, fits=False, evaluation=most)
+    refused = dataclasses.replace(FITS, fits=False, evaluation=REFUSED)
+    answers(monkeypatch, too_large, refused, BOTH_FIT)
+    row = climb()
+    assert [attempt.kind for attempt in row.attempts] == [
+        "too_large",
+        "rejected",
+        "fits",
+    ]
+    assert [attempt.needed_bytes for attempt in row.attempts] == [
+        17 * GIB,
+        12 * GIB,
+        13 * GIB,
+    ]
+    assert row.attempts[1].message == "evaluation: not supported"
+    # 1 + 2 s for the step; 1 + 4 s for evaluation, or 3 s until it failed.
+    assert [attempt.seconds for attempt in row.attempts] == [8, 6, 8]
+    assert row.compiled == BOTH_FIT
+
+
 def test_an_answer_that_does_not_come_ends_the_row(monkeypatch):
     answers(monkeypatch, SLOW)
     row = climb()
     assert [attempt.kind for attempt in row.attempts] == ["timed_out"]
     assert row.compiled is None
+    answers(monkeypatch, dataclasses.replace(FITS, fits=False, evaluation=SLOW))
+    assert [attempt.kind for attempt in climb().attempts] == ["timed_out"]
 
 
 def test_rows_are_kept_read_again_and_shown(monkeypatch, tmp_path):
@@ -99,6 +133,31 @@ def test_rows_are_kept_read_again_and_shown(monkeypatch, tmp_path):
     assert f"{100 * (plan.total / (12 * GIB) - 1):+.0f} %" in page
     assert config.settings.mesh.num_devices == row.topology.num_devices
     assert "too large | 20.00" in page
+    assert "| not compiled | 15.75 |" in page
+    assert "Where evaluation was not compiled, the total is the train step's" in page
+
+
+def test_a_row_shows_evaluation_and_the_larger_of_both(monkeypatch, tmp_path):
+    answers(monkeypatch, BOTH_FIT)
+    row = climb()
+    ladder.save(row, tmp_path)
+    assert ladder.load(row.name, tmp_path) == row
+    page = ladder_page.page([row])
+    _, plan = ladder.planned(row)
+    error = f"{100 * (plan.total / (13 * GIB) - 1):+.0f} %"
+    assert f"| {plan.total / GIB:.2f} | 13.00 | {error} | 13.00 | 15.75 |" in page
+    assert "Where evaluation was not compiled" not in page
+
+
+def test_rows_of_an_earlier_version_are_read_and_shown():
+    rows = [row for name in ladder.run_names() if (row := ladder.load(name))]
+    assert len(rows) >= 8
+    page = ladder_page.page(rows)
+    for row in rows:
+        assert f"| `{row.name}` | " in page
+        assert row.compiled is not None
+        if row.compiled.evaluation is None:
+            assert row.compiled.most_bytes == row.compiled.total_bytes
 
 
 def test_unchanged_rows_are_not_compiled_again(monkeypatch, tmp_path, capsys):

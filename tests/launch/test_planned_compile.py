@@ -9,7 +9,13 @@ import pytest
 from launch import gin_files
 from launch.planning import compile as planning
 from launch.planning.compile import compile_step, find_compiler, out_of_memory
-from launch.planning.records import Compiled, Failure, from_json, to_json
+from launch.planning.records import (
+    Compiled,
+    Evaluation,
+    Failure,
+    from_json,
+    to_json,
+)
 from launch.planning.topologies import parse
 
 V5E = parse("v5e:2x4")
@@ -50,6 +56,14 @@ def test_a_whole_train_step_compiles_for_a_slice_that_is_not_here(tmp_path):
     assert answer.product_flops > 0
     assert answer.peak_host_bytes > 100 * 2**20
     assert from_json(to_json(answer)) == answer
+    scoring = answer.evaluation
+    assert isinstance(scoring, Evaluation), scoring
+    assert scoring.transport == "ragged"
+    # It takes parameters and batch; the moments stay beside them.
+    assert scoring.kept_bytes > 53_536 * 4 / 4
+    assert scoring.argument_bytes + scoring.kept_bytes == answer.argument_bytes
+    assert scoring.total_bytes > answer.argument_bytes + scoring.temp_bytes
+    assert scoring.compiling_seconds > 0
     assert kept.read_text().startswith("HloModule")
 
 
@@ -104,7 +118,7 @@ def pretend(tmp_path, monkeypatch):
         watch = planning._watch
 
         def run(command, *others):
-            return watch([sys.executable, "-c", program], *others)
+            return watch([sys.executable, "-c", program, *command[3:]], *others)
 
         monkeypatch.setattr(planning, "_watch", run)
         return compile_step("", V5E, compiler=str(tmp_path), **limits)
@@ -143,6 +157,32 @@ def test_a_compiler_that_ends_its_process_leaves_its_last_words(pretend):
     assert answer.kind == "crashed"
     assert "by SIGABRT" in answer.message
     assert "check failed: x == y" in answer.message
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    ("program", "kind"),
+    [("os.abort()", "crashed"), ("import time; time.sleep(60)", "timed_out")],
+)
+def test_a_compiler_that_ends_in_evaluation_leaves_the_train_steps_answer(
+    pretend, tmp_path, program, kind
+):
+    step = Compiled(
+        *("v5e:2x4", "jax, libtpu", 1.0, 2.0, 0, 1, 1, 1, 1, 1, 4, 0, 9, True, 1.0),
+        *(1.0, None, (), ()),
+    )
+    (tmp_path / "step.json").write_text(to_json(step))
+    answer = pretend(
+        "import os, shutil, sys\n"
+        f"shutil.copy({str(tmp_path / 'step.json')!r}, sys.argv[1] + '/result.json')\n"
+        f"{program}",
+        time_limit_s=3,
+    )
+    assert isinstance(answer, Compiled)
+    assert answer.total_bytes == step.total_bytes
+    assert not answer.fits
+    assert isinstance(answer.evaluation, Failure)
+    assert answer.evaluation.kind == kind
 
 
 @pytest.mark.fast

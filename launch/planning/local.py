@@ -208,7 +208,7 @@ class Local:
         block = self.settings.model.attention_block
         ring = self.settings.partition.context_attention == "ring"
         cut = self.settings.mesh.context > 1
-        return 0 < block < self.settings.data.length or (ring and cut)
+        return 0 < block <= self.settings.data.length or (ring and cut)
 
     def cut_heads(self, heads: int) -> int:
         """Returns the heads that one chip has of so many."""

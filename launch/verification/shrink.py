@@ -196,7 +196,7 @@ def _model(
     periods = min((model.num_layers - model.num_first_layers) // period, 2)
     shared = min(model.num_heads // model.kv_heads, 2)
     kv_heads = cut if cut > 1 else min(model.kv_heads, 2)
-    blocked = 0 < model.attention_block < settings.data.length
+    blocked = 0 < model.attention_block <= settings.data.length
     learned = model.positions == "learned"
     return dataclasses.replace(
         model,

@@ -56,7 +56,7 @@ lint: $(ready)  ## check format, lint and types
 
 bench: $(ready)  ## time the train step, the sparse layer, and making tokens
 	$(BIN)/python -m benchmarks.train_step
-	$(BIN)/python -m benchmarks.moe_layer --ynn
+	$(BIN)/python -m benchmarks.moe_layer
 	$(BIN)/python -m benchmarks.prepare
 
 # uv does not read pip's settings: for an index of your own set UV_DEFAULT_INDEX.

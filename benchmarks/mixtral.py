@@ -1,6 +1,6 @@
 """A Mixtral-shaped train step beside the same step of `transformers` in PyTorch.
 
-    pip install -e '.[bench]'
+    pip install -e '.[bench]'    # PyTorch; without it our step is timed alone
     python -m benchmarks.mixtral [--steps 6] [--gin.MACRO=VALUE ...]
 
 55 million parameters: width 512, 4 layers, 8 heads of 64, in every layer 8 SwiGLU
@@ -11,9 +11,9 @@ a noisy machine is noisy for both; then the parts of ours are timed alone.
 """
 
 import argparse
+import importlib.util
 import os
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -62,7 +62,9 @@ def main() -> None:
 
     import jax
 
-    steps = {"switchyard": prepare_step(config), "transformers": torch_step}
+    steps = {"switchyard": prepare_step(config)}
+    if torch_step is not None:
+        steps["transformers"] = torch_step
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     cpu_seconds: dict[str, list[float]] = {name: [] for name in steps}
     gflops = []
@@ -90,13 +92,20 @@ def timed(step: Callable[[], None]) -> float:
     return time.perf_counter() - began
 
 
-def prepare_torch_step(config: gin_files.ResolvedConfig) -> Callable[[], None]:
-    """The public model of the same sizes, with PyTorch's own AdamW."""
-    try:
-        import torch
-        import transformers
-    except ImportError as error:
-        sys.exit(f"{error}; install both with: pip install -e '.[bench]'")
+def prepare_torch_step(config: gin_files.ResolvedConfig) -> Callable[[], None] | None:
+    """The public model of the same sizes, with PyTorch's own AdamW; None without it."""
+    missing = [
+        name for name in ("torch", "transformers") if not importlib.util.find_spec(name)
+    ]
+    if missing:
+        print(
+            f"PyTorch's step is left out, {' and '.join(missing)} not being installed: "
+            "pip install -e '.[bench]'"
+        )
+        return None
+    import torch
+    import transformers
+
     torch.set_num_threads(os.cpu_count() or 1)
     torch.manual_seed(0)
     settings = config.settings
@@ -137,10 +146,12 @@ def prepare_parts(config: gin_files.ResolvedConfig) -> dict[str, Callable[[], No
     import optax
 
     from launch.assemble import assemble
-    from moe.model.attention import Attention, attend
+    from moe.model.attention import Attention, attend, sight
     from moe.model.moe_layer import Layer, MoE, Tokens, moe_layer
+    from partitioning.grid import Grid
 
     run = assemble(config)
+    grid = Grid(run.mesh)
     model, router = run.settings.model, run.settings.router
     B, L = run.settings.train.batch_size, run.settings.data.length
     key = jax.random.key(0)
@@ -154,7 +165,8 @@ def prepare_parts(config: gin_files.ResolvedConfig) -> dict[str, Callable[[], No
         return moe_layer(weights, x_BLM, tokens, key, 0, layer)[0]
 
     def attention(weights: Any, x_BLM: jax.Array) -> jax.Array:
-        return attend(weights, x_BLM, position_BL, ones_BL, model.rope_base)
+        seen = sight(position_BL, ones_BL, None, None, grid)
+        return attend(weights, x_BLM, seen, model, grid)
 
     def forward_and_backward(function: Callable, weights: Any) -> Callable[[], None]:
         def back(weights: Any, x_BLM: jax.Array) -> Any:
@@ -208,7 +220,7 @@ def report(
     settings = config.settings
     tokens = settings.train.batch_size * settings.data.length
     counts = count(settings.model, settings.router, settings.data.length)
-    theirs = tokens / statistics.median(seconds["transformers"])
+    theirs = seconds.get("transformers")
     print(f"\nroofline: {gflops:.0f} GFLOP/s in float32 products\n")
     print(
         f"{'step':13} {'tokens/s':>9} {'÷ theirs':>9} {'÷ roofline':>11} {'best':>7} "
@@ -217,8 +229,9 @@ def report(
     for name, times in seconds.items():
         speed = tokens / statistics.median(times)
         share = speed * counts.train_flops_per_token / 1e9 / gflops
+        ratio = f"{speed * statistics.median(theirs) / tokens:.2f}" if theirs else "–"
         print(
-            f"{name:13} {speed:9,.0f} {speed / theirs:9.2f} {share:11.2f} "
+            f"{name:13} {speed:9,.0f} {ratio:>9} {share:11.2f} "
             f"{tokens / min(times):7,.0f} {statistics.median(cpu_seconds[name]):6.2f}"
         )
 

@@ -12,11 +12,13 @@ alone takes, and peak memory as the compiler plans it.
 import argparse
 import dataclasses
 import functools
-import os
 import statistics
 import time
 from collections.abc import Callable
 from typing import Any
+
+from launch.environment import prepare_environment
+from launch.settings import PlatformSettings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,19 +70,9 @@ def main() -> None:
     parser.add_argument("--case", nargs="*", help="names; default: all of the platform")
     parser.add_argument("--repeats", type=int, default=7, help="timed runs of each")
     parser.add_argument("--platform", choices=["cpu", "gpu"], default="cpu")
-    parser.add_argument(
-        "--ynn",
-        action="store_true",
-        help="with the XLA flag of configs/hardware/cpu1.gin",
-    )
     options = parser.parse_args()
-    if options.platform == "cpu":
-        os.environ["JAX_PLATFORMS"] = "cpu"
-    if options.ynn:
-        os.environ["XLA_FLAGS"] = (
-            "--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_DOT,"
-            "LIBRARY_FUSION_TYPE_REDUCE"
-        )
+    platform = "cpu" if options.platform == "cpu" else "cuda"
+    prepare_environment(PlatformSettings(platform, compilation_cache_dir=""))
     cases = CPU_CASES if options.platform == "cpu" else GPU_CASES
     unknown = set(options.case or ()) - {case.name for case in cases}
     if unknown:

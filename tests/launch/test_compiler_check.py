@@ -1,4 +1,4 @@
-"""The check of the CPU's compiler: it passes what is right, and refuses what is wrong."""
+"""The check of the CPU's compiler passes what is right and refuses what is wrong."""
 
 import math
 import os
@@ -64,7 +64,9 @@ def wrong(monkeypatch):
 def test_what_is_off_and_what_helps_is_said(wrong, monkeypatch):
     def advice(flags: str) -> str:
         monkeypatch.setenv("XLA_FLAGS", flags)
-        with pytest.raises(CompilerCheckError, match="a product +off by inf") as raised:
+        with pytest.raises(
+            CompilerCheckError, match=r"a product +off by inf"
+        ) as raised:
             compiler_check.check()
         return str(raised.value)
 

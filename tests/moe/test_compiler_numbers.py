@@ -154,7 +154,9 @@ def test_its_gradient_is_what_differences_of_numpy_are(name, dtype):
         steps = [rng.normal(size=x.shape) for x in exact]
         there, back = (
             np.sum(
-                case.oracle(*(x + h * step for x, step in zip(exact, steps, strict=True)))
+                case.oracle(
+                    *(x + h * step for x, step in zip(exact, steps, strict=True))
+                )
                 * d_y.astype(np.float64)
             )
             for h in (1e-6, -1e-6)

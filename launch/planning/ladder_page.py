@@ -12,6 +12,7 @@ from launch.planning import estimate, ladder, report, search
 from launch.planning.ladder import Row
 from launch.planning.records import Compiled, Evaluation
 from launch.planning.report import GIB
+from launch.settings import problems
 from launch.terminal import compact
 
 FILE = Path(__file__).resolve().parents[2] / "docs" / "ladder.md"
@@ -59,8 +60,10 @@ def write(file: Path = FILE) -> None:
 
 def page(rows: Sequence[Row]) -> str:
     """Returns the page of these rows."""
-    done = sorted((r for r in rows if r.compiled), key=lambda r: r.parameters)
-    failed = sorted((r for r in rows if not r.compiled), key=lambda r: r.parameters)
+    rows = sorted(rows, key=lambda row: row.parameters)
+    compiled = [row for row in rows if row.compiled]
+    done = [row for row in compiled if not _no_longer_divides(row)]
+    failed = [row for row in rows if not row.compiled]
     parts = [
         _HEAD.format(
             margin=search.MARGIN,
@@ -73,11 +76,21 @@ def page(rows: Sequence[Row]) -> str:
         parts += ["## Sent, computed, and what a run takes\n", _work(done), ""]
         parts += [_NOTES.format(pue=estimate.PUE)]
         parts += ["## Knobs\n", _knobs(done), ""]
-    parts += ["## Attempts\n", _attempts([*done, *failed]), ""]
+    parts += ["## Attempts\n", _attempts([*compiled, *failed]), ""]
+    if outdated := [f"`{row.name}`" for row in compiled if row not in done]:
+        parts.append(
+            f"Compiled before its configuration changed, which no longer divides over "
+            f"that mesh, and in no table above: {', '.join(outdated)}.\n"
+        )
     missing = _missing({row.name for row in rows})
     if missing:
         parts.append(f"Not compiled yet: {', '.join(missing)}.\n")
     return "\n".join(parts)
+
+
+def _no_longer_divides(row: Row) -> bool:
+    """Whether its configuration has changed so that the mesh cannot be predicted."""
+    return bool(problems(ladder.planned(row)[0].settings))
 
 
 def _memory(rows: Iterable[Row]) -> str:

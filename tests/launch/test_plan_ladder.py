@@ -149,12 +149,25 @@ def test_a_row_shows_evaluation_and_the_larger_of_both(monkeypatch, tmp_path):
     assert "Where evaluation was not compiled" not in page
 
 
+def test_a_row_whose_mesh_no_longer_divides_is_not_predicted(monkeypatch):
+    answers(monkeypatch, BOTH_FIT)
+    row = climb()
+    changed = {**row.attempts[-1].knobs, "MICROBATCHES": 7}
+    attempt = dataclasses.replace(row.attempts[-1], knobs=changed)
+    page = ladder_page.page([dataclasses.replace(row, attempts=(attempt,))])
+    assert (
+        "no longer divides over that mesh, and in no table above: `gpt3_1_3b`" in page
+    )
+    assert "## Memory" not in page
+    assert "| `gpt3_1_3b` | v5e:2x2 | fits | 13.00 |" in page
+
+
 def test_rows_of_an_earlier_version_are_read_and_shown():
     rows = [row for name in ladder.run_names() if (row := ladder.load(name))]
     assert len(rows) >= 8
     page = ladder_page.page(rows)
     for row in rows:
-        assert f"| `{row.name}` | " in page
+        assert f"| `{row.name}` | {row.topology} | fits | " in page
         assert row.compiled is not None
         if row.compiled.evaluation is None:
             assert row.compiled.most_bytes == row.compiled.total_bytes

@@ -49,8 +49,12 @@ CHIP_OF = {
 }
 # GLaM 64B/64E is compiled for the slice that its authors had.
 FIRST_SLICE = {"glam_64b_64e": "v4:8x8x16"}
-# 3,840 rows divide over 480 GPUs, and over no large slice.
-CHANGED = {"m6_t_1t": {"BATCH_SIZE": 4096, "TRAIN_STEPS": 47684}}
+# 3,840 rows divide over 480 GPUs, and over no large slice. Groups of two rows need two
+# on each of 1,024 chips.
+CHANGED = {
+    "m6_t_1t": {"BATCH_SIZE": 4096, "TRAIN_STEPS": 47684},
+    "switch_c_decoder": {"BATCH_SIZE": 2048, "TRAIN_STEPS": 250000},
+}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -41,11 +41,12 @@ def check() -> None:
     found = differences()
     if all(difference <= TOLERANCE for difference in found.values()):
         return
+    advice = _advice(os.environ.get("XLA_FLAGS", ""))
     raise CompilerCheckError(
         f"XLA's CPU compiler (jaxlib {jaxlib.__version__}) computes wrong numbers:\n"
         f"{_rows(found)}\n"
-        f"Nothing was computed with it. {_advice(os.environ.get('XLA_FLAGS', ''))}, or "
-        'set SELF_CHECK to "off" to go on all the same.'
+        f'Nothing was trained or scored. {advice}, or set SELF_CHECK to "off" to go on '
+        "all the same."
     )
 
 

@@ -1,7 +1,8 @@
-"""The check of the CPU's compiler passes what is right and refuses what is wrong."""
+"""The check of the CPU's compiler: it passes what is right and stops what is not."""
 
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -24,10 +25,9 @@ def test_the_compiler_is_right_under_the_flags_of_the_tests():
 
 
 @pytest.mark.fast
-def test_a_command_refuses_a_compiler_that_is_wrong_and_names_the_flag(trained):
-    done = trained.run(
-        *("verify", commands.TINY, "--mesh=data=2", "--quiet"), XLA_FLAGS=WRONG
-    )
+def test_a_command_refuses_a_compiler_that_is_wrong_and_names_the_flag(tmp_path):
+    verify = ("verify", commands.TINY, "--mesh=data=2", "--quiet")
+    done = commands.Place(tmp_path).run(*verify, XLA_FLAGS=WRONG)
     assert done.code == 1
     assert "CompilerCheckError: XLA's CPU compiler (jaxlib" in done.err
     assert "a product summed with its operand, float32[5, 60, 60]" in done.err
@@ -35,8 +35,8 @@ def test_a_command_refuses_a_compiler_that_is_wrong_and_names_the_flag(trained):
     assert 'SELF_CHECK to "off"' in done.err
 
 
-@pytest.mark.parametrize("flags", ["", f"{CPU_FLAG}LIBRARY_FUSION_TYPE_DOT", WRONG])
-def test_the_page_of_the_check_shows_the_fault_under_default_optimisation(flags):
+@pytest.mark.parametrize("flags", ["", WRONG])
+def test_the_command_shows_the_fault_under_default_optimisation(flags):
     def shown(flags: str) -> subprocess.CompletedProcess:
         return subprocess.run(
             [sys.executable, "-m", "launch.compiler_check"],
@@ -54,7 +54,7 @@ def test_the_page_of_the_check_shows_the_fault_under_default_optimisation(flags)
 
 @pytest.fixture
 def wrong(monkeypatch):
-    """A compiler that is not a number off."""
+    """What a compiler that is wrong is off by."""
     monkeypatch.setattr(
         compiler_check, "differences", lambda: {"a sum": 1e-9, "a product": math.inf}
     )
@@ -64,10 +64,9 @@ def wrong(monkeypatch):
 def test_what_is_off_and_what_helps_is_said(wrong, monkeypatch):
     def advice(flags: str) -> str:
         monkeypatch.setenv("XLA_FLAGS", flags)
-        with pytest.raises(
-            CompilerCheckError, match=r"a product +off by inf"
-        ) as raised:
+        with pytest.raises(CompilerCheckError) as raised:
             compiler_check.check()
+        assert re.search("a product +off by inf", str(raised.value))
         return str(raised.value)
 
     assert f"Add {CPU_FLAG} to XLA_FLAGS" in advice("--a=1")
@@ -84,5 +83,7 @@ def test_train_evaluate_and_generate_refuse_too_unless_told_not_to(
         done = commands.inline(*words, "--quiet")
         assert done.code == 1
         assert "CompilerCheckError" in done.err
-    generate = ("generate", of_run, "--num_tokens=1", "--quiet")
-    assert commands.inline(*generate, "--gin.SELF_CHECK=off").code == 0
+    without = commands.inline(
+        *("generate", of_run, "--step=999", "--quiet", "--gin.SELF_CHECK=off")
+    )
+    assert "CheckpointError" in without.err  # it came to what is next

@@ -10,14 +10,14 @@ from partitioning.mesh import make_mesh
 pytestmark = pytest.mark.fast
 
 
-def test_a_run_with_a_slot_per_expert_says_what_it_drops_and_computes():
+def test_a_run_with_two_slots_per_expert_says_what_it_drops_and_computes():
     settings = gin_files.read(["runs/switch_c_decoder.gin"]).settings
     facts = dict(sparse_facts(settings, make_mesh(MESHES["e8"])))
-    assert facts["expected drops"].startswith("21.3%")
-    assert facts["few slots"].startswith("1 per expert and group")
+    assert facts["expected drops"].startswith("10.4%")
+    assert facts["few slots"].startswith("2 per expert and group")
     for macro in ("GROUP_SIZE = 16384", "NUM_EXPERTS", "TRAIN_CAPACITY_FACTOR"):
         assert macro in facts["few slots"]
-    # 2,048 slots for 1,024 tokens.
+    # 4,096 slots for 2,048 tokens of two rows.
     assert "computes 2 rows for each token, of which 1 were" in facts["few slots"]
 
 

@@ -224,8 +224,9 @@ def test_a_sample_beyond_the_learned_positions_is_said_before_anything_is_compil
 ):
     monkeypatch.setattr(Run, "lower_train_step", None)
     knobs = {"POSITIONS": "learned", "MAX_POSITIONS": 64, "SAMPLE_PROMPT": "def "}
+    knobs["SAMPLE_TOKENS"] = 128
     error = error_of(inline("train", *trained.knobs(tmp_path / "run", **knobs)))
-    # The four bytes of the prompt, and as many tokens as base.gin asks for.
+    # The four bytes of the prompt, and the tokens.
     assert (
         "SampleError: MAX_POSITIONS = 64: a prompt of 4 tokens and SAMPLE_TOKENS = "
         in (error)

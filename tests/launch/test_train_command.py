@@ -19,6 +19,7 @@ from tasks.store import open_store
 TRAIN_METRICS = {
     "loss/total",
     "loss/nats_per_token",
+    "loss/output_z",
     "loss/balance",
     "loss/router_z",
     "accuracy/fraction",
@@ -27,9 +28,11 @@ TRAIN_METRICS = {
     "ledger/spilled_choices",
     "ledger/dropped_choices",
     "ledger/padding_choices",
+    "ledger/tokens_without_expert",
     "router/dropped_fraction",
     "router/dropped_fraction_per_layer",
     "router/spilled_fraction",
+    "router/tokens_without_expert_fraction",
     "router/over_budget_rows",
     "router/logit_rms",
     "router/entropy_nats",
@@ -86,8 +89,8 @@ def test_a_run_prepares_its_store_trains_and_says_so_first(trained):
     assert any(line.startswith("preparing tokens: 8 documents") for line in rest)
     (check,) = [line for line in rest if line.startswith("self-check: ")]
     assert re.fullmatch(
-        r"self-check: TRANSPORT 'ragged' equals the oracle, forward and backward, to "
-        r"\d\.\de-\d\d",
+        r"self-check: equal to the oracle: training 'ragged' to \d\.\de-\d\d, "
+        r"evaluation 'ragged' to \d\.\de[-+]\d\d",
         check,
     )
     assert any(line.startswith("step 20/20  loss ") for line in rest)

@@ -72,14 +72,15 @@ def test_bias_and_its_gradient_agree_with_loops_and_nothing_scatters():
     assert "scatter" not in str(jax.make_jaxpr(both)(table, d_BNLT))
 
 
-def test_the_table_is_drawn_with_variance_1_over_buckets():
+def test_the_table_is_drawn_with_variance_1_over_the_mean_of_buckets_and_heads():
     settings = ModelSettings(
         vocab_size=8, num_layers=1, model_dim=8, num_heads=512, head_dim=2, mlp_dim=2
     )
     weights = RelativeBias(jax.random.key(0), settings)
     assert weights.table.shape == (32, 512)
     # 16,384 draws: four standard errors are 2.2 %.
-    np.testing.assert_allclose(jnp.std(weights.table[...]), 32**-0.5, rtol=0.022)
+    mean = (32 + 512) / 2
+    np.testing.assert_allclose(jnp.std(weights.table[...]), mean**-0.5, rtol=0.022)
     assert logical_axes(weights) == {"table": (None, "heads")}
 
 

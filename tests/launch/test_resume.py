@@ -164,7 +164,7 @@ def test_sigterm_saves_and_asks_to_be_started_again(story):
 
 def test_a_run_is_checked_first_unless_it_is_told_not_to(story):
     # That it is changes no bit of what is learnt, as another test shows.
-    for line in ("comparing the sparse layer with the oracle", "self-check: TRANSPORT"):
+    for line in ("comparing the sparse layer with the oracle", "self-check: equal to"):
         assert line not in story.stopped.err
         assert line in story.ended.err
 

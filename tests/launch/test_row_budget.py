@@ -12,6 +12,8 @@ from launch import gin_files, loop
 from launch.assemble import Run, assemble
 from launch.programs import Programs
 
+pytestmark = pytest.mark.timeout(600)  # the first test compiles four programs
+
 TIGHT, AMPLE = 2.0, 4.0
 STEPS = 4
 ADVERSARY = 2  # all tokens of this batch are one and the same

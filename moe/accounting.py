@@ -17,8 +17,6 @@ import math
 from collections.abc import Iterable
 from fractions import Fraction
 
-import jax
-
 from moe.model import transformer
 from moe.settings import ModelSettings, RouterSettings, capacity
 from moe.training.optimizer import is_matrix
@@ -136,9 +134,7 @@ def count(model: ModelSettings, router: RouterSettings, length: int) -> Counts:
         router: choices per token and the capacity.
         length: L, for the cost of attention.
     """
-    shapes = jax.eval_shape(
-        lambda: transformer.init_params(jax.random.key(0), model, router)
-    )
+    shapes = transformer.param_shapes(model, router)
     total = experts = expert_products = products = embedding = positions = 0
     for path, array, axes in rules.leaves(
         shapes, transformer.param_axes(model, router)

@@ -19,9 +19,7 @@ def draw(seed: int, model: ModelSettings, router: RouterSettings) -> Any:
     Not those that training starts from: gates of an untrained router are all alike,
     and a bias of 0 hides one that is added twice.
     """
-    shapes = jax.eval_shape(
-        lambda: transformer.init_params(jax.random.key(0), model, router)
-    )
+    shapes = transformer.param_shapes(model, router)
 
     def one(path: Any, array: jax.ShapeDtypeStruct, axes: tuple) -> np.ndarray:
         name = jax.tree_util.keystr(path, simple=True, separator="/")

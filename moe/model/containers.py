@@ -1,6 +1,7 @@
 """The containers of a decoder-only transformer, and what describes one to `jit`."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -164,11 +165,10 @@ class Model:
     @property
     def param_specs(self) -> Any:
         """How every parameter is cut, the same tree as the parameters."""
-        shapes = jax.eval_shape(
-            lambda: init_params(jax.random.key(0), self.settings, self.router)
-        )
         axes = param_axes(self.settings, self.router)
-        return rules.specs(shapes, axes, self.grid.table)
+        return rules.specs(
+            param_shapes(self.settings, self.router), axes, self.grid.table
+        )
 
     def bind(self, params: Any) -> Transformer:
         """Puts the arrays back into their containers."""
@@ -182,8 +182,8 @@ def build(
     partition: PartitionSettings = UNCUT,
 ) -> Model:
     """Describes a model without allocating it."""
-    shapes = nnx.eval_shape(lambda: Transformer(jax.random.key(0), settings, router))
-    return Model(settings, router, mesh, nnx.graphdef(shapes), partition)
+    definition = nnx.graphdef(_containers(settings, router))
+    return Model(settings, router, mesh, definition, partition)
 
 
 def init_params(key: jax.Array, settings: ModelSettings, router: RouterSettings) -> Any:
@@ -200,8 +200,19 @@ def init_params(key: jax.Array, settings: ModelSettings, router: RouterSettings)
     return jax.tree_util.tree_map_with_path(cast, drawn)
 
 
+@functools.lru_cache
+def param_shapes(settings: ModelSettings, router: RouterSettings) -> Any:
+    """Returns the shape and type of every parameter, without drawing any."""
+    return jax.eval_shape(lambda: init_params(jax.random.key(0), settings, router))
+
+
+@functools.lru_cache
 def param_axes(settings: ModelSettings, router: RouterSettings) -> Any:
     """Returns the logical axes of every parameter: the same dict, of tuples."""
-    return logical_axes(
-        nnx.eval_shape(lambda: Transformer(jax.random.key(0), settings, router))
-    )
+    return logical_axes(_containers(settings, router))
+
+
+@functools.lru_cache
+def _containers(settings: ModelSettings, router: RouterSettings) -> Transformer:
+    """The containers, with shapes for arrays."""
+    return nnx.eval_shape(lambda: Transformer(jax.random.key(0), settings, router))

@@ -22,6 +22,7 @@ from moe.model.containers import (
     build,
     init_params,
     param_axes,
+    param_shapes,
 )
 from moe.model.embedding import logits_of, look_up
 from moe.model.feed_forward import feed_forward
@@ -46,6 +47,7 @@ __all__ = [
     "hidden",
     "init_params",
     "param_axes",
+    "param_shapes",
 ]
 
 Batch = dict[str, jax.Array]  # SeqIO's decoder features, each [B, L]

@@ -193,9 +193,7 @@ TASKS = [Task("many", predicts=True), Task("few", predicts=False, notes=("left o
 @functools.cache
 def parameters():
     """Weights large enough for tokens, positions and experts to matter."""
-    shapes = jax.eval_shape(
-        lambda: transformer.init_params(jax.random.key(0), MODEL, ROUTER)
-    )
+    shapes = transformer.param_shapes(MODEL, ROUTER)
     rng = np.random.default_rng(0)
     return jax.tree.map(
         lambda x: rng.normal(size=x.shape, scale=0.5).astype(np.float32), shapes

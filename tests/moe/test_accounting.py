@@ -231,9 +231,7 @@ def xla_flops_per_token(model: ModelSettings, router: RouterSettings) -> float:
     XLA's count passes over. It counts the body of a loop once, so one period only.
     """
     B, L = 2, router.group_size
-    shapes = jax.eval_shape(
-        lambda: transformer.init_params(jax.random.key(0), model, router)
-    )
+    shapes = transformer.param_shapes(model, router)
     names = ("decoder_input_tokens", "decoder_positions", "decoder_segment_ids")
     batch = {name: jax.ShapeDtypeStruct((B, L), jnp.int32) for name in names}
     forward = functools.partial(

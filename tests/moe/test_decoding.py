@@ -52,9 +52,7 @@ MODELS = {
 
 
 def shapes_of(settings: ModelSettings):
-    return jax.eval_shape(
-        lambda: transformer.init_params(jax.random.key(0), settings, RouterSettings())
-    )
+    return transformer.param_shapes(settings, RouterSettings())
 
 
 @functools.cache

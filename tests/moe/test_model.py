@@ -50,9 +50,7 @@ NOISY = dataclasses.replace(MODEL, num_experts=16, dropout=0.3)
 
 @functools.cache
 def shapes(settings: ModelSettings):
-    return jax.eval_shape(
-        lambda: transformer.init_params(jax.random.key(0), settings, RouterSettings())
-    )
+    return transformer.param_shapes(settings, RouterSettings())
 
 
 @functools.cache

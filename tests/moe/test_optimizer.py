@@ -108,9 +108,7 @@ TINY = ModelSettings(
 @functools.cache
 def tiny():
     """Shapes and logical axes of a model whose matrices are large enough to factor."""
-    shapes = jax.eval_shape(
-        lambda: transformer.init_params(jax.random.key(0), TINY, RouterSettings())
-    )
+    shapes = transformer.param_shapes(TINY, RouterSettings())
     return shapes, transformer.param_axes(TINY, RouterSettings())
 
 
@@ -141,9 +139,7 @@ def test_of_a_whole_model_these_are_the_parameters_that_decay():
     )
     router = RouterSettings(selection_bias=True)
     axes = transformer.param_axes(model, router)
-    shapes = jax.eval_shape(
-        lambda: transformer.init_params(jax.random.key(0), model, router)
-    )
+    shapes = transformer.param_shapes(model, router)
     matrices = {
         path
         for path, array, array_axes in rules.leaves(shapes, axes)

@@ -134,9 +134,11 @@ def after_steps(rounding: str, param_dtype: str = "bfloat16", steps: int = 2):
     """The state after some steps of the tiny model."""
     settings = OptimizerSettings(rounding=rounding, warmup_steps=0)
     learner = learner_of(settings, param_dtype)
-    state = train_state.init_state(
-        KEY, learner.model.settings, ROUTER, learner.optimizer
-    )
+    state = jax.jit(
+        lambda: train_state.init_state(
+            KEY, learner.model.settings, ROUTER, learner.optimizer
+        )
+    )()
     step = jax.jit(functools.partial(train_step, learner=learner))
     for n in range(steps):
         state, _ = step(state, batch(), jnp.int32(n))

@@ -41,9 +41,7 @@ def kept(
 ) -> set[tuple[int, ...]]:
     """Shapes of one period of what the loops over periods carry and keep."""
     model = transformer.build(settings, ROUTER, make_mesh(mesh), partition)
-    params = jax.eval_shape(
-        lambda: transformer.init_params(jax.random.key(0), settings, ROUTER)
-    )
+    params = transformer.param_shapes(settings, ROUTER)
     tokens = jax.ShapeDtypeStruct((B, L), np.int32)
     names = ("input_tokens", "segment_ids", "positions")
     batch = {f"decoder_{name}": tokens for name in names}
@@ -66,9 +64,7 @@ def kept(
 
 def layer_shapes(mesh: MeshSettings, partition: PartitionSettings) -> dict:
     """The matrices of the layers as one device has them."""
-    params = jax.eval_shape(
-        lambda: transformer.init_params(jax.random.key(0), MODEL, ROUTER)
-    )
+    params = transformer.param_shapes(MODEL, ROUTER)
     axes = transformer.param_axes(MODEL, ROUTER)
     placed, table = make_mesh(mesh), rules.table(partition)
     return {

@@ -75,9 +75,7 @@ def compiled(
         seed=0,
     )
     grid = learner.model.grid
-    shapes = jax.eval_shape(
-        lambda: transformer.init_params(jax.random.key(0), model, ROUTER)
-    )
+    shapes = transformer.param_shapes(model, ROUTER)
     table = rules.table(partition)
     named = transformer.param_axes(model, ROUTER)
     places = jax.tree.map(
@@ -285,9 +283,7 @@ def test_gradients_are_summed_once_over_the_devices_that_share_a_parameter(name)
 
 
 def parameters(model: ModelSettings) -> list[tuple[str, jax.ShapeDtypeStruct, tuple]]:
-    shapes = jax.eval_shape(
-        lambda: transformer.init_params(jax.random.key(0), model, ROUTER)
-    )
+    shapes = transformer.param_shapes(model, ROUTER)
     return rules.leaves(shapes, transformer.param_axes(model, ROUTER))
 
 

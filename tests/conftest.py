@@ -5,8 +5,8 @@ import zlib
 
 from launch.environment import CPU_FLAG
 
-# Before jax starts: half the compile time for slower code. Tests of speed or of
-# bit-exact resumption run the command line in processes of their own, without this.
+# Before jax starts: half the compile time for slower code, also in the processes that
+# tests start. The demo's test takes the flags that users get.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"
 os.environ["XLA_FLAGS"] = (

@@ -103,11 +103,11 @@ class Place:
         return finish(self.start(*words, **how))
 
     def _environment(self) -> dict[str, str]:
-        """That of the tests, without what their configuration exports for jax."""
+        """That of the tests, without the platform and the devices they export."""
         kept = {
             name: value
             for name, value in os.environ.items()
-            if not name.startswith(("JAX_", "XLA_"))
+            if not name.startswith("JAX_")
         }
         if sys.dont_write_bytecode:
             # Elsewhere than beside the sources, it is no trace, and saves seconds.

@@ -69,7 +69,7 @@ CASES = {
         ("decisions", "evaluation"),
     ),
 }
-DAILY = ("selection_bias", "hashed")
+DAILY = ("selection_bias",)
 
 
 @functools.cache

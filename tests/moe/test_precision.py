@@ -189,7 +189,10 @@ def bias_of(params):
     return params["periods"]["blocks"][0]["moe"]["selection_bias"]
 
 
-@pytest.mark.parametrize("rounding", ["nearest", "stochastic", "master"])
+@pytest.mark.parametrize(
+    "rounding",
+    [pytest.param("nearest", marks=pytest.mark.slow), "stochastic", "master"],
+)
 def test_selection_biases_move_in_float32_however_parameters_are_rounded(rounding):
     bias = bias_of(after_steps(rounding).params)
     assert bias.dtype == np.float32

@@ -5,7 +5,6 @@ process up to the rounding of float32, measured as 8e-8 of the loss after 20 ste
 """
 
 import json
-import os
 import shutil
 import signal
 import socket
@@ -61,7 +60,6 @@ def start(trained: Trained, verb: str, number: int, *words: str, program=""):
             *(verb, *words, *job),
             program=program,
             JAX_PROCESS_ID=str(process),
-            XLA_FLAGS=os.environ["XLA_FLAGS"],
         )
         for process in range(number)
     ]

@@ -1,7 +1,4 @@
-"""A run that was killed, stopped or moved goes on as if nothing had happened.
-
-Processes of their own, without the flags that make compiling in the tests fast.
-"""
+"""A run that was killed, stopped or moved goes on as if nothing had happened."""
 
 import dataclasses
 import json

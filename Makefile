@@ -38,7 +38,7 @@ test: $(ready)  ## run all tests but the slow ones
 	$(pytest) -m "not slow"
 
 test-fast: $(ready)  ## run the tests of seconds
-	$(pytest) -m fast
+	$(pytest) -m "fast and not slow"
 
 test-all: $(ready) $(VENV)/.tpu-compiler  ## run all tests; SHARD=i/n runs the i-th of n parts
 	SWITCHYARD_SHARD=$(SHARD) $(pytest)

@@ -150,8 +150,15 @@ def types_of(tree):
 
 
 @pytest.mark.fast
-@pytest.mark.parametrize("moment_dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", ["adamw", "adafactor"])
+@pytest.mark.parametrize(
+    ("name", "moment_dtype"),
+    [
+        ("adamw", "bfloat16"),
+        ("adafactor", "float32"),
+        pytest.param("adamw", "float32", marks=pytest.mark.slow),
+        pytest.param("adafactor", "bfloat16", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize(
     ("param_dtype", "rounding"),
     [

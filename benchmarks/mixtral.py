@@ -146,27 +146,29 @@ def prepare_parts(config: gin_files.ResolvedConfig) -> dict[str, Callable[[], No
     import optax
 
     from launch.assemble import assemble
-    from moe.model.attention import Attention, attend, sight
-    from moe.model.moe_layer import Layer, MoE, Tokens, moe_layer
-    from partitioning.grid import Grid
+    from moe import architecture
+    from moe.model import block, parameters, view
+    from moe.model.view import Stream
 
     run = assemble(config)
-    grid = Grid(run.mesh)
-    model, router = run.settings.model, run.settings.router
+    execution, layers = run.learner.model.execution, run.settings.layers.decoder
+    (one,) = layers.kinds_of_layers  # all layers are alike
     B, L = run.settings.train.batch_size, run.settings.data.length
     key = jax.random.key(0)
-    x_BLM = jax.random.normal(key, (B, L, model.model_dim))
-    position_BL = jnp.broadcast_to(jnp.arange(L), (B, L))
+    x_BLM = jax.random.normal(key, (B, L, layers.width))
     ones_BL = jnp.ones((B, L), jnp.int32)
-    tokens = Tokens(mask_BL=ones_BL > 0, row_B=jnp.arange(B), id_BL=ones_BL)
+    position_BL = jnp.broadcast_to(jnp.arange(L), (B, L))
+    stream = Stream(ones_BL, position_BL, ones_BL, None, jnp.arange(B))
+    seen = view.of_stream(stream, None, execution)
+    weights = parameters.draw(block.specs(one, layers.width), key, "float32")
 
-    def sparse(weights: Any, x_BLM: jax.Array) -> jax.Array:
-        layer = Layer(model=model, router=router, mesh=run.mesh)
-        return moe_layer(weights, x_BLM, tokens, key, 0, layer)[0]
+    def part(each: architecture.Sublayer) -> Callable[[Any, jax.Array], jax.Array]:
+        def apply(w: Any, x_BLM: jax.Array) -> jax.Array:
+            kind = block.KINDS[each.kind]
+            given = (w, x_BLM, seen, None, each.settings, key, jnp.int32(0), execution)
+            return kind.apply(*given)[0]
 
-    def attention(weights: Any, x_BLM: jax.Array) -> jax.Array:
-        seen = sight(position_BL, ones_BL, None, None, grid)
-        return attend(weights, x_BLM, seen, model, grid)
+        return apply
 
     def forward_and_backward(function: Callable, weights: Any) -> Callable[[], None]:
         def back(weights: Any, x_BLM: jax.Array) -> Any:
@@ -177,7 +179,7 @@ def prepare_parts(config: gin_files.ResolvedConfig) -> dict[str, Callable[[], No
         jax.block_until_ready(compiled(weights, x_BLM))
 
         def once() -> None:
-            for _ in range(model.num_layers):
+            for _ in layers.layers:
                 jax.block_until_ready(compiled(weights, x_BLM))
 
         return once
@@ -198,8 +200,10 @@ def prepare_parts(config: gin_files.ResolvedConfig) -> dict[str, Callable[[], No
 
     optimize()
     return {
-        "sparse layers": forward_and_backward(sparse, MoE(key, model, router)),
-        "attention": forward_and_backward(attention, Attention(key, model)),
+        **{
+            f"{each.name} layers": forward_and_backward(part(each), weights[each.name])
+            for each in one
+        },
         "clip and AdamW": optimize,
     }
 

@@ -155,29 +155,21 @@ def sparse_layer(case: Case, transport: str, factor: float, load: str) -> Layer:
     import jax
     import jax.numpy as jnp
     import numpy as np
-    from flax import nnx
 
     from moe import workloads
-    from moe.model.moe_layer import Layer as Static
-    from moe.model.moe_layer import MoE, Tokens, moe_layer
-    from moe.settings import ModelSettings, RouterSettings
+    from moe.model import parameters, sparse
+    from moe.model.execution import Execution
+    from moe.model.view import Routed
+    from moe.settings import (
+        DenseSettings,
+        ExecutionSettings,
+        RouterSettings,
+        SparseSettings,
+    )
+    from moe.testing.whole_arrays import layer
     from partitioning.mesh import make_mesh
     from partitioning.settings import MeshSettings
 
-    model = ModelSettings(
-        vocab_size=2,
-        num_layers=1,
-        model_dim=case.model_dim,
-        num_heads=1,
-        head_dim=2,
-        mlp_dim=1,
-        activation="swiglu",
-        moe_every=1,
-        num_experts=case.num_experts,
-        expert_mlp_dim=case.mlp_dim,
-        transport=transport,  # type: ignore[arg-type]
-        dtype=case.dtype,  # type: ignore[arg-type]
-    )
     S = min(case.tokens, 2048)
     router = RouterSettings(
         num_selected=case.num_selected,
@@ -185,10 +177,18 @@ def sparse_layer(case: Case, transport: str, factor: float, load: str) -> Layer:
         group_size=S,
         capacity_factor=factor,
     )
-    mesh = make_mesh(MeshSettings())
-    weights = MoE(jax.random.key(0), model, router)
-    definition, arrays = nnx.split(weights)
-    arrays = nnx.to_pure_dict(arrays)
+    settings = SparseSettings(
+        case.num_experts, DenseSettings(case.mlp_dim, "swiglu"), router
+    )
+    execution = Execution(
+        ExecutionSettings(
+            transport=transport,  # type: ignore[arg-type]
+            dtype=case.dtype,  # type: ignore[arg-type]
+        ),
+        make_mesh(MeshSettings()),
+    )
+    specs = sparse.specs(settings, case.model_dim)
+    arrays = parameters.draw(specs, jax.random.key(0), "float32")
     shape_GSE = (case.tokens // S, S, case.num_experts)
     rng = np.random.default_rng(0)
     if load == "balanced":
@@ -202,21 +202,15 @@ def sparse_layer(case: Case, transport: str, factor: float, load: str) -> Layer:
             / np.sqrt(case.model_dim),
             jnp.float32,
         )
-    tokens = Tokens(
+    routed = Routed(
         mask_BL=jnp.ones(shape_GSE[:2], bool),
         row_B=jnp.arange(shape_GSE[0]),
         id_BL=jnp.zeros(shape_GSE[:2], jnp.int32),
     )
 
     def objective(arrays: Any, x_GSM: jax.Array) -> tuple[jax.Array, Any]:
-        y_GSM, sums = moe_layer(
-            nnx.merge(definition, arrays),
-            x_GSM,
-            tokens,
-            jax.random.key(0),
-            0,
-            Static(model, router, mesh),
-        )
+        key = jax.random.key(0)
+        y_GSM, sums = layer(arrays, x_GSM, routed, key, 0, settings, execution)
         return jnp.sum(y_GSM.astype(jnp.float32) * 1e-3), sums
 
     arguments = (arrays, jnp.asarray(x_GSM, case.dtype))
@@ -229,26 +223,23 @@ def dense_layer(case: Case) -> Layer:
     """Compiles a dense feed-forward of K·F, the same active FLOPs."""
     import jax
     import jax.numpy as jnp
-    from flax import nnx
 
-    from moe.model.feed_forward import FeedForward, feed_forward
+    from moe.model import parameters
+    from moe.model.feed_forward import dense
+    from moe.settings import DenseSettings
 
-    weights = FeedForward(
-        jax.random.key(0),
-        model_dim=case.model_dim,
-        mlp_dim=case.mlp_dim * case.num_selected,
-        activation="swiglu",
-    )
-    definition, arrays = nnx.split(weights)
+    settings = DenseSettings(case.mlp_dim * case.num_selected, "swiglu")
+    specs = dense.specs(settings, case.model_dim)
+    arrays = parameters.draw(specs, jax.random.key(0), "float32")
     x_BLM = jax.random.normal(
         jax.random.key(1), (1, case.tokens, case.model_dim), case.dtype
     )
 
     def objective(arrays: Any, x_BLM: jax.Array) -> tuple[jax.Array, None]:
-        y_BLM = feed_forward(nnx.merge(definition, arrays), x_BLM, "swiglu")
+        y_BLM = dense.feed_forward(arrays, x_BLM, "swiglu")
         return jnp.sum(y_BLM.astype(jnp.float32) * 1e-3), None
 
-    run, _, peak = compiled(objective, (nnx.to_pure_dict(arrays), x_BLM))
+    run, _, peak = compiled(objective, (arrays, x_BLM))
     return Layer(run, 0.0, peak)
 
 

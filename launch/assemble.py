@@ -9,9 +9,10 @@ import jax
 from launch.errors import ConfigError
 from launch.gin_files import ResolvedConfig
 from launch.settings import Settings
-from moe.dispatch import choice
+from moe import architecture
+from moe.dispatch import auto
 from moe.model import transformer
-from moe.model.moe_layer import exchange_of
+from moe.model.sparse import exchange_of
 from moe.training import state as train_state
 from moe.training.losses import Sums
 from moe.training.optimizer import make_optimizer, make_schedule
@@ -50,8 +51,8 @@ class Run:
         key, _ = jax.random.split(jax.random.key(self.settings.train.seed))
         draw = functools.partial(
             train_state.init_state,
-            settings=self.settings.model,
-            router=self.settings.router,
+            layers=self.settings.layers,
+            param_dtype=self.settings.execution.param_dtype,
             optimizer=self.learner.optimizer,
         )
         return jax.jit(draw, out_shardings=self.shardings)(key)
@@ -73,14 +74,14 @@ class Run:
     @property
     def may_exceed_budget(self) -> bool:
         """Whether a step may bring more rows than ROW_BUDGET makes room for."""
-        settings, model = self.settings, self.learner.model
-        if not settings.model.moe_every:
-            return False
+        settings, execution = self.settings, self.learner.model.execution
         cuts = settings.mesh.batch_shards * settings.mesh.context * settings.mesh.model
         tokens = settings.train.batch_size * settings.data.length
         of_device = tokens // cuts // settings.train.microbatches
-        _, _, room = exchange_of(model.layer, of_device, train=True)
-        return room.num_rounds > 1
+        return any(
+            exchange_of(s, execution, of_device, train=True)[-1].num_rounds > 1
+            for s in settings.layers.decoder.settings("sparse")
+        )
 
     def compile_train_step(
         self, *, rounds: bool = False
@@ -147,11 +148,15 @@ def assemble(
         )
     mesh = make_mesh(settings.mesh, devices)
     _refuse_missing_exchange(config, mesh)
-    axes = transformer.param_axes(settings.model, settings.router)
-    optimizer = make_optimizer(settings.optimizer, settings.train.train_steps, axes)
+    specs = transformer.specs(settings.layers)
+    optimizer = make_optimizer(settings.optimizer, settings.train.train_steps, specs)
     learner = Learner(
         model=transformer.build(
-            settings.model, settings.router, mesh, settings.partition
+            settings.model,
+            settings.router,
+            settings.execution,
+            mesh,
+            settings.partition,
         ),
         optimizer=optimizer,
         schedule=make_schedule(settings.optimizer, settings.train.train_steps),
@@ -160,8 +165,10 @@ def assemble(
         seed=settings.train.seed,
         rounding=settings.optimizer.rounding,
     )
-    shapes = train_state.abstract_state(settings.model, settings.router, optimizer)
-    state_axes = train_state.logical_axes(shapes, settings.model, settings.router)
+    shapes = train_state.abstract_state(
+        settings.layers, settings.execution.param_dtype, optimizer
+    )
+    state_axes = train_state.logical_axes(shapes, settings.layers)
     if problems := rules.problems(mesh, shapes, state_axes, learner.model.grid.table):
         raise ConfigError(config.where, problems)
     shardings = train_state.shardings(shapes, state_axes, mesh, settings.partition)
@@ -196,9 +203,10 @@ def _refuse_missing_exchange(config: ResolvedConfig, mesh: jax.sharding.Mesh) ->
     platform = mesh.devices.flat[0].platform
     if mesh.shape["expert"] == 1 or platform == "cpu":
         return
-    model = config.settings.model
-    if model.moe_every and model.transport == "ragged":
-        if choice.mesh_has_ragged_exchange(mesh):
+    settings = config.settings
+    sparse = architecture.has_experts(settings.model)
+    if sparse and settings.execution.transport == "ragged":
+        if auto.mesh_has_ragged_exchange(mesh):
             return
         raise ConfigError(
             config.where,

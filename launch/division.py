@@ -2,7 +2,13 @@
 
 from collections.abc import Sequence
 
-from moe.settings import ModelSettings, RouterSettings, TrainSettings
+from moe import architecture
+from moe.settings import (
+    ExecutionSettings,
+    ModelSettings,
+    RouterSettings,
+    TrainSettings,
+)
 from partitioning.settings import BATCH_AXES, MeshSettings, PartitionSettings
 
 
@@ -11,6 +17,7 @@ def problems(
     partition: PartitionSettings,
     model: ModelSettings,
     router: RouterSettings,
+    execution: ExecutionSettings,
     train: TrainSettings,
     length: int,
 ) -> list[str]:
@@ -21,11 +28,13 @@ def problems(
         partition: what is cut over them.
         model: of heads, widths, vocabulary and experts.
         router: of groups.
+        execution: of pieces of the vocabulary.
         train: of the batch.
         length: L, tokens of a row.
     """
     found = []
-    group_rows = router.group_rows if model.moe_every else 1
+    sparse = architecture.has_experts(model)
+    group_rows = router.group_rows if sparse else 1
     multiple = mesh.batch_shards * train.microbatches * group_rows
     axes = named(mesh, BATCH_AXES)
     shards = f"{mesh.batch_shards} batch shards ({axes})" if axes else "1 batch shard"
@@ -36,11 +45,11 @@ def problems(
             + (f" × GROUP_ROWS = {group_rows}" if group_rows > 1 else "")
             + f": {_nearest_multiples(train.batch_size, multiple)}"
         )
-    if model.moe_every and model.num_experts >= 1 and model.num_experts % mesh.expert:
+    if sparse and model.num_experts >= 1 and model.num_experts % mesh.expert:
         found.append(_expert_problem(model.num_experts, mesh.expert))
     found += _sequence_problems(mesh, partition, model, router, length)
     if mesh.model > 1:
-        found += _model_axis_problems(mesh.model, partition, model)
+        found += _model_axis_problems(mesh.model, partition, model, execution)
     return found + _full_sharding_problems(mesh, partition, model)
 
 
@@ -57,8 +66,9 @@ def _sequence_problems(
         return []
     axes = named(mesh, ("context", "model"))
     cut = router.group_length
-    whole_groups = model.moe_every > 0 and cut >= 1
-    if not model.moe_every and not partition.sequence_parallel:
+    sparse = architecture.has_experts(model)
+    whole_groups = sparse and cut >= 1
+    if not sparse and not partition.sequence_parallel:
         cuts = mesh.context
     if length % cuts:
         return [
@@ -80,7 +90,10 @@ def _sequence_problems(
 
 
 def _model_axis_problems(
-    size: int, partition: PartitionSettings, model: ModelSettings
+    size: int,
+    partition: PartitionSettings,
+    model: ModelSettings,
+    execution: ExecutionSettings,
 ) -> list[str]:
     """Heads, widths and the vocabulary are cut over `model`."""
     cut = {
@@ -89,11 +102,12 @@ def _model_axis_problems(
     }
     if model.num_kv_heads:
         cut["NUM_KV_HEADS"] = model.num_kv_heads
-    if model.moe_every != 1 or model.num_first_layers:
+    sparse = architecture.has_experts(model)
+    if architecture.has_dense(model):
         cut["MLP_DIM"] = model.mlp_dim
-    if model.moe_every and partition.expert_tensor_parallel:
+    if sparse and partition.expert_tensor_parallel:
         cut["EXPERT_MLP_DIM"] = model.expert_mlp_dim
-    if model.moe_every and model.shared_expert_mlp_dim:
+    if sparse and model.shared_expert_mlp_dim:
         cut["SHARED_EXPERT_MLP_DIM"] = model.shared_expert_mlp_dim
     found = [
         f"{macro} = {number} does not divide over MESH_MODEL = {size}: "
@@ -101,7 +115,7 @@ def _model_axis_problems(
         for macro, number in cut.items()
         if number % size
     ]
-    chunks = model.vocab_chunks
+    chunks = execution.vocab_chunks
     if chunks > 1 and model.vocab_size % (size * chunks):
         found.append(
             f"VOCAB_SIZE = {model.vocab_size} does not divide over MESH_MODEL = {size} "
@@ -121,7 +135,7 @@ def _full_sharding_problems(
     if partition.fsdp == "data_expert":
         axes.append("expert")
     pieces = {"dense weights": axes}
-    if model.moe_every and not partition.expert_tensor_parallel:
+    if architecture.has_experts(model) and not partition.expert_tensor_parallel:
         pieces["experts"] = ["data", "context", "model"]
     found = []
     for what, over in pieces.items():

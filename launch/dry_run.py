@@ -14,12 +14,13 @@ from launch.gin_files import ResolvedConfig
 from launch.inspection import cut_words
 from launch.settings import Settings
 from launch.terminal import compact
-from moe import expected_drops
+from moe import architecture, expected_drops
 from moe.accounting import count
 from moe.constraints import leaks
-from moe.dispatch import choice
-from moe.model import grouped_method
-from moe.settings import RouterSettings, capacity, never_drops
+from moe.dispatch import auto
+from moe.model.feed_forward import grouped_method
+from moe.routing.capacity import capacity, mean_choices, never_drops
+from moe.settings import RouterSettings, SparseSettings
 from partitioning import rules
 from partitioning.mesh import describe
 from tasks.store import TokenStore, is_there
@@ -94,7 +95,7 @@ def facts(
         ),
         *data_facts(settings, store),
     ]
-    if model.moe_every:
+    if architecture.has_experts(model):
         lines += sparse_facts(settings, run.mesh)
     return lines
 
@@ -134,28 +135,32 @@ def data_facts(settings: Settings, store: TokenStore | None) -> list[tuple[str, 
 
 def sparse_facts(settings: Settings, mesh: jax.sharding.Mesh) -> list[tuple[str, str]]:
     """Router, transport, capacity, and what to expect of them."""
-    model, router = settings.model, settings.router
-    E, S = model.num_experts, router.group_size
+    s = settings.layers.decoder.settings("sparse")[0]
+    router, E, S = s.router, s.num_experts, s.router.group_size
     lines = [("router", _describe_router(settings))]
     axis_size = mesh.shape["expert"]
-    has_ragged = choice.mesh_has_ragged_exchange(mesh)
+    has_ragged = auto.mesh_has_ragged_exchange(mesh)
     (taken, why), (eval_taken, eval_why) = (
-        choice.pick(model, router, axis_size, has_ragged, train=train)
+        auto.transport_for(
+            settings.execution.transport, s, axis_size, has_ragged, train=train
+        )
         for train in (True, False)
     )
     transport = f"{taken} ({why})"
     if (eval_taken, eval_why) != (taken, why):
         transport += f"; held-out {eval_taken} ({eval_why})"
     lines.append(("transport", transport))
-    if {taken, eval_taken} - set(choice.PADDED):
-        lines.append(("expert products", _describe_products(settings, mesh)))
+    if {taken, eval_taken} - set(auto.PADDED):
+        lines.append(("expert products", _describe_products(settings, s, mesh)))
     slots, heldout = (capacity(router, E, train=train) for train in (True, False))
     if never_drops(router, E, train=True):
         room = "; ROW_BUDGET is for more than one device on the expert axis"
-        if taken in choice.PADDED:
+        if taken in auto.PADDED:
             room = f"; every expert computes {S} slots per group, {S} tokens"
         elif axis_size > 1:
-            room = f"; room for {router.row_budget:g} × an even share of rows"
+            room = (
+                f"; room for {settings.execution.row_budget:g} × an even share of rows"
+            )
         heldout_drops = f"; held-out {heldout} slots per expert" if heldout < S else ""
         lines.append(
             (
@@ -168,7 +173,7 @@ def sparse_facts(settings: Settings, mesh: jax.sharding.Mesh) -> list[tuple[str,
         (
             "capacity",
             f"{slots} slots per expert in groups of {S} tokens, even load "
-            f"{float(router.mean_choices(E)) * S / E:g}; held-out "
+            f"{float(mean_choices(router, E)) * S / E:g}; held-out "
             f"{'nothing drops' if heldout == S else heldout}",
         )
     )
@@ -185,26 +190,28 @@ def sparse_facts(settings: Settings, mesh: jax.sharding.Mesh) -> list[tuple[str,
 
 def computed_for_few(router: RouterSettings, num_experts: int, taken: str) -> str:
     """Says what empty slots cost, with transports that compute them."""
-    if taken not in choice.PADDED:
+    if taken not in auto.PADDED:
         return ""
     rows = capacity(router, num_experts, train=True) * num_experts / router.group_size
     return (
         f". TRANSPORT {taken!r} computes {rows:.3g} rows for each token, of which "
-        f"{float(router.mean_choices(num_experts)):.3g} were chosen"
+        f"{float(mean_choices(router, num_experts)):.3g} were chosen"
     )
 
 
-def _describe_products(settings: Settings, mesh: jax.sharding.Mesh) -> str:
+def _describe_products(
+    settings: Settings, s: SparseSettings, mesh: jax.sharding.Mesh
+) -> str:
     """Says how experts over sorted rows are computed, and why."""
-    model, device = settings.model, mesh.devices.flat[0]
+    device = mesh.devices.flat[0]
     cut = mesh.shape["model"] if settings.partition.expert_tensor_parallel else 1
     method, why = grouped_method.pick(
         device.platform,
         device.device_kind,
-        model.dtype,
-        num_experts=model.num_experts // mesh.shape["expert"],
-        mlp_dim=model.expert_mlp_dim // cut,
-        model_dim=model.model_dim,
+        settings.execution.dtype,
+        num_experts=s.num_experts // mesh.shape["expert"],
+        mlp_dim=s.experts.mlp_dim // cut,
+        model_dim=settings.model.model_dim,
     )
     return f"{method} ({why})"
 

@@ -21,6 +21,7 @@ from launch.gin_files import ResolvedConfig
 from launch.task_metrics import EvalStep, TaskMetrics
 from launch.terminal import waiting
 from launch.trained import restored
+from moe import architecture
 from moe.training import losses
 from moe.training.losses import Sums
 from tasks import batches
@@ -37,7 +38,7 @@ def main(config: ResolvedConfig, options: argparse.Namespace) -> int:
         options.step = step = saved.require(options.step)
     with restored(config, options) as trained:
         run, store = trained.run, trained.store
-        if config.settings.model.moe_every and not options.quiet:
+        if architecture.has_experts(config.settings.model) and not options.quiet:
             for name, fact in dry_run.sparse_facts(config.settings, run.mesh):
                 print(f"  {name}: {fact}", file=sys.stderr, flush=True)
         compiled = functools.cache(run.compile_eval_step)
@@ -146,12 +147,15 @@ def heldout(
             tally.add(nats_BL, int(sums.weight), document_BL)
         totals |= tally.totals(task)
     assert merged is not None  # a store never holds an empty split
+    order = run.settings.layers.decoder.sparse_order
     _, metrics = losses.total(
-        jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), merged), run.settings.loss
+        jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), merged),
+        run.settings.loss,
+        order,
     )
     record = {name: np.asarray(value).tolist() for name, value in metrics.items()}
-    if merged.router is not None:
-        counts = losses.choices_per_layer(merged.router)
+    if merged.router:
+        counts = losses.choices_per_layer(merged.router, order)
         record |= {name: int(count_P.sum()) for name, count_P in counts.items()}
     together = sum((totals[task] for task in store.tasks), Total())
     for name, total in {"": together, **totals}.items():

@@ -12,12 +12,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from launch.assemble import Run
 from launch.errors import UserError
-from moe.model.moe_layer import Layer, MoE, Tokens, exchange_of, moe_layer
-from moe.model.parameters import logical_axes
+from moe import architecture
+from moe.model import parameters, sparse
+from moe.model.execution import Execution
+from moe.model.sparse import exchange_of
+from moe.model.view import Routed
+from moe.settings import SparseSettings
+from moe.testing.whole_arrays import layer
 from partitioning import rules
 
 # Of what one expert, or one array, is off by, in the norm. Products in bfloat16, and
@@ -69,7 +73,7 @@ def check(run: Run) -> str:
     Raises:
         SelfCheckError: something differs by more than its rounding.
     """
-    if not run.settings.model.moe_every:
+    if not architecture.has_experts(run.settings.model):
         return ""
     found = compare(run)
     wrong = [comparison for comparison in found if not comparison.is_right]
@@ -101,34 +105,48 @@ def _told(wrong: Comparison, where: str) -> list[str]:
 
 
 def compare(run: Run) -> list[Comparison]:
-    """Runs the layer on one small batch and measures how far it is from the oracle."""
-    model, mesh = run.settings.model, run.mesh
-    S = min(run.settings.router.group_size, LONGEST_GROUP)
+    """Runs a layer of each kind on one small batch, and measures how far it is off."""
+    kinds = dict.fromkeys(run.settings.layers.decoder.settings("sparse"))
+    return [comparison for s in kinds for comparison in _compare_layer(run, s)]
+
+
+def _compare_layer(run: Run, s: SparseSettings) -> list[Comparison]:
+    """Compares one kind of sparse layer with the oracle, in every program."""
+    S = min(s.router.group_size, LONGEST_GROUP)
+    s = dataclasses.replace(
+        s,
+        router=dataclasses.replace(
+            s.router,
+            group_size=S,
+            group_rows=1,
+            min_capacity=max(s.router.min_capacity, 1),
+        ),
+    )
+    execution = run.learner.model.execution
+    mesh = execution.mesh
+
+    def with_room(row_budget: float, **changes: Any) -> Execution:
+        settings = dataclasses.replace(
+            execution.settings, row_budget=row_budget, **changes
+        )
+        return dataclasses.replace(execution, settings=settings)
+
     # Room for everything: what exceeds it is the loop's affair, not the kernels'.
-    roomy = dataclasses.replace(
-        run.settings.router,
-        group_size=S,
-        group_rows=1,
-        row_budget=float(mesh.shape["expert"]),
-        min_capacity=max(run.settings.router.min_capacity, 1),
-    )
-    layer = Layer(model, roomy, mesh, partition=run.settings.partition)
-    oracle = dataclasses.replace(
-        layer, model=dataclasses.replace(model, transport="einsum")
-    )
-    half = dataclasses.replace(roomy, row_budget=0.5)  # of an even share: two rounds
-    programs = {"training": layer, "evaluation": layer}
-    if run.may_exceed_budget:
-        programs["rounds"] = dataclasses.replace(layer, router=half, in_rounds=True)
-    arguments = _draw(run, layer)
-    exact = model.dtype == "float32" and mesh.devices.flat[0].platform == "cpu"
+    enough = float(mesh.shape["expert"])
+    oracle = with_room(enough, transport="einsum")
+    programs = dict.fromkeys(("training", "evaluation"), with_room(enough))
+    if run.may_exceed_budget:  # half of an even share: two rounds
+        programs["rounds"] = dataclasses.replace(with_room(0.5), in_rounds=True)
+    arguments = _draw(run, s)
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    exact = execution.settings.dtype == "float32" and on_cpu
     found, right = [], {}
     for program, tried in programs.items():
         train = program != "evaluation"
         if train not in right:
-            right[train] = _results(oracle, arguments, train=train)
-        _, name, _ = exchange_of(tried, S, train=train)
-        results = _results(tried, arguments, train=train)
+            right[train] = _results(s, oracle, arguments, train=train)
+        _, name, _ = exchange_of(s, tried, S, train=train)
+        results = _results(s, tried, arguments, train=train)
         found.append(
             Comparison(
                 program=program,
@@ -140,18 +158,19 @@ def compare(run: Run) -> list[Comparison]:
     return found
 
 
-def _draw(run: Run, layer: Layer) -> tuple[Any, ...]:
+def _draw(run: Run, s: SparseSettings) -> tuple[Any, ...]:
     """Weights, tokens, gradients of the output, and token ids, where they live."""
-    model, mesh, grid = layer.model, layer.mesh, layer.grid
+    execution, embedding = run.learner.model.execution, run.settings.layers.embedding
+    mesh, grid = execution.mesh, execution.grid
     # A group for each device.
     B = run.settings.mesh.batch_shards
-    L = layer.router.group_size * grid.size("context", "model")
-    container = _container(layer)
-    axes = logical_axes(container)
-    shapes = nnx.to_pure_dict(nnx.state(container))
+    L = s.router.group_size * grid.size("context", "model")
+    specs = sparse.specs(s, embedding.width)
+    shapes = parameters.shapes(specs, "float32")
     by_row = rules.sharding(mesh, ("batch",))
-    table = layer.grid.table
-    places = jax.tree.map(lambda _, a: rules.sharding(mesh, a, table), shapes, axes)
+    places = jax.tree.map(
+        lambda spec: rules.sharding(mesh, spec.axes, grid.table), specs
+    )
 
     @functools.partial(jax.jit, out_shardings=(places, by_row, by_row, by_row))
     def draw() -> tuple[Any, ...]:
@@ -161,10 +180,12 @@ def _draw(run: Run, layer: Layer) -> tuple[Any, ...]:
             shapes,
         )
         x_BLM, d_y_BLM = (
-            jax.random.normal(next(keys), (B, L, model.model_dim), model.dtype)
+            jax.random.normal(
+                next(keys), (B, L, embedding.width), execution.settings.dtype
+            )
             for _ in range(2)
         )
-        id_BL = jax.random.randint(next(keys), (B, L), 0, model.vocab_size)
+        id_BL = jax.random.randint(next(keys), (B, L), 0, embedding.vocab_size)
         return weights, x_BLM, d_y_BLM, id_BL
 
     return draw()
@@ -180,22 +201,19 @@ def _scattered(shape: tuple[int, ...]) -> jax.Array:
 
 
 def _results(
-    layer: Layer, arguments: tuple[Any, ...], *, train: bool
+    s: SparseSettings, execution: Execution, arguments: tuple[Any, ...], *, train: bool
 ) -> dict[str, Any]:
     """Output and, in training, gradients; the last tokens of each row are padding."""
-    definition = nnx.graphdef(_container(layer))
 
     def objective(weights: Any, x_BLM: Any, d_y_BLM: Any, id_BL: Any) -> Any:
         B, L = id_BL.shape
-        tokens = Tokens(
+        routed = Routed(
             mask_BL=jnp.broadcast_to(jnp.arange(L) < L - L // 8, (B, L)),
-            row_B=jnp.arange(B),
             id_BL=id_BL,
+            row_B=jnp.arange(B),
         )
         key = jax.random.key(1) if train else None
-        y_BLM, _ = moe_layer(
-            nnx.merge(definition, weights), x_BLM, tokens, key, 0, layer
-        )
+        y_BLM, _ = layer(weights, x_BLM, routed, key, 0, s, execution)
         return jnp.sum((y_BLM * d_y_BLM).astype(jnp.float32)), y_BLM
 
     if not train:
@@ -204,11 +222,6 @@ def _results(
         jax.value_and_grad(objective, argnums=(0, 1), has_aux=True)
     )(*arguments)
     return {"output": y_BLM, "tokens": d_x_BLM, "weights": d_weights}
-
-
-def _container(layer: Layer) -> MoE:
-    """The shapes of one sparse layer's weights."""
-    return nnx.eval_shape(lambda: MoE(jax.random.key(0), layer.model, layer.router))
 
 
 def _differences(ours: Any, oracle: Any, mesh: jax.sharding.Mesh) -> dict[str, float]:

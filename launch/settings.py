@@ -7,7 +7,9 @@ import moe.constraints
 import partitioning.settings
 import tasks.settings
 from launch import division
+from moe import architecture
 from moe.settings import (
+    ExecutionSettings,
     LossSettings,
     ModelSettings,
     OptimizerSettings,
@@ -116,6 +118,7 @@ class Settings:
     partition: PartitionSettings
     model: ModelSettings
     router: RouterSettings
+    execution: ExecutionSettings
     loss: LossSettings
     optimizer: OptimizerSettings
     train: TrainSettings
@@ -124,6 +127,11 @@ class Settings:
     filters: FilterSettings
     loop: LoopSettings
     sample: SampleSettings
+
+    @property
+    def layers(self) -> architecture.Model:
+        """What the model's words mean for each layer."""
+        return architecture.describe(self.model, self.router)
 
 
 def problems(settings: Settings) -> list[str]:
@@ -137,6 +145,7 @@ def problems(settings: Settings) -> list[str]:
         *moe.constraints.problems(
             settings.model,
             settings.router,
+            settings.execution,
             settings.loss,
             settings.train,
             length=length,
@@ -294,7 +303,7 @@ def _size_problems(settings: Settings) -> list[str]:
             f"WARMUP_STEPS = {optimizer.warmup_steps} is longer than the run of "
             f"TRAIN_STEPS = {train.train_steps}: the peak would never be reached"
         )
-    if optimizer.rounding != "nearest" and model.param_dtype == "float32":
+    if optimizer.rounding != "nearest" and settings.execution.param_dtype == "float32":
         found.append(
             f"ROUNDING = {optimizer.rounding!r} means nothing to PARAM_DTYPE = "
             "'float32': leave it at 'nearest', or set PARAM_DTYPE to 'bfloat16'"
@@ -308,7 +317,13 @@ def _size_problems(settings: Settings) -> list[str]:
         return found  # a problem of its own
     length = max(data.length, 1)
     return found + division.problems(
-        mesh, settings.partition, model, settings.router, train, length
+        mesh,
+        settings.partition,
+        model,
+        settings.router,
+        settings.execution,
+        train,
+        length,
     )
 
 

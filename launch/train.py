@@ -35,6 +35,7 @@ from launch.progress import TrainProgress
 from launch.task_metrics import EvalStep, TaskMetrics
 from launch.terminal import waiting
 from launch.writers import MetricWriter, NoMetrics, read_metrics
+from moe import architecture
 from moe.training.state import TrainState
 from tasks.batches import Batches
 from tasks.store import TokenStore
@@ -48,7 +49,7 @@ def main(config: ResolvedConfig, options: argparse.Namespace) -> int:
     """Trains until TRAIN_STEPS, from the newest checkpoint on if there is one."""
     settings, quiet = config.settings, options.quiet
     run = assemble(config)
-    if settings.model.moe_every and not quiet:
+    if architecture.has_experts(settings.model) and not quiet:
         for name, fact in dry_run.sparse_facts(settings, run.mesh):
             print(f"  {name}: {fact}", file=sys.stderr, flush=True)
     model_dir = Path(settings.loop.model_dir)

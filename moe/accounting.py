@@ -16,11 +16,14 @@ import dataclasses
 import math
 from collections.abc import Iterable
 from fractions import Fraction
+from typing import Any
 
+import jax
+
+from moe import architecture
 from moe.model import transformer
-from moe.settings import ModelSettings, RouterSettings, capacity
-from moe.training.optimizer import is_matrix
-from partitioning import rules
+from moe.routing.capacity import capacity, mean_choices
+from moe.settings import ModelSettings, RouterSettings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,8 +38,9 @@ class Counts:
         positions: in tables of positions.
         products: in matrix products outside the experts; a tied embedding is one.
         expert_products: in those of one expert of every sparse layer.
-        chosen: experts that compute a token in a sparse layer, if none is full.
-        slots: rows of fixed capacity there, C·E / S for each token.
+        chosen: experts that compute a token in a sparse layer, if none is full; the
+            mean over layers, by their products, where they differ.
+        slots: rows of fixed capacity there, C·E / S for each token; likewise.
         scores: operations of attention's scores and mixing, 4·N·D·L in each layer, as
             if nothing were masked. Heads that share keys share none of these.
         causal_scores: the same where a token sees itself and those before it: (L + 1) /
@@ -134,37 +138,45 @@ def count(model: ModelSettings, router: RouterSettings, length: int) -> Counts:
         router: choices per token and the capacity.
         length: L, for the cost of attention.
     """
-    shapes = transformer.param_shapes(model, router)
-    total = experts = expert_products = products = embedding = positions = 0
-    for path, array, axes in rules.leaves(
-        shapes, transformer.param_axes(model, router)
-    ):
-        size = math.prod(array.shape)
-        total += size
-        if path == "embedding":
-            embedding = size
-            products += size if model.tie_embeddings else 0
-        elif path == "positions":
-            positions = size
-        elif "expert" in axes:
-            experts += size
-            expert_products += size if is_matrix(axes) else 0
-        elif is_matrix(axes):
-            products += size
-    E = max(model.num_experts, 1)
-    chosen = router.mean_choices(E)
-    scores = 4 * model.num_layers * model.num_heads * model.head_dim
+    layers = architecture.describe(model, router)
+    described = transformer.specs(layers)
+    total, products = _sizes(described)
+    embedding = math.prod(described["embedding"].shape)
+    own = described.get("positions")
+    one_of_each, met, seated, idle = 0, Fraction(0), Fraction(0), Fraction(0)
+    for place in layers.decoder.sparse():
+        s, blocks = place.sublayer.settings, described["decoder"]["layers"]
+        weights = blocks[place.segment][place.block][place.sublayer.name]
+        all_sizes, all_products = _sizes(weights["experts"])
+        products -= all_products
+        chosen = mean_choices(s.router, s.num_experts)
+        slots = capacity(s.router, s.num_experts, train=True) * s.num_experts
+        one = all_products // s.num_experts
+        one_of_each += one
+        met += one * chosen
+        seated += one * Fraction(slots, s.router.group_size)
+        idle += all_sizes - int(all_sizes * chosen / s.num_experts)
+    scores = 4 * sum(s.num_heads * s.head_dim for s in layers.decoder.settings("heads"))
     return Counts(
         total=total,
-        active=total - experts + int(experts * chosen / E),
+        active=total - int(idle),
         embedding=embedding,
-        positions=positions,
-        products=products,
-        expert_products=expert_products // E,
-        chosen=chosen,
-        slots=Fraction(capacity(router, E, train=True) * E, router.group_size),
+        positions=math.prod(own.shape) if own else 0,
+        products=products - (0 if model.tie_embeddings else embedding),
+        expert_products=one_of_each,
+        chosen=met / max(one_of_each, 1),
+        slots=seated / max(one_of_each, 1),
         scores=scores * length,
         causal_scores=scores * (length + 1) // 2,
+    )
+
+
+def _sizes(specs: Any) -> tuple[int, int]:
+    """Parameters of a tree, and of them those in matrices."""
+    found = jax.tree.leaves(specs)
+    return (
+        sum(math.prod(spec.shape) for spec in found),
+        sum(math.prod(spec.shape) for spec in found if spec.is_matrix),
     )
 
 

@@ -4,19 +4,22 @@ Read before jax is imported: standard library only. Every fault is one line: the
 the rule, and the macro to change.
 """
 
-from moe.dispatch.choice import PADDED
+from moe import architecture
+from moe.dispatch.auto import PADDED
+from moe.routing.capacity import capacity
 from moe.settings import (
+    ExecutionSettings,
     LossSettings,
     ModelSettings,
     RouterSettings,
     TrainSettings,
-    capacity,
 )
 
 
 def problems(
     model: ModelSettings,
     router: RouterSettings,
+    execution: ExecutionSettings,
     loss: LossSettings,
     train: TrainSettings,
     *,
@@ -27,6 +30,7 @@ def problems(
     Args:
         model: sizes and choices.
         router: how tokens choose.
+        execution: how it is computed.
         loss: weights of the losses.
         train: batch and length of the run.
         length: L, tokens of a sequence.
@@ -47,15 +51,10 @@ def problems(
     found += _fraction_problems({"DROPOUT_RATE": model.dropout})
     if model.init_scale <= 0:
         found.append(f"INIT_SCALE = {model.init_scale}: must be above 0")
-    if model.vocab_chunks < 1 or model.vocab_size % max(model.vocab_chunks, 1):
-        found.append(
-            f"VOCAB_CHUNKS = {model.vocab_chunks} does not divide VOCAB_SIZE = "
-            f"{model.vocab_size}"
-        )
-    if model.moe_every < 0:
-        found.append(f"MOE_EVERY = {model.moe_every}: 0 means dense")
-    if model.moe_every > 0:
-        found += _layer_problems(model)
+    found += _execution_problems(model, execution)
+    found += architecture.problems(model)
+    if architecture.has_experts(model):
+        found += _expert_problems(model, execution)
         found += _number_problems(model, router)
         found += _family_problems(model, router, loss)
         found += _capacity_problems(model, router, length)
@@ -68,6 +67,24 @@ def problems(
     return found
 
 
+def _execution_problems(
+    model: ModelSettings, execution: ExecutionSettings
+) -> list[str]:
+    """Pieces that do not divide, and rooms that are too small."""
+    found, chunks = [], execution.vocab_chunks
+    if chunks < 1 or model.vocab_size % max(chunks, 1):
+        found.append(
+            f"VOCAB_CHUNKS = {chunks} does not divide VOCAB_SIZE = {model.vocab_size}"
+        )
+    if execution.attention_block < 0:
+        found.append(
+            f"ATTENTION_BLOCK = {execution.attention_block}: 0 attends to all at once"
+        )
+    if architecture.has_experts(model) and execution.row_budget < 1:
+        found.append(f"ROW_BUDGET = {execution.row_budget}: must be at least 1")
+    return found
+
+
 def _attention_problems(model: ModelSettings, length: int) -> list[str]:
     """Heads, positions, and the settings of positions that the model has not."""
     found = []
@@ -75,10 +92,6 @@ def _attention_problems(model: ModelSettings, length: int) -> list[str]:
     if heads < 0 or (heads and model.num_heads % heads):
         found.append(
             f"NUM_KV_HEADS = {heads} does not divide NUM_HEADS = {model.num_heads}"
-        )
-    if model.attention_block < 0:
-        found.append(
-            f"ATTENTION_BLOCK = {model.attention_block}: 0 attends to all at once"
         )
     rotary = model.positions == "rotary"
     relative = model.positions in ("relative", "relative_per_layer")
@@ -124,23 +137,9 @@ def _fraction_problems(fractions: dict[str, float]) -> list[str]:
     ]
 
 
-def _layer_problems(model: ModelSettings) -> list[str]:
-    """How many layers, and which of them are sparse."""
+def _expert_problems(model: ModelSettings, execution: ExecutionSettings) -> list[str]:
+    """How many experts, how wide, and how they drop activations."""
     found = []
-    first, rest = model.first_dense_layers, model.num_layers - model.first_dense_layers
-    if first < 0:
-        found.append(f"FIRST_DENSE_LAYERS = {first}: cannot be negative")
-    elif first and rest < model.moe_every:
-        found.append(
-            f"FIRST_DENSE_LAYERS = {first} leaves {rest} of NUM_LAYERS = "
-            f"{model.num_layers} for a period of MOE_EVERY = {model.moe_every}"
-        )
-    elif rest % model.moe_every:
-        less = f" less FIRST_DENSE_LAYERS = {first}" if first else ""
-        found.append(
-            f"NUM_LAYERS = {model.num_layers}{less} is not a multiple of MOE_EVERY = "
-            f"{model.moe_every}: layers repeat in periods of MOE_EVERY"
-        )
     if model.num_experts < 1:
         found.append(f"NUM_EXPERTS = {model.num_experts}: must be at least 1")
     if model.expert_mlp_dim < 1:
@@ -149,10 +148,10 @@ def _layer_problems(model: ModelSettings) -> list[str]:
         found.append(
             f"SHARED_EXPERT_MLP_DIM = {model.shared_expert_mlp_dim}: 0 means none"
         )
-    if model.expert_dropout > 0 and model.transport not in ("auto", *PADDED):
+    if model.expert_dropout > 0 and execution.transport not in ("auto", *PADDED):
         found.append(
             f"EXPERT_DROPOUT_RATE = {model.expert_dropout} is drawn per capacity slot: "
-            f"TRANSPORT = {model.transport!r} has none; use 'all_to_all' or 'auto'"
+            f"TRANSPORT = {execution.transport!r} has none; use 'all_to_all' or 'auto'"
         )
     return found + _fraction_problems({"EXPERT_DROPOUT_RATE": model.expert_dropout})
 
@@ -166,7 +165,6 @@ def _number_problems(model: ModelSettings, router: RouterSettings) -> list[str]:
         "SINKHORN_ITERATIONS": router.sinkhorn_iterations,
         "GROUP_ROWS": router.group_rows,
         "CAPACITY_MULTIPLE": router.capacity_multiple,
-        "ROW_BUDGET": router.row_budget,
     }
     at_least_0 = {
         "EXPERT_CHOICE_CAP": router.max_experts_per_token,

@@ -6,7 +6,8 @@ Standard library only.
 import dataclasses
 import math
 
-from moe.settings import RouterSettings, capacity, never_drops
+from moe.routing.capacity import capacity, never_drops
+from moe.settings import RouterSettings
 
 # With fewer slots per expert and group chance drops much, however even the router: at a
 # capacity factor of 1.25 and 32 slots 1 %, at 8 slots 7 %, at 4 slots 12 %, at 2 20 %.

@@ -160,18 +160,21 @@ def _compile(
 
 def _compile_evaluation(run: "Run", record: Compiled) -> Evaluation:
     """Compiles the scoring of a batch, beside the state that training leaves there."""
-    from moe.dispatch import choice
+    from moe.dispatch import auto
 
     start = time.monotonic()
     lowered = run.lower_eval_step()
     lowering = time.monotonic() - start
     compiled, compiling = _compiled(lowered)
     memory = compiled.memory_analysis()
-    model, router, mesh = run.settings.model, run.settings.router, run.mesh
-    transport, has_ragged = "", choice.mesh_has_ragged_exchange(mesh)
-    if model.num_sparse_layers:
-        transport, _ = choice.pick(
-            model, router, mesh.shape["expert"], has_ragged, train=False
+    transport, mesh = "", run.mesh
+    for s in run.settings.layers.decoder.settings("sparse")[:1]:
+        transport, _ = auto.transport_for(
+            run.settings.execution.transport,
+            s,
+            mesh.shape["expert"],
+            auto.mesh_has_ragged_exchange(mesh),
+            train=False,
         )
     kept = max(0, record.argument_bytes - memory.argument_size_in_bytes)
     return Evaluation(

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 from launch.planning.local import Local
+from moe.architecture import Block
 from partitioning.settings import AXES
 
 EXCHANGE = "all_to_all"
@@ -83,21 +84,18 @@ def forward_passes(sizes: Local) -> int:
     return microbatches * (2 if microbatches > 1 else 1)
 
 
-def repeats(sizes: Local, *, sparse: bool, kept_by: Sequence[str]) -> int:
+def repeats(sizes: Local, block: Block, *, kept_by: Sequence[str]) -> int:
     """Forward passes of a layer's part that its remat policy adds, per step."""
-    model = sizes.settings.model
-    remat = model.remat
-    if sparse and model.sparse_remat != "same":
-        remat = model.sparse_remat
-    return 0 if remat in kept_by else sizes.settings.train.microbatches
+    kept = sizes.remat(block) in kept_by
+    return 0 if kept else sizes.settings.train.microbatches
 
 
 def times(
-    sizes: Local, layers: int, *, sparse: bool, kept_by: Sequence[str] = ("none",)
+    sizes: Local, block: Block, layers: int, *, kept_by: Sequence[str] = ("none",)
 ) -> int:
     """Forward, backward, and forward again under the remat policies not named."""
     backward = sizes.settings.train.microbatches
-    again = repeats(sizes, sparse=sparse, kept_by=kept_by)
+    again = repeats(sizes, block, kept_by=kept_by)
     return layers * (forward_passes(sizes) + backward + again)
 
 

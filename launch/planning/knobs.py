@@ -28,11 +28,11 @@ PLACES: Mapping[str, tuple[str, str]] = {
     "CONTEXT_ATTENTION": ("partition", "context_attention"),
     "GROUP_SIZE": ("router", "group_size"),
     "GROUP_ROWS": ("router", "group_rows"),
-    "REMAT": ("model", "remat"),
-    "SPARSE_REMAT": ("model", "sparse_remat"),
-    "TRANSPORT": ("model", "transport"),
-    "VOCAB_CHUNKS": ("model", "vocab_chunks"),
-    "ATTENTION_BLOCK": ("model", "attention_block"),
+    "REMAT": ("execution", "remat"),
+    "SPARSE_REMAT": ("execution", "sparse_remat"),
+    "TRANSPORT": ("execution", "transport"),
+    "VOCAB_CHUNKS": ("execution", "vocab_chunks"),
+    "ATTENTION_BLOCK": ("execution", "attention_block"),
     "MICROBATCHES": ("train", "microbatches"),
 }
 _PLATFORM_OF_KIND = {"tpu": "tpu", "gpu": "cuda"}

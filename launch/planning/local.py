@@ -12,15 +12,17 @@ from typing import Any
 
 from launch.planning.chips import CHIPS
 from launch.settings import Settings
-from moe.dispatch import choice
-from moe.dispatch.room import room_for
+from moe import architecture
+from moe.dispatch import auto
+from moe.dispatch.room import Room, room_for
 from moe.model import transformer
-from moe.model.feed_forward import GATED
+from moe.model.feed_forward.dense import GATED
+from moe.routing.capacity import capacity
 from moe.settings import (
-    ModelSettings,
+    DenseSettings,
     OptimizerSettings,
     RouterSettings,
-    capacity,
+    SparseSettings,
 )
 from moe.training import state as train_state
 from moe.training.optimizer import make_optimizer
@@ -127,7 +129,7 @@ class Local:
     @property
     def dtype_bytes(self) -> int:
         """Bytes of one activation."""
-        return BYTES[self.settings.model.dtype]
+        return BYTES[self.settings.execution.dtype]
 
     @property
     def tokens(self) -> int:
@@ -146,55 +148,59 @@ class Local:
         return self.piece_tokens if parallel else self.tokens
 
     @property
-    def num_dense_layers(self) -> int:
-        """Layers without experts."""
-        model = self.settings.model
-        return model.num_layers - model.num_sparse_layers
+    def stack(self) -> architecture.Stack:
+        """The layers of the model."""
+        return self.settings.layers.decoder
 
-    @property
-    def transport(self) -> str:
-        """How rows travel."""
-        return self.picked[0]
+    def remat(self, block: architecture.Block) -> str:
+        """Returns what the backward pass of a layer keeps."""
+        sparse = bool(architecture.of_kind(block, "sparse"))
+        return self.settings.execution.remat_of(sparse=sparse)
 
-    @property
-    def picked(self) -> tuple[str, str]:
-        """The transport, and why."""
-        model, router = self.settings.model, self.settings.router
-        axis_size = self.settings.mesh.expert
+    def transport(self, s: SparseSettings) -> tuple[str, str]:
+        """Returns how rows of a sparse layer travel, and why."""
         per_slice = self.settings.mesh.num_devices // self.settings.mesh.replica
-        has_ragged = choice.has_ragged_exchange(self.platform, self.chip, per_slice)
-        return choice.pick(model, router, axis_size, has_ragged, train=self.train)
-
-    @property
-    def sent_rows(self) -> int:
-        """Rows that this chip's tokens make: slots of capacity, or choices."""
-        router, E = self.settings.router, self.settings.model.num_experts
-        groups = -(-self.piece_tokens // router.group_size)
-        slots = E * capacity(router, E, train=self.train) * groups
-        if self.transport in choice.PADDED:
-            return slots
-        return min(self.piece_tokens * router.num_choices(E), slots)
-
-    @property
-    def expert_rows(self) -> int:
-        """Rows that this chip's experts have room for, before any gather."""
-        if self.transport in choice.PADDED:
-            return self.sent_rows
-        router, E = self.settings.router, self.settings.model.num_experts
-        axis_size = self.settings.mesh.expert
-        return room_for(
-            router, E, self.piece_tokens, axis_size, self.platform, train=self.train
-        ).num_rows
-
-    @property
-    def most_rows(self) -> int:
-        """Rows that could come to this chip's experts if all chose them."""
-        model, router = self.settings.model, self.settings.router
-        axis_size, E = self.settings.mesh.expert, model.num_experts
-        room = room_for(
-            router, E, self.piece_tokens, axis_size, self.platform, train=self.train
+        return auto.transport_for(
+            self.settings.execution.transport,
+            s,
+            self.settings.mesh.expert,
+            auto.has_ragged_exchange(self.platform, self.chip, per_slice),
+            train=self.train,
         )
+
+    def is_padded(self, s: SparseSettings) -> bool:
+        """Whether rows of a sparse layer are slots of capacity."""
+        return self.transport(s)[0] in auto.PADDED
+
+    def sent_rows(self, s: SparseSettings) -> int:
+        """Returns the rows that this chip's tokens make: slots, or choices."""
+        groups = -(-self.piece_tokens // s.router.group_size)
+        slots = (
+            s.num_experts * capacity(s.router, s.num_experts, train=self.train) * groups
+        )
+        if self.is_padded(s):
+            return slots
+        return min(self.piece_tokens * s.router.num_choices(s.num_experts), slots)
+
+    def expert_rows(self, s: SparseSettings) -> int:
+        """Returns the rows that this chip's experts have room for, before a gather."""
+        return self.sent_rows(s) if self.is_padded(s) else self._room(s).num_rows
+
+    def most_rows(self, s: SparseSettings) -> int:
+        """Returns the rows that could come to this chip's experts if all chose them."""
+        room = self._room(s)
         return room.num_rows * room.num_rounds
+
+    def _room(self, s: SparseSettings) -> Room:
+        return room_for(
+            s.router,
+            s.num_experts,
+            self.piece_tokens,
+            self.settings.mesh.expert,
+            self.platform,
+            row_budget=self.settings.execution.row_budget,
+            train=self.train,
+        )
 
     @property
     def expert_model_cut(self) -> int:
@@ -205,7 +211,7 @@ class Local:
     @property
     def is_blocked(self) -> bool:
         """Whether attention goes block by block."""
-        block = self.settings.model.attention_block
+        block = self.settings.execution.attention_block
         ring = self.settings.partition.context_attention == "ring"
         cut = self.settings.mesh.context > 1
         return 0 < block <= self.settings.data.length or (ring and cut)
@@ -214,15 +220,18 @@ class Local:
         """Returns the heads that one chip has of so many."""
         return -(-heads // self.settings.mesh.model)
 
-    @property
-    def dense_pair(self) -> int:
-        """Matrices that lead into a dense feed-forward: 2 if it is gated."""
-        return 2 if self.settings.model.activation in GATED else 1
+    def cut_width(self, s: DenseSettings) -> int:
+        """Returns f, the part of a dense layer's width that one chip has."""
+        return -(-s.mlp_dim // self.settings.mesh.model)
 
-    @property
-    def expert_pair(self) -> int:
-        """The same of an expert."""
-        return 2 if self.settings.model.activation_of_experts in GATED else 1
+    def cut_expert(self, s: SparseSettings) -> int:
+        """Returns f, the part of an expert's width that one chip has."""
+        return -(-s.experts.mlp_dim // self.expert_model_cut)
+
+
+def pair(s: DenseSettings) -> int:
+    """Returns the matrices that lead into a feed-forward: 2 if it is gated."""
+    return 2 if s.activation in GATED else 1
 
 
 def local(settings: Settings, chip: str) -> Local:
@@ -268,48 +277,41 @@ def weights(
     return tuple(parameters), tuple(others)
 
 
-def _of_shapes(
-    settings: Settings,
-) -> tuple[ModelSettings, RouterSettings, OptimizerSettings]:
+def _of_shapes(settings: Settings) -> tuple[architecture.Model, str, OptimizerSettings]:
     """What shapes depend on; all else as one, so that a search asks only once."""
-    model = dataclasses.replace(
-        settings.model,
-        remat="none",
-        sparse_remat="same",
-        vocab_chunks=1,
-        attention_block=0,
-        transport="auto",
-        dtype="float32",
-        reduce_dtype="float32",
+    bare = RouterSettings()
+    layers = architecture.with_routers(
+        settings.layers,
+        lambda router: dataclasses.replace(
+            bare, family=router.family, selection_bias=router.selection_bias
+        ),
     )
-    router = RouterSettings(
-        family=settings.router.family, selection_bias=settings.router.selection_bias
-    )
-    return model, router, settings.optimizer
+    return layers, settings.execution.param_dtype, settings.optimizer
 
 
 @functools.lru_cache(maxsize=16)
 def _state(
-    model: ModelSettings, router: RouterSettings, optimizer: OptimizerSettings
+    layers: architecture.Model, param_dtype: str, optimizer: OptimizerSettings
 ) -> list[tuple[str, Any, tuple]]:
     """Path, shape and logical axes of the train state; the same on every mesh."""
-    param_axes = transformer.param_axes(model, router)
-    transformation = make_optimizer(optimizer, 1, param_axes)
-    shapes = train_state.abstract_state(model, router, transformation)
-    return rules.leaves(shapes, train_state.logical_axes(shapes, model, router))
+    transformation = make_optimizer(optimizer, 1, transformer.specs(layers))
+    shapes = train_state.abstract_state(layers, param_dtype, transformation)
+    return rules.leaves(shapes, train_state.logical_axes(shapes, layers))
 
 
-def blocks(parameters: tuple[Weight, ...]) -> dict[str, list[Weight]]:
-    """Groups the parameters that are used together, layer by layer.
-
-    Returns:
-        "PERIODS/blocks/I": those of the I-th layer of each period.
-    """
-    found: dict[str, list[Weight]] = {}
+def by_block(
+    parameters: tuple[Weight, ...], stack: architecture.Stack
+) -> list[tuple[architecture.Block, list[Weight]]]:
+    """Groups the parameters that are used together, layer by layer."""
+    found: dict[tuple[int, int], list[Weight]] = {}
     for weight in parameters:
-        if "layers" in weight.logical:
-            found.setdefault("/".join(weight.path.split("/")[:3]), []).append(weight)
-    return found
+        names = weight.path.split("/")
+        if names[:2] == ["decoder", "layers"]:
+            found.setdefault((int(names[2]), int(names[3])), []).append(weight)
+    return [
+        (stack.segments[segment].blocks[block], weights)
+        for (segment, block), weights in found.items()
+    ]
 
 
 def tiled_bytes(shape: tuple[int, ...], itemsize: int) -> int:

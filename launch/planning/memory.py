@@ -17,7 +17,9 @@ from collections.abc import Mapping
 from launch.planning import local
 from launch.planning.local import BYTES, FLOAT32, Local, Weight
 from launch.settings import Settings
-from moe.settings import capacity
+from moe.architecture import Block, of_kind
+from moe.routing.capacity import capacity
+from moe.settings import DenseSettings, HeadsSettings, SparseSettings
 from tasks import objectives
 
 # How often something is in memory at once, where the compiler decides. Few, so that
@@ -154,19 +156,25 @@ def _moments(
             "optimizer temporaries": _update(settings, parameters, others),
         },
     }
-    for kind in ("dense layer", "sparse layer"):
-        sparse = kind == "sparse layer"
-        if not _count(sizes, sparse=sparse):
-            continue
-        used = _weights_in_use(sizes, parameters, sparse=sparse)
+    for block in sizes.stack.kinds_of_layers:
+        kind = "sparse layer" if of_kind(block, "sparse") else "dense layer"
+        used = _weights_in_use(sizes, parameters, block)
         common = {"gradients": in_backward, "activations": activations}
-        again = {"recomputed": _recomputed(sizes, sparse=sparse), "weights": used}
-        inner = _experts(sizes) if sparse else _feed_forward(sizes)
-        for part, own in (("attention", _attention(sizes)), ("feed-forward", inner)):
+        again = {"recomputed": _recomputed(sizes, block), "weights": used}
+        parts = [("attention", _attention(sizes, s)) for s in of_kind(block, "heads")]
+        parts += [
+            ("feed-forward", _feed_forward(sizes, s)) for s in of_kind(block, "dense")
+        ]
+        parts += [
+            ("feed-forward", _experts(sizes, s)) for s in of_kind(block, "sparse")
+        ]
+        for part, own in parts:
             layer = {
                 name: int(LAYERS_AT_ONCE * size) for name, size in (again | own).items()
             }
-            found[f"{part} of a {kind}"] = common | layer
+            name, held = f"{part} of a {kind}", common | layer
+            if sum(held.values()) > sum(found.get(name, {}).values()):
+                found[name] = held
     return found | _evaluation(dataclasses.replace(sizes, train=False), parameters)
 
 
@@ -179,16 +187,16 @@ def _evaluation(
     as tokens for every expert. All else is less than in training: there is no gradient,
     and nothing is kept for one.
     """
-    if not sizes.settings.model.num_sparse_layers:
+    found = [
+        {"weights": int(LAYERS_AT_ONCE * _weights_in_use(sizes, parameters, block))}
+        | _experts(sizes, s)
+        for block in sizes.stack.kinds_of_layers
+        for s in of_kind(block, "sparse")
+    ]
+    if not found:
         return {}
-    weights = _weights_in_use(sizes, parameters, sparse=True)
-    own = {"weights": int(LAYERS_AT_ONCE * weights)} | _experts(sizes)
-    return {"evaluation of a sparse layer": own}
-
-
-def _count(sizes: Local, *, sparse: bool) -> int:
-    model = sizes.settings.model
-    return model.num_sparse_layers if sparse else sizes.num_dense_layers
+    fullest = max(found, key=lambda held: sum(held.values()))
+    return {"evaluation of a sparse layer": fullest}
 
 
 def _gradient(weight: Weight, settings: Settings) -> int:
@@ -196,7 +204,7 @@ def _gradient(weight: Weight, settings: Settings) -> int:
 
     With `fsdp` "optimizer" it is whole while it is added up.
     """
-    return weight.local_size * BYTES[settings.model.param_dtype]
+    return weight.local_size * BYTES[settings.execution.param_dtype]
 
 
 def _update(
@@ -220,27 +228,24 @@ def _update(
 
 def saved(sizes: Local) -> int:
     """Bytes of activations kept for the backward pass, of all layers."""
-    model = sizes.settings.model
-    sparse_remat = model.sparse_remat
-    sparse_remat = model.remat if sparse_remat == "same" else sparse_remat
-    dense = sizes.num_dense_layers * saved_per_layer(sizes, model.remat, sparse=False)
-    sparse = model.num_sparse_layers
-    return dense + sparse * saved_per_layer(sizes, sparse_remat, sparse=True)
+    return sum(
+        layers * saved_per_layer(sizes, sizes.remat(block), block)
+        for block, layers in sizes.stack.kinds_of_layers.items()
+    )
 
 
-def saved_per_layer(sizes: Local, remat: str, *, sparse: bool) -> int:
+def saved_per_layer(sizes: Local, remat: str, block: Block) -> int:
     """Bytes that one layer keeps under a remat policy."""
-    M, d = sizes.settings.model.model_dim, sizes.dtype_bytes
-    stream = sizes.residual_tokens * M * d  # p·T·M·d, the layer's input
+    stream = sizes.residual_tokens * sizes.stack.width * sizes.dtype_bytes
     if remat == "full":
-        return stream
-    kept = stream + _minimal(sizes, sparse=sparse)
+        return stream  # p·T·M·d, the layer's input
+    kept = stream + _minimal(sizes, block)
     if remat == "minimal":
         return kept
-    return kept + _rest(sizes, sparse=sparse)
+    return kept + _rest(sizes, block)
 
 
-def _minimal(sizes: Local, *, sparse: bool) -> int:
+def _minimal(sizes: Local, block: Block) -> int:
     """Products without batch dimensions, and what travelled.
 
     T·(n + 2u)·D·d of queries, keys and values, T·M·d of the attention's output before
@@ -248,83 +253,84 @@ def _minimal(sizes: Local, *, sparse: bool) -> int:
     T·pair·f·d of a shared expert, R·M·d of rows dispatched (and again if gathered over
     `model`), as much returned, R·pair·f·d inside the experts.
     """
-    model, d, T = sizes.settings.model, sizes.dtype_bytes, sizes.tokens
-    found = T * (_projected(sizes) + model.model_dim) * d
-    if not sparse:
-        return found + T * _dense_hidden(sizes, model.mlp_dim) * d
-    found += sizes.piece_tokens * model.num_experts * FLOAT32
-    found += T * _dense_hidden(sizes, model.shared_expert_mlp_dim) * d
-    M, cut = model.model_dim, sizes.expert_model_cut
-    if sizes.transport != "ring":
-        found += (sizes.expert_rows + sizes.sent_rows) * M * d
+    M, d, T = sizes.stack.width, sizes.dtype_bytes, sizes.tokens
+    found = sum(T * (_projected(sizes, s) + M) * d for s in of_kind(block, "heads"))
+    found += sum(T * _hidden(sizes, s) * d for s in of_kind(block, "dense"))
+    return found + sum(_minimal_of_experts(sizes, s) for s in of_kind(block, "sparse"))
+
+
+def _minimal_of_experts(sizes: Local, s: SparseSettings) -> int:
+    """The part of the experts in `_minimal`."""
+    M, d = sizes.stack.width, sizes.dtype_bytes
+    found = sizes.piece_tokens * s.num_experts * FLOAT32
+    if s.shared is not None:
+        found += sizes.tokens * _hidden(sizes, s.shared) * d
+    rows, cut = sizes.expert_rows(s), sizes.expert_model_cut
+    if sizes.transport(s)[0] != "ring":
+        found += (rows + sizes.sent_rows(s)) * M * d
     elif sizes.settings.mesh.expert > 1:  # tokens of the axis, and their outputs
         found += (sizes.settings.mesh.expert + 1) * sizes.piece_tokens * M * d
     if cut > 1:
-        found += cut * sizes.expert_rows * M * d
-    return found + cut * sizes.expert_rows * _expert_hidden(sizes) * d
+        found += cut * rows * M * d
+    return found + cut * rows * _expert_hidden(sizes, s) * d
 
 
-def _rest(sizes: Local, *, sparse: bool) -> int:
+def _rest(sizes: Local, block: Block) -> int:
     """What "none" keeps beside: norms, turned heads, scores if whole, activations.
 
-    Two norms' inputs in float32 and outputs, p·T·M·(4 + d) each, gathered T·M·d each;
+    The norms' inputs in float32 and outputs, p·T·M·(4 + d) each, gathered T·M·d each;
     T·(2n + u)·D·d; b·n·l·L·(4 + d) unless blocked; T·f·d, or R·(M + f)·d.
     """
-    model, d, T = sizes.settings.model, sizes.dtype_bytes, sizes.tokens
-    M, D = model.model_dim, model.head_dim
-    heads = sizes.cut_heads(model.num_heads)
-    found = 2 * sizes.residual_tokens * M * (FLOAT32 + d) + 2 * T * M * d
-    found += T * (2 * heads + sizes.cut_heads(model.kv_heads)) * D * d
-    if not sizes.is_blocked:
-        scores = sizes.rows * heads * sizes.length * sizes.settings.data.length
-        found += scores * (FLOAT32 + d)
-    if not sparse:
-        return found + T * _dense_hidden(sizes, model.mlp_dim) // sizes.dense_pair * d
-    rows = sizes.expert_model_cut * sizes.expert_rows
-    hidden = _expert_hidden(sizes) // sizes.expert_pair
-    return found + rows * (M + hidden) * d
+    M, d, T = sizes.stack.width, sizes.dtype_bytes, sizes.tokens
+    found = len(block) * (sizes.residual_tokens * M * (FLOAT32 + d) + T * M * d)
+    for s in of_kind(block, "heads"):
+        heads, kv_heads = sizes.cut_heads(s.num_heads), sizes.cut_heads(s.kv_heads)
+        found += T * (2 * heads + kv_heads) * s.head_dim * d
+        if not sizes.is_blocked:
+            scores = sizes.rows * heads * sizes.length * sizes.settings.data.length
+            found += scores * (FLOAT32 + d)
+    for s in of_kind(block, "dense"):
+        found += T * sizes.cut_width(s) * d
+    for s in of_kind(block, "sparse"):
+        rows = sizes.expert_model_cut * sizes.expert_rows(s)
+        found += rows * (M + sizes.cut_expert(s)) * d
+    return found
 
 
-def _recomputed(sizes: Local, *, sparse: bool) -> int:
+def _recomputed(sizes: Local, block: Block) -> int:
     """Under "full", what the layer before it makes again of one layer."""
-    model = sizes.settings.model
-    remat = model.remat
-    if sparse and model.sparse_remat != "same":
-        remat = model.sparse_remat
-    return _minimal(sizes, sparse=sparse) if remat == "full" else 0
+    return _minimal(sizes, block) if sizes.remat(block) == "full" else 0
 
 
-def _weights_in_use(
-    sizes: Local, parameters: tuple[Weight, ...], *, sparse: bool
-) -> int:
+def _weights_in_use(sizes: Local, parameters: tuple[Weight, ...], block: Block) -> int:
     """Of one layer: each matrix whole in d bytes, its gradient in `reduce_dtype`.
 
     Evaluation has no gradients. Where nothing is gathered, the copy in d bytes alone,
     if the types differ.
     """
-    model = sizes.settings.model
+    execution = sizes.settings.execution
     found = []
-    for block in local.blocks(parameters).values():
-        if any("/moe/" in weight.path for weight in block) is not sparse:
+    for other, weights in local.by_block(parameters, sizes.stack):
+        if other != block:
             continue
         used = largest = 0
-        for weight in block:
+        for weight in weights:
             size = weight.gathered_size // weight.num_layers
             if weight.gathered_over:
-                gradient = size * BYTES[model.reduce_dtype] * sizes.train
+                gradient = size * BYTES[execution.reduce_dtype] * sizes.train
                 used += size * sizes.dtype_bytes + gradient
                 largest = max(largest, gradient)
-            elif model.dtype != model.param_dtype:
+            elif execution.dtype != execution.param_dtype:
                 used += size * sizes.dtype_bytes
         found.append(used + SCATTERED_AT_ONCE * largest)
     return max(found, default=0)
 
 
-def _attention(sizes: Local) -> dict[str, int]:
+def _attention(sizes: Local, s: HeadsSettings) -> dict[str, int]:
     """Heads and their gradients, keys of all of a sequence, one block of scores."""
-    model, d, T = sizes.settings.model, sizes.dtype_bytes, sizes.tokens
-    M, D, L = model.model_dim, model.head_dim, sizes.settings.data.length
-    heads, kv_heads = sizes.cut_heads(model.num_heads), sizes.cut_heads(model.kv_heads)
+    d, T = sizes.dtype_bytes, sizes.tokens
+    M, D, L = sizes.stack.width, s.head_dim, sizes.settings.data.length
+    heads, kv_heads = sizes.cut_heads(s.num_heads), sizes.cut_heads(s.kv_heads)
     # T·(2n + 2u)·D·d twice: queries, keys, values and what they are mixed to.
     work = ACTIVATIONS_AT_ONCE * T * (2 * heads + 2 * kv_heads) * D * d
     if sizes.settings.mesh.context > 1:  # b·L·2u·D·d, and its gradient
@@ -335,41 +341,40 @@ def _attention(sizes: Local) -> dict[str, int]:
     work += ACTIVATIONS_AT_ONCE * (T * M * d + sizes.residual_tokens * M * FLOAT32)
     queries, keys = sizes.length, L
     if sizes.is_blocked:
-        queries, keys = min(model.attention_block, queries), model.attention_block
+        block = sizes.settings.execution.attention_block
+        queries, keys = min(block, queries), block
     scores = SCORES_AT_ONCE * sizes.rows * heads * queries * keys * FLOAT32
     return {"attention": work, "scores": scores}
 
 
-def _feed_forward(sizes: Local) -> dict[str, int]:
+def _feed_forward(sizes: Local, s: DenseSettings) -> dict[str, int]:
     """T·(2·pair + 1)·f·d: hidden, activated, gradients; T·M·d of input and output."""
-    model, T = sizes.settings.model, sizes.tokens
-    hidden = _dense_hidden(sizes, model.mlp_dim)
-    wide = ACTIVATIONS_AT_ONCE * hidden + hidden // sizes.dense_pair
-    stream = ACTIVATIONS_AT_ONCE * model.model_dim
-    return {"feed-forward": T * (wide + stream) * sizes.dtype_bytes}
+    wide = ACTIVATIONS_AT_ONCE * _hidden(sizes, s) + sizes.cut_width(s)
+    stream = ACTIVATIONS_AT_ONCE * sizes.stack.width
+    return {"feed-forward": sizes.tokens * (wide + stream) * sizes.dtype_bytes}
 
 
-def _experts(sizes: Local) -> dict[str, int]:
+def _experts(sizes: Local, s: SparseSettings) -> dict[str, int]:
     """Rows on their way, hidden rows and their gradients, and the router's arrays."""
-    model, router, d = sizes.settings.model, sizes.settings.router, sizes.dtype_bytes
-    M, cut = model.model_dim, sizes.expert_model_cut
-    rows = max(sizes.expert_rows, sizes.sent_rows)
+    E, M, d = s.num_experts, sizes.stack.width, sizes.dtype_bytes
+    cut, here = sizes.expert_model_cut, sizes.expert_rows(s)
+    rows = max(here, sizes.sent_rows(s))
     buffers = (ROWS_AT_ONCE if sizes.train else EVALUATED_ROWS_AT_ONCE) * rows * M * d
     if cut > 1:  # gathered over `model`, and their outputs before the sum
-        buffers += 2 * cut * sizes.expert_rows * M * d
-    if sizes.transport == "ring":  # tokens of the whole axis, and their sums
+        buffers += 2 * cut * here * M * d
+    if sizes.transport(s)[0] == "ring":  # tokens of the whole axis, and their sums
         buffers += 2 * sizes.settings.mesh.expert * sizes.piece_tokens * M * d
-    wide = hidden = _expert_hidden(sizes)
+    wide = hidden = _expert_hidden(sizes, s)
     if sizes.train:
-        wide = ACTIVATIONS_AT_ONCE * hidden + hidden // sizes.expert_pair
-    choices = sizes.piece_tokens * model.num_experts * FLOAT32
-    slots = capacity(router, model.num_experts, train=sizes.train)
-    groups = -(-sizes.piece_tokens // router.group_size)
-    maps = groups * model.num_experts * slots * 4
-    shared = _dense_hidden(sizes, model.shared_expert_mlp_dim)
+        wide = ACTIVATIONS_AT_ONCE * hidden + sizes.cut_expert(s)
+    choices = sizes.piece_tokens * E * FLOAT32
+    slots = capacity(s.router, E, train=sizes.train)
+    groups = -(-sizes.piece_tokens // s.router.group_size)
+    maps = groups * E * slots * 4
+    shared = 0 if s.shared is None else _hidden(sizes, s.shared)
     return {
         "dispatch": buffers,
-        "experts": cut * sizes.expert_rows * wide * d,
+        "experts": cut * here * wide * d,
         "routing": ROUTING_AT_ONCE * choices + maps,
         "feed-forward": ACTIVATIONS_AT_ONCE * sizes.tokens * shared * d,
     }
@@ -377,17 +382,17 @@ def _experts(sizes: Local) -> dict[str, int]:
 
 def _logits(sizes: Local, parameters: tuple[Weight, ...]) -> dict[str, int]:
     """One piece of the vocabulary: logits T·v·4, the table's part M·v, its gradient."""
-    model, T = sizes.settings.model, sizes.tokens
-    M, chunks = model.model_dim, model.vocab_chunks
-    part = -(-model.vocab_size // (sizes.settings.mesh.model * chunks))
+    embedding, T = sizes.settings.layers.embedding, sizes.tokens
+    M, chunks = embedding.width, sizes.settings.execution.vocab_chunks
+    part = -(-embedding.vocab_size // (sizes.settings.mesh.model * chunks))
     table = next(
         weight
         for weight in parameters
-        if weight.path == ("embedding" if model.tie_embeddings else "head")
+        if weight.path == ("embedding" if embedding.tied else "head")
     )
     in_use = M * part * sizes.dtype_bytes
     if table.gathered_over:
-        in_use += M * part * BYTES[model.reduce_dtype]
+        in_use += M * part * BYTES[sizes.settings.execution.reduce_dtype]
     kept = LOGITS_AT_ONCE * T * part * FLOAT32
     if chunks == 1:  # nothing is made again, so that the gradient of the table is here
         kept += 0 if table.gathered_over else _gradient(table, sizes.settings)
@@ -395,19 +400,17 @@ def _logits(sizes: Local, parameters: tuple[Weight, ...]) -> dict[str, int]:
     return {"logits": kept, "weights": in_use, "attention": stream}
 
 
-def _projected(sizes: Local) -> int:
+def _projected(sizes: Local, s: HeadsSettings) -> int:
     """(n + 2u)·D, elements per token of queries, keys and values."""
-    model = sizes.settings.model
-    kv_heads = sizes.cut_heads(model.kv_heads)
-    return (sizes.cut_heads(model.num_heads) + 2 * kv_heads) * model.head_dim
+    heads, kv_heads = sizes.cut_heads(s.num_heads), sizes.cut_heads(s.kv_heads)
+    return (heads + 2 * kv_heads) * s.head_dim
 
 
-def _dense_hidden(sizes: Local, mlp_dim: int) -> int:
+def _hidden(sizes: Local, s: DenseSettings) -> int:
     """pair·f of a dense layer cut over `model`."""
-    return sizes.dense_pair * -(-mlp_dim // sizes.settings.mesh.model)
+    return local.pair(s) * sizes.cut_width(s)
 
 
-def _expert_hidden(sizes: Local) -> int:
+def _expert_hidden(sizes: Local, s: SparseSettings) -> int:
     """pair·f of an expert."""
-    width = -(-sizes.settings.model.expert_mlp_dim // sizes.expert_model_cut)
-    return sizes.expert_pair * width
+    return local.pair(s.experts) * sizes.cut_expert(s)

@@ -17,7 +17,7 @@ from launch.planning.records import Compiled, Failure
 from launch.planning.search import Candidate, told
 from launch.planning.topologies import Topology, fastest_first, warnings
 from launch.settings import Settings
-from moe import energy, expected_drops
+from moe import architecture, energy, expected_drops
 from moe.accounting import Counts, count
 
 GIB = 2**30
@@ -91,11 +91,15 @@ class Plan:
     @property
     def transports(self) -> dict[str, tuple[str, str]]:
         """How rows travel in training and in evaluation, and why; {} if dense."""
-        if not self.settings.model.num_sparse_layers:
+        sparse = self.settings.layers.decoder.settings("sparse")
+        if not sparse:
             return {}
         sizes = local.local(self.settings, self.topology.chip.name)
         scoring = dataclasses.replace(sizes, train=False)
-        return {"training": sizes.picked, "evaluation": scoring.picked}
+        return {
+            "training": sizes.transport(sparse[0]),
+            "evaluation": scoring.transport(sparse[0]),
+        }
 
     @property
     def tokens(self) -> int:
@@ -153,7 +157,7 @@ def make(
     settings = config.settings
     model, router = settings.model, settings.router
     sent = compiled.collectives if isinstance(compiled, Compiled) else None
-    sparse = model.num_sparse_layers > 0
+    sparse = architecture.has_experts(model)
     E = model.num_experts
     return Plan(
         config=config,
@@ -237,7 +241,7 @@ _SHRINK = (
     (("losses", "embedding", "logits", "head"), "VOCAB_CHUNKS, MESH_MODEL"),
     (("attention", "softmax", "scores"), "ATTENTION_BLOCK, MESH_MODEL, MESH_CONTEXT"),
     (
-        ("dispatch", "moe_layer", "router", "assignment", "grouped", "expert"),
+        ("dispatch", "sparse", "routing", "rounds", "grouped", "expert"),
         "TRAIN_CAPACITY_FACTOR, SPARSE_REMAT, MESH_EXPERT, EXPERT_TENSOR_PARALLEL",
     ),
     (("optimizer", "adafactor", "rounding"), "MOMENT_DTYPE, FSDP, OFFLOAD_OPTIMIZER"),

@@ -16,7 +16,8 @@ from launch.planning.knobs import changed, hardware_file
 from launch.planning.records import Compiled, Failure
 from launch.planning.topologies import Topology, standard, warnings
 from launch.settings import Settings, problems
-from moe.settings import never_drops
+from moe import architecture
+from moe.routing.capacity import never_drops
 from partitioning.settings import AXES, MeshSettings
 
 # Of the usable memory, what a prediction may fill: compilers take more than arithmetic
@@ -124,8 +125,8 @@ def least_bytes(settings: Settings, topology: Topology) -> int:
 def meshes(settings: Settings, topology: Topology) -> Iterator[MeshSettings]:
     """Yields every mesh of the topology's devices that this run could have."""
     left = topology.num_devices // topology.num_slices
-    model = settings.model
-    experts = model.num_experts if model.num_sparse_layers else 1
+    sparse = settings.layers.decoder.settings("sparse")
+    experts = math.gcd(*(s.num_experts for s in sparse)) or 1
     contexts = (
         [c for c in _powers(LARGEST_CONTEXT_AXIS) if settings.data.length // c >= 1024]
         if settings.data.length >= LONG_ROWS
@@ -147,7 +148,7 @@ def meshes(settings: Settings, topology: Topology) -> Iterator[MeshSettings]:
 
 def _placements(settings: Settings, topology: Topology) -> Iterator[dict[str, Any]]:
     """Meshes, and how weights are placed on them; those that divide."""
-    sparse = settings.model.num_sparse_layers > 0
+    sparse = architecture.has_experts(settings.model)
     for mesh in meshes(settings, topology):
         places = ["none", "optimizer", "data"]
         if mesh.data * mesh.context == 1:
@@ -176,7 +177,7 @@ def _first_that_fits(
             "MICROBATCHES": microbatches,
         }
         found = changed(settings, wanted)
-        if sparse_remat != "same" and not found.model.num_sparse_layers:
+        if sparse_remat != "same" and not architecture.has_experts(found.model):
             continue
         if problems(found):
             if microbatches == 1:
@@ -197,17 +198,19 @@ def _first_that_fits(
 
 def _pieces(settings: Settings) -> dict[str, int]:
     """Pieces of logits and blocks of attention that keep both small."""
-    model, mesh = settings.model, settings.mesh
+    model, mesh, execution = settings.model, settings.mesh, settings.execution
     tokens = settings.train.batch_size * settings.data.length
     tokens //= mesh.batch_shards * mesh.context * settings.train.microbatches
     found = {}
     part = model.vocab_size // mesh.model
     fitting = [n for n in _divisors(part) if 8 * tokens * (part // n) <= LOGITS_BYTES]
     found["VOCAB_CHUNKS"] = (
-        fitting[0] if fitting and model.vocab_chunks == 1 else (model.vocab_chunks)
+        fitting[0]
+        if fitting and execution.vocab_chunks == 1
+        else execution.vocab_chunks
     )
     scores = 8 * tokens * settings.data.length * max(1, model.num_heads // mesh.model)
-    block = model.attention_block
+    block = execution.attention_block
     whole = not 0 < block < settings.data.length
     found["ATTENTION_BLOCK"] = SMALL_BLOCK if whole and scores > SCORES_BYTES else block
     return found
@@ -218,11 +221,11 @@ def _travelling(
 ) -> Iterator[Candidate]:
     """The same with other transports, where there is a choice."""
     settings = one.settings
-    model, router = settings.model, settings.router
-    if settings.mesh.expert == 1 or not model.num_sparse_layers:
+    sparse = settings.layers.decoder.settings("sparse")
+    if settings.mesh.expert == 1 or not sparse:
         return
-    if model.transport != "auto" or not never_drops(
-        router, model.num_experts, train=True
+    if settings.execution.transport != "auto" or not all(
+        never_drops(s.router, s.num_experts, train=True) for s in sparse
     ):
         # Grouped products of capacity's rows were compiled to masked dense ones, six
         # times the work (M6-T 1T on v4): slots of fixed capacity are left as they are.

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from launch.planning.estimate import ATTAINABLE, Estimate, estimate
 from launch.planning.topologies import Topology
 from launch.settings import Settings
-from moe.settings import capacity
+from moe.routing.capacity import capacity, mean_choices
+from moe.settings import SparseSettings
 
 LOADS = (1.0, 1.2, 1.5, 2.0)
 CAPACITY_FACTORS = (1.0, 1.25, 2.0)
@@ -76,11 +77,18 @@ def _case(
 
 
 def _dropped(settings: Settings, load: float) -> float:
-    """1 - slots / choices of an expert and group, where choices are more."""
-    router, E = settings.router, settings.model.num_experts
-    slots = capacity(router, E, train=True)
-    free = slots == router.group_size or router.family == "expert_choice"
-    if free or not settings.model.num_sparse_layers:
-        return 0.0
-    wanted = float(router.mean_choices(E)) * router.group_size / E * load
-    return max(0.0, 1 - slots / wanted)
+    """1 - slots / choices of an expert and group, where choices are more.
+
+    Of the layer that drops most.
+    """
+
+    def dropped(s: SparseSettings) -> float:
+        router, E = s.router, s.num_experts
+        slots = capacity(router, E, train=True)
+        if slots == router.group_size or router.family == "expert_choice":
+            return 0.0
+        wanted = float(mean_choices(router, E)) * router.group_size / E * load
+        return max(0.0, 1 - slots / wanted)
+
+    layers = set(settings.layers.decoder.settings("sparse"))
+    return max(map(dropped, layers), default=0.0)

@@ -75,20 +75,21 @@ def _weights(sizes: Local, parameters: tuple[Weight, ...]) -> list[Flow]:
     of them is computed forward twice. Logits that are formed in one piece, once, end
     the forward pass and begin the backward pass: there compilers gather once for both.
     """
-    model, microbatches = sizes.settings.model, sizes.settings.train.microbatches
+    execution = sizes.settings.execution
+    microbatches = sizes.settings.train.microbatches
     gathers = forward_passes(sizes) + microbatches
-    at_once = model.vocab_chunks == 1 and microbatches == 1
+    at_once = execution.vocab_chunks == 1 and microbatches == 1
     found = []
     for axes, weights in _by_axes(parameters, gathered=True).items():
-        table = "embedding" if model.tie_embeddings else "head"
+        table = "embedding" if sizes.settings.model.tie_embeddings else "head"
         of_logits = [w for w in weights if w.path == table]
         layers = [w for w in weights if "layers" in w.logical]
         for name, used, times in (
             ("weights", layers, gathers),
             ("output projection", of_logits, 1 if at_once else gathers),
         ):
-            forward = sum(w.gathered_size * _type(w, model.dtype) for w in used)
-            back = sum(w.gathered_size * _type(w, model.reduce_dtype) for w in used)
+            forward = sum(w.gathered_size * _type(w, execution.dtype) for w in used)
+            back = sum(w.gathered_size * _type(w, execution.reduce_dtype) for w in used)
             found += [
                 flow_of(
                     sizes,
@@ -96,7 +97,7 @@ def _weights(sizes: Local, parameters: tuple[Weight, ...]) -> list[Flow]:
                     axes,
                     forward,
                     times,
-                    f"elements × bytes of {model.dtype}, {times} times",
+                    f"elements × bytes of {execution.dtype}, {times} times",
                 ),
                 flow_of(
                     sizes,
@@ -104,7 +105,7 @@ def _weights(sizes: Local, parameters: tuple[Weight, ...]) -> list[Flow]:
                     axes,
                     back,
                     microbatches,
-                    f"elements × bytes of {model.reduce_dtype}, × {microbatches} "
+                    f"elements × bytes of {execution.reduce_dtype}, × {microbatches} "
                     "microbatches",
                 ),
             ]

@@ -23,7 +23,7 @@ from launch.planning.compile import compile_step
 from launch.planning.records import Compiled, Failure, from_json, to_json
 from launch.planning.topologies import Topology, parse
 from moe.expected_drops import of_router
-from moe.settings import capacity
+from moe.routing.capacity import capacity
 
 _ROOT = Path(__file__).resolve().parents[2]
 RESULTS = _ROOT / "benchmarks" / "weak_scaling.json"
@@ -157,7 +157,8 @@ def _growing(results: Mapping[str, Compiled | Failure]) -> list[str]:
             lines.append(f"| {point.topology} | {_failed(found)}")
             continue
         model, router = point.config.settings.model, point.config.settings.router
-        E, sparse = model.num_experts, model.num_sparse_layers
+        layers = point.config.settings.layers.decoder
+        E, sparse = model.num_experts, len(layers.settings("sparse"))
         slots = capacity(router, E, train=True)
         drops = of_router(router, E) or 0.0
         weights = sparse * model.model_dim * E * 4 * 2  # and the gradient

@@ -5,12 +5,15 @@ by memory, attention's projections by arithmetic.
 """
 
 import dataclasses
+import functools
 
 from launch.planning import local
 from launch.planning.flow import forward_passes, repeats
 from launch.planning.local import BYTES, FLOAT32, Local
 from launch.settings import Settings
-from moe.dispatch import choice
+from moe.architecture import Block, of_kind
+from moe.routing.capacity import mean_choices
+from moe.settings import DenseSettings, SparseSettings
 
 # A float32 product of highest precision is so many of bfloat16 on a TPU.
 HIGHEST_PRECISION = 6
@@ -51,15 +54,21 @@ def parts(settings: Settings, chip: str, load: float = 1.0) -> tuple[Part, ...]:
             capacity are computed whether they are full or not.
     """
     sizes = local.local(settings, chip)
-    model = settings.model
     found = [_projections(sizes), _scores(sizes)]
-    if sizes.num_dense_layers:
-        found.append(_dense(sizes, "feed-forward", model.mlp_dim, sparse=False))
-    if model.num_sparse_layers:
-        found += [_router(sizes), _experts(sizes, load), _rows(sizes, load)]
-        if model.shared_expert_mlp_dim:
-            width = model.shared_expert_mlp_dim
-            found.append(_dense(sizes, "shared experts", width, sparse=True))
+    for name, kind in (
+        ("feed-forward", _dense),
+        ("router", _router),
+        ("experts", functools.partial(_experts, load=load)),
+        ("rows in and out", functools.partial(_rows, load=load)),
+        ("shared experts", _shared),
+    ):
+        of_layers = [
+            part
+            for block, layers in sizes.stack.kinds_of_layers.items()
+            for part in kind(sizes, block, layers)
+        ]
+        if of_layers:
+            found.append(_joined(name, of_layers))
     return (*found, _head(sizes), _stream(sizes), _optimizer(settings))
 
 
@@ -108,25 +117,17 @@ def _joined(name: str, found: list[Part]) -> Part:
     )
 
 
-def _per_kind(sizes: Local, kept_by: tuple[str, ...]) -> list[tuple[int, int]]:
-    """Per kind of layer how many there are, and their repeated forward passes."""
-    dense, sparse = sizes.num_dense_layers, sizes.settings.model.num_sparse_layers
-    return [
-        (dense, repeats(sizes, sparse=False, kept_by=kept_by)),
-        (sparse, repeats(sizes, sparse=True, kept_by=kept_by)),
-    ]
-
-
 def _projections(sizes: Local) -> Part:
     """[T, M] × [M, (n + 2u)·D] and back."""
-    model = sizes.settings.model
-    heads, kv_heads = sizes.cut_heads(model.num_heads), sizes.cut_heads(model.kv_heads)
-    inward, outward = (heads + 2 * kv_heads) * model.head_dim, heads * model.head_dim
-    found = []
-    for layers, again in _per_kind(sizes, ("none", "minimal")):
-        for k, n in ((model.model_dim, inward), (outward, model.model_dim)):
-            shape = (sizes.tokens, k, n)
-            found.append(_product(sizes, "", shape, number=layers, again=again))
+    M, found = sizes.stack.width, []
+    for block, layers in sizes.stack.kinds_of_layers.items():
+        again = repeats(sizes, block, kept_by=("none", "minimal"))
+        for s in of_kind(block, "heads"):
+            heads, kv_heads = sizes.cut_heads(s.num_heads), sizes.cut_heads(s.kv_heads)
+            inward, outward = (heads + 2 * kv_heads) * s.head_dim, heads * s.head_dim
+            for k, n in ((M, inward), (outward, M)):
+                shape = (sizes.tokens, k, n)
+                found.append(_product(sizes, "", shape, number=layers, again=again))
     return _joined("attention projections", found)
 
 
@@ -136,120 +137,147 @@ def _scores(sizes: Local) -> Part:
     With `context`, of the chip that has the ends of sequences, which sees most. Remat
     makes them again, and blocks once more.
     """
-    model, settings = sizes.settings.model, sizes.settings
-    L, heads = settings.data.length, sizes.cut_heads(model.num_heads)
-    scores = sizes.tokens * L * heads
+    settings, L = sizes.settings, sizes.settings.data.length
     seen, blocked = 1.0, sizes.is_blocked
     if blocked and settings.data.prefix_attention != "bidirectional":
-        block = model.attention_block or sizes.length
-        keys, queries = -(-L // block), -(-sizes.length // block)
+        size = settings.execution.attention_block or sizes.length
+        keys, queries = -(-L // size), -(-sizes.length // size)
         seen = (keys - (queries - 1) / 2) / keys
     microbatches = settings.train.microbatches
-    runs = model.num_layers * (forward_passes(sizes) + 2 * microbatches)
-    runs += model.num_layers * microbatches * blocked
-    for layers, again in _per_kind(sizes, ("none",)):
-        runs += layers * again
-    flops = 4 * scores * model.head_dim
-    return Part(
-        "attention scores",
-        model_flops=flops * model.num_layers * microbatches,
-        flops=flops * seen * runs,
-        touched_bytes=scores * seen * BYTES_PER_SCORE * runs,
-    )
+    found = []
+    for block, layers in sizes.stack.kinds_of_layers.items():
+        runs = forward_passes(sizes) + (2 + blocked) * microbatches
+        runs += repeats(sizes, block, kept_by=("none",))
+        for s in of_kind(block, "heads"):
+            scores = layers * sizes.tokens * L * sizes.cut_heads(s.num_heads)
+            flops = 4 * scores * s.head_dim
+            found.append(
+                Part(
+                    "",
+                    model_flops=flops * microbatches,
+                    flops=flops * seen * runs,
+                    touched_bytes=scores * seen * BYTES_PER_SCORE * runs,
+                )
+            )
+    return _joined("attention scores", found)
 
 
-def _dense(sizes: Local, name: str, mlp_dim: int, *, sparse: bool) -> Part:
-    """[T, M] × [M, pair·f], [T, f] × [f, M]; remat repeats the first alone."""
-    model = sizes.settings.model
-    layers = model.num_sparse_layers if sparse else sizes.num_dense_layers
-    width = -(-mlp_dim // sizes.settings.mesh.model)
-    again = repeats(sizes, sparse=sparse, kept_by=("none", "minimal"))
-    up = (sizes.tokens, model.model_dim, sizes.dense_pair * width)
-    down = (sizes.tokens, width, model.model_dim)
-    return _joined(
-        name,
-        [
-            _product(sizes, "", up, number=layers, again=layers and again),
-            _product(sizes, "", down, number=layers),
-        ],
-    )
-
-
-def _router(sizes: Local) -> Part:
-    """[p·T, M] × [M, E] in float32."""
-    model, router = sizes.settings.model, sizes.settings.router
-    if router.family == "hashed":
-        return Part("router", 0, 0, 0)
-    cost = HIGHEST_PRECISION if router.logit_dtype == "float32" else 1
-    again = repeats(sizes, sparse=True, kept_by=("none", "minimal"))
-    shape = (sizes.piece_tokens, model.model_dim, model.num_experts)
-    return _product(
-        sizes, "router", shape, number=model.num_sparse_layers, again=again, cost=cost
-    )
-
-
-def computed_rows(sizes: Local, load: float) -> float:
-    """Rows that the experts of the busiest chip compute, before any gather."""
-    if sizes.transport in choice.PADDED:
-        return sizes.expert_rows
-    choices = sizes.settings.router.mean_choices(sizes.settings.model.num_experts)
-    return min(sizes.piece_tokens * float(choices) * load, sizes.most_rows)
-
-
-def _experts(sizes: Local, load: float) -> Part:
-    """[R, M] × [M, pair·f] and back, over the matrices of this chip's experts."""
-    model, router = sizes.settings.model, sizes.settings.router
-    E, M, cut = model.num_experts, model.model_dim, sizes.expert_model_cut
-    width = -(-model.expert_mlp_dim // cut)
-    rows = cut * computed_rows(sizes, load)
-    real = cut * sizes.piece_tokens * float(router.mean_choices(E))
-    again = repeats(sizes, sparse=True, kept_by=("none", "minimal"))
-    found = [
-        _product(
-            sizes,
-            "",
-            (rows, k, n),
-            number=model.num_sparse_layers,
-            again=again,
-            stacked=-(-E // sizes.settings.mesh.expert),
-            model_tokens=real,
-        )
-        for k, n in ((M, sizes.expert_pair * width), (width, M))
+def _dense(sizes: Local, block: Block, layers: int) -> list[Part]:
+    """The feed-forwards of dense layers."""
+    return [
+        part
+        for s in of_kind(block, "dense")
+        for part in _feed_forward(sizes, block, layers, s)
     ]
-    return _joined("experts", found)
 
 
-def _rows(sizes: Local, load: float) -> Part:
+def _shared(sizes: Local, block: Block, layers: int) -> list[Part]:
+    """The experts that every token visits."""
+    return [
+        part
+        for s in of_kind(block, "sparse")
+        if s.shared is not None
+        for part in _feed_forward(sizes, block, layers, s.shared)
+    ]
+
+
+def _feed_forward(
+    sizes: Local, block: Block, layers: int, s: DenseSettings
+) -> list[Part]:
+    """[T, M] × [M, pair·f], [T, f] × [f, M]; remat repeats the first alone."""
+    M, width = sizes.stack.width, sizes.cut_width(s)
+    again = repeats(sizes, block, kept_by=("none", "minimal"))
+    up = (sizes.tokens, M, local.pair(s) * width)
+    down = (sizes.tokens, width, M)
+    return [
+        _product(sizes, "", up, number=layers, again=again),
+        _product(sizes, "", down, number=layers),
+    ]
+
+
+def _router(sizes: Local, block: Block, layers: int) -> list[Part]:
+    """[p·T, M] × [M, E] in float32."""
+    again = repeats(sizes, block, kept_by=("none", "minimal"))
+    found = []
+    for s in of_kind(block, "sparse"):
+        cost = HIGHEST_PRECISION if s.router.logit_dtype == "float32" else 1
+        shape = (sizes.piece_tokens, sizes.stack.width, s.num_experts)
+        number = 0 if s.router.family == "hashed" else layers
+        found.append(_product(sizes, "", shape, number=number, again=again, cost=cost))
+    return found
+
+
+def computed_rows(sizes: Local, s: SparseSettings, load: float) -> float:
+    """Rows that the experts of the busiest chip compute, before any gather."""
+    if sizes.is_padded(s):
+        return sizes.expert_rows(s)
+    choices = mean_choices(s.router, s.num_experts)
+    return min(sizes.piece_tokens * float(choices) * load, sizes.most_rows(s))
+
+
+def _experts(sizes: Local, block: Block, layers: int, load: float) -> list[Part]:
+    """[R, M] × [M, pair·f] and back, over the matrices of this chip's experts."""
+    M, cut = sizes.stack.width, sizes.expert_model_cut
+    again = repeats(sizes, block, kept_by=("none", "minimal"))
+    found = []
+    for s in of_kind(block, "sparse"):
+        E, width = s.num_experts, sizes.cut_expert(s)
+        rows = cut * computed_rows(sizes, s, load)
+        real = cut * sizes.piece_tokens * float(mean_choices(s.router, E))
+        found += [
+            _product(
+                sizes,
+                "",
+                (rows, k, n),
+                number=layers,
+                again=again,
+                stacked=-(-E // sizes.settings.mesh.expert),
+                model_tokens=real,
+            )
+            for k, n in ((M, local.pair(s.experts) * width), (width, M))
+        ]
+    return found
+
+
+def _rows(sizes: Local, block: Block, layers: int, load: float) -> list[Part]:
     """Moving rows in and out of their places: memory alone."""
-    model = sizes.settings.model
-    rows = sizes.sent_rows + sizes.expert_model_cut * computed_rows(sizes, load)
     runs = forward_passes(sizes) + sizes.settings.train.microbatches
-    runs += repeats(sizes, sparse=True, kept_by=("none", "minimal"))
-    touched = ROW_TOUCHES / 2 * rows * model.model_dim * sizes.dtype_bytes
-    return Part("rows in and out", 0, 0, touched * runs * model.num_sparse_layers)
+    runs += repeats(sizes, block, kept_by=("none", "minimal"))
+    found = []
+    for s in of_kind(block, "sparse"):
+        computed = sizes.expert_model_cut * computed_rows(sizes, s, load)
+        rows = sizes.sent_rows(s) + computed
+        touched = ROW_TOUCHES / 2 * rows * sizes.stack.width * sizes.dtype_bytes
+        found.append(Part("", 0, 0, touched * runs * layers))
+    return found
 
 
 def _head(sizes: Local) -> Part:
     """[T, M] × [M, V / model]; in pieces of the vocabulary once more, for memory."""
-    model = sizes.settings.model
-    again = sizes.settings.train.microbatches if model.vocab_chunks > 1 else 0
-    width = -(-model.vocab_size // sizes.settings.mesh.model)
-    shape = (sizes.tokens, model.model_dim, width)
+    embedding, settings = sizes.settings.layers.embedding, sizes.settings
+    in_pieces = settings.execution.vocab_chunks > 1
+    again = settings.train.microbatches if in_pieces else 0
+    width = -(-embedding.vocab_size // settings.mesh.model)
+    shape = (sizes.tokens, embedding.width, width)
     product = _product(sizes, "logits", shape, again=again)
-    runs = forward_passes(sizes) + sizes.settings.train.microbatches + again
+    runs = forward_passes(sizes) + settings.train.microbatches + again
     scores = 2 * FLOAT32 * sizes.tokens * width * runs  # written, and read
     return dataclasses.replace(product, touched_bytes=product.touched_bytes + scores)
 
 
 def _stream(sizes: Local) -> Part:
     """Norms and sums of the residual stream: memory alone."""
-    model = sizes.settings.model
-    once = sizes.residual_tokens * model.model_dim * sizes.dtype_bytes * STREAM_TOUCHES
-    runs = model.num_layers * (
-        forward_passes(sizes) + 2 * sizes.settings.train.microbatches
+    width = sizes.stack.width
+    once = sizes.residual_tokens * width * sizes.dtype_bytes * STREAM_TOUCHES
+    runs = sum(
+        layers
+        * (
+            forward_passes(sizes)
+            + 2 * sizes.settings.train.microbatches
+            + repeats(sizes, block, kept_by=("none",))
+        )
+        for block, layers in sizes.stack.kinds_of_layers.items()
     )
-    for layers, again in _per_kind(sizes, ("none",)):
-        runs += layers * again
     return Part("norms and sums", 0, 0, once * runs)
 
 
@@ -260,6 +288,6 @@ def _optimizer(settings: Settings) -> Part:
     """
     parameters, others = local.weights(settings)
     kept = sum(w.local_size * w.itemsize for w in (*parameters, *others))
-    gradient = BYTES[settings.model.param_dtype]
+    gradient = BYTES[settings.execution.param_dtype]
     gradients = sum(w.local_size for w in parameters) * gradient
     return Part("optimizer", 0, 0, 2 * kept + 3 * gradients)

@@ -193,26 +193,25 @@ def decisions(expected: Decisions, actual: Decisions, num_selected: int) -> list
             TOLERANCES["logits"],
         )
     ]
-    if expected.slots is None or actual.slots is None:
+    if not expected.routers:
         return rows
-    assert expected.router_logits is not None
-    assert actual.router_logits is not None
-    rows.append(
-        Row(
-            "logits of the routers",
-            relative(expected.router_logits, actual.router_logits),
-            TOLERANCES["logits"],
-        )
-    )
-    flipped = expected.slots != actual.slots
-    note = f"of {flipped.size:,}"
-    if flipped.any():
-        ranked = -np.sort(-expected.router_logits, axis=-1)
+    pairs = list(zip(expected.routers, actual.routers, strict=True))
+    off = max(relative(one.logits_GSE, other.logits_GSE) for one, other in pairs)
+    rows.append(Row("logits of the routers", off, TOLERANCES["logits"]))
+    flips, margins, number = 0, [], 0
+    for one, other in pairs:
+        flipped = one.slot_of_choice_GSJ != other.slot_of_choice_GSJ
+        number += flipped.size
+        flips += int(flipped.sum())
+        ranked = -np.sort(-np.asarray(one.logits_GSE), axis=-1)
         K = min(num_selected, ranked.shape[-1] - 1)
-        margin = (ranked[..., K - 1] - ranked[..., K])[flipped.any(axis=-1)]
-        note += f"; least margin of their logits {margin.min():.2g}"
-    flips = float(np.sum(flipped))
-    return [*rows, Row("choices that flipped", flips, TOLERANCES["count"], note)]
+        margin = ranked[..., K - 1] - ranked[..., K]
+        margins += [*margin[flipped.any(axis=-1)]]
+    note = f"of {number:,}"
+    if margins:
+        note += f"; least margin of their logits {min(margins):.2g}"
+    row = Row("choices that flipped", float(flips), TOLERANCES["count"], note)
+    return [*rows, row]
 
 
 def evaluations(expected: Evaluation, actual: Evaluation, what: str) -> list[Row]:

@@ -54,8 +54,7 @@ class Reference:
         self.batch = batches.draw(self.settings, 0, self.seed)
         self.padded_batch = batches.draw(self.settings, self.tail, self.seed)
         self.bench = Bench(self.config, self.settings)
-        model, router = self.settings.model, self.settings.router
-        params = weights.draw(self.seed, model, router)
+        params = weights.draw(self.seed, self.settings.layers)
         start = self.bench.start(params)
         self.start: Start
         self.step: Step

@@ -12,7 +12,8 @@ import optax
 from launch.assemble import Run, assemble
 from launch.gin_files import ResolvedConfig
 from launch.settings import Settings
-from launch.verification import choices
+from moe.routing.assignment import Trace
+from moe.testing.whole_arrays import forward
 from moe.training import state as train_state
 from moe.training.state import TrainState
 from moe.training.train_step import Learner, eval_step, train_step
@@ -68,17 +69,16 @@ class Step:
 
 @dataclasses.dataclass(frozen=True)
 class Decisions:
-    """Logits of the model and what its routers did, [P, G, S, ...].
+    """Logits of the model and what its routers did.
 
     Attributes:
         logits_BLV: of every position.
-        router_logits: of every group; None in a dense model.
-        slots: that choices fill, -1 for none; None in a dense model.
+        routers: of each sparse sublayer, arrays that lead with layers and groups; empty
+            in a dense model.
     """
 
     logits_BLV: np.ndarray
-    router_logits: np.ndarray | None
-    slots: np.ndarray | None
+    routers: tuple[Trace, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,8 +113,10 @@ class Bench:
         """Takes one real train step, with an optimizer that records."""
         run, settings = self.run, self.run.settings
         optimizer = recording(run.learner.optimizer)
-        shapes = train_state.abstract_state(settings.model, settings.router, optimizer)
-        axes = train_state.logical_axes(shapes, settings.model, settings.router)
+        shapes = train_state.abstract_state(
+            settings.layers, settings.execution.param_dtype, optimizer
+        )
+        axes = train_state.logical_axes(shapes, settings.layers)
         places = train_state.shardings(shapes, axes, run.mesh, settings.partition)
         learner = _with_optimizer(run.learner, optimizer, places)
         zero = np.zeros((), np.int32)
@@ -141,16 +143,16 @@ class Bench:
 
     def decisions(self, start: Start, batch: dict[str, np.ndarray]) -> Decisions:
         """Runs the same step's forward pass, and keeps what routers decided."""
-        model, seed = self.run.learner.model, self.run.settings.train.seed
+        seed, model = self.run.settings.train.seed, self.run.learner.model
+        execution = dataclasses.replace(model.execution, traces_routers=True)
+        model = dataclasses.replace(model, execution=execution)
 
         def decide(params: Any, batch: Any) -> Any:
             row_B = jnp.arange(len(batch["decoder_target_tokens"]), dtype=jnp.int32)
             _, steps_key = jax.random.split(jax.random.key(seed))
             key = jax.random.fold_in(steps_key, 0)
-            logits_BLV, told = choices.decide(model, params, batch, row_B, key)
-            if told is None:
-                return logits_BLV, None, None
-            return logits_BLV, told.logits_GSE, told.slot_of_choice_GSJ
+            logits_BLV, sums = forward(model, params, batch, row_B, key)
+            return logits_BLV, tuple(each.trace for each in sums)
 
         return Decisions(*self._compute(decide, start, batch))
 

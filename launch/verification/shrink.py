@@ -16,8 +16,14 @@ import moe.constraints
 from launch.errors import ConfigError
 from launch.settings import PlatformSettings, Settings
 from launch.verification import meshes
-from moe.dispatch import choice
-from moe.settings import ModelSettings, OptimizerSettings, RouterSettings
+from moe import architecture
+from moe.dispatch import auto
+from moe.settings import (
+    ExecutionSettings,
+    ModelSettings,
+    OptimizerSettings,
+    RouterSettings,
+)
 from partitioning.settings import MeshSettings, PartitionSettings
 
 _FACTORED = 128  # the least width of which Optax's Adafactor factors the moments
@@ -67,11 +73,11 @@ class Shrunk:
 
     def on(self, mesh: Mesh) -> Settings:
         """The settings on one of the shrunk meshes."""
-        model = dataclasses.replace(
-            self.settings.model,
+        execution = dataclasses.replace(
+            self.settings.execution,
             transport=mesh.transport,  # type: ignore[arg-type]
         )
-        return dataclasses.replace(self.settings, mesh=mesh.small, model=model)
+        return dataclasses.replace(self.settings, mesh=mesh.small, execution=execution)
 
     def on_one_device(self) -> Settings:
         """The reference: the plainest way to compute the same.
@@ -84,8 +90,11 @@ class Shrunk:
             settings,
             mesh=MeshSettings(),
             partition=PartitionSettings(),
-            model=dataclasses.replace(
-                settings.model, remat="none", sparse_remat="same", transport="einsum"
+            execution=dataclasses.replace(
+                settings.execution,
+                remat="none",
+                sparse_remat="same",
+                transport="einsum",
             ),
             train=dataclasses.replace(settings.train, microbatches=1),
         )
@@ -113,6 +122,7 @@ def shrink(
         problems = moe.constraints.problems(
             candidate.model,
             candidate.router,
+            candidate.execution,
             candidate.loss,
             candidate.train,
             length=candidate.data.length,
@@ -159,7 +169,7 @@ def _sized(
     """The settings with given numbers of experts and tokens of a group in each row."""
     microbatches = min(settings.train.microbatches, 2)
     shards = _common(small, "replica", "data", "expert") * 2
-    if settings.model.moe_every:
+    if architecture.has_experts(settings.model):
         shards *= _group_rows(settings.router)
     names = list(settings.data.task_feature_lengths)
     lengths = dict.fromkeys(names, length // len(names))
@@ -169,7 +179,8 @@ def _sized(
         platform=PlatformSettings("cpu"),
         mesh=MeshSettings(),
         model=_model(settings, small, num_experts, length),
-        router=_router(settings, num_experts, group_size, small),
+        router=_router(settings, num_experts, group_size),
+        execution=_execution(settings, small, length),
         optimizer=_optimizer(settings.optimizer),
         train=dataclasses.replace(
             settings.train,
@@ -183,53 +194,62 @@ def _sized(
 def _model(
     settings: Settings, small: Sequence[MeshSettings], num_experts: int, length: int
 ) -> ModelSettings:
-    """Two periods of narrow layers, in float32."""
-    model = settings.model
+    """Two periods of narrow layers."""
+    model = architecture.shortened(settings.model)
     cut = _common(small, "model")
     whole = _common(small, "data", "context", "expert", "model")
     least = _FACTORED if settings.optimizer.name == "adafactor" else 16
-    chunks = min(model.vocab_chunks, 2)
-    first = min(model.num_first_layers, 2)
-    period = max(model.moe_every, 1)
-    # Longer periods than three repeat dense layers.
-    every = min(model.moe_every, 3)
-    periods = min((model.num_layers - model.num_first_layers) // period, 2)
-    shared = min(model.num_heads // model.kv_heads, 2)
-    kv_heads = cut if cut > 1 else min(model.kv_heads, 2)
-    blocked = 0 < model.attention_block <= settings.data.length
+    chunks = min(settings.execution.vocab_chunks, 2)
+    had_kv_heads = model.num_kv_heads or model.num_heads
+    shared = min(model.num_heads // had_kv_heads, 2)
+    kv_heads = cut if cut > 1 else min(had_kv_heads, 2)
+    sparse = architecture.has_experts(model)
     learned = model.positions == "learned"
     return dataclasses.replace(
         model,
         vocab_size=_multiple(cut * chunks, max(least, 32)),
-        num_layers=first + max(periods, 1) * max(every, 1),
-        first_dense_layers=first,
-        moe_every=every,
         model_dim=_multiple(whole, least),
         num_heads=kv_heads * shared,
         num_kv_heads=kv_heads if model.num_kv_heads else 0,
         head_dim=4,
         mlp_dim=_multiple(cut, max(least, 24)),
-        attention_block=length // 2 if blocked else 0,
         **(_NEAR if model.positions.startswith("relative") else {}),
         max_positions=length if learned else model.max_positions,
-        num_experts=num_experts if model.moe_every else model.num_experts,
+        num_experts=num_experts if sparse else model.num_experts,
         expert_mlp_dim=_multiple(cut, max(least, 16)),
         shared_expert_mlp_dim=_multiple(cut, 16) if model.shared_expert_mlp_dim else 0,
         init_scale=1.0,
-        vocab_chunks=chunks,
+    )
+
+
+def _execution(
+    settings: Settings, small: Sequence[MeshSettings], length: int
+) -> ExecutionSettings:
+    """In float32, and with room for every row.
+
+    A step that has none is taken again, and is another test.
+    """
+    execution = settings.execution
+    blocked = 0 < execution.attention_block <= settings.data.length
+    return dataclasses.replace(
+        execution,
         dtype="float32",
         param_dtype="float32",
         reduce_dtype="float32",
+        attention_block=length // 2 if blocked else 0,
+        vocab_chunks=min(execution.vocab_chunks, 2),
+        row_budget=max(execution.row_budget, float(_common(small, "expert"))),
     )
 
 
 def _transport(settings: Settings, mesh: MeshSettings) -> str:
     """The transport that the run takes on its own devices, not on simulated ones."""
     has_ragged = settings.platform.name != "cpu"
-    name, _ = choice.pick(
-        settings.model, settings.router, mesh.expert, has_ragged, train=True
-    )
-    return name
+    for s in settings.layers.decoder.settings("sparse")[:1]:
+        return auto.transport_for(
+            settings.execution.transport, s, mesh.expert, has_ragged, train=True
+        )[0]
+    return settings.execution.transport
 
 
 def _prototypes(router: RouterSettings) -> int:
@@ -240,12 +260,7 @@ def _group_rows(router: RouterSettings) -> int:
     return min(router.group_rows, 2)
 
 
-def _router(
-    settings: Settings,
-    num_experts: int,
-    group_size: int,
-    small: Sequence[MeshSettings],
-) -> RouterSettings:
+def _router(settings: Settings, num_experts: int, group_size: int) -> RouterSettings:
     """The same router over fewer experts and smaller groups."""
     router = settings.router
     groups = min(router.num_expert_groups, 4)
@@ -261,8 +276,6 @@ def _router(
         group_rows=_group_rows(router),
         min_capacity=min(router.min_capacity, 1),
         capacity_multiple=min(router.capacity_multiple, 2),
-        # Room for every row: a step that has none is taken again, and is another test.
-        row_budget=max(router.row_budget, float(_common(small, "expert"))),
     )
 
 
@@ -292,7 +305,7 @@ def _changes(before: Settings, after: Settings) -> tuple[Change, ...]:
     """Every setting that differs, by the macro that sets it."""
     macros = _macros()
     found = []
-    for record in ("model", "router", "optimizer", "train", "data"):
+    for record in ("model", "router", "execution", "optimizer", "train", "data"):
         old, new = getattr(before, record), getattr(after, record)
         for field in dataclasses.fields(old):
             values = getattr(old, field.name), getattr(new, field.name)

@@ -15,6 +15,7 @@ from launch.verification.compare import Row
 from launch.verification.examine import Verdict, differing
 from launch.verification.meshes import describe
 from launch.verification.shrink import Shrunk
+from moe import architecture
 from moe.model import transformer
 from moe.training import state as train_state
 from moe.training.optimizer import make_optimizer
@@ -43,8 +44,8 @@ class Printer:
         )
         for mesh in shrunk.meshes:
             table.add_row("mesh", describe(mesh.asked), describe(mesh.small))
-            if shrunk.settings.model.moe_every:
-                before = shrunk.settings.model.transport
+            if architecture.has_experts(shrunk.settings.model):
+                before = shrunk.settings.execution.transport
                 table.add_row("TRANSPORT", before, mesh.transport)
         for change in shrunk.changes:
             table.add_row(change.name, str(change.before), str(change.after))
@@ -105,10 +106,12 @@ def refuse_what_does_not_divide(
         ConfigError: every dimension that does not divide over a mesh.
     """
     settings = config.settings
-    axes = transformer.param_axes(settings.model, settings.router)
-    optimizer = make_optimizer(settings.optimizer, settings.train.train_steps, axes)
-    shapes = train_state.abstract_state(settings.model, settings.router, optimizer)
-    state_axes = train_state.logical_axes(shapes, settings.model, settings.router)
+    specs = transformer.specs(settings.layers)
+    optimizer = make_optimizer(settings.optimizer, settings.train.train_steps, specs)
+    shapes = train_state.abstract_state(
+        settings.layers, settings.execution.param_dtype, optimizer
+    )
+    state_axes = train_state.logical_axes(shapes, settings.layers)
     table = rules.table(settings.partition)
     found = []
     for mesh in asked:

@@ -7,33 +7,27 @@ from typing import Any
 import jax
 import numpy as np
 
+from moe import architecture
 from moe.model import transformer
-from moe.settings import ModelSettings, RouterSettings
-from moe.training.optimizer import STACKED
-from partitioning.rules import FULLY_SHARDED
+from moe.model.parameters import Spec
 
 
-def draw(seed: int, model: ModelSettings, router: RouterSettings) -> Any:
+def draw(seed: int, layers: architecture.Model) -> Any:
     """Draws parameters as NumPy arrays, each by its own name.
 
     Not those that training starts from: gates of an untrained router are all alike,
     and a bias of 0 hides one that is added twice.
     """
-    shapes = transformer.param_shapes(model, router)
 
-    def one(path: Any, array: jax.ShapeDtypeStruct, axes: tuple) -> np.ndarray:
+    def one(path: Any, spec: Spec) -> np.ndarray:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
-        drawn = rng.standard_normal(array.shape, np.float32)
-        if name.endswith("scale"):
-            return 1 + np.float32(0.2) * drawn
-        if name.endswith(("bias", "table", "positions")):
-            return np.float32(0.2) * drawn
-        fan_in = model.model_dim
-        if name != "embedding" and axes[-1] in FULLY_SHARDED:
-            sizes = zip(array.shape[:-1], axes[:-1], strict=True)
-            fan_in = math.prod(size for size, axis in sizes if axis not in STACKED)
+        drawn = rng.standard_normal(spec.shape, np.float32)
+        if not spec.is_matrix:
+            return np.float32(spec.value) + np.float32(0.2) * drawn
+        fan_in = math.prod(spec.shape[dim] for dim in spec.inputs)
+        if name == "embedding":
+            fan_in = layers.embedding.width
         return drawn * np.float32(fan_in**-0.5)
 
-    axes = transformer.param_axes(model, router)
-    return jax.tree_util.tree_map_with_path(one, shapes, axes)
+    return jax.tree_util.tree_map_with_path(one, transformer.specs(layers))

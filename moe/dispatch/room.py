@@ -2,7 +2,8 @@
 
 import dataclasses
 
-from moe.settings import RouterSettings, capacity
+from moe.routing.capacity import capacity
+from moe.settings import RouterSettings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +31,7 @@ def room_for(
     axis_size: int,
     platform: str,
     *,
+    row_budget: float,
     train: bool,
 ) -> Room:
     """Sizes the exchange.
@@ -39,11 +41,12 @@ def room_for(
     beyond it is computed in further rounds.
 
     Args:
-        router: capacity and row budget.
+        router: capacity.
         num_experts: E.
         tokens: on each device.
         axis_size: size of the mesh axis `expert`.
         platform: of the mesh.
+        row_budget: room for rows over an even share, where nothing drops.
         train: whether capacity is that of training.
     """
     slots = capacity(router, num_experts, train=train)
@@ -53,6 +56,6 @@ def room_for(
     worst = axis_size * min(tokens * min(choices, local), groups * local * slots)
     if slots < router.group_size or axis_size == 1:
         return Room(axis_size, worst, 1, platform)
-    share = router.row_budget * tokens * choices
+    share = row_budget * tokens * choices
     rows = min(-(-int(share) // 8) * 8, worst)
     return Room(axis_size, rows, -(-worst // rows), platform)

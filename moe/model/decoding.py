@@ -5,11 +5,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
-from moe.model import transformer
-from moe.model.attention import NEVER, Cache
+from moe import architecture
+from moe.model import head, stack, transformer, view
 from moe.model.transformer import Model
+from partitioning import rules
 
+NEVER = -1e30  # a logit that is never drawn
 # Lower temperatures are no float32 numbers or overflow; at this one already all
 # probability is that of the likeliest.
 COLDEST = 1e-30
@@ -31,19 +34,19 @@ def generate(
     eos_id: int = -1,
     whole_prompt: bool = False,
 ) -> jax.Array:
-    """Continues prompts with a key-value cache; by default no token is dropped.
+    """Continues prompts, remembering what came before; by default nothing is dropped.
 
     Each row is continued as if it were alone. Prompts are moved to the end of their
-    rows, so that all continuations begin at the same slot of the cache; the padding
+    rows, so that all continuations begin at the same place of the memory; the padding
     before them is seen by no token and takes no slot of an expert.
 
     Args:
         model: the static description.
-        params: as `init_params` returns them.
+        params: as `transformer.draw` returns them.
         prompt_BL: int32 tokens of each row, padded with anything up to L.
         prompt_length_B: int32, tokens of each prompt, in [0, L]; -1 for an empty row,
             of which nothing is drawn.
-        key: of the draws; row b uses its own, whatever the mesh.
+        key: PRNG key of the draws; row b uses its own, whatever the mesh.
         num_tokens: tokens to draw at most.
         vocabulary_size: ids from here on are never drawn.
         temperature: of the softmax; 0 takes the likeliest token.
@@ -62,15 +65,15 @@ def generate(
     first_B = L - prompt_length_B
     position_BL = jnp.arange(L + 1) - first_B[:, None]
     token_BL = jnp.take_along_axis(prompt_BL, jnp.maximum(position_BL - 1, 0), axis=1)
-    logits_B1V, cache = transformer.forward_cached(
+    logits_B1V, memories = extend(
         _grouped(model, L + 1),
         params,
         jnp.where(position_BL > 0, token_BL, 0),
         position_BL >= 0,
         jnp.int32(0),
         first_B,
-        empty_cache(model, B, L + 1 + num_tokens),
-        whole=whole_prompt,
+        empty_memories(model, B, L + 1 + num_tokens),
+        bidirectional=whole_prompt,
         last_only=True,
     )
     key_B = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(B))
@@ -94,24 +97,24 @@ def generate(
         i, done_B = drawing.i, drawing.done_B
         token_B = jnp.where(done_B, 0, draw(drawing.logits_BV, i))
         done_B |= token_B == eos_id
-        logits_B1V, cache = transformer.forward_cached(
+        logits_B1V, memories = extend(
             _grouped(model, 1),
             params,
             token_B[:, None],
             ~done_B[:, None],
             L + 1 + i,
             first_B,
-            drawing.cache,
+            drawing.memories,
         )
         token_BT = jax.lax.dynamic_update_slice_in_dim(
             drawing.token_BT, token_B[:, None], i, axis=1
         )
-        return _Drawing(i + 1, logits_B1V[:, 0], cache, done_B, token_BT)
+        return _Drawing(i + 1, logits_B1V[:, 0], memories, done_B, token_BT)
 
     start = _Drawing(
         i=jnp.int32(0),
         logits_BV=logits_B1V[:, 0],
-        cache=cache,
+        memories=memories,
         done_B=prompt_length_B < 0,
         token_BT=jnp.zeros((B, num_tokens), jnp.int32),
     )
@@ -123,7 +126,7 @@ class _Drawing(NamedTuple):
 
     i: jax.Array
     logits_BV: jax.Array
-    cache: tuple[Cache, ...]
+    memories: stack.Tree
     done_B: jax.Array
     token_BT: jax.Array
 
@@ -145,26 +148,104 @@ def keep_likely(logits_BV: jax.Array, top_k: int, top_p: float) -> jax.Array:
     return jnp.where(kept_BV, logits_BV, NEVER)
 
 
-def empty_cache(model: Model, num_rows: int, room: int) -> tuple[Cache, ...]:
-    """Allocates keys and values of all layers for `room` tokens."""
-    settings = model.settings
+def extend(
+    model: Model,
+    params: Any,
+    id_BL: jax.Array,
+    mask_BL: jax.Array,
+    start: jax.Array | int,
+    first_B: jax.Array,
+    memories: stack.Tree,
+    *,
+    bidirectional: bool = False,
+    last_only: bool = False,
+) -> tuple[jax.Array, stack.Tree]:
+    """Computes logits of L new tokens after `start` tokens already in memory.
 
-    def zeros(periods: int, layers: int) -> Cache:
-        shape = (periods, layers, num_rows, room, settings.kv_heads, settings.head_dim)
-        array = jnp.zeros(shape, settings.dtype)
-        return Cache(key_BTUD=array, value_BTUD=array)
+    No sequence is cut: devices along `context` do the same, those along `model` their
+    heads and widths.
 
-    dense = settings.num_first_layers
-    first = (zeros(dense, 1),) if dense else ()
-    return (*first, zeros(settings.num_periods, max(settings.moe_every, 1)))
+    Args:
+        model: the static description; its groups are the L tokens of one sequence.
+        params: as `transformer.draw` returns them.
+        id_BL: the new tokens.
+        mask_BL: False for padding, which takes no slot of an expert.
+        start: int32 scalar, where the first of them goes.
+        first_B: int32, where the first token of each row is; before it is padding.
+        memories: as `empty_memories` returns them; from `start` on they are
+            overwritten.
+        bidirectional: whether the new tokens are a prefix, and see one another whole.
+        last_only: whether logits are wanted of the last token alone.
+    Returns:
+        logits_BLV, or those of the last token, [B, 1, V], and the memories with the new
+        tokens in them.
+    """
+    uncut = dataclasses.replace(model.execution.partition, sequence_parallel=False)
+    execution = dataclasses.replace(
+        model.execution, partition=uncut, tokens_replicated=True
+    )
+    model = dataclasses.replace(model, execution=execution)
+    (room,) = {array.shape[2] for array in jax.tree.leaves(memories)}
+
+    def on_device(params, id_BL, mask_BL, start, first_B, memories):
+        seen = view.into_memory(
+            id_BL,
+            mask_BL,
+            start,
+            first_B,
+            room,
+            params["decoder"].get("distance"),
+            execution,
+            bidirectional=bidirectional,
+        )
+        x_BLM, memories, _ = transformer.through_layers(
+            model, params, id_BL, seen, memories, None, last_only=last_only
+        )
+        head_mv = head.projection(params, model.layers.embedding)
+        return head.logits_of(head_mv, x_BLM, execution), memories
+
+    rows, cut = rules.spec(["batch", None]), _memory_specs(model)
+    return model.grid.run(
+        on_device,
+        in_specs=(
+            model.partition_specs,
+            rows,
+            rows,
+            PartitionSpec(),
+            rules.spec(["batch"]),
+            cut,
+        ),
+        out_specs=(rules.spec(["batch", None, "vocab"]), cut),
+    )(params, id_BL, mask_BL, start, first_B, memories)
+
+
+def empty_memories(model: Model, num_rows: int, room: int) -> stack.Tree:
+    """Allocates what every layer keeps, for `room` tokens of each row."""
+    dtype = model.execution.settings.dtype
+    return jax.tree.map(
+        lambda spec: jnp.zeros((spec.shape[0], num_rows, room, *spec.shape[1:]), dtype),
+        stack.memory(model.layers.decoder),
+    )
+
+
+def _memory_specs(model: Model) -> Any:
+    """How memories are cut."""
+    return jax.tree.map(
+        lambda spec: rules.spec((spec.axes[0], "batch", None, *spec.axes[1:])),
+        stack.memory(model.layers.decoder),
+    )
 
 
 def _grouped(model: Model, group_size: int) -> Model:
     """The same model, routing the given tokens of each sequence together."""
-    router = dataclasses.replace(
-        model.router,
-        group_size=group_size,
-        group_rows=1,
-        min_capacity=max(model.router.min_capacity, 1),
+    layers = architecture.with_routers(
+        model.layers,
+        lambda router: dataclasses.replace(
+            router,
+            group_size=group_size,
+            group_rows=1,
+            min_capacity=max(router.min_capacity, 1),
+        ),
     )
-    return dataclasses.replace(model, router=router, in_rounds=True)
+    execution = dataclasses.replace(model.execution, in_rounds=True)
+    return Model(layers, execution)

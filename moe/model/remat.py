@@ -6,8 +6,8 @@ from typing import Any
 import jax
 
 from moe.dispatch.exchange import TRAVELLED_NAMES
-from moe.model.attention import OUTPUT_NAME
-from moe.model.attention_scores import ATTENDED_NAMES
+from moe.model.attention.attend import OUTPUT_NAME
+from moe.model.attention.blocks import ATTENDED_NAMES
 
 
 def rematerialised(
@@ -39,7 +39,7 @@ def rematerialised(
 
 
 def _all_but_weights(primitive: Any, *_: Any, **parameters: Any) -> bool:
-    """Keeps everything but gathered weights, which `weights.gathered` returns."""
+    """Keeps everything but gathered weights, which `products.gather` returns."""
     if primitive.name != "custom_vjp_call":
         return True
     inner = parameters["call_jaxpr"].eqns

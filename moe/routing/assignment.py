@@ -62,6 +62,7 @@ class RouterSums:
         without_expert_G: tokens that no expert computed: only the residual passes.
         excess_G: rows beyond the budget of this group's device, counted in the first
             of the device's sums; filled in by the layer.
+        trace: what each router was given and decided; None unless it was asked for.
     """
 
     tokens_G: jax.Array
@@ -77,6 +78,21 @@ class RouterSums:
     square_G: jax.Array
     without_expert_G: jax.Array
     excess_G: jax.Array
+    trace: "Trace | None" = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Trace:
+    """What a router was given and decided, token by token.
+
+    Attributes:
+        logits_GSE: float32, noise included.
+        slot_of_choice_GSJ: as in `Assignment`.
+    """
+
+    logits_GSE: jax.Array
+    slot_of_choice_GSJ: jax.Array
 
 
 @jax.tree_util.register_dataclass
@@ -93,12 +109,14 @@ class Assignment:
         slot_of_choice_GSJ: int32, the slot that a choice fills, or -1 if it has none.
         gate_GSJ: float32, the weight of that expert's output in the token's output.
         sums: what the losses and the ledger need.
+        trace: the logits it was made of, for whoever compares decisions.
     """
 
     choice_of_slot_GEC: jax.Array
     slot_of_choice_GSJ: jax.Array
     gate_GSJ: jax.Array
     sums: RouterSums
+    trace: "Trace | None" = None
 
 
 @jax.tree_util.register_dataclass

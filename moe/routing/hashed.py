@@ -39,7 +39,7 @@ def route(
     """
     G, S, E = logits_GSE.shape
     K = settings.num_selected
-    assert context.order_V is not None  # moe_layer gives both to this family
+    assert context.order_V is not None  # the sparse layer gives both to it
     assert context.token_GS is not None
     place_GS = jnp.take(context.order_V, context.token_GS)
     expert_GSK = (place_GS[..., None] + jnp.arange(K)) % E

@@ -7,12 +7,14 @@ divides.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from moe.model.embedding import Scores
+from moe.model.head import TargetScores
 from moe.routing.assignment import RouterSums
 from moe.settings import LossSettings
 from partitioning.grid import Grid
@@ -22,7 +24,7 @@ from partitioning.settings import BATCH_AXES
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RouterTotals:
-    """Router sums over all groups, per sparse layer: the ledger of every token.
+    """Router sums over all groups, per layer of a segment: the ledger of every token.
 
     routed = computed + dropped + padding holds exactly, where routed counts the
     choices of real tokens and those that padding would have made.
@@ -71,21 +73,22 @@ class Sums:
         z: summed squared log of the output softmax's normaliser.
         correct: target tokens that were the likeliest.
         weight: target tokens.
-        router: None in a dense model.
+        router: of each sparse sublayer of each segment, whose number of experts may
+            differ; empty in a dense model.
     """
 
     cross_entropy: jax.Array
     z: jax.Array
     correct: jax.Array
     weight: jax.Array
-    router: RouterTotals | None
+    router: tuple[RouterTotals, ...]
 
 
 def sums(
-    scores: Scores,
+    scores: TargetScores,
     target_BL: jax.Array,
     weight_BL: jax.Array,
-    router: RouterSums | None,
+    router: Sequence[RouterSums],
     settings: LossSettings,
     join_sequence: Callable[[jax.Array], jax.Array] = lambda x: x,
     *,
@@ -97,18 +100,19 @@ def sums(
         scores: what is known of each target's logits.
         target_BL: int32.
         weight_BL: 1 where the target counts, 0 elsewhere.
-        router: sums per sparse layer and group.
+        router: of each sparse sublayer, sums per layer and group.
         settings: which balance loss is formed.
         join_sequence: adds up over the devices that a sequence is cut over.
         group_rows: rows of a group.
     """
     weight_BL = weight_BL.astype(jnp.float32)
     log_z_BL = scores.log_z_BL
-    totals = None
-    if router is not None:
-        totals = router_totals(
-            router, len(target_BL), settings, join_sequence, group_rows=group_rows
+    totals = tuple(
+        router_totals(
+            each, len(target_BL), settings, join_sequence, group_rows=group_rows
         )
+        for each in router
+    )
     return Sums(
         cross_entropy=jnp.sum(weight_BL * (log_z_BL - scores.target_logit_BL)),
         z=jnp.sum(weight_BL * log_z_BL**2),
@@ -121,11 +125,9 @@ def sums(
 def over_devices(sums: Sums, grid: Grid) -> Sums:
     """Merges the parts of all devices; those of `model` score the same targets."""
     cuts = (*BATCH_AXES, "context")
-    router, rest = sums.router, dataclasses.replace(sums, router=None)
+    router, rest = sums.router, dataclasses.replace(sums, router=())
     merged = grid.sum(rest, cuts)
-    if router is not None:
-        router = grid.sum(router, (*cuts, "model"))
-    return dataclasses.replace(merged, router=router)
+    return dataclasses.replace(merged, router=grid.sum(router, (*cuts, "model")))
 
 
 def router_totals(
@@ -219,7 +221,7 @@ def balance_P(router: RouterTotals, settings: LossSettings) -> jax.Array:
     return _mean(router.local_balance_P, router.tokens_P)
 
 
-def unevenness(sum_PE: jax.Array) -> jax.Array:
+def squared_variation(sum_PE: jax.Array) -> jax.Array:
     """Squared coefficient of variation over the experts: variance / mean².
 
     Of probabilities it is V-MoE's importance loss, of chances its load loss
@@ -229,9 +231,15 @@ def unevenness(sum_PE: jax.Array) -> jax.Array:
     return _mean(jnp.var(sum_PE, axis=-1), mean_P**2)
 
 
-def total(sums: Sums, settings: LossSettings) -> tuple[jax.Array, dict]:
+def total(
+    sums: Sums, settings: LossSettings, order: Sequence[int] = ()
+) -> tuple[jax.Array, dict]:
     """Forms the loss that is differentiated, and its parts as metrics.
 
+    Args:
+        sums: of the whole batch.
+        settings: weights of the losses.
+        order: as in `ledger`.
     Returns:
         A scalar, and a dict of scalars.
     """
@@ -243,90 +251,174 @@ def total(sums: Sums, settings: LossSettings) -> tuple[jax.Array, dict]:
         "loss/output_z": z,
         "accuracy/fraction": _mean(sums.correct, sums.weight),
     }
-    if sums.router is not None:
+    if sums.router:
         terms, parts = _router_terms(sums.router, settings)
         value += terms
-        metrics |= parts | ledger(sums.router)
+        metrics |= parts | ledger(sums.router, order)
     metrics["loss/total"] = value
     return value, metrics
 
 
 def _router_terms(
-    router: RouterTotals, settings: LossSettings
+    router: Sequence[RouterTotals], settings: LossSettings
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """What routers add to the loss, and its parts as means over the layers."""
     terms = {
         "loss/balance": (
             settings.balance_weight,
-            balance_P(router, settings),
+            lambda totals: balance_P(totals, settings),
         ),
         "loss/router_z": (
             settings.router_z_weight,
-            _mean(router.z_P, router.tokens_P),
+            lambda totals: _mean(totals.z_P, totals.tokens_P),
         ),
     }
     if settings.importance_weight:
-        importance_P = unevenness(router.probability_PE)
-        terms["loss/importance"] = (settings.importance_weight, importance_P)
+        terms["loss/importance"] = (
+            settings.importance_weight,
+            lambda totals: squared_variation(totals.probability_PE),
+        )
     if settings.load_weight:
-        terms["loss/load"] = (settings.load_weight, unevenness(router.load_PE))
+        terms["loss/load"] = (
+            settings.load_weight,
+            lambda totals: squared_variation(totals.load_PE),
+        )
     over_layers = jnp.sum if settings.over_layers == "sum" else jnp.mean
-    value = sum(
-        (weight * over_layers(loss_P) for weight, loss_P in terms.values()),
-        start=jnp.zeros(()),
-    )
-    return value, {name: jnp.mean(loss_P) for name, (_, loss_P) in terms.items()}
+    value, parts = jnp.zeros(()), {}
+    for name, (weight, loss_of) in terms.items():
+        loss_P = jnp.concatenate([loss_of(totals) for totals in router])
+        value += weight * over_layers(loss_P)
+        parts[name] = jnp.mean(loss_P)
+    return value, parts
 
 
-def ledger(router: RouterTotals) -> dict[str, jax.Array]:
-    """Accounts for every choice: fractions, and the counts of each layer."""
-    chosen_P = jnp.sum(router.chosen_PE, axis=-1)
-    kept_P = jnp.sum(router.kept_PE, axis=-1)
+def ledger(
+    router: Sequence[RouterTotals], order: Sequence[int] = ()
+) -> dict[str, jax.Array]:
+    """Accounts for every choice: fractions, and the counts of each layer.
+
+    Args:
+        router: totals of each sparse sublayer.
+        order: place of each layer of the model, from the bottom up, among those of the
+            totals one after the other; () where they are in this order already.
+    Returns:
+        Scalars and, of every layer, arrays that lead with layers. Where layers have
+        different numbers of experts, loads of those that a layer has not are NaN.
+    """
+    counts = choices_per_layer(router, order)
+    dropped_P = counts["ledger/dropped_choices"]
+    chosen_P = dropped_P + counts["ledger/computed_choices"]
+    tokens_P = per_layer(router, lambda totals: totals.tokens_P, order)
     # Over all layers int32 could overflow.
-    chosen, spilled = (
-        jnp.sum(count.astype(jnp.float32))
-        for count in (router.chosen_PE, router.spilled_PE)
+    chosen, spilled, dropped, without, tokens = (
+        jnp.sum(count_P.astype(jnp.float32))
+        for count_P in (
+            chosen_P,
+            counts["ledger/spilled_choices"],
+            dropped_P,
+            counts["ledger/tokens_without_expert"],
+            tokens_P,
+        )
     )
-    load_PE = router.chosen_PE / jnp.maximum(chosen_P, 1)[:, None]
-    dropped_P = _mean(chosen_P - kept_P, chosen_P)
-    num_experts = router.chosen_PE.shape[-1]
-    entropy_P = _mean(router.entropy_P, router.tokens_P)
+    entropy_P = per_layer(
+        router, lambda totals: _mean(totals.entropy_P, totals.tokens_P), order
+    )
+    square_P = per_layer(
+        router, lambda totals: _mean(totals.square_P, totals.tokens_P), order
+    )
     return {
-        "router/load": load_PE,
-        "router/dropped_fraction_per_layer": dropped_P,
+        "router/load": per_layer(router, _load, order),
+        "router/dropped_fraction_per_layer": _mean(dropped_P, chosen_P),
         "router/entropy_nats_per_layer": entropy_P,
-        "router/dropped_fraction": _mean(
-            jnp.sum((chosen_P - kept_P).astype(jnp.float32)), chosen
-        ),
+        "router/dropped_fraction": _mean(dropped, chosen),
         "router/spilled_fraction": _mean(spilled, chosen),
-        "router/tokens_without_expert_fraction": _mean(
-            jnp.sum(router.without_expert_P.astype(jnp.float32)),
-            jnp.sum(router.tokens_P.astype(jnp.float32)),
-        ),
+        "router/tokens_without_expert_fraction": _mean(without, tokens),
         "router/entropy_nats": jnp.mean(entropy_P),
-        "router/logit_rms": jnp.sqrt(jnp.mean(_mean(router.square_P, router.tokens_P))),
-        "router/max_violation": jnp.max(load_PE) * num_experts - 1,
-        "router/dead_experts": jnp.sum(router.chosen_PE == 0),
-        "router/over_budget_rows": jnp.sum(router.excess_P),
-        **choices_per_layer(router),
+        "router/logit_rms": jnp.sqrt(jnp.mean(square_P)),
+        "router/max_violation": jnp.max(
+            jnp.stack([jnp.max(_load(t)) * t.chosen_PE.shape[-1] - 1 for t in router])
+        ),
+        "router/dead_experts": sum(jnp.sum(t.chosen_PE == 0) for t in router),
+        "router/over_budget_rows": excess_rows(router),
+        **counts,
     }
 
 
-def choices_per_layer(router: RouterTotals) -> dict[str, jax.Array]:
+def excess_rows(router: Sequence[RouterTotals]) -> jax.Array:
+    """Counts the rows that devices had no room for, in all layers."""
+    return sum((jnp.sum(t.excess_P) for t in router), start=jnp.zeros((), jnp.int32))
+
+
+def choices_per_layer(
+    router: Sequence[RouterTotals], order: Sequence[int] = ()
+) -> dict[str, jax.Array]:
     """Counts where choices went, exactly, whatever kind of arrays the totals are.
 
     routed = computed + dropped + padding; spilled are among the computed. Besides, the
     real tokens of which no choice was computed.
+
+    Args:
+        router: totals of each sparse sublayer.
+        order: as in `ledger`.
     """
-    chosen_P, kept_P = router.chosen_PE.sum(axis=-1), router.kept_PE.sum(axis=-1)
+    chosen_P, kept_P, spilled_P, padding_P, without_P = (
+        per_layer(router, count, order)
+        for count in (
+            lambda totals: totals.chosen_PE.sum(axis=-1),
+            lambda totals: totals.kept_PE.sum(axis=-1),
+            lambda totals: totals.spilled_PE.sum(axis=-1),
+            lambda totals: totals.padding_P,
+            lambda totals: totals.without_expert_P,
+        )
+    )
     return {
-        "ledger/routed_choices": chosen_P + router.padding_P,
+        "ledger/routed_choices": chosen_P + padding_P,
         "ledger/computed_choices": kept_P,
-        "ledger/spilled_choices": router.spilled_PE.sum(axis=-1),
+        "ledger/spilled_choices": spilled_P,
         "ledger/dropped_choices": chosen_P - kept_P,
-        "ledger/padding_choices": router.padding_P,
-        "ledger/tokens_without_expert": router.without_expert_P,
+        "ledger/padding_choices": padding_P,
+        "ledger/tokens_without_expert": without_P,
     }
+
+
+def per_layer(
+    router: Sequence[RouterTotals],
+    number: Callable[[RouterTotals], Any],
+    order: Sequence[int],
+) -> Any:
+    """Joins a number of each layer, or numbers of each expert, in the layers' order.
+
+    Args:
+        router: totals of each sparse sublayer.
+        number: what is wanted of the totals, led by layers.
+        order: as in `ledger`.
+    Returns:
+        An array of the kind that `number` returns.
+    """
+    parts = [number(totals) for totals in router]
+    if len(parts) == 1 and not order:
+        return parts[0]
+    here = np if isinstance(parts[0], np.ndarray) else jnp
+    if parts[0].ndim > 1:
+        widest = max(part.shape[1] for part in parts)
+        parts = [
+            here.pad(
+                part,
+                ((0, 0), (0, widest - part.shape[1])),
+                constant_values=here.nan,
+            )
+            if part.shape[1] < widest
+            else part
+            for part in parts
+        ]
+    joined = here.concatenate(parts)
+    return joined[here.array(order)] if order else joined
+
+
+def _load(totals: RouterTotals) -> jax.Array:
+    """Share of a layer's choices that each expert has."""
+    chosen_P1 = jnp.sum(totals.chosen_PE, axis=-1, keepdims=True)
+    return totals.chosen_PE / jnp.maximum(chosen_P1, 1)
 
 
 def _share(sum_E: jax.Array) -> jax.Array:

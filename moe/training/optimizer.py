@@ -1,30 +1,31 @@
 """Optimizers and schedules, from Optax."""
 
+import functools
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from moe.model.parameters import Spec
 from moe.settings import OptimizerSettings
 from moe.training.precision import moments_in, with_master
 from partitioning import rules
 
-# Dimensions that index separate matrices, or separate vectors.
-STACKED = ("layers", "expert", "pair")
 # What fully sharded dimensions are called in the optimizer's state.
 MOMENTS = {axis: f"{axis}_moment" for axis in rules.FULLY_SHARDED}
 
 
 def make_optimizer(
-    settings: OptimizerSettings, train_steps: int, axes: Any
+    settings: OptimizerSettings, train_steps: int, specs: Any
 ) -> optax.GradientTransformation:
     """Chains clipping, the optimizer, weight decay and the learning rate.
 
     Args:
         settings: which, and how.
         train_steps: where the cosine ends.
-        axes: logical axes of the parameters, to tell matrices from stacks of them.
+        specs: what the parameters are, to tell matrices from stacks of them.
     """
     clip = (
         optax.clip_by_global_norm(settings.clip_norm)
@@ -33,14 +34,14 @@ def make_optimizer(
     )
     decay = optax.add_decayed_weights(
         settings.weight_decay,
-        mask=lambda params: jax.tree.map(lambda _, a: is_matrix(a), params, axes),
+        mask=lambda params: jax.tree.map(lambda _, s: s.is_matrix, params, specs),
     )
     rate = optax.scale_by_learning_rate(make_schedule(settings, train_steps))
     if settings.name == "adamw":
         scale = optax.scale_by_adam(settings.b1, settings.b2, settings.eps)
     else:
         scale = optax.chain(
-            _per_matrix(_adafactor(), axes),
+            _per_matrix(_adafactor(), specs),
             optax.ema(settings.b1, debias=False) if settings.b1 else optax.identity(),
         )
     # Float32 too: Optax would start the moments of bfloat16 parameters in bfloat16.
@@ -69,40 +70,42 @@ def make_schedule(settings: OptimizerSettings, train_steps: int) -> optax.Schedu
     return optax.join_schedules([rise, after], [warmup])
 
 
-def state_axes(opt_state_shapes: Any, params: Any, axes: Any) -> Any:
-    """Gives every array of the optimizer's state its logical axes.
+def state_axes(opt_state_shapes: Any, specs: Any) -> Any:
+    """Gives every array of the optimizer's state its logical axes, by the trees alone.
 
     A moment has the axes of its parameter. A factored moment keeps those of the
     leading stack and is whole in its only other dimension. Counters are whole.
+
+    Args:
+        opt_state_shapes: arrays, or what stands for them.
+        specs: what the parameters are.
     """
-    by_path = {
-        f"/{path}/": (param.shape, param_axes)
-        for path, param, param_axes in rules.leaves(params, axes)
-    }
+    params: Any = jax.tree.structure(specs)
 
-    def axes_of(path: Any, leaf: jax.ShapeDtypeStruct) -> tuple[str | None, ...]:
-        name = f"/{jax.tree_util.keystr(path, simple=True, separator='/')}/"
-        for param_path, (shape, param_axes) in by_path.items():
-            if param_path in name:
-                if leaf.shape == shape:
-                    return tuple(MOMENTS.get(a, a) for a in param_axes)
-                stack = tuple(param_axes[i] for i in stack_of(param_axes))
-                lead = stack[: leaf.ndim]
-                return (*lead, *(None,) * (leaf.ndim - len(lead)))
-        return (None,) * leaf.ndim
+    def under_params(tree: Any) -> list[Any] | None:
+        try:
+            return params.flatten_up_to(tree)
+        except ValueError:  # of another structure
+            return None
 
-    return jax.tree_util.tree_map_with_path(axes_of, opt_state_shapes)
+    def axes_of(spec: Spec, leaf: jax.ShapeDtypeStruct) -> tuple[str | None, ...]:
+        if leaf.shape == spec.shape:
+            return tuple(MOMENTS.get(axis or "", axis) for axis in spec.axes)
+        lead = tuple(spec.axes[dim] for dim in spec.stacked)[: leaf.ndim]
+        return (*lead, *(None,) * (leaf.ndim - len(lead)))
 
+    def of(tree: Any) -> Any:
+        states = under_params(tree)
+        if states is None:
+            return (None,) * tree.ndim
+        return params.unflatten(
+            jax.tree.map(functools.partial(axes_of, spec), state)
+            for spec, state in zip(jax.tree.leaves(specs), states, strict=True)
+        )
 
-def stack_of(axes: tuple[str | None, ...]) -> tuple[int, ...]:
-    """Returns the dimensions that index separate matrices or vectors."""
-    return tuple(i for i, axis in enumerate(axes) if axis in STACKED)
-
-
-def is_matrix(axes: tuple[str | None, ...]) -> bool:
-    """Whether a parameter is a matrix, or a stack of them: one side of it is M."""
-    wide = any(axis in rules.FULLY_SHARDED for axis in axes)
-    return wide and len(axes) - len(stack_of(axes)) >= 2
+    return jax.tree.map(
+        of, opt_state_shapes, is_leaf=lambda tree: under_params(tree) is not None
+    )
 
 
 def _adafactor() -> optax.GradientTransformation:
@@ -115,7 +118,7 @@ def _adafactor() -> optax.GradientTransformation:
 
 
 def _per_matrix(
-    inner: optax.GradientTransformation, axes: Any
+    inner: optax.GradientTransformation, specs: Any
 ) -> optax.GradientTransformation:
     """Applies a transformation to each matrix of a stack as if it stood alone.
 
@@ -124,44 +127,37 @@ def _per_matrix(
     are one dimension with what is in them.
     """
 
-    def stack(array: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
-        """[*stack, inputs, outputs], or [*stack, numbers] of vectors."""
-        dims = stack_of(axes)
-        array = jnp.moveaxis(array, dims, range(len(dims)))
-        lead, rest = array.shape[: len(dims)], array.shape[len(dims) :]
-        if is_matrix(axes):
-            inner = [axis for axis in axes if axis not in STACKED]
-            first = inner[0] in rules.FULLY_SHARDED
-            rest = (rest[0], -1) if first else (-1, rest[-1])
-        else:
-            rest = (-1,)
+    def stack(array: jax.Array, spec: Spec) -> jax.Array:
+        """[*stacked, inputs, outputs], or [*stacked, numbers] of vectors."""
+        array = jnp.transpose(array, spec.stacked + spec.inputs + spec.outputs)
+        lead = array.shape[: len(spec.stacked)]
+        inputs = math.prod(spec.shape[dim] for dim in spec.inputs)
+        rest = (inputs, -1) if spec.is_matrix else (-1,)
         return array.reshape(*lead, *rest)
 
-    def unstack(
-        array: jax.Array, like: jax.Array, axes: tuple[str | None, ...]
-    ) -> jax.Array:
-        dims = stack_of(axes)
-        shape = jnp.moveaxis(like, dims, range(len(dims))).shape
-        return jnp.moveaxis(array.reshape(shape), range(len(dims)), dims)
+    def unstack(array: jax.Array, spec: Spec) -> jax.Array:
+        order = spec.stacked + spec.inputs + spec.outputs
+        array = array.reshape([spec.shape[dim] for dim in order])
+        return jnp.transpose(array, sorted(range(len(order)), key=order.__getitem__))
 
-    def mapped(function: Any, axes: tuple[str | None, ...]) -> Any:
-        for _ in stack_of(axes):
+    def mapped(function: Any, spec: Spec) -> Any:
+        for _ in spec.stacked:
             function = jax.vmap(function)
         return function
 
     def init(params: optax.Params) -> optax.OptState:
         return jax.tree.map(
-            lambda p, a: mapped(inner.init, a)(stack(p, a)), params, axes
+            lambda p, s: mapped(inner.init, s)(stack(p, s)), params, specs
         )
 
     def update(
         updates: optax.Updates, state: optax.OptState, params: optax.Params
     ) -> tuple[optax.Updates, optax.OptState]:
-        def one(u: Any, s: Any, p: Any, a: Any) -> tuple[Any, Any]:
-            new_u, new_s = mapped(inner.update, a)(stack(u, a), s, stack(p, a))
-            return unstack(new_u, u, a), new_s
+        def one(u: Any, state: Any, p: Any, s: Spec) -> tuple[Any, Any]:
+            new, state = mapped(inner.update, s)(stack(u, s), state, stack(p, s))
+            return unstack(new, s), state
 
-        pairs = jax.tree.map(one, updates, state, params, axes)
+        pairs = jax.tree.map(one, updates, state, params, specs)
         new_updates, new_state = (
             jax.tree.map(lambda _, pair, i=i: pair[i], updates, pairs) for i in (0, 1)
         )

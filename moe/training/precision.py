@@ -73,7 +73,7 @@ def apply_updates(
         updates: float32.
         opt_state: after the update.
         rounding: "nearest", "stochastic" or "master"; see `OptimizerSettings`.
-        key: of this step.
+        key: PRNG key of this step.
     """
     if rounding == "master":
         assert isinstance(opt_state, MasterState)

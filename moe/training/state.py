@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from moe.model import transformer
-from moe.settings import ModelSettings, RouterSettings
+from moe import architecture
+from moe.model import parameters, transformer
 from moe.training.optimizer import state_axes
 from partitioning import rules
 from partitioning.grid import Grid
@@ -41,12 +41,12 @@ class TrainState:
 
 def init_state(
     key: jax.Array,
-    settings: ModelSettings,
-    router: RouterSettings,
+    layers: architecture.Model,
+    param_dtype: str,
     optimizer: optax.GradientTransformation,
 ) -> TrainState:
     """Draws the state of step 0."""
-    params = transformer.init_params(key, settings, router)
+    params = transformer.draw(layers, key, param_dtype)
     zero = jnp.zeros((), jnp.int32)
     return TrainState(
         step=zero,
@@ -59,28 +59,26 @@ def init_state(
 
 
 def abstract_state(
-    settings: ModelSettings,
-    router: RouterSettings,
+    layers: architecture.Model,
+    param_dtype: str,
     optimizer: optax.GradientTransformation,
 ) -> TrainState:
     """Returns the shapes and dtypes of the state, allocating nothing."""
     return jax.eval_shape(
-        lambda: init_state(jax.random.key(0), settings, router, optimizer)
+        lambda: init_state(jax.random.key(0), layers, param_dtype, optimizer)
     )
 
 
-def logical_axes(
-    shapes: TrainState, settings: ModelSettings, router: RouterSettings
-) -> TrainState:
+def logical_axes(shapes: TrainState, layers: architecture.Model) -> TrainState:
     """Returns the logical axes of every array of the state."""
-    axes = transformer.param_axes(settings, router)
+    specs = transformer.specs(layers)
     return TrainState(
         step=(),
         data_index=(),
         skipped_steps=(),
         skipped_in_a_row=(),
-        params=axes,
-        opt_state=state_axes(shapes.opt_state, shapes.params, axes),
+        params=parameters.axes(specs),
+        opt_state=state_axes(shapes.opt_state, specs),
     )
 
 

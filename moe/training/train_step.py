@@ -10,7 +10,7 @@ import optax
 from jax.sharding import PartitionSpec
 
 from moe.model import transformer
-from moe.model.embedding import score
+from moe.model.head import projection, score_targets
 from moe.model.transformer import Batch, Model
 from moe.settings import LossSettings
 from moe.training import losses
@@ -74,7 +74,8 @@ def train_step(
 
     def objective(params: Any) -> tuple[jax.Array, tuple[losses.Sums, dict]]:
         sums, _ = batch_sums(params, batch, key, learner)
-        value, metrics = losses.total(sums, learner.loss)
+        order = learner.model.layers.decoder.sparse_order
+        value, metrics = losses.total(sums, learner.loss, order)
         return value, (sums, metrics)
 
     gradients, (sums, metrics) = jax.grad(objective, has_aux=True)(state.params)
@@ -94,13 +95,12 @@ def train_step(
         jax.random.fold_in(key, _ROUNDING),
     )
     taken = batch_index == state.data_index
-    if sums.router is not None:
-        taken &= jnp.sum(sums.router.excess_P) == 0
-        if learner.model.router.selection_bias:
-            params = _even_out(params, sums.router.chosen_PE, learner)
-            if isinstance(opt_state, MasterState):  # the next update starts from it
-                master = _even_out(opt_state.master, sums.router.chosen_PE, learner)
-                opt_state = opt_state._replace(master=master)
+    if sums.router:
+        taken &= losses.excess_rows(sums.router) == 0
+        params = move_selection_biases(params, sums.router, learner.model)
+        if isinstance(opt_state, MasterState):  # the next update starts from it
+            master = move_selection_biases(opt_state.master, sums.router, learner.model)
+            opt_state = opt_state._replace(master=master)
     finite = jnp.isfinite(gradient_norm) & jnp.isfinite(metrics["loss/total"])
     params, opt_state = jax.tree.map(
         lambda new, old: jnp.where(taken & finite, new, old),
@@ -133,24 +133,31 @@ def train_step(
 
 def in_rounds(learner: Learner) -> Learner:
     """Returns the learner whose steps always fit, in rounds of the row budget."""
-    model = dataclasses.replace(learner.model, in_rounds=True)
+    execution = dataclasses.replace(learner.model.execution, in_rounds=True)
+    model = dataclasses.replace(learner.model, execution=execution)
     return dataclasses.replace(learner, model=model)
 
 
-def _even_out(params: Any, chosen_PE: jax.Array, learner: Learner) -> Any:
+def move_selection_biases(params: Any, router: Any, model: Model) -> Any:
     """Moves each expert's selection bias against its load in this batch.
 
     b += rate · sign(mean load - load) (arXiv:2408.15664, algorithm 1).
+
+    Args:
+        params: parameters, or a copy of them.
+        router: totals of each sparse sublayer, in the order of `Stack.sparse`.
+        model: which of them have biases.
     """
-    load_PE = chosen_PE.astype(jnp.float32)
-    below_PE = jnp.sign(jnp.mean(load_PE, axis=-1, keepdims=True) - load_PE)
-    step_PE = learner.model.router.bias_update_rate * below_PE
-
-    def moved(path: Any, array: jax.Array) -> jax.Array:
-        is_bias = jax.tree_util.keystr(path, simple=True).endswith("selection_bias")
-        return array + step_PE if is_bias else array
-
-    return jax.tree_util.tree_map_with_path(moved, params)
+    params = jax.tree.map(lambda array: array, params)  # dicts of its own
+    layers = params["decoder"]["layers"]
+    for place, totals in zip(model.layers.decoder.sparse(), router, strict=True):
+        settings = place.sublayer.settings.router
+        if settings.selection_bias:
+            weights = layers[place.segment][place.block][place.sublayer.name]
+            load_PE = totals.chosen_PE.astype(jnp.float32)
+            below_PE = jnp.sign(jnp.mean(load_PE, axis=-1, keepdims=True) - load_PE)
+            weights["selection_bias"] += settings.bias_update_rate * below_PE
+    return params
 
 
 def eval_step(
@@ -180,7 +187,7 @@ def batch_sums(
     gradients of parameters that devices share are summed once, after the last.
 
     Args:
-        params: as `init_params` returns them.
+        params: as `transformer.draw` returns them.
         batch: SeqIO's decoder features, each [B, L].
         key: PRNG key of the step; None outside training, where nothing is drawn.
         learner: static; its optimizer is not used.
@@ -190,13 +197,15 @@ def batch_sums(
         float64.
     """
     model, A = learner.model, learner.microbatches
+    sparse = model.layers.decoder.settings("sparse")
+    group_rows = sparse[0].router.group_rows if sparse else 1
 
     def one(params: Any, piece: Batch, row_B: jax.Array, key: Any) -> Any:
         x_BLM, router = transformer.hidden(model, params, piece, row_B, key)
         target_BL = piece["decoder_target_tokens"]
         weight_BL = piece["decoder_loss_weights"]
-        head_mv = transformer.head(model, params)
-        scores = score(head_mv, x_BLM, target_BL, model.settings, model.grid)
+        head_mv = projection(params, model.layers.embedding)
+        scores = score_targets(head_mv, x_BLM, target_BL, model.execution)
         add_up = functools.partial(model.grid.sum, axes=("context", "model"))
         sums = losses.sums(
             scores,
@@ -205,7 +214,7 @@ def batch_sums(
             router,
             learner.loss,
             add_up,
-            group_rows=model.router.group_rows,
+            group_rows=group_rows,
         )
         nats_BL = jax.lax.stop_gradient(scores.log_z_BL - scores.target_logit_BL)
         return sums, jnp.where(weight_BL > 0, nats_BL, 0)
@@ -235,7 +244,7 @@ def batch_sums(
     return model.grid.run(
         on_device,
         in_specs=(
-            model.param_specs,
+            model.partition_specs,
             transformer.batch_spec(batch),
             by_row,
             PartitionSpec(),

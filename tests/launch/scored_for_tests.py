@@ -15,8 +15,14 @@ import optax
 
 from launch import evaluate
 from launch.task_metrics import TaskMetrics
+from moe import architecture
 from moe.model import transformer
-from moe.settings import LossSettings, ModelSettings, RouterSettings
+from moe.settings import (
+    ExecutionSettings,
+    LossSettings,
+    ModelSettings,
+    RouterSettings,
+)
 from moe.testing import MESHES
 from moe.training.train_step import Learner, eval_step
 from partitioning import rules
@@ -39,10 +45,10 @@ MODEL = ModelSettings(
     num_experts=4,
     expert_mlp_dim=12,
     tie_embeddings=False,
-    dtype="float32",
-    remat="none",
 )
+EXECUTION = ExecutionSettings(dtype="float32", remat="none")
 ROUTER = RouterSettings(num_selected=1, group_size=L)
+LAYERS = architecture.describe(MODEL, ROUTER)
 DATA = DataSettings(
     mixture_or_task_name="mixed",
     mixture_or_task_module="nowhere",
@@ -193,15 +199,15 @@ TASKS = [Task("many", predicts=True), Task("few", predicts=False, notes=("left o
 @functools.cache
 def parameters():
     """Weights large enough for tokens, positions and experts to matter."""
-    shapes = transformer.param_shapes(MODEL, ROUTER)
+    specs = transformer.specs(LAYERS)
     rng = np.random.default_rng(0)
     return jax.tree.map(
-        lambda x: rng.normal(size=x.shape, scale=0.5).astype(np.float32), shapes
+        lambda x: rng.normal(size=x.shape, scale=0.5).astype(np.float32), specs
     )
 
 
 def build(mesh: str) -> transformer.Model:
-    return transformer.build(MODEL, ROUTER, make_mesh(MESHES[mesh]))
+    return transformer.build(MODEL, ROUTER, EXECUTION, make_mesh(MESHES[mesh]))
 
 
 def make_learner(mesh: str) -> Learner:
@@ -215,15 +221,16 @@ def make_run(mesh: str, model_dir, data: DataSettings = DATA):
     model = build(mesh)
     settings = types.SimpleNamespace(
         data=data,
+        layers=LAYERS,
         loss=LossSettings(),
         train=types.SimpleNamespace(batch_size=B, microbatches=1, seed=0),
         loop=types.SimpleNamespace(model_dir=str(model_dir)),
     )
     return types.SimpleNamespace(
         settings=settings,
-        mesh=model.mesh,
+        mesh=model.execution.mesh,
         learner=make_learner(mesh),
-        batch_sharding=rules.sharding(model.mesh, ("batch", "length")),
+        batch_sharding=rules.sharding(model.execution.mesh, ("batch", "length")),
     )
 
 
@@ -232,7 +239,7 @@ def compiled_eval_step(mesh: str):
     learner = make_learner(mesh)
     return jax.jit(
         functools.partial(eval_step, learner=learner),
-        out_shardings=rules.replicated(learner.model.mesh),
+        out_shardings=rules.replicated(learner.model.execution.mesh),
     )
 
 

@@ -392,7 +392,7 @@ add_documents("void", {
     ("verb", "task", "message"),
     [
         ("train", "latin", "document 'cafe' in split 'train' of task 'latin' is not "),
-        ("prepare", "void", "split 'train' of task 'void' holds no text (1 empty "),
+        ("prepare", "void", "split 'train' of task 'void' holds no text (1 empty)"),
     ],
 )
 def test_documents_that_cannot_be_learnt_are_said(

@@ -121,7 +121,7 @@ def test_parameters_come_back_alone(run, saved):
     with opened(saved) as checkpoint:
         params = checkpoint.restore_params(5, other)
     assert_bit_equal(params, random_state(run, 5).params)
-    sharding = named_arrays(params)["periods/blocks/1/moe/experts/up"].sharding
+    sharding = named_arrays(params)["decoder/layers/0/1/sparse/experts/up"].sharding
     assert sharding.shard_shape((1, 4, 32, 64)) == (1, 1, 32, 64)
 
 
@@ -302,20 +302,20 @@ def test_every_difference_of_another_model_is_in_one_table(saved):
     for row in rows:
         name, *shapes = re.split(r"\s{2,}", row.strip())
         table[name] = shapes
-    blocks = "params/periods/blocks"
+    blocks = "params/decoder/layers/0"
     of_model = {
         "params/head": ["float32[32, 384]", "–"],
-        f"{blocks}/0/feed_forward/down": ["float32[1, 64, 32]", "float32[1, 48, 32]"],
-        f"{blocks}/0/feed_forward/up": ["float32[1, 32, 64]", "float32[1, 32, 48]"],
-        f"{blocks}/1/moe/experts/down": [
+        f"{blocks}/0/dense/down": ["float32[1, 64, 32]", "float32[1, 48, 32]"],
+        f"{blocks}/0/dense/up": ["float32[1, 32, 64]", "float32[1, 32, 48]"],
+        f"{blocks}/1/sparse/experts/down": [
             "float32[1, 4, 64, 32]",
             "float32[1, 8, 64, 32]",
         ],
-        f"{blocks}/1/moe/experts/up": [
+        f"{blocks}/1/sparse/experts/up": [
             "float32[1, 4, 32, 64]",
             "float32[1, 8, 32, 64]",
         ],
-        f"{blocks}/1/moe/router": ["float32[1, 32, 4]", "float32[1, 32, 8]"],
+        f"{blocks}/1/sparse/router": ["float32[1, 32, 4]", "float32[1, 32, 8]"],
     }
     assert {n: s for n, s in table.items() if n.startswith("params")} == of_model
     assert len(table) == 3 * len(of_model)  # and of two moments each

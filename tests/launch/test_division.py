@@ -5,7 +5,12 @@ import dataclasses
 import pytest
 
 from launch.division import problems
-from moe.settings import ModelSettings, RouterSettings, TrainSettings
+from moe.settings import (
+    ExecutionSettings,
+    ModelSettings,
+    RouterSettings,
+    TrainSettings,
+)
 from partitioning.settings import MeshSettings, PartitionSettings
 
 pytestmark = pytest.mark.fast
@@ -23,12 +28,13 @@ MODEL = ModelSettings(
 GROUPS = RouterSettings(group_size=16)
 
 
-def faults(mesh, model=MODEL, length=128, router=GROUPS, **partition):
+def faults(mesh, model=MODEL, length=128, router=GROUPS, vocab_chunks=1, **partition):
     return problems(
         MeshSettings(**mesh),
         PartitionSettings(**partition),
         model,
         router,
+        ExecutionSettings(vocab_chunks=vocab_chunks),
         TrainSettings(batch_size=32),
         length,
     )
@@ -76,8 +82,8 @@ def test_what_divides_is_accepted(mesh, partition):
         ),
         (
             {"model": 4},
-            {"vocab_chunks": 32},
             {},
+            {"vocab_chunks": 32},
             "VOCAB_SIZE = 64 does not divide over MESH_MODEL = 4 × VOCAB_CHUNKS = 32",
         ),
         (

@@ -145,7 +145,7 @@ def test_the_demo_is_what_it_says():
     assert settings.mesh.num_devices == settings.platform.simulated_devices == 4
     assert settings.model.num_experts == 8
     assert settings.router.num_selected == 1
-    assert settings.model.dtype == "float32"
+    assert settings.execution.dtype == "float32"
     assert settings.data.task_feature_lengths == {"targets": 256}
 
 

@@ -89,21 +89,23 @@ def test_what_layers_keep_is_what_the_formulas_say():
     sizes = local.local(settings, "tpu")
     # 8 rows on 2 × 2 chips in 2 microbatches: 2 rows of 64, of which a chip routes 32.
     assert (sizes.rows, sizes.length, sizes.piece) == (2, 64, 32)
+    dense_layer, sparse_layer = sizes.stack.kinds_of_layers
     stream = 64 * 32 * 2  # p·T·M·d
-    assert memory.saved_per_layer(sizes, "full", sparse=False) == stream
+    assert memory.saved_per_layer(sizes, "full", dense_layer) == stream
     # Queries, keys, values: T = 128 tokens of 3 · 1 head · 16; the output 32 wide; half
     # of the 64 hidden, of gelu, which has no gate.
     dense = stream + 128 * (48 + 32 + 32) * 2
-    assert memory.saved_per_layer(sizes, "minimal", sparse=False) == dense
+    assert memory.saved_per_layer(sizes, "minimal", dense_layer) == dense
     # Two groups of 32 · 1.25 / 4 = 10 slots for 4 experts: 80 rows, gathered to 160.
     rows = 80
     sparse = stream + 128 * (48 + 32) * 2 + 64 * 4 * 4  # and the router
     sparse += (rows + rows + 2 * rows) * 32 * 2 + 2 * rows * 32 * 2
-    assert memory.saved_per_layer(sizes, "minimal", sparse=True) == sparse
-    assert memory.saved_per_layer(sizes, "none", sparse=True) > sparse
-    assert memory.saved(sizes) == memory.saved_per_layer(
-        sizes, settings.model.remat, sparse=False
-    ) + memory.saved_per_layer(sizes, settings.model.remat, sparse=True)
+    assert memory.saved_per_layer(sizes, "minimal", sparse_layer) == sparse
+    assert memory.saved_per_layer(sizes, "none", sparse_layer) > sparse
+    assert memory.saved(sizes) == sum(
+        memory.saved_per_layer(sizes, settings.execution.remat, layer)
+        for layer in (dense_layer, sparse_layer)
+    )
 
 
 def test_the_total_is_the_fullest_moment_and_its_categories():
@@ -137,8 +139,9 @@ def test_evaluation_counts_where_its_rows_are_more_than_those_of_training():
     scoring = dataclasses.replace(sizes, train=False)
     # 256 rows on 8 chips in 2 microbatches: 16 groups of 64 tokens and 32 experts, of
     # ⌈64 · 1.25 / 32⌉ = 3 slots each in training; where nothing drops, of 64.
-    assert sizes.expert_rows == 16 * 32 * 3
-    assert scoring.expert_rows == 16 * 32 * 64
+    (layer,) = set(sizes.stack.settings("sparse"))
+    assert sizes.expert_rows(layer) == 16 * 32 * 3
+    assert scoring.expert_rows(layer) == 16 * 32 * 64
     plan = memory.predict(padded)
     assert plan.fullest == "evaluation of a sparse layer"
     # Rows in and out, 32 wide, float32, and 64 wide between; no gradient, and nothing

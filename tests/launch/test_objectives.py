@@ -25,6 +25,7 @@ from commands import ROOT, Done, Place, inline
 from jax.experimental.compilation_cache import compilation_cache
 
 from launch.writers import read_metrics
+from moe import architecture
 from moe.model import transformer
 from moe.settings import LossSettings
 from moe.testing import MESHES
@@ -510,15 +511,16 @@ def test_gradients_of_prefixes_are_those_of_targets_on_any_mesh_in_any_pieces(st
         scored.MODEL, num_layers=2, vocab_size=rows.tasks[0].part.vocabulary.size
     )
     router = dataclasses.replace(scored.ROUTER, group_size=8)
-    shapes = transformer.param_shapes(model, router)
+    specs = transformer.specs(architecture.describe(model, router))
     rng = np.random.default_rng(0)
     params = jax.tree.map(
-        lambda x: rng.normal(size=x.shape, scale=0.5).astype(np.float32), shapes
+        lambda x: rng.normal(size=x.shape, scale=0.5).astype(np.float32), specs
     )
 
-    def learnt(mesh: str, microbatches: int, batch) -> tuple:
+    def learnt(name: str, microbatches: int, batch) -> tuple:
+        mesh = make_mesh(MESHES[name])
         learner = Learner(
-            transformer.build(model, router, make_mesh(MESHES[mesh])),
+            transformer.build(model, router, scored.EXECUTION, mesh),
             *(None, None, LossSettings(), microbatches, 0),
         )
 
@@ -527,10 +529,8 @@ def test_gradients_of_prefixes_are_those_of_targets_on_any_mesh_in_any_pieces(st
             value, metrics = losses.total(sums, learner.loss)
             return value, metrics["loss/nats_per_token"]
 
-        with jax.set_mesh(learner.model.mesh):
-            placed = jax.device_put(
-                batch, rules.sharding(learner.model.mesh, ("batch", "length"))
-            )
+        with jax.set_mesh(mesh):
+            placed = jax.device_put(batch, rules.sharding(mesh, ("batch", "length")))
             return jax.device_get(jax.jit(jax.grad(loss, has_aux=True))(params, placed))
 
     gradients, nats = learnt("d1", 1, batch)

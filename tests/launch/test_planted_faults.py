@@ -15,8 +15,9 @@ from test_verify import DEVICES, config
 from launch.verification import examine, meshes
 from launch.verification.shrink import shrink
 from moe.dispatch import all_to_all
-from moe.model import attention_scores, embedding, moe_layer
-from moe.model.online_softmax import Ring
+from moe.model import head, sparse
+from moe.model.attention import blocks
+from moe.model.attention.blocks import Ring
 from moe.training import losses
 from partitioning.grid import Grid
 from partitioning.settings import BATCH_AXES
@@ -54,17 +55,17 @@ class Fault(NamedTuple):
 
 
 def scale_gradients_of_experts_by_the_axis(patch):
-    real = moe_layer._core
+    real = sparse._compute
 
-    def core(routing, experts, *given, layer):
-        size = layer.mesh.shape["expert"]
+    def compute(w, *given):
+        size = given[-1].mesh.shape["expert"]
 
         def scaled(x):
             return size * x - lax.stop_gradient((size - 1) * x)
 
-        return real(routing, jax.tree.map(scaled, experts), *given, layer=layer)
+        return real(jax.tree.map(scaled, w), *given)
 
-    patch.setattr(moe_layer, "_core", core)
+    patch.setattr(sparse, "_compute", compute)
 
 
 def leave_gradients_unsummed_over_data(patch):
@@ -92,12 +93,12 @@ def average_balance_over_the_wrong_axis(patch):
     real = losses.over_devices
 
     def over_devices(sums, grid):
-        router, merged = sums.router, real(sums, grid)
+        (router,), merged = sums.router, real(sums, grid)
         mine = grid.sum(router.probability_PE, ("replica", "data", "context", "model"))
         wrong = dataclasses.replace(
-            merged.router, probability_PE=mine * grid.size("expert")
+            merged.router[0], probability_PE=mine * grid.size("expert")
         )
-        return dataclasses.replace(merged, router=wrong)
+        return dataclasses.replace(merged, router=(wrong,))
 
     patch.setattr(losses, "over_devices", over_devices)
 
@@ -127,20 +128,18 @@ def leave_out_the_sum_over_sequence_parallel_shares(patch):
 
 
 def skip_a_turn_of_the_ring(patch):
-    patch.setattr(
-        attention_scores, "Ring", lambda axis, axis_size: Ring(axis, axis_size - 1)
-    )
+    patch.setattr(blocks, "Ring", lambda axis, axis_size: Ring(axis, axis_size - 1))
 
 
 def count_dropped_tokens_twice(patch):
-    real = moe_layer._core
+    real = sparse._compute
 
-    def core(*given, layer):
-        y_GSM, sums = real(*given, layer=layer)
+    def compute(*given):
+        y_GSM, sums = real(*given)
         dropped_GE = sums.chosen_GE - sums.kept_GE
         return y_GSM, dataclasses.replace(sums, chosen_GE=sums.chosen_GE + dropped_GE)
 
-    patch.setattr(moe_layer, "_core", core)
+    patch.setattr(sparse, "_compute", compute)
 
 
 def normalise_by_the_own_part_of_the_vocabulary(patch):
@@ -158,23 +157,24 @@ def normalise_by_the_own_part_of_the_vocabulary(patch):
             return len(calls) <= 2  # the first maximum and the first sum
 
     calls: list[None] = []
-    real = embedding.score
+    real = head.score_targets
 
-    def score(head_mv, x_BLM, target_BL, settings, grid):
+    def score_targets(head_mv, x_BLM, target_BL, execution):
         calls.clear()
-        deaf = Deaf(grid.mesh, grid.partition)
-        return real(head_mv, x_BLM, target_BL, settings, deaf)
+        deaf = dataclasses.replace(execution)
+        vars(deaf)["grid"] = Deaf(execution.mesh, execution.partition)
+        return real(head_mv, x_BLM, target_BL, deaf)
 
-    patch.setattr("moe.training.train_step.score", score)
+    patch.setattr("moe.training.train_step.score_targets", score_targets)
 
 
 def draw_by_the_device_and_not_by_the_row(patch):
-    real = moe_layer._group_keys
+    real = sparse.group_keys
 
     def group_keys(key, group_g):
         return real(key, jnp.arange(group_g.size))
 
-    patch.setattr(moe_layer, "_group_keys", group_keys)
+    patch.setattr(sparse, "group_keys", group_keys)
 
 
 def sum_no_metrics_over_replicas(patch):
@@ -189,10 +189,10 @@ def sum_no_metrics_over_replicas(patch):
 
 
 EXPERTS = (
-    "gradient periods/blocks/0/moe/experts/up",
-    "gradient periods/blocks/0/moe/experts/down",
+    "gradient decoder/layers/0/0/sparse/experts/up",
+    "gradient decoder/layers/0/0/sparse/experts/down",
 )
-ROUTER = "gradient periods/blocks/0/moe/router"
+ROUTER = "gradient decoder/layers/0/0/sparse/router"
 NORM = "optimizer/gradient_norm"
 DESCENT = "parameters after gradient descent, clipped"
 LOSS = "loss/nats_per_token"
@@ -206,8 +206,13 @@ FAULTS = [
     Fault(
         leave_gradients_unsummed_over_data,
         "data=2",
-        ("gradient periods/blocks/0/attention/query", "gradient head", *EXPERTS, NORM),
-        (LOSS, "gradient periods/blocks/0/attention_norm/scale"),
+        (
+            "gradient decoder/layers/0/0/attention/query",
+            "gradient head",
+            *EXPERTS,
+            NORM,
+        ),
+        (LOSS, "gradient decoder/layers/0/0/attention/norm/scale"),
         "FSDP=data",
     ),
     Fault(drop_the_gradient_of_gates, "expert=2", (ROUTER,), (LOSS, *EXPERTS)),
@@ -223,13 +228,13 @@ FAULTS = [
     Fault(
         leave_out_the_sum_over_sequence_parallel_shares,
         "model=2",
-        (LOSS, "gradient periods/blocks/0/attention/output"),
+        (LOSS, "gradient decoder/layers/0/0/attention/output"),
         (),
     ),
     Fault(
         skip_a_turn_of_the_ring,
         "context=2",
-        (LOSS, "gradient periods/blocks/0/attention/key"),
+        (LOSS, "gradient decoder/layers/0/0/attention/key"),
         (),
         "CONTEXT_ATTENTION=ring",
     ),

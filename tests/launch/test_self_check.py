@@ -12,7 +12,7 @@ from launch.assemble import Run, assemble
 from launch.errors import UserError
 from launch.self_check import Comparison, SelfCheckError
 from moe.dispatch import all_to_all
-from moe.model.moe_layer import ROUTERS
+from moe.model.sparse import ROUTERS
 
 KNOBS = ("TRANSPORT='all_to_all'", "GROUP_SIZE=16")
 ON_FOUR = ("SIMULATED_DEVICES=4", "MESH_DATA=2", "MESH_EXPERT=2")
@@ -56,10 +56,10 @@ def test_a_fault_of_evaluation_alone_stops_the_run(monkeypatch):
     patched = iter([False, True])
     results = self_check._results
 
-    def second_evaluation_is_wrong(layer, arguments, *, train):
+    def second_evaluation_is_wrong(s, execution, arguments, *, train):
         if not train and next(patched):
             monkeypatch.setitem(ROUTERS, "token_choice", route)
-        return results(layer, arguments, train=train)
+        return results(s, execution, arguments, train=train)
 
     monkeypatch.setattr(self_check, "_results", second_evaluation_is_wrong)
     with pytest.raises(SelfCheckError) as caught:

@@ -14,7 +14,7 @@ from launch import gin_files
 from launch.verification import compare, examine, meshes
 from launch.verification.compare import Row
 from launch.verification.shrink import shrink
-from moe.settings import capacity
+from moe.routing.capacity import capacity
 from partitioning.settings import MeshSettings
 
 DEVICES = 8  # of the tests
@@ -111,12 +111,12 @@ def test_shrinking_keeps_choices_and_what_divides():
     assert (settings.model.num_layers, settings.train.microbatches) == (4, 2)
     assert settings.train.batch_size % (8 * 2) == 0
     assert settings.model.num_experts % 4 == 0
-    assert settings.model.num_heads == 2 * settings.model.kv_heads == 4
+    assert settings.model.num_heads == 2 * settings.model.num_kv_heads == 4
     assert settings.data.length % (4 * settings.router.group_size) == 0
     assert settings.partition == given.partition
     for kept in ("num_selected", "capacity_factor", "capacity_rounding", "family"):
         assert getattr(settings.router, kept) == getattr(given.router, kept)
-    assert settings.model.remat == "full"
+    assert settings.execution.remat == "full"
     names = {change.name: change for change in small.changes}
     assert (names["NUM_EXPERTS"].before, names["NUM_EXPERTS"].after) == (64, 8)
     # With 2 of 8 experts for each token, 2.0 · 2 · 8 / 8 slots would be enough.
@@ -127,7 +127,7 @@ def test_the_transport_is_that_of_the_run_and_not_of_simulated_devices():
     knobs = "TRAIN_CAPACITY_FACTOR=0.0 PLATFORM=tpu SIMULATED_DEVICES=0"
     small = shrunk(knobs, "expert=4", "data=2")
     assert [mesh.transport for mesh in small.meshes] == ["ragged", "ragged"]
-    assert small.on_one_device().model.transport == "einsum"
+    assert small.on_one_device().execution.transport == "einsum"
 
 
 def test_a_mesh_is_shrunk_to_two_to_four_devices_per_axis():

@@ -22,13 +22,19 @@ os.environ |= {
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
-from moe.model.moe_layer import Layer, MoE, Tokens, moe_layer
-from moe.model.parameters import logical_axes
-from moe.settings import ModelSettings, RouterSettings
+from moe.model import sparse
+from moe.model.execution import Execution
+from moe.model.view import Routed
+from moe.settings import (
+    DenseSettings,
+    ExecutionSettings,
+    RouterSettings,
+    SparseSettings,
+)
+from moe.testing.whole_arrays import layer
 from partitioning import rules
 from partitioning.settings import AXES
 
@@ -47,20 +53,6 @@ def main(topology: str, transport: str, dtype: str, *words: str) -> None:
     described = topologies.get_topology_desc(platform="tpu", topology_name=topology)
     made = topologies.make_mesh(described, (1, 1, data, 1, expert, 1), AXES)
     mesh = Mesh(made.devices, AXES, axis_types=(AxisType.Auto,) * len(AXES))
-    model = ModelSettings(
-        vocab_size=2,
-        num_layers=1,
-        model_dim=M,
-        num_heads=1,
-        head_dim=2,
-        mlp_dim=1,
-        activation="swiglu",
-        moe_every=1,
-        num_experts=E,
-        expert_mlp_dim=F,
-        transport=transport,
-        dtype=dtype,
-    )
     bounded = transport in ("all_to_all", "einsum")
     router = RouterSettings(
         num_selected=2,
@@ -68,27 +60,28 @@ def main(topology: str, transport: str, dtype: str, *words: str) -> None:
         group_size=S,
         capacity_factor=1.25 if bounded else 0.0,
     )
-    layer = Layer(model, router, mesh, in_rounds="in_rounds" in words)
-    shapes = nnx.eval_shape(lambda: MoE(jax.random.key(0), model, router))
-    definition = nnx.graphdef(shapes)
+    s = SparseSettings(E, DenseSettings(F, "swiglu"), router)
+    execution = Execution(
+        ExecutionSettings(transport=transport, dtype=dtype),
+        mesh,
+        in_rounds="in_rounds" in words,
+    )
     weights = jax.tree.map(
-        lambda s, axes: jax.ShapeDtypeStruct(
-            s.shape, s.dtype, sharding=rules.sharding(mesh, axes)
+        lambda spec: jax.ShapeDtypeStruct(
+            spec.shape, "float32", sharding=rules.sharding(mesh, spec.axes)
         ),
-        nnx.to_pure_dict(nnx.state(shapes)),
-        logical_axes(shapes),
+        sparse.specs(s, M),
     )
     x_BLM = jax.ShapeDtypeStruct(
         (B, S, M), dtype, sharding=rules.sharding(mesh, ("batch",))
     )
 
     def objective(weights, x_BLM):
-        tokens = Tokens(
-            jnp.ones((B, S), bool), jnp.arange(B), jnp.zeros((B, S), jnp.int32)
+        routed = Routed(
+            jnp.ones((B, S), bool), jnp.zeros((B, S), jnp.int32), jnp.arange(B)
         )
-        y_BLM, sums = moe_layer(
-            nnx.merge(definition, weights), x_BLM, tokens, jax.random.key(0), 0, layer
-        )
+        key = jax.random.key(0)
+        y_BLM, sums = layer(weights, x_BLM, routed, key, 0, s, execution)
         return jnp.sum(y_BLM.astype(jnp.float32)) + jnp.sum(sums.z_G)
 
     with jax.set_mesh(mesh):

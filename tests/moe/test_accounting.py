@@ -9,9 +9,11 @@ import jax.numpy as jnp
 import pytest
 
 from moe import accounting
-from moe.model import transformer
-from moe.settings import ModelSettings, RouterSettings, capacity
+from moe.model import parameters, transformer
+from moe.routing.capacity import capacity
+from moe.settings import ExecutionSettings, ModelSettings, RouterSettings
 from moe.testing import MESHES
+from moe.testing.whole_arrays import forward
 from partitioning.mesh import make_mesh
 
 # A model for a small machine, with tied embeddings.
@@ -231,14 +233,18 @@ def xla_flops_per_token(model: ModelSettings, router: RouterSettings) -> float:
     XLA's count passes over. It counts the body of a loop once, so one period only.
     """
     B, L = 2, router.group_size
-    shapes = transformer.param_shapes(model, router)
+    execution = ExecutionSettings(
+        transport="all_to_all",  # of fixed capacity: empty slots are executed
+        dtype="float32",
+        remat="none",
+    )
+    mesh = make_mesh(MESHES["d1"])
+    described = transformer.build(model, router, execution, mesh)
+    shapes = parameters.shapes(described.specs, "float32")
     names = ("decoder_input_tokens", "decoder_positions", "decoder_segment_ids")
     batch = {name: jax.ShapeDtypeStruct((B, L), jnp.int32) for name in names}
-    forward = functools.partial(
-        transformer.forward,
-        transformer.build(model, router, make_mesh(MESHES["d1"])),
-    )
-    lowered = jax.jit(forward).lower(shapes, batch, jnp.arange(B), jax.random.key(0))
+    run = jax.jit(functools.partial(forward, described))
+    lowered = run.lower(shapes, batch, jnp.arange(B), jax.random.key(0))
     return lowered.cost_analysis()["flops"] / (B * L)
 
 
@@ -256,9 +262,6 @@ def test_xla_counts_the_same_operations(capacity_factor):
         num_experts=8,
         expert_mlp_dim=512,
         activation="relu",
-        transport="all_to_all",  # of fixed capacity: empty slots are executed
-        dtype="float32",
-        remat="none",
         tie_embeddings=capacity_factor is None,
     )
     router = RouterSettings(

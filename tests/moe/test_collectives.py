@@ -3,36 +3,30 @@
 On CPU, where the ragged exchange is a padded all-to-all of the same offsets.
 """
 
-import dataclasses
 import functools
 import re
 
 import jax
 import jax.numpy as jnp
 import pytest
-from flax import nnx
 
-from moe.model.moe_layer import Layer, MoE, Tokens, moe_layer
+from moe.model import parameters, sparse
+from moe.model.execution import Execution
 from moe.model.remat import rematerialised
-from moe.settings import ModelSettings, RouterSettings
+from moe.model.view import Routed
+from moe.settings import (
+    DenseSettings,
+    ExecutionSettings,
+    RouterSettings,
+    SparseSettings,
+)
 from moe.testing import MESHES
+from moe.testing.whole_arrays import layer
 from partitioning.mesh import make_mesh
 
 B, L, M, E, F = 16, 8, 24, 8, 20
-MODEL = ModelSettings(
-    vocab_size=2,
-    num_layers=1,
-    model_dim=M,
-    num_heads=1,
-    head_dim=2,
-    mlp_dim=1,
-    activation="relu",
-    moe_every=1,
-    num_experts=E,
-    expert_mlp_dim=F,
-    dtype="float32",
-)
 ROUTER = RouterSettings(num_selected=2, group_size=L, min_capacity=1)
+SPARSE = SparseSettings(E, DenseSettings(F, "relu"), ROUTER)
 KINDS = ("all-to-all", "all-gather", "reduce-scatter", "collective-permute")
 
 # Counts of KINDS, forward alone and in forward and backward together.
@@ -47,6 +41,17 @@ MEANT = {
 }
 
 
+ROUTED = Routed(
+    mask_BL=jnp.ones((B, L), bool),
+    id_BL=jnp.zeros((B, L), jnp.int32),
+    row_B=jnp.arange(B),
+)
+
+
+def execution_of(transport: str, mesh: jax.sharding.Mesh) -> Execution:
+    return Execution(ExecutionSettings(transport=transport, dtype="float32"), mesh)
+
+
 @functools.cache
 def hlo(transport: str, *, backward: bool, remat: str = "minimal") -> str:
     """Scanned layers compiled under a remat policy, for data 2 × expert 4.
@@ -55,15 +60,13 @@ def hlo(transport: str, *, backward: bool, remat: str = "minimal") -> str:
     forward pass with its repetition.
     """
     mesh = make_mesh(MESHES["d2e4"])
-    layer = Layer(dataclasses.replace(MODEL, transport=transport), ROUTER, mesh)
-    definition, arrays = nnx.split(MoE(jax.random.key(0), MODEL, ROUTER))
-    arrays = jax.tree.map(lambda x: jnp.stack([x, x]), nnx.to_pure_dict(arrays))
-    tokens = Tokens(jnp.ones((B, L), bool), jnp.arange(B), jnp.zeros((B, L), jnp.int32))
+    execution = execution_of(transport, mesh)
+    specs = parameters.stack(sparse.specs(SPARSE, M), 2)
+    arrays = parameters.draw(specs, jax.random.key(0), "float32")
 
     def body(x_BLM, arrays):
-        y_BLM, sums = moe_layer(
-            nnx.merge(definition, arrays), x_BLM, tokens, jax.random.key(0), 0, layer
-        )
+        key = jax.random.key(0)
+        y_BLM, sums = layer(arrays, x_BLM, ROUTED, key, 0, SPARSE, execution)
         return x_BLM + y_BLM, jnp.sum(sums.z_G)
 
     def objective(arrays, x_BLM):
@@ -114,16 +117,11 @@ def test_activations_are_gathered_by_ring_alone_and_never_sorted_or_scattered(
 
 def test_no_exchange_is_compiled_for_an_expert_axis_of_one():
     mesh = make_mesh(MESHES["d8"])
-    layer = Layer(dataclasses.replace(MODEL, transport="ragged"), ROUTER, mesh)
-    definition, arrays = nnx.split(MoE(jax.random.key(0), MODEL, ROUTER))
+    execution = execution_of("ragged", mesh)
+    arrays = parameters.draw(sparse.specs(SPARSE, M), jax.random.key(0), "float32")
 
     def forward(arrays, x_BLM):
-        tokens = Tokens(
-            jnp.ones((B, L), bool), jnp.arange(B), jnp.zeros((B, L), jnp.int32)
-        )
-        return moe_layer(nnx.merge(definition, arrays), x_BLM, tokens, None, 0, layer)[
-            0
-        ]
+        return layer(arrays, x_BLM, ROUTED, None, 0, SPARSE, execution)[0]
 
     with jax.set_mesh(mesh):
         text = jax.jit(forward).lower(arrays, jnp.ones((B, L, M))).compile().as_text()

@@ -7,6 +7,7 @@ import pytest
 
 from moe.constraints import problems
 from moe.settings import (
+    ExecutionSettings,
     LossSettings,
     ModelSettings,
     RouterSettings,
@@ -21,6 +22,7 @@ SETTINGS = {
         vocab_size=32, num_layers=4, model_dim=8, num_heads=2, head_dim=4, mlp_dim=16
     ),
     "router": RouterSettings(group_size=L),
+    "execution": ExecutionSettings(),
     "loss": LossSettings(),
     "train": TrainSettings(batch_size=8),
 }

@@ -13,11 +13,20 @@ import numpy as np
 import pytest
 
 from launch import gin_files
+from moe import architecture
 from moe.dispatch.room import room_for
-from moe.model import moe_layer
+from moe.model import parameters, sparse
 from moe.routing import token_choice
 from moe.routing.assignment import RouterContext, RouterSums
-from moe.settings import LossSettings, ModelSettings, RouterSettings, capacity
+from moe.routing.capacity import capacity
+from moe.routing.logits import group_keys
+from moe.settings import (
+    DenseSettings,
+    LossSettings,
+    ModelSettings,
+    RouterSettings,
+    SparseSettings,
+)
 from moe.training import losses, train_step
 from moe.training.losses import RouterTotals, Sums
 
@@ -217,7 +226,7 @@ def test_row_budget_as_worked_out_by_hand():
     # budget 1.5 · 4,096 = 6,144. At worst all 4 · 2,048 tokens choose both experts of
     # one device: 16,384 rows, in ⌈16,384 / 6,144⌉ = 3 rounds.
     router = RouterSettings(num_selected=2, capacity_factor=0.0)
-    room = room_for(router, 8, 2048, 4, "cpu", train=True)
+    room = room_for(router, 8, 2048, 4, "cpu", row_budget=1.5, train=True)
     assert (room.num_rows, room.num_rounds) == (6144, 3)
 
 
@@ -379,7 +388,7 @@ def routed():
             order_V=jnp.array(told["order"]) if "order" in told else None,
         )
         settings = RouterSettings(family=family, **given)
-        assignment = moe_layer.ROUTERS[family](
+        assignment = sparse.ROUTERS[family](
             logits_GSE, context, settings, capacity=slots
         )
         sums, slot_GSJ = assignment.sums, assignment.slot_of_choice_GSJ
@@ -475,15 +484,18 @@ def test_the_group_of_the_best_expert_or_of_the_best_pair():
 
 
 def test_the_bias_steps_against_the_load():
-    learner = types.SimpleNamespace(
-        model=types.SimpleNamespace(router=RouterSettings(selection_bias=True))
-    )
-    params = {"moe": {"selection_bias": np.zeros((1, 4), np.float32)}}
-    chosen_PE = np.array([[6, 2, 4, 4]])  # mean 4
-    moved = train_step._even_out(params, chosen_PE, learner)
+    model = ModelSettings(8, 1, 8, 1, 2, 8, moe_every=1, num_experts=4)
+    layers = architecture.describe(model, RouterSettings(selection_bias=True))
+    bias_PE = np.zeros((1, 4), np.float32)
+    params = {"decoder": {"layers": [[{"sparse": {"selection_bias": bias_PE}}]]}}
+    router = types.SimpleNamespace(chosen_PE=np.array([[6, 2, 4, 4]]))  # mean 4
+    described = types.SimpleNamespace(layers=layers)
+    moved = train_step.move_selection_biases(params, (router,), described)
+    (((block,),),) = moved["decoder"].values()
     np.testing.assert_allclose(
-        moved["moe"]["selection_bias"], [[-1e-3, 1e-3, 0, 0]], rtol=1e-6
+        block["sparse"]["selection_bias"], [[-1e-3, 1e-3, 0, 0]], rtol=1e-6
     )
+    assert not bias_PE.any(), "what was given stays as it was"
 
 
 def test_prototypes_have_a_softmax_each():
@@ -586,6 +598,7 @@ def formed():
     group_sums = {
         field.name: jnp.zeros((1, 2, 2) if "_GE" in field.name else (1, 2))
         for field in dataclasses.fields(RouterSums)
+        if field.name != "trace"
     } | {
         "tokens_G": jnp.full((1, 2), 2),
         "first_GE": count_PGE,
@@ -623,10 +636,10 @@ def formed():
                 for scope, given in scopes.items()
             },
             "totals": {
-                name: losses.total(Sums(zero, zero, zero, zero, two_layers), given)
+                name: losses.total(Sums(zero, zero, zero, zero, (two_layers,)), given)
                 for name, given in settings.items()
             },
-            "unevenness": losses.unevenness(sum_PE),
+            "unevenness": losses.squared_variation(sum_PE),
             "chances": token_choice.chances(
                 noisy_GSE, context, RouterSettings(logit_noise=1.0)
             ),
@@ -682,32 +695,22 @@ def test_every_metric_of_the_pages_exists():
 @functools.cache
 def initial():
     """Mean squared logits with and without jitter, and the router's deviation."""
-    layer = types.SimpleNamespace(
-        router=RouterSettings(jitter=0.01, group_size=8),
-        model=types.SimpleNamespace(num_experts=4),
-    )
-    settings = ModelSettings(
-        vocab_size=8,
-        num_layers=2,
-        model_dim=256,
-        num_heads=1,
-        head_dim=2,
-        mlp_dim=1,
-        num_experts=64,
-        expert_mlp_dim=1,
-    )
+    router = RouterSettings(jitter=0.01, group_size=8)
+    settings = SparseSettings(4, DenseSettings(1, "gelu"), router)
 
     @jax.jit
     def run(key):
         # Inputs of 2 through an identity.
         routing, x_GSM = {"router": jnp.eye(4)}, jnp.full((1, 8, 4), 2.0)
         mask_GS, id_GS = jnp.ones((1, 8), bool), jnp.zeros((1, 8), jnp.int32)
-        keys_G = moe_layer._group_keys(key, jnp.arange(1))
+        given = routing, x_GSM, mask_GS, id_GS
         squares = [
-            moe_layer._assign(routing, x_GSM, mask_GS, id_GS, keys, layer).sums.square_G
-            for keys in (keys_G, None)
+            sparse.route(*given, keys, 0, settings).sums.square_G
+            for keys in (group_keys(key, jnp.arange(1)), None)
         ]
-        router_ME = moe_layer.MoE(key, settings, RouterSettings()).router[...]
+        wide = dataclasses.replace(settings, num_experts=64)
+        spec = {"router": sparse.specs(wide, 256)["router"]}
+        router_ME = parameters.draw(spec, key, "float32")["router"]
         return squares[0][0] / 8, squares[1][0] / 8, jnp.std(router_ME)
 
     return jax.device_get(run(jax.random.key(0)))

@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe.model import transformer
-from moe.model.attention import NEVER
-from moe.model.decoding import empty_cache, generate, keep_likely
-from moe.settings import ModelSettings, RouterSettings
+from moe import architecture
+from moe.model import decoding, parameters, transformer
+from moe.model.decoding import NEVER, empty_memories, extend, generate, keep_likely
+from moe.settings import ExecutionSettings, ModelSettings, RouterSettings
 from moe.testing import MESHES
 from moe.testing.jaxprs import equations
+from moe.testing.whole_arrays import forward
 from partitioning.mesh import make_mesh
 
 B, L, V = 8, 8, 16
@@ -29,34 +30,33 @@ SPARSE = ModelSettings(
     mlp_dim=12,
     num_experts=4,
     expert_mlp_dim=12,
-    transport="all_to_all",
     tie_embeddings=False,
-    dtype="float32",
-    remat="none",
 )
+EXECUTION = ExecutionSettings(transport="all_to_all", dtype="float32", remat="none")
 MODELS = {
-    "top1": (SPARSE, RouterSettings(num_selected=1)),
-    # Two stacks, each with a cache of its own; and whatever carries tokens by default.
+    "top1": (SPARSE, RouterSettings(num_selected=1), EXECUTION),
+    # Two segments, each with a memory of its own; and the transport of "auto".
     "alternating_top2": (
-        dataclasses.replace(
-            SPARSE, num_layers=5, first_dense_layers=1, moe_every=2, transport="auto"
-        ),
+        dataclasses.replace(SPARSE, num_layers=5, first_dense_layers=1, moe_every=2),
         RouterSettings(num_selected=2, renormalize="before_drop"),
+        dataclasses.replace(EXECUTION, transport="auto"),
     ),
     # Pieces of four tokens are attended in blocks.
     "dense": (
-        dataclasses.replace(SPARSE, moe_every=0, attention_block=4),
+        dataclasses.replace(SPARSE, moe_every=0),
         RouterSettings(),
+        dataclasses.replace(EXECUTION, attention_block=4),
     ),
 }
 
 
 def shapes_of(settings: ModelSettings):
-    return transformer.param_shapes(settings, RouterSettings())
+    layers = architecture.describe(settings, RouterSettings())
+    return parameters.shapes(transformer.specs(layers), "float32")
 
 
 @functools.cache
-def parameters(name: str):
+def params_of(name: str):
     """Weights large enough for tokens, positions and experts to matter."""
     rng = np.random.default_rng(0)
     return jax.tree.map(
@@ -66,14 +66,14 @@ def parameters(name: str):
 
 
 def build(name: str, group_size: int, mesh="d1") -> transformer.Model:
-    settings, router = MODELS[name]
+    settings, router, execution = MODELS[name]
     router = dataclasses.replace(router, group_size=group_size)
-    return transformer.build(settings, router, make_mesh(MESHES[mesh]))
+    return transformer.build(settings, router, execution, make_mesh(MESHES[mesh]))
 
 
 @functools.cache
 def compiled_forward(name: str):
-    return jax.jit(functools.partial(transformer.forward, build(name, L)))
+    return jax.jit(functools.partial(forward, build(name, L)))
 
 
 def full_forward(name: str, tokens_BL, **features) -> np.ndarray:
@@ -85,12 +85,12 @@ def full_forward(name: str, tokens_BL, **features) -> np.ndarray:
         **features,
     }
     rows = np.arange(B, dtype=np.int32)
-    return np.asarray(compiled_forward(name)(parameters(name), batch, rows)[0])
+    return np.asarray(compiled_forward(name)(params_of(name), batch, rows)[0])
 
 
 @functools.cache
 def compiled_piece(name: str, length: int):
-    return jax.jit(functools.partial(transformer.forward_cached, build(name, length)))
+    return jax.jit(functools.partial(extend, build(name, length)))
 
 
 @pytest.mark.parametrize(
@@ -103,15 +103,15 @@ def compiled_piece(name: str, length: int):
 )
 def test_a_sequence_read_in_pieces_has_the_logits_of_the_full_forward(name, lengths):
     tokens_BL = np.random.default_rng(1).integers(0, V, (B, L)).astype(np.int32)
-    cache, logits, start = empty_cache(build(name, L), B, L), [], 0
+    memories, logits, start = empty_memories(build(name, L), B, L), [], 0
     for length in lengths:
-        piece_BLV, cache = compiled_piece(name, length)(
-            parameters(name),
+        piece_BLV, memories = compiled_piece(name, length)(
+            params_of(name),
             tokens_BL[:, start : start + length],
             np.ones((B, length), bool),
             np.int32(start),
             np.zeros(B, np.int32),
-            cache,
+            memories,
         )
         logits.append(piece_BLV)
         start += length
@@ -124,16 +124,18 @@ def test_a_sequence_read_in_pieces_has_the_logits_of_the_full_forward(name, leng
 @pytest.mark.fast
 @pytest.mark.parametrize("length", [16, 17])
 def test_a_long_prompt_is_attended_in_blocks(length):
-    settings = dataclasses.replace(SPARSE, moe_every=0, attention_block=16)
-    model = transformer.build(settings, RouterSettings(), make_mesh(MESHES["d1"]))
+    settings = dataclasses.replace(SPARSE, moe_every=0)
+    execution = dataclasses.replace(EXECUTION, attention_block=16)
+    mesh = make_mesh(MESHES["d1"])
+    model = transformer.build(settings, RouterSettings(), execution, mesh)
     room = 41  # a dimension that nothing else has
-    jaxpr = jax.make_jaxpr(functools.partial(transformer.forward_cached, model))(
+    jaxpr = jax.make_jaxpr(functools.partial(extend, model))(
         shapes_of(settings),
         np.zeros((B, length), np.int32),
         np.ones((B, length), bool),
         jnp.int32(0),
         np.zeros(B, np.int32),
-        empty_cache(model, B, room),
+        empty_memories(model, B, room),
     )
     scores = [
         v.aval.shape
@@ -149,8 +151,10 @@ def test_a_sequence_of_the_length_of_a_block_keeps_no_scores_for_the_way_back():
     length = 37  # that nothing else has
 
     def kept(block: int) -> list[tuple[int, ...]]:
-        settings = dataclasses.replace(SPARSE, moe_every=0, attention_block=block)
-        model = transformer.build(settings, RouterSettings(), make_mesh(MESHES["d1"]))
+        settings = dataclasses.replace(SPARSE, moe_every=0)
+        execution = dataclasses.replace(EXECUTION, attention_block=block)
+        mesh = make_mesh(MESHES["d1"])
+        model = transformer.build(settings, RouterSettings(), execution, mesh)
         features = ("input_tokens", "positions", "segment_ids")
         ones_BL = np.ones((B, length), np.int32)
         batch = {f"decoder_{name}": ones_BL for name in features}
@@ -192,7 +196,7 @@ def continue_prompts(
     run = compiled_generate(name, mesh, temperature, **choices)
     with jax.set_mesh(make_mesh(MESHES[mesh])):
         tokens_BL = run(
-            parameters(name), prompt_BL, np.int32(length_B), jax.random.key(seed)
+            params_of(name), prompt_BL, np.int32(length_B), jax.random.key(seed)
         )
     assert tokens_BL.shape == (B, NUM_TOKENS)
     assert tokens_BL.dtype == np.int32
@@ -268,11 +272,11 @@ def test_rows_are_continued_whatever_the_lengths_of_the_others(seed):
 def test_padding_before_a_prompt_takes_no_slot_of_an_expert(monkeypatch):
     masks = []
 
-    def forward_cached(model, params, tokens_BL, mask_BL, start, first_B, cache, **_):
+    def noting(model, params, id_BL, mask_BL, start, first_B, memories, **_):
         masks.append(mask_BL)
-        return np.zeros((B, 1, V)), cache
+        return np.zeros((B, 1, V)), memories
 
-    monkeypatch.setattr(transformer, "forward_cached", forward_cached)
+    monkeypatch.setattr(decoding, "extend", noting)
     _, length_B = prompts = random_prompts(0)
     key, choices = jax.random.key(0), {"vocabulary_size": V, "temperature": 0.0}
     generate(build("top1", L), None, *prompts, key, num_tokens=1, **choices)
@@ -364,7 +368,7 @@ def test_the_whole_distribution_keeps_every_token_however_unlikely():
 
 def test_a_temperature_near_zero_is_greedy():
     tokens_BL = np.random.default_rng(4).integers(1, V, (B, L)).astype(np.int32)
-    given = parameters("dense"), tokens_BL, np.full(B, L), jax.random.key(0)
+    given = params_of("dense"), tokens_BL, np.full(B, L), jax.random.key(0)
     greedy = compiled_generate("dense", "d1", 0.0)(*given)
     for temperature in (1e-6, 1e-38, 1e-300):
         drawn = compiled_generate("dense", "d1", temperature)(*given)

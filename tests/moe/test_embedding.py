@@ -1,6 +1,5 @@
 """Embedding and scores on pieces of two tables, compared with whole ones in NumPy."""
 
-import dataclasses
 import functools
 import re
 
@@ -10,23 +9,15 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
-from moe.model.embedding import look_up, score
-from moe.settings import ModelSettings
+from moe.model.embedding import look_up
+from moe.model.execution import Execution
+from moe.model.head import score_targets
+from moe.settings import ExecutionSettings
 from partitioning import rules
-from partitioning.grid import Grid
 from partitioning.mesh import make_mesh
 from partitioning.settings import MeshSettings, PartitionSettings
 
 B, L, M, V = 8, 8, 8, 24
-SETTINGS = ModelSettings(
-    vocab_size=V,
-    num_layers=1,
-    model_dim=M,
-    num_heads=1,
-    head_dim=2,
-    mlp_dim=1,
-    dtype="float32",
-)
 # Sizes of data, context, expert and model; what is cut beside the batch; pieces of V.
 GRIDS = {
     "alone": ((1, 1, 1, 1), {}, 1),
@@ -47,11 +38,11 @@ CASES = [
 ]
 
 
-def parts(name: str) -> tuple[Grid, ModelSettings]:
+def execution_of(name: str) -> Execution:
     (data, context, expert, model), partition, chunks = GRIDS[name]
     mesh = MeshSettings(data=data, context=context, expert=expert, model=model)
-    grid = Grid(make_mesh(mesh), PartitionSettings(**partition))
-    return grid, dataclasses.replace(SETTINGS, vocab_chunks=chunks)
+    settings = ExecutionSettings(dtype="float32", vocab_chunks=chunks)
+    return Execution(settings, make_mesh(mesh), PartitionSettings(**partition))
 
 
 @functools.cache
@@ -94,18 +85,19 @@ def expected() -> dict[str, np.ndarray]:
 
 
 def on_grid(name: str) -> dict[str, np.ndarray]:
-    grid, settings = parts(name)
+    execution = execution_of(name)
+    grid = execution.grid
     table = rules.table(grid.partition)
     tokens = rules.spec(["batch", "length"])
     stream = rules.spec(["batch", "piece" if grid.cuts_sequence else "length"])
 
     embed = grid.run(
-        lambda table, id_BL: look_up(table, id_BL, settings, grid),
+        lambda table, id_BL: look_up(table, id_BL, execution),
         in_specs=(rules.spec(["vocab", "embed"], table), tokens),
         out_specs=stream,
     )
     scored = grid.run(
-        lambda head, x_BLM, target: score(head, x_BLM, target, settings, grid),
+        lambda head, x_BLM, target: score_targets(head, x_BLM, target, execution),
         in_specs=(rules.spec(["embed", "vocab"], table), tokens, tokens),
         out_specs=tokens,
     )
@@ -157,11 +149,12 @@ def test_equal_largest_logits_lie_in_several_pieces_and_on_several_devices():
 
 
 def test_a_table_that_is_cut_is_never_whole():
-    grid, settings = parts("fsdp")
+    execution = execution_of("fsdp")
+    grid = execution.grid
     spec = rules.spec(["vocab", "embed"], rules.table(grid.partition))
     tokens = rules.spec(["batch", "length"])
     embed = grid.run(
-        lambda table, id_BL: look_up(table, id_BL, settings, grid),
+        lambda table, id_BL: look_up(table, id_BL, execution),
         in_specs=(spec, tokens),
         out_specs=tokens,
     )

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from moe.model import grouped_cpu, grouped_gpu
-from moe.model.feed_forward import GATED, PLAIN
-from moe.model.grouped import grouped_feed_forward
+from moe.model.feed_forward import grouped_cpu, grouped_gpu
+from moe.model.feed_forward.dense import GATED, PLAIN
+from moe.model.feed_forward.grouped import grouped_feed_forward
 from moe.testing.jaxprs import equations
 
 METHODS = ["blocked", "tpu_interpreted", "hopper_interpreted", "batched"]

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu
 
-from moe.model import grouped_gpu
-from moe.model.grouped import grouped_feed_forward
-from moe.model.grouped_gpu import Division
+from moe.model.feed_forward import grouped_gpu
+from moe.model.feed_forward.grouped import grouped_feed_forward
+from moe.model.feed_forward.grouped_gpu import Division
 from moe.testing.jaxprs import equations
 
 X, Y = 64, 96

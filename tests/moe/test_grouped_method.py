@@ -2,7 +2,7 @@
 
 import pytest
 
-from moe.model.grouped_method import pick
+from moe.model.feed_forward.grouped_method import pick
 
 pytestmark = pytest.mark.fast
 

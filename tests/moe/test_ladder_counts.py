@@ -7,6 +7,7 @@ import pytest
 
 from launch import gin_files
 from moe import accounting
+from moe.routing.capacity import mean_choices
 from moe.settings import ModelSettings, RouterSettings
 
 BILLION, MILLION = 10**9, 10**6
@@ -76,8 +77,9 @@ def sizes(name: str) -> tuple[ModelSettings, RouterSettings]:
 def by_hand(model: ModelSettings, router: RouterSettings) -> tuple[int, int]:
     """Total and active parameters, as a sum over the parts of a model."""
     M, N, D, F = model.model_dim, model.num_heads, model.head_dim, model.mlp_dim
-    U, V, E = model.kv_heads, model.vocab_size, model.num_experts
-    layers, sparse = model.num_layers, model.num_sparse_layers
+    U, V, E = model.num_kv_heads or N, model.vocab_size, model.num_experts
+    layers = model.num_layers
+    sparse = layers // model.moe_every if model.moe_every else 0
 
     # Query and output, key and value; a bias beside each of the four products.
     attention = 2 * M * N * D + 2 * M * U * D
@@ -90,7 +92,9 @@ def by_hand(model: ModelSettings, router: RouterSettings) -> tuple[int, int]:
     dense = (up + 1) * M * F
     if model.mlp_biases:
         dense += up * F + M
-    expert_up = 2 if model.activation_of_experts in ("geglu", "swiglu") else 1
+    of_experts = model.expert_activation
+    of_experts = model.activation if of_experts == "same" else of_experts
+    expert_up = 2 if of_experts in ("geglu", "swiglu") else 1
     expert = (expert_up + 1) * M * model.expert_mlp_dim
     if model.expert_biases:
         expert += expert_up * model.expert_mlp_dim + M
@@ -104,7 +108,7 @@ def by_hand(model: ModelSettings, router: RouterSettings) -> tuple[int, int]:
 
     all_tokens = vocabulary + positions + norms + layers * attention
     all_tokens += (layers - sparse) * dense + sparse * M * E  # routers have no bias
-    visited = int(router.mean_choices(E))
+    visited = int(mean_choices(router, E))
     return all_tokens + sparse * E * expert, all_tokens + sparse * visited * expert
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from moe.model.embedding import Scores
+from moe.model.head import TargetScores
 from moe.routing.assignment import RouterContext, RouterSums
 from moe.routing.token_choice import route
 from moe.settings import LossSettings, RouterSettings
@@ -66,10 +66,10 @@ def problem():
     }
 
 
-def scores_of(logits_BLV, target_BL) -> Scores:
+def scores_of(logits_BLV, target_BL) -> TargetScores:
     """What losses need of logits that are all there."""
     target_logit_BL1 = jnp.take_along_axis(logits_BLV, target_BL[..., None], axis=-1)
-    return Scores(
+    return TargetScores(
         log_z_BL=jax.nn.logsumexp(logits_BLV, axis=-1),
         target_logit_BL=target_logit_BL1[..., 0],
         likeliest_BL=jnp.argmax(logits_BLV, axis=-1),
@@ -81,7 +81,7 @@ def sums_of(problem) -> Sums:
     router = router_sums(problem["router"], problem["mask"])
     scores = scores_of(problem["logits"], problem["target"])
     target_BL, weight_BL = problem["target"], problem["weight"]
-    return losses.sums(scores, target_BL, weight_BL, router, LossSettings())
+    return losses.sums(scores, target_BL, weight_BL, (router,), LossSettings())
 
 
 def balance_of(sums, num_sequences: int, scope: str, counts: str = "first"):
@@ -192,13 +192,13 @@ def test_all_choices_used_alike_have_a_balance_of_one_however_many_they_are():
 
 
 @pytest.mark.fast
-def test_unevenness_is_the_squared_coefficient_of_variation():
+def test_squared_variation_is_the_squared_coefficient_of_variation():
     # Mean 2, variance (1 + 0 + 1) / 3; mean 4, variance 0; nothing at all.
     sum_PE = np.array([[1, 2, 3], [4, 4, 4], [0, 0, 0]], np.float32)
     value_P, gradient_PE = jax.jit(
         lambda x: (
-            losses.unevenness(x),
-            jax.grad(lambda y: losses.unevenness(y).sum())(x),
+            losses.squared_variation(x),
+            jax.grad(lambda y: losses.squared_variation(y).sum())(x),
         )
     )(sum_PE)
     np.testing.assert_allclose(value_P, [2 / 3 / 4, 0, 0], rtol=1e-6)
@@ -258,7 +258,7 @@ def test_router_losses_are_means_over_tokens_and_a_sum_or_mean_over_layers(over_
         load_weight=0.3,
         over_layers=over_layers,
     )
-    value, metrics = form_total(Sums(*[np.zeros(())] * 4, router), settings)
+    value, metrics = form_total(Sums(*[np.zeros(())] * 4, (router,)), settings)
     # z: 2 / 4 and 6 / 4. Balance: 4 / 4 and 8 / 4. Importance: (2/3) / 2², and 0 where
     # experts weigh alike; load: 0 and (8/3) / 4². Metrics show the mean over layers.
     importance, load = [1 / 6, 0], [0, 1 / 6]
@@ -276,7 +276,7 @@ def test_router_losses_are_means_over_tokens_and_a_sum_or_mean_over_layers(over_
 @pytest.mark.fast
 def test_losses_that_are_switched_off_are_no_metrics():
     metrics = jax.eval_shape(
-        lambda: losses.total(Sums(*[jnp.zeros(())] * 4, totals()), LossSettings())[1]
+        lambda: losses.total(Sums(*[jnp.zeros(())] * 4, (totals(),)), LossSettings())[1]
     )
     assert {name for name in metrics if name.startswith("loss/")} == {
         "loss/total",
@@ -289,7 +289,7 @@ def test_losses_that_are_switched_off_are_no_metrics():
 
 def test_cross_entropy_z_and_accuracy_are_weighted_means_over_targets():
     p = problem()
-    dense = dataclasses.replace(sums_of(p), router=None)
+    dense = dataclasses.replace(sums_of(p), router=())
     value, metrics = form_total(dense, LossSettings(z_weight=0.25))
     cross_entropy_BL = jax.jit(optax.softmax_cross_entropy_with_integer_labels)(
         p["logits"], p["target"]
@@ -393,7 +393,7 @@ def test_the_ledger_accounts_for_every_choice():
         "ledger/padding_choices": [2, 2],
         "ledger/tokens_without_expert": [0, 2],
     }
-    actual = jax.device_get(jax.jit(losses.ledger)(router))
+    actual = jax.device_get(jax.jit(losses.ledger)((router,)))
     assert actual.keys() == expected.keys()
     for name, value in expected.items():
         np.testing.assert_allclose(actual[name], value, rtol=1e-6, err_msg=name)
@@ -404,6 +404,40 @@ def test_a_ledger_beyond_32_bits_keeps_its_fractions_and_its_layers():
     chosen_PE = np.full((2, 3), 2**29, np.int32)  # 1.5 · 2³⁰ a layer, 3 · 2³⁰ in all
     zero_P = np.zeros(2, np.int32)
     router = totals(chosen_PE=chosen_PE, kept_PE=chosen_PE // 2, padding_P=zero_P)
-    ledger = jax.device_get(jax.jit(losses.ledger)(router))
+    ledger = jax.device_get(jax.jit(losses.ledger)((router,)))
     assert ledger["router/dropped_fraction"] == 0.5
     np.testing.assert_array_equal(ledger["ledger/routed_choices"], [3 * 2**29] * 2)
+
+
+@pytest.mark.fast
+def test_layers_of_different_experts_are_all_accounted_for_in_their_order():
+    few = totals(
+        tokens_P=np.array([2, 2]),
+        chosen_PE=np.array([[2, 0, 0], [1, 1, 0]]),
+        kept_PE=np.array([[1, 0, 0], [1, 1, 0]]),
+        z_P=np.array([2.0, 4.0], np.float32),
+        excess_P=np.array([0, 7]),
+    )
+    many = {
+        field.name: np.zeros((1, 4) if field.name.endswith("_PE") else 1, np.float32)
+        for field in dataclasses.fields(RouterTotals)
+    }
+    many |= {"tokens_P": np.array([2]), "z_P": np.array([6.0], np.float32)}
+    many |= {"chosen_PE": np.array([[1, 1, 1, 1]]), "kept_PE": np.array([[1, 1, 1, 0]])}
+    router = few, RouterTotals(**many)
+    # The layer of four experts lies between the others.
+    settings = LossSettings(balance_weight=0.0, router_z_weight=1.0)
+    value, metrics = losses.total(
+        Sums(*[jnp.zeros(())] * 4, router), settings, (0, 2, 1)
+    )
+    assert value == 1 + 3 + 2
+    nan = np.nan
+    np.testing.assert_allclose(
+        metrics["router/load"],
+        [[1, 0, 0, nan], [0.25] * 4, [0.5, 0.5, 0, nan]],
+    )
+    assert metrics["ledger/dropped_choices"].tolist() == [1, 1, 0]
+    assert metrics["router/dropped_fraction"] == 2 / 8
+    assert metrics["router/over_budget_rows"] == 7
+    assert metrics["router/max_violation"] == 2  # 3 · 1 - 1
+    assert metrics["router/dead_experts"] == 2 + 1

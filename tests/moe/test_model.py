@@ -9,17 +9,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe.model import transformer
-from moe.model.attention import attend, sight
-from moe.model.embedding import score
-from moe.model.feed_forward import (
-    FeedForward,
-    arrays,
-    expert_feed_forward,
-    feed_forward,
+from moe import architecture
+from moe.model import parameters, transformer, view
+from moe.model.attention import heads
+from moe.model.feed_forward import dense, experts
+from moe.model.head import projection, score_targets
+from moe.model.view import Stream
+from moe.settings import (
+    DenseSettings,
+    ExecutionSettings,
+    LossSettings,
+    ModelSettings,
+    RouterSettings,
 )
-from moe.settings import LossSettings, ModelSettings, RouterSettings
-from moe.testing import MESHES
+from moe.testing import MESHES, whole_arrays
 from moe.testing.jaxprs import equations
 from moe.training import losses
 from partitioning.mesh import make_mesh
@@ -36,25 +39,27 @@ MODEL = ModelSettings(
     moe_every=1,
     num_experts=5,
     expert_mlp_dim=12,
-    transport="all_to_all",
     tie_embeddings=False,
-    dtype="float32",
-    remat="none",
 )
+EXECUTION = ExecutionSettings(transport="all_to_all", dtype="float32", remat="none")
 TOP1 = RouterSettings(group_size=L, capacity_factor=1.0, min_capacity=1)
 TOP2 = dataclasses.replace(TOP1, num_selected=2, renormalize="before_drop")
 DENSE = dataclasses.replace(MODEL, moe_every=0)
-AUTO = dataclasses.replace(MODEL, transport="auto")
+AUTO = dataclasses.replace(EXECUTION, transport="auto")
 NOISY = dataclasses.replace(MODEL, num_experts=16, dropout=0.3)
 
 
 @functools.cache
+def specs_of(settings: ModelSettings):
+    return transformer.specs(architecture.describe(settings, RouterSettings()))
+
+
 def shapes(settings: ModelSettings):
-    return transformer.param_shapes(settings, RouterSettings())
+    return parameters.shapes(specs_of(settings), "float32")
 
 
 @functools.cache
-def parameters(settings: ModelSettings):
+def params_of(settings: ModelSettings):
     """Weights large enough for every part of the model to matter."""
     rng = np.random.default_rng(0)
     return jax.tree.map(
@@ -64,15 +69,14 @@ def parameters(settings: ModelSettings):
 
 
 @functools.cache
-def build(settings: ModelSettings, router: RouterSettings, mesh="d1"):
-    return transformer.build(settings, router, make_mesh(MESHES[mesh]))
+def build(settings, router: RouterSettings, execution=EXECUTION, mesh="d1"):
+    return transformer.build(settings, router, execution, make_mesh(MESHES[mesh]))
 
 
 @functools.cache
-def compiled_forward(settings: ModelSettings, router: RouterSettings, mesh="d1"):
-    return jax.jit(
-        functools.partial(transformer.forward, build(settings, router, mesh))
-    )
+def compiled_forward(settings, router: RouterSettings, execution, mesh="d1"):
+    model = build(settings, router, execution, mesh)
+    return jax.jit(functools.partial(whole_arrays.forward, model))
 
 
 def make_batch(tokens_BL, segment_BL=None, position_BL=None):
@@ -92,28 +96,41 @@ def tokens() -> np.ndarray:
     return np.random.default_rng(1).integers(1, V, (B, L))
 
 
-def forward(batch, router, settings=MODEL, *, key=None, mesh="d1", row_B=ROWS):
+def forward(
+    batch,
+    router,
+    settings=MODEL,
+    *,
+    execution=EXECUTION,
+    key=None,
+    mesh="d1",
+    row_B=ROWS,
+):
     """Logits and router sums; a key makes it a pass of training, with its capacity."""
-    run = compiled_forward(settings, router, mesh)
+    run = compiled_forward(settings, router, execution, mesh)
     with jax.set_mesh(make_mesh(MESHES[mesh])):
-        return jax.device_get(run(parameters(settings), batch, row_B, key))
+        return jax.device_get(run(params_of(settings), batch, row_B, key))
 
 
 # Causality.
 
 
 @pytest.mark.parametrize(
-    ("router", "settings", "train"),
-    [(TOP1, MODEL, True), (TOP2, NOISY, True), (TOP2, AUTO, False)],
+    ("router", "settings", "execution", "train"),
+    [
+        (TOP1, MODEL, EXECUTION, True),
+        (TOP2, NOISY, EXECUTION, True),
+        (TOP2, MODEL, AUTO, False),
+    ],
     ids=["top1_with_drops", "top2_with_drops", "top2_dropless"],
 )
-def test_a_token_changes_no_earlier_logit(router, settings, train):
+def test_a_token_changes_no_earlier_logit(router, settings, execution, train):
     key = jax.random.key(7) if train else None
     diagonal = ROWS, ROWS  # row b is changed at its token b
     changed_BL = tokens().copy()
     changed_BL[diagonal] = 1 + tokens()[diagonal] % (V - 1)
-    (before, sums), (after, _) = (
-        forward(make_batch(x), router, settings, key=key)
+    (before, (sums,)), (after, _) = (
+        forward(make_batch(x), router, settings, execution=execution, key=key)
         for x in (tokens(), changed_BL)
     )
     dropped = 1 - sums.kept_GE.sum() / sums.chosen_GE.sum()
@@ -155,18 +172,20 @@ def test_a_packed_document_has_the_logits_it_has_alone():
 
 def test_attention_sees_differences_of_positions_only():
     model = build(DENSE, TOP1)
-    block, grid = model.bind(parameters(DENSE)).periods.blocks[0], model.grid
-    weights = jax.tree.map(lambda x: x[0], block.attention)
+    (block,) = model.layers.decoder.kinds_of_layers
+    (settings,) = architecture.of_kind(block, "heads")
+    layers = params_of(DENSE)["decoder"]["layers"]
+    weights = jax.tree.map(lambda x: x[0], layers[0][0]["attention"])
     x_BLM = np.random.default_rng(2).normal(size=(1, L, 8)).astype(np.float32)
-    run = jax.jit(
-        lambda position_L: attend(
-            weights,
-            x_BLM,
-            sight(position_L[None], np.ones((1, L), np.int32), None, None, grid),
-            DENSE,
-            grid,
-        )
-    )
+    ones_BL = np.ones((1, L), np.int32)
+
+    @jax.jit
+    def run(position_L):
+        stream = Stream(ones_BL, position_L[None], ones_BL, None, np.arange(1))
+        seen = view.of_stream(stream, None, model.execution)
+        given = weights, x_BLM, seen, None, settings, None, 0, model.execution
+        return heads.apply(*given)[0]
+
     place_L = np.arange(L)
     # Angles up to 107 rad are rounded by 107 · 2⁻²⁴ = 6e-6.
     np.testing.assert_allclose(run(place_L + 100), run(place_L), rtol=0, atol=1e-4)
@@ -214,18 +233,10 @@ def test_dense_layers_and_experts_apply_their_activation(activation, biases):
 
     @jax.jit
     def run(w, x_ERM):
-        layer = FeedForward(
-            jax.random.key(0),
-            model_dim=M,
-            mlp_dim=F,
-            activation=activation,
-            biases=biases,
-        )
-        assert arrays(layer).keys() == w.keys()
-        for name, matrices in w.items():
-            getattr(layer, name)[...] = matrices[0]
-        experts_ERM = expert_feed_forward(w, x_ERM, activation)
-        return experts_ERM, feed_forward(layer, x_ERM[:1], activation)
+        one = jax.tree.map(lambda matrices: matrices[0], w)
+        assert dense.specs(DenseSettings(F, activation, biases), M).keys() == w.keys()
+        experts_ERM = experts.padded(w, x_ERM, activation)
+        return experts_ERM, dense.feed_forward(one, x_ERM[:1], activation)
 
     experts_ERM, dense_1RM = run(w, x_ERM)
     np.testing.assert_allclose(experts_ERM, expected_ERM, rtol=1e-5, atol=1e-5)
@@ -249,16 +260,16 @@ def test_gated_activations_have_a_gate_beside_every_up_projection(activation):
     pair = (2,) if activation in GATED else ()
     M, F, E = settings.model_dim, settings.mlp_dim, settings.num_experts
     # One period of two layers.
-    dense, experts = "periods/blocks/0/feed_forward", "periods/blocks/1/moe/experts"
-    assert sizes[f"{dense}/up"] == (1, M, *pair, F)
-    assert sizes[f"{dense}/up_bias"] == (1, *pair, F)
-    assert sizes[f"{dense}/down_bias"] == (1, M)
-    assert sizes[f"{experts}/up"] == (1, E, M, *pair, F)
-    assert sizes[f"{experts}/up_bias"] == (1, E, *pair, F)
-    assert sizes[f"{experts}/down"] == (1, E, F, M)
+    below, above = "decoder/layers/0/0/dense", "decoder/layers/0/1/sparse/experts"
+    assert sizes[f"{below}/up"] == (1, M, *pair, F)
+    assert sizes[f"{below}/up_bias"] == (1, *pair, F)
+    assert sizes[f"{below}/down_bias"] == (1, M)
+    assert sizes[f"{above}/up"] == (1, E, M, *pair, F)
+    assert sizes[f"{above}/up_bias"] == (1, E, *pair, F)
+    assert sizes[f"{above}/down"] == (1, E, F, M)
     assert not [path for path in sizes if path.endswith("/gate")]
     logits_BLV, _ = jax.eval_shape(
-        functools.partial(transformer.forward, build(settings, TOP2)),
+        functools.partial(whole_arrays.forward, build(settings, TOP2)),
         shapes(settings),
         make_batch(tokens()),
         ROWS,
@@ -272,19 +283,19 @@ def test_layers_at_the_bottom_are_dense_and_those_above_them_repeat():
         MODEL, num_layers=7, first_dense_layers=3, moe_every=2
     )
     tree = shapes(settings)
-    (first,) = tree["first_layers"]["blocks"].values()
-    below, above = tree["periods"]["blocks"].values()
-    assert ["moe" in block for block in (first, below, above)] == [False, False, True]
+    (first,), (below, above) = tree["decoder"]["layers"]
+    sparse = ["sparse" in block for block in (first, below, above)]
+    assert sparse == [False, False, True]
     for block, number in ((first, 3), (below, 2), (above, 2)):
         assert {x.shape[0] for x in jax.tree.leaves(block)} == {number}
-    _, sums = jax.eval_shape(
-        functools.partial(transformer.forward, build(settings, TOP2)),
+    _, (sums,) = jax.eval_shape(
+        functools.partial(whole_arrays.forward, build(settings, TOP2)),
         tree,
         make_batch(tokens()),
         ROWS,
     )
     assert sums.kept_GE.shape == (2, B, settings.num_experts)
-    assert "first_layers" not in shapes(MODEL)
+    assert len(shapes(MODEL)["decoder"]["layers"]) == 1
 
 
 @pytest.mark.fast
@@ -305,21 +316,23 @@ def test_initial_weights_have_the_variance_that_is_asked_for():
         init_scale=0.1,
     )
 
+    layers = architecture.describe(settings, RouterSettings())
+
     @jax.jit
     def deviations(key):
-        params = transformer.init_params(key, settings, RouterSettings())
-        dense, sparse = params["periods"]["blocks"].values()
-        attention = dense["attention"]
+        params = transformer.draw(layers, key, "float32")
+        ((below, above),) = params["decoder"]["layers"]
+        attention = below["attention"]
         tables = {name: params[name] for name in ("embedding", "head")}
         tables |= {
-            "relative": attention.pop("relative")["table"],
-            "router": sparse["moe"]["router"],
+            "relative": attention.pop("distance"),
+            "router": above["sparse"]["router"],
         }
         return jax.tree.map(
             jnp.std,
             {
-                "feed_forward": dense["feed_forward"],
-                "experts": sparse["moe"]["experts"],
+                "feed_forward": below["dense"],
+                "experts": above["sparse"]["experts"],
                 "attention": attention,
                 "tables": tables,
             },
@@ -347,57 +360,60 @@ def test_learned_positions_start_at_half_the_size_of_tokens():
     settings = dataclasses.replace(
         MODEL, vocab_size=512, model_dim=64, positions="learned", max_positions=512
     )
-    params = transformer.init_params(jax.random.key(0), settings, RouterSettings())
+    layers = architecture.describe(settings, RouterSettings())
+    specs = {
+        name: transformer.specs(layers)[name] for name in ("embedding", "positions")
+    }
+    params = parameters.draw(specs, jax.random.key(0), "float32")
     tokens_std = np.std(params["embedding"]) * settings.model_dim**0.5
     np.testing.assert_allclose(np.std(params["positions"]) / tokens_std, 0.5, rtol=0.05)
 
 
 @pytest.mark.fast
 @pytest.mark.parametrize("first", [1, 99])
-def test_a_dense_model_has_one_stack_whatever_its_first_layers(first):
+def test_a_dense_model_has_one_segment_whatever_its_first_layers(first):
     settings = dataclasses.replace(MODEL, moe_every=0, first_dense_layers=first)
-    assert "first_layers" not in shapes(settings)
-    blocks = shapes(settings)["periods"]["blocks"].values()
-    for x in jax.tree.leaves(list(blocks)):
+    ((block,),) = shapes(settings)["decoder"]["layers"]
+    for x in jax.tree.leaves(block):
         assert x.shape[0] == settings.num_layers
 
 
 @pytest.mark.fast
 def test_a_model_without_experts_has_no_router_and_no_sums():
-    assert "moe" not in shapes(DENSE)["periods"]["blocks"][0]
+    assert "sparse" not in shapes(DENSE)["decoder"]["layers"][0][0]
     _, sums = jax.eval_shape(
-        functools.partial(transformer.forward, build(DENSE, TOP2)),
+        functools.partial(whole_arrays.forward, build(DENSE, TOP2)),
         shapes(DENSE),
         make_batch(tokens()),
         ROWS,
         jax.random.key(0),
     )
-    assert sums is None
+    assert sums == ()
 
 
 # Precision.
 
 
-def loss_of(params, settings: ModelSettings):
-    model, batch = build(settings, TOP1), make_batch(tokens())
+def loss_of(params, execution: ExecutionSettings, settings: ModelSettings = MODEL):
+    model, batch = build(settings, TOP1, execution), make_batch(tokens())
     x_BLM, router = transformer.hidden(model, params, batch, ROWS, jax.random.key(7))
-    head_MV = transformer.head(model, params)
-    scores = score(head_MV, x_BLM, tokens(), settings, model.grid)
+    head_MV = projection(params, model.layers.embedding)
+    scores = score_targets(head_MV, x_BLM, tokens(), model.execution)
     weights = LossSettings(balance_weight=0.1)
     sums = losses.sums(scores, tokens(), np.ones((B, L)), router, weights)
     return losses.total(sums, weights)[0]
 
 
-BFLOAT16 = dataclasses.replace(MODEL, dtype="bfloat16", remat="minimal")
+BFLOAT16 = dataclasses.replace(EXECUTION, dtype="bfloat16", remat="minimal")
 
 
 @pytest.mark.fast
 def test_in_bfloat16_the_router_and_everything_that_is_kept_stay_float32():
-    differentiate = jax.value_and_grad(functools.partial(loss_of, settings=BFLOAT16))
+    differentiate = jax.value_and_grad(functools.partial(loss_of, execution=BFLOAT16))
     jaxpr, (loss, gradients) = jax.make_jaxpr(differentiate, return_shape=True)(
-        shapes(BFLOAT16)
+        shapes(MODEL)
     )
-    for array in jax.tree.leaves((shapes(BFLOAT16), loss, gradients)):
+    for array in jax.tree.leaves((shapes(MODEL), loss, gradients)):
         assert array.dtype == jnp.float32
 
     products = [e for e in equations(jaxpr.jaxpr) if e.primitive.name == "dot_general"]
@@ -424,14 +440,14 @@ def test_in_bfloat16_the_router_and_everything_that_is_kept_stay_float32():
 
 
 @functools.cache
-def loss_and_gradients(settings: ModelSettings):
-    differentiate = jax.value_and_grad(functools.partial(loss_of, settings=settings))
-    return jax.device_get(jax.jit(differentiate)(parameters(MODEL)))
+def loss_and_gradients(execution: ExecutionSettings):
+    differentiate = jax.value_and_grad(functools.partial(loss_of, execution=execution))
+    return jax.device_get(jax.jit(differentiate)(params_of(MODEL)))
 
 
 def test_the_loss_in_bfloat16_is_close_to_the_loss_in_float32():
-    exact, _ = loss_and_gradients(MODEL)
-    rounded = jax.jit(functools.partial(loss_of, settings=BFLOAT16))(parameters(MODEL))
+    exact, _ = loss_and_gradients(EXECUTION)
+    rounded = jax.jit(functools.partial(loss_of, execution=BFLOAT16))(params_of(MODEL))
     assert exact != rounded
     np.testing.assert_allclose(rounded, exact, rtol=0.02)
 
@@ -446,18 +462,19 @@ def test_every_remat_policy_gives_the_same_gradients(remat):
     jax.tree.map(
         # Of order 1; what is recomputed may be fused in another way.
         functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6),
-        loss_and_gradients(dataclasses.replace(MODEL, remat=remat)),
-        loss_and_gradients(MODEL),
+        loss_and_gradients(dataclasses.replace(EXECUTION, remat=remat)),
+        loss_and_gradients(EXECUTION),
     )
 
 
 @pytest.mark.fast
 def test_a_deeper_model_is_traced_no_further():
     def size(num_layers: int) -> int:
-        settings = dataclasses.replace(
-            MODEL, num_layers=num_layers, moe_every=2, remat="minimal"
+        settings = dataclasses.replace(MODEL, num_layers=num_layers, moe_every=2)
+        execution = dataclasses.replace(EXECUTION, remat="minimal")
+        differentiate = jax.grad(
+            functools.partial(loss_of, execution=execution, settings=settings)
         )
-        differentiate = jax.grad(functools.partial(loss_of, settings=settings))
         jaxpr = jax.make_jaxpr(differentiate)(shapes(settings))
         return sum(1 for _ in equations(jaxpr))
 
@@ -503,7 +520,7 @@ def test_nothing_is_drawn_that_is_switched_off(settings, router, draws):
     )
 
     def primitives(key):
-        jaxpr = jax.make_jaxpr(functools.partial(transformer.forward, model))(
+        jaxpr = jax.make_jaxpr(functools.partial(whole_arrays.forward, model))(
             shapes(MODEL), make_batch(tokens()), ROWS, key
         )
         return {equation.primitive.name for equation in equations(jaxpr.jaxpr)}

@@ -8,30 +8,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
-from moe.model.feed_forward import feed_forward
-from moe.model.moe_layer import TRANSPORTS, Layer, MoE, Tokens, moe_layer
+from moe.model import sparse
+from moe.model.execution import Execution
+from moe.model.feed_forward.dense import feed_forward
+from moe.model.sparse import TRANSPORTS
+from moe.model.view import Routed
+from moe.routing.capacity import capacity
 from moe.routing.hashed import vocabulary_order
-from moe.settings import ModelSettings, RouterSettings, capacity
+from moe.settings import (
+    DenseSettings,
+    ExecutionSettings,
+    RouterSettings,
+    SparseSettings,
+)
 from moe.testing import MESHES, Told, one_token_at_a_time
-from partitioning.settings import PartitionSettings
+from moe.testing.whole_arrays import layer
+from partitioning.settings import UNCUT, PartitionSettings
 
 B, L, S, M, E, F, V = 8, 8, 4, 8, 8, 12, 50
 G = B * L // S
 INDEX = 1  # of the layer
-MODEL = ModelSettings(
-    vocab_size=V,
-    num_layers=2,
-    model_dim=M,
-    num_heads=1,
-    head_dim=2,
-    mlp_dim=4,
-    activation="relu",
-    num_experts=E,
-    expert_mlp_dim=F,
-    dtype="float32",
-)
 TIGHT = RouterSettings(group_size=S, min_capacity=1, capacity_factor=1.0)
 FREE = RouterSettings(
     num_selected=2, renormalize="before_drop", group_size=S, capacity_factor=0.0
@@ -65,7 +62,7 @@ ROUTERS = {
     "expert_choice": RouterSettings(
         family="expert_choice", group_size=S, min_capacity=1, capacity_factor=2.0
     ),
-    "dropless": replace(FREE, row_budget=4.0),  # of 4 devices all may come to one
+    "dropless": FREE,
     "m6t": replace(TIGHT, family="prototypes", num_prototypes=2, num_selected=2),
     "hashed": replace(TIGHT, family="hashed", num_selected=2),
     "sinkhorn": replace(TIGHT, family="sinkhorn", num_selected=2, capacity_factor=0.5),
@@ -76,15 +73,31 @@ OF_TWO_ROWS = {
     for name in ("switch", "spill", "deepseek", "expert_choice", "dropless")
 }
 EXPERTS = {
-    "deepseek": {"activation": "swiglu", "expert_biases": True},
-    "spill": {"activation": "gelu", "expert_biases": True},
+    "deepseek": {"activation": "swiglu", "biases": True},
+    "spill": {"activation": "gelu", "biases": True},
     "expert_choice": {"activation": "geglu"},
-    "dropless": {"activation": "swiglu", "expert_biases": True},
+    "dropless": {"activation": "swiglu", "biases": True},
 }
 
 
-def model_of(name: str, transport: str) -> ModelSettings:
-    return replace(MODEL, transport=transport, **EXPERTS.get(name, {}))
+def sparse_of(name: str, **changes) -> SparseSettings:
+    """The layer of a router, with experts of its own."""
+    given = EXPERTS.get(name, {})
+    experts = DenseSettings(F, given.get("activation", "relu"), "biases" in given)
+    return SparseSettings(E, experts, ROUTERS[name], vocab_size=V, **changes)
+
+
+def executed(
+    transport: str,
+    mesh: jax.sharding.Mesh,
+    partition: PartitionSettings = UNCUT,
+    *,
+    in_rounds: bool = False,
+    **changes,
+) -> Execution:
+    """With room for all rows: of 4 devices all may come to one."""
+    given = {"dtype": "float32", "row_budget": 4.0, "transport": transport} | changes
+    return Execution(ExecutionSettings(**given), mesh, partition, in_rounds)
 
 
 def grouped(x_BL, router: RouterSettings):
@@ -114,37 +127,32 @@ def problem():
     }
 
 
-def weights_of(model: ModelSettings, router: RouterSettings):
-    """The layer without its arrays, and arrays none of which is zero."""
-    definition, state = nnx.split(
-        nnx.eval_shape(lambda: MoE(jax.random.key(0), model, router))
-    )
+def weights_of(s: SparseSettings):
+    """Arrays none of which is zero."""
     rng = np.random.default_rng(1)
 
-    def drawn(path, leaf):
+    def drawn(path, spec):
         fan_in = {"up": M, "down": F}.get(path[-1].key, 4)
         scale = 1.0 if path[-1].key == "router" else fan_in**-0.5
-        return rng.normal(size=leaf.shape, scale=scale).astype(np.float32)
+        return rng.normal(size=spec.shape, scale=scale).astype(np.float32)
 
-    arrays = jax.tree_util.tree_map_with_path(drawn, nnx.to_pure_dict(state))
-    return definition, arrays
+    return jax.tree_util.tree_map_with_path(drawn, sparse.specs(s, M))
 
 
-def run_layer(definition, arrays, x_BLM, layer, key):
+def run_layer(arrays, x_BLM, s: SparseSettings, execution: Execution, key):
     p = problem()
-    tokens = Tokens(jnp.asarray(p["mask"]), jnp.arange(B), jnp.asarray(p["id"]))
-    return moe_layer(nnx.merge(definition, arrays), x_BLM, tokens, key, INDEX, layer)
+    routed = Routed(jnp.asarray(p["mask"]), jnp.asarray(p["id"]), jnp.arange(B))
+    return layer(arrays, x_BLM, routed, key, INDEX, s, execution)
 
 
-def compiled(layer: Layer, *, gradients: bool = True):
+def compiled(s: SparseSettings, execution: Execution, *, gradients: bool = True):
     """Output, sums and gradients of the oracle's objective, under one jit."""
     p = problem()
-    definition, _ = weights_of(layer.model, layer.router)
 
     def objective(arrays, x_BLM):
-        y_BLM, sums = run_layer(definition, arrays, x_BLM, layer, jax.random.key(5))
+        y_BLM, sums = run_layer(arrays, x_BLM, s, execution, jax.random.key(5))
         value = jnp.sum(y_BLM * jnp.where(p["mask"][..., None], p["d_y"], 0))
-        d_probability = np.repeat(p["d_probability"], layer.router.group_rows, 0)
+        d_probability = np.repeat(p["d_probability"], s.router.group_rows, 0)
         value += jnp.sum(sums.probability_GE * d_probability)
         value += p["d_z"] * jnp.sum(sums.z_G)
         return value, (y_BLM, sums)
@@ -156,18 +164,16 @@ def compiled(layer: Layer, *, gradients: bool = True):
     )
 
     def in_mesh(arrays, x_BLM):
-        with jax.set_mesh(layer.mesh):
+        with jax.set_mesh(execution.mesh):
             return jax.device_get(run(arrays, x_BLM))
 
     return in_mesh
 
 
-def oracle(model: ModelSettings, router: RouterSettings, arrays, x_BLM):
+def oracle(s: SparseSettings, arrays, x_BLM):
     """The same by one token at a time."""
-    p = problem()
-    order_V = np.asarray(
-        vocabulary_order(router.hash_seed, jnp.int32(INDEX), model.vocab_size)
-    )
+    p, router = problem(), s.router
+    order_V = np.asarray(vocabulary_order(router.hash_seed, jnp.int32(INDEX), V))
     told_G = [
         Told(mask_S, bias_E=arrays.get("selection_bias"), id_S=id_S, order_V=order_V)
         for mask_S, id_S in zip(
@@ -181,7 +187,7 @@ def oracle(model: ModelSettings, router: RouterSettings, arrays, x_BLM):
         told_G,
         router,
         capacity(router, E, train=True),
-        activation=model.activation,
+        activation=s.experts.activation,
         d_y_GSM=grouped(p["d_y"], router),
         d_probability_GE=p["d_probability"],
         d_z=p["d_z"],
@@ -189,11 +195,8 @@ def oracle(model: ModelSettings, router: RouterSettings, arrays, x_BLM):
 
 
 @functools.cache
-def oracle_of(name: str, group_rows: int = 1):
-    model = model_of(name, "auto")
-    router = replace(ROUTERS[name], group_rows=group_rows)
-    _, arrays = weights_of(model, router)
-    return oracle(model, router, arrays, problem()["x"])
+def oracle_of(s: SparseSettings):
+    return oracle(s, weights_of(s), problem()["x"])
 
 
 def agree(result, expected, router: RouterSettings = TIGHT) -> None:
@@ -259,15 +262,13 @@ def test_the_cases_cover_every_router_mesh_and_transport():
 def test_every_mesh_and_transport_agree_with_one_token_at_a_time(
     meshes, router, mesh, transport
 ):
-    layer = Layer(model_of(router, transport), ROUTERS[router], meshes[mesh])
-    check_layer(router, layer)
+    check_layer(router, sparse_of(router), executed(transport, meshes[mesh]))
 
 
-def check_layer(router: str, layer: Layer) -> None:
+def check_layer(router: str, s: SparseSettings, execution: Execution) -> None:
     """Everything agrees with the oracle, and the case is one of its kind."""
-    _, arrays = weights_of(layer.model, layer.router)
-    result = compiled(layer)(arrays, problem()["x"])
-    agree(result, oracle_of(router, layer.router.group_rows), layer.router)
+    result = compiled(s, execution)(weights_of(s), problem()["x"])
+    agree(result, oracle_of(s), s.router)
 
     _, (_, sums) = result
     assert sums.excess_G.sum() == 0
@@ -279,7 +280,7 @@ def check_layer(router: str, layer: Layer) -> None:
     if router == "spill":
         assert sums.spilled_GE.sum() > 0.02 * chosen, "this case is meant to spill"
     if router != "expert_choice":
-        routed = layer.router.num_choices(E) * B * L
+        routed = s.router.num_choices(E) * B * L
         assert routed == chosen + sums.padding_G.sum()
 
 
@@ -313,13 +314,7 @@ def test_pieces_of_sequences_agree_with_one_token_at_a_time(
     meshes, router, cut, transport
 ):
     mesh, partition = CUTS[cut]
-    layer = Layer(
-        model_of(router, transport),
-        ROUTERS[router],
-        meshes[mesh],
-        partition=partition,
-    )
-    check_layer(router, layer)
+    check_layer(router, sparse_of(router), executed(transport, meshes[mesh], partition))
 
 
 # Groups that span rows. Each device of these meshes has two rows or more.
@@ -344,18 +339,12 @@ ROWS_DAILY = ("spill", "dropless")
 def test_groups_of_several_rows_agree_with_one_token_at_a_time(
     meshes, router, mesh, partition, transport
 ):
-    layer = Layer(
-        model_of(router, transport),
-        OF_TWO_ROWS[router],
-        meshes[mesh],
-        partition=partition,
-    )
-    check_layer(router, layer)
+    s = replace(sparse_of(router), router=OF_TWO_ROWS[router])
+    check_layer(router, s, executed(transport, meshes[mesh], partition))
 
 
 # More rows than a device has room for.
 
-CROWDED = replace(FREE, row_budget=1.0)
 TOKENS = B * L // 8  # per device
 ROOM = TOKENS * 2  # rows: 1.0 times an even share at K = 2
 
@@ -363,14 +352,14 @@ ROOM = TOKENS * 2  # rows: 1.0 times an even share at K = 2
 @functools.cache
 def crowded(where: str):
     """Arrays with which experts fill unevenly or one gets all, and their oracle."""
-    model = model_of("dropless", "auto")
-    _, arrays = weights_of(model, CROWDED)
+    s = sparse_of("dropless")
+    arrays = weights_of(s)
     x_BLM = problem()["x"].copy()
     if where == "one_expert":
         x_BLM[..., 0] = 1.0
         arrays["router"] = arrays["router"].copy()
         arrays["router"][0, 3] = 30.0
-    return arrays, x_BLM, oracle(model, CROWDED, arrays, x_BLM)
+    return arrays, x_BLM, oracle(s, arrays, x_BLM)
 
 
 def excess_of(expected, data: int, expert: int) -> np.ndarray:
@@ -389,8 +378,8 @@ def excess_of(expected, data: int, expert: int) -> np.ndarray:
 
 @pytest.mark.parametrize("transport", ["ring", "ragged"])
 def test_rows_beyond_the_budget_are_computed_in_further_rounds(meshes, transport):
-    model = model_of("dropless", transport)
-    run = compiled(Layer(model, CROWDED, meshes["d2e4"], in_rounds=True))
+    tight = executed(transport, meshes["d2e4"], in_rounds=True, row_budget=1.0)
+    run = compiled(sparse_of("dropless"), tight)
     for where in ("uneven", "one_expert"):
         arrays, x_BLM, expected = crowded(where)
         result = run(arrays, x_BLM)
@@ -407,14 +396,13 @@ def test_rows_beyond_the_budget_are_computed_in_further_rounds(meshes, transport
 def test_rounds_in_bfloat16_give_the_output_of_ample_room_bit_for_bit(
     meshes, transport
 ):
-    model = replace(model_of("dropless", transport), dtype="bfloat16")
+    s, mesh = sparse_of("dropless"), meshes["d2e4"]
     arrays, x_BLM, expected = crowded("one_expert")
     given = arrays, jnp.asarray(x_BLM, jnp.bfloat16)
-    roomy = replace(CROWDED, row_budget=4.0)
-    mesh = meshes["d2e4"]
-    _, (ample, _) = compiled(Layer(model, roomy, mesh), gradients=False)(*given)
-    in_rounds = Layer(model, CROWDED, mesh, in_rounds=True)
-    _, (y_BLM, _) = compiled(in_rounds, gradients=False)(*given)
+    roomy = executed(transport, mesh, dtype="bfloat16")
+    tight = executed(transport, mesh, in_rounds=True, row_budget=1.0, dtype="bfloat16")
+    _, (ample, _) = compiled(s, roomy, gradients=False)(*given)
+    _, (y_BLM, _) = compiled(s, tight, gradients=False)(*given)
     assert y_BLM.dtype == jnp.bfloat16
     assert excess_of(expected, 2, 4).sum() > 0, "one round must not be enough"
     np.testing.assert_array_equal(y_BLM.view(np.uint16), ample.view(np.uint16))
@@ -425,14 +413,8 @@ def test_rounds_in_bfloat16_give_the_output_of_ample_room_bit_for_bit(
 @pytest.mark.parametrize("transport", ["ring", "ragged"])
 def test_devices_that_share_sequences_take_as_many_rounds(meshes, cut, transport):
     mesh, partition = CUTS[cut]
-    layer = Layer(
-        model_of("dropless", transport),
-        CROWDED,
-        meshes[mesh],
-        in_rounds=True,
-        partition=partition,
-    )
-    run = compiled(layer)
+    tight = executed(transport, meshes[mesh], partition, in_rounds=True, row_budget=1.0)
+    run = compiled(sparse_of("dropless"), tight)
     for where in ("uneven", "one_expert"):
         arrays, x_BLM, expected = crowded(where)
         agree(run(arrays, x_BLM), expected)
@@ -443,8 +425,8 @@ def test_devices_that_share_sequences_take_as_many_rounds(meshes, cut, transport
 
 @pytest.mark.parametrize("transport", ["ring", "ragged"])
 def test_without_rounds_the_rows_left_out_are_counted_exactly(meshes, transport):
-    model = model_of("dropless", transport)
-    run = compiled(Layer(model, CROWDED, meshes["d2e4"]), gradients=False)
+    tight = executed(transport, meshes["d2e4"], row_budget=1.0)
+    run = compiled(sparse_of("dropless"), tight, gradients=False)
     for where in ("uneven", "one_expert"):
         arrays, x_BLM, expected = crowded(where)
         _, (y_BLM, sums) = run(arrays, x_BLM)
@@ -471,11 +453,12 @@ DRAWN = {
 @pytest.mark.parametrize("name", DRAWN)
 def test_draws_and_iterations_are_the_same_on_every_mesh(meshes, name):
     x_BLM = problem()["x"]
-    _, arrays = weights_of(MODEL, DRAWN[name])
+    s = replace(sparse_of("switch"), router=DRAWN[name])
+    arrays = weights_of(s)
 
     def run(mesh, transport):
-        layer = Layer(replace(MODEL, transport=transport), DRAWN[name], meshes[mesh])
-        return compiled(layer, gradients=name == "noisy")(arrays, x_BLM)
+        execution = executed(transport, meshes[mesh])
+        return compiled(s, execution, gradients=name == "noisy")(arrays, x_BLM)
 
     alone, spread = run("d1", "einsum"), run("r2d2e2", "ragged")
     jax.tree.map(
@@ -494,26 +477,23 @@ def test_draws_and_iterations_are_the_same_on_every_mesh(meshes, name):
 def test_jitter_moves_the_router_and_never_the_experts(meshes):
     # With a router of zeros every token takes expert 0 at 1/8, jitter or not.
     router = replace(TIGHT, capacity_factor=0.0, jitter=0.2)
-    layer = Layer(replace(MODEL, transport="einsum"), router, meshes["d1"])
-    _, arrays = weights_of(MODEL, router)
+    s = replace(sparse_of("switch"), router=router)
+    arrays = weights_of(s)
     arrays["router"] = np.zeros((M, E), np.float32)
     x_BLM = problem()["x"]
-    _, (y_BLM, _) = compiled(layer, gradients=False)(arrays, x_BLM)
-    expected = oracle(MODEL, router, arrays, x_BLM).y_GSM
+    execution = executed("einsum", meshes["d1"])
+    _, (y_BLM, _) = compiled(s, execution, gradients=False)(arrays, x_BLM)
+    expected = oracle(s, arrays, x_BLM).y_GSM
     np.testing.assert_allclose(y_BLM.reshape(G, S, M), expected, atol=2e-5)
 
 
 def test_expert_dropout_keeps_its_share_and_the_same_units_on_every_mesh(meshes):
     # A hash router's only choice has gate 1. Hidden units of relu(0 + 1) = 1, through
     # the identity: y is 0 where dropped and 1 / (1 - 0.4) where kept.
-    model = replace(
-        MODEL,
-        expert_mlp_dim=M,
-        expert_biases=True,
-        expert_dropout=0.4,
-        transport="all_to_all",
-    )
     router = RouterSettings(family="hashed", group_size=S, capacity_factor=0.0)
+    s = SparseSettings(
+        E, DenseSettings(M, "relu", biases=True), router, dropout=0.4, vocab_size=V
+    )
     experts = {
         "up": np.zeros((E, M, M), np.float32),
         "up_bias": np.ones((E, M), np.float32),
@@ -523,8 +503,7 @@ def test_expert_dropout_keeps_its_share_and_the_same_units_on_every_mesh(meshes)
     mask_BL = problem()["mask"]
 
     def run(mesh):
-        layer = Layer(model, router, meshes[mesh])
-        run_one = compiled(layer, gradients=False)
+        run_one = compiled(s, executed("all_to_all", meshes[mesh]), gradients=False)
         _, (y_BLM, _) = run_one({"experts": experts}, problem()["x"])
         return y_BLM
 
@@ -543,23 +522,14 @@ def test_expert_dropout_keeps_its_share_and_the_same_units_on_every_mesh(meshes)
 
 
 def test_one_expert_is_a_dense_feed_forward(meshes):
-    model = replace(MODEL, num_experts=1, activation="swiglu", expert_biases=True)
     router = RouterSettings(group_size=S, capacity_factor=0.0)
-    definition, arrays = weights_of(model, router)
-    x_BLM = problem()["x"]
-    dense = nnx.merge(definition, arrays).experts
-    one = jax.tree.map(lambda array: array[0], nnx.to_pure_dict(nnx.state(dense)))
-    nnx.update(dense, one)
-    expected = jax.jit(lambda x: feed_forward(dense, x, "swiglu"))(x_BLM)
-    mask_BL = problem()["mask"]
+    s = SparseSettings(1, DenseSettings(F, "swiglu", biases=True), router)
+    arrays, x_BLM, mask_BL = weights_of(s), problem()["x"], problem()["mask"]
+    one = jax.tree.map(lambda array: array[0], arrays["experts"])
+    expected = jax.jit(lambda x: feed_forward(one, x, "swiglu"))(x_BLM)
     for transport in ("all_to_all", "ragged"):
-        layer = Layer(replace(model, transport=transport), router, meshes["d1"])
-        with jax.set_mesh(layer.mesh):
-            y_BLM, sums = jax.jit(
-                lambda x, layer=layer: run_layer(
-                    definition, arrays, x, layer, jax.random.key(0)
-                )
-            )(x_BLM)
+        execution = executed(transport, meshes["d1"])
+        _, (y_BLM, sums) = compiled(s, execution, gradients=False)(arrays, x_BLM)
         np.testing.assert_allclose(y_BLM[mask_BL], expected[mask_BL], rtol=1e-6)
         assert np.all(y_BLM[~mask_BL] == 0)
         np.testing.assert_array_equal(sums.kept_GE[:, 0], sums.tokens_G)
@@ -567,25 +537,22 @@ def test_one_expert_is_a_dense_feed_forward(meshes):
 
 @pytest.mark.parametrize("mesh", ["d2e4", "d2e2m2"])
 def test_a_shared_expert_adds_a_dense_feed_forward_of_every_token(meshes, mesh):
-    model = replace(MODEL, shared_expert_mlp_dim=6, transport="all_to_all")
-    definition, arrays = weights_of(model, TIGHT)
-    x_BLM = problem()["x"]
-    layer = Layer(model, TIGHT, meshes[mesh])
-    without = Layer(replace(model, shared_expert_mlp_dim=0), TIGHT, meshes[mesh])
+    without = sparse_of("switch")
+    s = replace(without, shared=DenseSettings(6, "relu"))
+    arrays, x_BLM = weights_of(s), problem()["x"]
+    execution = executed("all_to_all", meshes[mesh])
     alone = {name: arrays[name] for name in ("router", "experts")}
-    alone_definition, _ = weights_of(without.model, TIGHT)
 
     @jax.jit
     def run(x):
         key = jax.random.key(0)
-        shared = nnx.merge(definition, arrays).shared_expert
         return (
-            run_layer(definition, arrays, x, layer, key)[0],
-            run_layer(alone_definition, alone, x, without, key)[0],
-            feed_forward(shared, x, model.activation),
+            run_layer(arrays, x, s, execution, key)[0],
+            run_layer(alone, x, without, execution, key)[0],
+            feed_forward(arrays["shared"], x, "relu"),
         )
 
-    with jax.set_mesh(layer.mesh):
+    with jax.set_mesh(execution.mesh):
         together, routed, dense = jax.device_get(run(x_BLM))
     np.testing.assert_allclose(together, routed + dense, rtol=1e-6, atol=1e-6)
     assert np.abs(dense).min(axis=-1).max() > 0.01

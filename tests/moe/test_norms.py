@@ -5,27 +5,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe.model.norms import Norm, normalise
-from moe.model.parameters import logical_axes
-from moe.settings import ModelSettings
+from moe.architecture import EPSILONS
+from moe.model.norms import normalise, specs
+from moe.model.parameters import axes, draw
+from moe.settings import NormSettings
 
 pytestmark = pytest.mark.fast
 
 M = 6
 
 
-def weights_of(norm: str) -> Norm:
-    return Norm(
-        ModelSettings(
-            vocab_size=8,
-            num_layers=1,
-            model_dim=M,
-            num_heads=1,
-            head_dim=2,
-            mlp_dim=2,
-            norm=norm,
-        )
-    )
+def settings_of(norm: str) -> NormSettings:
+    return NormSettings(norm, EPSILONS[norm])
+
+
+def weights_of(norm: str) -> dict[str, jax.Array]:
+    return draw(specs(settings_of(norm), M), jax.random.key(0), "float32")
 
 
 def in_loops(x_TM, scale_M, bias_M) -> np.ndarray:
@@ -43,7 +38,8 @@ def in_loops(x_TM, scale_M, bias_M) -> np.ndarray:
 def test_root_mean_square_as_worked_out_by_hand():
     # The squares 9 and 16 and four zeros: their mean is 25/6, its root 2.04124.
     weights = weights_of("rms")
-    y_M = normalise(weights, jnp.array([[[3.0, 4, 0, 0, 0, 0]]]))[0, 0]
+    x_BLM = jnp.array([[[3.0, 4, 0, 0, 0, 0]]])
+    y_M = normalise(weights, x_BLM, settings_of("rms"))[0, 0]
     np.testing.assert_allclose(y_M[:2], [3 / 2.04124, 4 / 2.04124], rtol=1e-5)
 
 
@@ -52,13 +48,13 @@ def test_norms_agree_with_loops(norm):
     weights = weights_of(norm)
     draw = np.random.default_rng(0)
     scale_M, bias_M = draw.normal(size=(2, M)).astype(np.float32)
-    weights.scale[...] = jnp.asarray(scale_M)
+    weights["scale"] = jnp.asarray(scale_M)
     if norm == "layer":
-        weights.bias[...] = jnp.asarray(bias_M)
+        weights["bias"] = jnp.asarray(bias_M)
     # The last token is nearly constant: there the epsilon is what counts.
     x_TM = draw.normal(size=(5, M)).astype(np.float32) * 3 + 1
     x_TM[-1] = 1e-3 * draw.normal(size=M)
-    y_TM = normalise(weights, x_TM[None])[0]
+    y_TM = normalise(weights, x_TM[None], settings_of(norm))[0]
     expected = in_loops(x_TM, scale_M, bias_M if norm == "layer" else None)
     np.testing.assert_allclose(y_TM, expected, rtol=2e-5, atol=2e-6)
 
@@ -67,15 +63,13 @@ def test_norms_agree_with_loops(norm):
 def test_bfloat16_is_rounded_once_at_the_end(norm):
     x_BLM = jax.random.normal(jax.random.key(0), (1, 4, M), jnp.bfloat16)
     weights = weights_of(norm)
-    y_BLM = normalise(weights, x_BLM)
+    y_BLM = normalise(weights, x_BLM, settings_of(norm))
     assert y_BLM.dtype == jnp.bfloat16
-    exact_BLM = normalise(weights, x_BLM.astype(jnp.float32))
+    exact_BLM = normalise(weights, x_BLM.astype(jnp.float32), settings_of(norm))
     assert (y_BLM == exact_BLM.astype(jnp.bfloat16)).all()
 
 
 def test_only_the_layer_norm_has_a_bias_and_neither_is_cut_over_devices():
-    assert logical_axes(weights_of("rms")) == {"scale": ("norm",)}
-    assert logical_axes(weights_of("layer")) == {
-        "scale": ("norm",),
-        "bias": ("norm",),
-    }
+    of_rms, of_layer = (axes(specs(settings_of(norm), M)) for norm in EPSILONS)
+    assert of_rms == {"scale": ("norm",)}
+    assert of_layer == {"scale": ("norm",), "bias": ("norm",)}

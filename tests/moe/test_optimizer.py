@@ -8,11 +8,12 @@ import numpy as np
 import optax
 import pytest
 
-from moe.model import transformer
+from moe import architecture
+from moe.model import parameters, transformer
+from moe.model.parameters import matrix, vector
 from moe.settings import ModelSettings, OptimizerSettings, RouterSettings
 from moe.training.optimizer import (
     MOMENTS,
-    is_matrix,
     make_optimizer,
     make_schedule,
     state_axes,
@@ -62,9 +63,10 @@ def learn(optimizer, params, gradients):
 
 @functools.cache
 def learned_stack():
-    axes = {"up": ("layers", "expert", "embed", "mlp")}
+    shape, axes = (LAYERS, EXPERTS, IN, OUT), ("layers", "expert", "embed", "mlp")
+    specs = {"up": matrix(shape, axes, (2,), (3,))}
     params, gradients = ({"up": x} for x in stack())
-    params, state = learn(make_optimizer(ADAFACTOR, STEPS, axes), params, gradients)
+    params, state = learn(make_optimizer(ADAFACTOR, STEPS, specs), params, gradients)
     return np.asarray(params["up"]), state
 
 
@@ -107,24 +109,24 @@ TINY = ModelSettings(
 
 @functools.cache
 def tiny():
-    """Shapes and logical axes of a model whose matrices are large enough to factor."""
-    shapes = transformer.param_shapes(TINY, RouterSettings())
-    return shapes, transformer.param_axes(TINY, RouterSettings())
+    """Shapes and specs of a model whose matrices are large enough to factor."""
+    specs = transformer.specs(architecture.describe(TINY, RouterSettings()))
+    return parameters.shapes(specs, "float32"), specs
 
 
 @pytest.mark.parametrize("settings", [ADAMW, ADAFACTOR], ids=lambda s: s.name)
 def test_weight_decay_touches_matrices_only(settings):
     # Without a gradient a step is the decay alone.
     settings = dataclasses.replace(settings, learning_rate=0.5, weight_decay=0.1)
-    axes = {
-        "norm": ("embed",),
-        "norms": ("layers", "embed"),
-        "scales": ("layers", "expert", "embed"),
-        "embedding": ("vocab", "embed"),
-        "experts": ("layers", "expert", "embed", "mlp"),
+    specs = {
+        "norm": vector((2,), (None,)),
+        "norms": vector((2, 2), (None,) * 2, stacked=1),
+        "scales": vector((2,) * 3, (None,) * 3, stacked=2),
+        "embedding": matrix((2, 2), (None,) * 2, (0,), (1,)),
+        "experts": matrix((2,) * 4, (None,) * 4, (2,), (3,)),
     }
-    params = {name: np.ones((2,) * len(axes[name]), np.float32) for name in axes}
-    optimizer = make_optimizer(settings, STEPS, axes)
+    params = jax.tree.map(lambda spec: np.ones(spec.shape, np.float32), specs)
+    optimizer = make_optimizer(settings, STEPS, specs)
     gradients = jax.tree.map(lambda p: np.zeros((1, *p.shape), np.float32), params)
     after, _ = learn(optimizer, params, gradients)
     for name, value in after.items():
@@ -138,26 +140,25 @@ def test_of_a_whole_model_these_are_the_parameters_that_decay():
         TINY, activation="swiglu", mlp_biases=True, expert_biases=True
     )
     router = RouterSettings(selection_bias=True)
-    axes = transformer.param_axes(model, router)
-    shapes = transformer.param_shapes(model, router)
+    specs = transformer.specs(architecture.describe(model, router))
     matrices = {
-        path
-        for path, array, array_axes in rules.leaves(shapes, axes)
-        if is_matrix(array_axes)
+        jax.tree_util.keystr(path, simple=True, separator="/")
+        for path, spec in jax.tree.leaves_with_path(specs)
+        if spec.is_matrix
     }
     attention = {
-        f"periods/blocks/{block}/attention/{name}"
+        f"decoder/layers/0/{block}/attention/{name}"
         for block in (0, 1)
         for name in ("query", "key", "value", "output")
     }
     assert matrices == attention | {
         "embedding",
         "head",
-        "periods/blocks/0/feed_forward/up",
-        "periods/blocks/0/feed_forward/down",
-        "periods/blocks/1/moe/router",
-        "periods/blocks/1/moe/experts/up",
-        "periods/blocks/1/moe/experts/down",
+        "decoder/layers/0/0/dense/up",
+        "decoder/layers/0/0/dense/down",
+        "decoder/layers/0/1/sparse/router",
+        "decoder/layers/0/1/sparse/experts/up",
+        "decoder/layers/0/1/sparse/experts/down",
     }
 
 
@@ -168,8 +169,8 @@ def test_of_a_whole_model_these_are_the_parameters_that_decay():
 def test_gradients_are_clipped_by_their_global_norm(clip_norm, norm):
     settings = dataclasses.replace(ADAMW, b1=0.5, clip_norm=clip_norm)
     gradients = {"a": np.full(4, 3.0, np.float32), "b": np.full(4, 4.0, np.float32)}
-    axes = {"a": ("embed",), "b": ("embed",)}  # 10 = √(4 · 9 + 4 · 16)
-    optimizer = make_optimizer(settings, STEPS, axes)
+    specs = dict.fromkeys("ab", vector((4,), ("norm",)))  # 10 = √(4 · 9 + 4 · 16)
+    optimizer = make_optimizer(settings, STEPS, specs)
     update = jax.jit(optimizer.update)
     _, state = update(gradients, optimizer.init(gradients), gradients)
     # The first moment after one step is half of what went in.
@@ -211,11 +212,11 @@ def test_without_warm_up_the_first_update_is_made_at_the_peak(schedule):
 @functools.cache
 def axes_by_path(settings: OptimizerSettings) -> dict[str, tuple]:
     """Shape and logical axes of every array of the optimizer's state."""
-    shapes, axes = tiny()
-    optimizer = make_optimizer(settings, STEPS, axes)
+    shapes, specs = tiny()
+    optimizer = make_optimizer(settings, STEPS, specs)
     state = jax.eval_shape(optimizer.init, shapes)
     table = {}
-    for path, array, array_axes in rules.leaves(state, state_axes(state, shapes, axes)):
+    for path, array, array_axes in rules.leaves(state, state_axes(state, specs)):
         assert len(array_axes) == array.ndim, path
         table[path] = array.shape, array_axes
     return table
@@ -228,7 +229,8 @@ def of_moment(axes: tuple) -> tuple:
 
 @pytest.mark.fast
 def test_the_moments_of_adamw_have_the_axes_of_their_parameters():
-    shapes, axes = tiny()
+    shapes, specs = tiny()
+    axes = parameters.axes(specs)
     table = axes_by_path(ADAMW)
     for path, array, array_axes in rules.leaves(shapes, axes):
         for moment in ("mu", "nu"):
@@ -244,17 +246,17 @@ def test_the_moments_of_adamw_have_the_axes_of_their_parameters():
 # round. Head by head, an attention matrix [128, 2, 128] has rows and columns, too.
 ADAFACTOR_AXES = {
     "embedding": "1:– | 128:– | 256:–",
-    "final_norm/scale": "128:norm | 1:– | 1:–",
-    "periods/blocks/0/attention/query": (
+    "decoder/norm/scale": "128:norm | 1:– | 1:–",
+    "decoder/layers/0/0/attention/query": (
         "1:layers 1:– | 1:layers 128:– | 1:layers 256:–"
     ),
-    "periods/blocks/1/feed_forward_norm/scale": (
+    "decoder/layers/0/1/sparse/norm/scale": (
         "1:layers 128:norm | 1:layers 1:– | 1:layers 1:–"
     ),
-    "periods/blocks/1/moe/router": (
+    "decoder/layers/0/1/sparse/router": (
         "1:layers 128:embed_moment 3:routed | 1:layers 1:– | 1:layers 1:–"
     ),
-    "periods/blocks/1/moe/experts/up": (
+    "decoder/layers/0/1/sparse/experts/up": (
         "1:layers 3:expert 1:– | 1:layers 3:expert 128:– | 1:layers 3:expert 160:–"
     ),
 }
@@ -275,9 +277,26 @@ def test_the_moments_of_adafactor_have_these_axes(path):
 
 @pytest.mark.fast
 def test_the_first_moment_of_adafactor_has_the_axes_of_its_parameter():
-    shapes, axes = tiny()
+    shapes, specs = tiny()
+    axes = parameters.axes(specs)
     with_momentum = axes_by_path(dataclasses.replace(ADAFACTOR, b1=0.9))
     added = with_momentum.keys() - axes_by_path(ADAFACTOR).keys()
     for path, array, array_axes in rules.leaves(shapes, axes):
         (where,) = (name for name in added if name.endswith(f"/ema/{path}"))
         assert with_momentum[where] == (array.shape, of_moment(array_axes))
+
+
+@pytest.mark.fast
+def test_moments_follow_the_tree_where_names_repeat():
+    specs = {
+        "a": {"t": matrix((2, 4), ("embed", "mlp"), (0,), (1,))},
+        "z": {"a": {"t": matrix((3, 4), ("vocab", "embed"), (0,), (1,))}},
+    }
+    shapes = parameters.shapes(specs, "float32")
+    state = jax.eval_shape(make_optimizer(ADAMW, STEPS, specs).init, shapes)
+    found = {
+        path.partition("/mu/")[2]: axes
+        for path, _, axes in rules.leaves(state, state_axes(state, specs))
+        if "/mu/" in path
+    }
+    assert found == {"a/t": ("embed_moment", "mlp"), "z/a/t": ("vocab", "embed_moment")}

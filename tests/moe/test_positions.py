@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe.model.parameters import logical_axes
-from moe.model.positions import RelativeBias, relative_bias, relative_bucket, rotate
-from moe.settings import ModelSettings
+from moe.model.attention.positions import bias_of, bucket_of, rotate, table_spec
+from moe.model.parameters import draw
+from moe.settings import PositionSettings
 
 pytestmark = pytest.mark.fast
 
@@ -30,7 +30,7 @@ def bucket_in_words(distance: int, num_buckets: int, max_distance: int) -> int:
 
 def test_buckets_of_t5_as_worked_out_by_hand():
     assert len(EDGES) == 32
-    bucket = np.asarray(relative_bucket(jnp.arange(-3, 300), 32, 128))
+    bucket = bucket_of(np.arange(-3, 300), 32, 128)
     for distance in range(-3, 300):
         expected = sum(edge <= distance for edge in EDGES) - 1
         assert bucket[distance + 3] == max(expected, 0), distance
@@ -41,47 +41,53 @@ def test_buckets_of_t5_as_worked_out_by_hand():
 )
 def test_buckets_agree_with_a_loop(num_buckets, max_distance):
     distances = range(-2, 2 * max_distance)
-    bucket = relative_bucket(jnp.array(distances), num_buckets, max_distance)
+    bucket = bucket_of(np.array(distances), num_buckets, max_distance)
     expected = [bucket_in_words(d, num_buckets, max_distance) for d in distances]
     np.testing.assert_array_equal(bucket, expected)
     assert set(expected) == set(range(num_buckets))
 
 
-def test_bias_and_its_gradient_agree_with_loops_and_nothing_scatters():
+@pytest.mark.parametrize(
+    ("first_query", "first_key", "L", "T"),
+    [(0, 0, 7, 7), (6, 0, 3, 9), (2, 5, 4, 5), (9, 0, 1, 10), (0, 9, 1, 1)],
+)
+def test_bias_and_its_gradient_agree_with_loops_and_nothing_scatters(
+    first_query, first_key, L, T
+):
     draw = np.random.default_rng(0)
-    B, L, T, N = 2, 5, 7, 3
+    N, settings = 3, PositionSettings("distance", buckets=8, max_distance=16)
     table = draw.normal(size=(8, N)).astype(np.float32)
-    query_BL, key_BT = draw.integers(0, 40, (B, L)), draw.integers(0, 40, (B, T))
-    d_BNLT = draw.normal(size=(B, N, L, T)).astype(np.float32)
+    query_L, key_T = first_query + np.arange(L), first_key + np.arange(T)
+    d_NLT = draw.normal(size=(N, L, T)).astype(np.float32)
 
-    def both(table, d_BNLT):
-        bias_BNLT, transposed = jax.vjp(
-            lambda table: relative_bias(table, query_BL, key_BT, 16), table
+    def both(table, query_L, key_T, d_NLT):
+        bias_NLT, transposed = jax.vjp(
+            lambda table: bias_of(table, 20, settings).of(query_L, key_T), table
         )
-        return bias_BNLT, *transposed(d_BNLT)
+        return bias_NLT, *transposed(d_NLT)
 
-    bias_BNLT, d_table = jax.jit(both)(table, d_BNLT)
-    expected = np.zeros((B, N, L, T))
+    bias_NLT, d_table = jax.jit(both)(table, query_L, key_T, d_NLT)
+    expected = np.zeros((N, L, T))
     d_expected = np.zeros(table.shape)
-    for b, n, i, j in np.ndindex(B, N, L, T):
-        bucket = bucket_in_words(query_BL[b, i] - key_BT[b, j], 8, 16)
-        expected[b, n, i, j] = table[bucket, n]
-        d_expected[bucket, n] += d_BNLT[b, n, i, j]
-    np.testing.assert_allclose(bias_BNLT, expected, rtol=1e-6)
+    for n, i, j in np.ndindex(N, L, T):
+        bucket = bucket_in_words(query_L[i] - key_T[j], 8, 16)
+        expected[n, i, j] = table[bucket, n]
+        d_expected[bucket, n] += d_NLT[n, i, j]
+    np.testing.assert_allclose(bias_NLT, expected, rtol=1e-6)
     np.testing.assert_allclose(d_table, d_expected, rtol=1e-5, atol=1e-5)
-    assert "scatter" not in str(jax.make_jaxpr(both)(table, d_BNLT))
+    jaxpr = str(jax.make_jaxpr(both)(table, query_L, key_T, d_NLT))
+    assert "scatter" not in jaxpr
+    assert " gather" not in jaxpr
 
 
 def test_the_table_is_drawn_with_variance_1_over_the_mean_of_buckets_and_heads():
-    settings = ModelSettings(
-        vocab_size=8, num_layers=1, model_dim=8, num_heads=512, head_dim=2, mlp_dim=2
-    )
-    weights = RelativeBias(jax.random.key(0), settings)
-    assert weights.table.shape == (32, 512)
+    spec = table_spec(PositionSettings("distance"), 512, 1.0)
+    table = draw({"table": spec}, jax.random.key(0), "float32")["table"]
+    assert table.shape == (32, 512)
     # 16,384 draws: four standard errors are 2.2 %.
     mean = (32 + 512) / 2
-    np.testing.assert_allclose(jnp.std(weights.table[...]), mean**-0.5, rtol=0.022)
-    assert logical_axes(weights) == {"table": (None, "heads")}
+    np.testing.assert_allclose(jnp.std(table), mean**-0.5, rtol=0.022)
+    assert spec.axes == (None, "heads")
 
 
 def test_rotation_agrees_with_complex_numbers_and_sees_only_differences():

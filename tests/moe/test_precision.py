@@ -1,6 +1,5 @@
 """Fewer bits between steps: rounding, master copies, moments, and their exceptions."""
 
-import dataclasses
 import functools
 
 import jax
@@ -9,9 +8,11 @@ import numpy as np
 import optax
 import pytest
 
+from moe import architecture
 from moe.model import transformer
-from moe.model.weights import gathered
+from moe.model.products import gather
 from moe.settings import (
+    ExecutionSettings,
     LossSettings,
     ModelSettings,
     OptimizerSettings,
@@ -35,11 +36,9 @@ MODEL = ModelSettings(
     moe_every=1,
     num_experts=4,
     expert_mlp_dim=12,
-    dtype="float32",
-    param_dtype="bfloat16",
-    remat="none",
 )
 ROUTER = RouterSettings(group_size=8, selection_bias=True, bias_update_rate=1e-3)
+LAYERS = architecture.describe(MODEL, ROUTER)
 KEY = jax.random.key(0)
 
 
@@ -100,10 +99,13 @@ def test_moments_are_kept_in_a_type_and_computed_in_float32():
 
 
 def learner_of(settings: OptimizerSettings, param_dtype: str) -> Learner:
-    model = dataclasses.replace(MODEL, param_dtype=param_dtype)
+    execution = ExecutionSettings(
+        dtype="float32", param_dtype=param_dtype, remat="none"
+    )
+    mesh = make_mesh(MeshSettings())
     return Learner(
-        model=transformer.build(model, ROUTER, make_mesh(MeshSettings())),
-        optimizer=make_optimizer(settings, 10, transformer.param_axes(model, ROUTER)),
+        model=transformer.build(MODEL, ROUTER, execution, mesh),
+        optimizer=make_optimizer(settings, 10, transformer.specs(LAYERS)),
         schedule=make_schedule(settings, 10),
         loss=LossSettings(),
         microbatches=1,
@@ -135,9 +137,7 @@ def after_steps(rounding: str, param_dtype: str = "bfloat16", steps: int = 2):
     settings = OptimizerSettings(rounding=rounding, warmup_steps=0)
     learner = learner_of(settings, param_dtype)
     state = jax.jit(
-        lambda: train_state.init_state(
-            KEY, learner.model.settings, ROUTER, learner.optimizer
-        )
+        lambda: train_state.init_state(KEY, LAYERS, param_dtype, learner.optimizer)
     )()
     step = jax.jit(functools.partial(train_step, learner=learner))
     for n in range(steps):
@@ -176,9 +176,7 @@ def test_a_step_returns_a_state_of_the_types_it_was_given(
     )
     learner = learner_of(settings, param_dtype)
     state = jax.eval_shape(
-        lambda: train_state.init_state(
-            KEY, learner.model.settings, ROUTER, learner.optimizer
-        )
+        lambda: train_state.init_state(KEY, LAYERS, param_dtype, learner.optimizer)
     )
     after, _ = jax.eval_shape(
         functools.partial(train_step, learner=learner), state, batch(), jnp.int32(0)
@@ -193,7 +191,7 @@ def test_a_step_returns_a_state_of_the_types_it_was_given(
 
 
 def bias_of(params):
-    return params["periods"]["blocks"][0]["moe"]["selection_bias"]
+    return params["decoder"]["layers"][0][0]["sparse"]["selection_bias"]
 
 
 @pytest.mark.parametrize(
@@ -230,7 +228,7 @@ def test_gradients_of_gathered_weights_travel_in_reduce_dtype():
 
     def travelled(reduce_dtype: str) -> str:
         def loss(piece):
-            whole = gathered(piece, grid, ("data",), 0, "bfloat16", reduce_dtype)
+            whole = gather(piece, grid, ("data",), 0, "bfloat16", reduce_dtype)
             return jnp.sum(whole.astype(jnp.float32) ** 2)
 
         both = jax.shard_map(

@@ -4,9 +4,11 @@ import jax
 import numpy as np
 import pytest
 
-from moe.model.attention import Attention, attend, sight
-from moe.settings import ModelSettings
-from partitioning.grid import Grid
+from moe.model import view
+from moe.model.attention import heads
+from moe.model.execution import Execution
+from moe.model.view import Stream
+from moe.settings import ExecutionSettings, HeadsSettings, PositionSettings
 from partitioning.mesh import make_mesh
 from partitioning.settings import MeshSettings
 
@@ -14,14 +16,11 @@ pytestmark = pytest.mark.fast
 
 B, L, M, N, D = 4, 12, 8, 2, 4
 BASE = 100.0
-SETTINGS = ModelSettings(
-    vocab_size=16,
-    num_layers=1,
-    model_dim=M,
+SETTINGS = HeadsSettings(
     num_heads=N,
+    kv_heads=N,
     head_dim=D,
-    mlp_dim=8,
-    rope_base=BASE,
+    positions=PositionSettings("rotary", rotary_base=BASE),
 )
 
 
@@ -74,12 +73,10 @@ def random_row(rng) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 @jax.jit
 def run(matrices, x_BLM, position_BL, segment_BL, prefix_BL=None):
-    weights = Attention(jax.random.key(0), SETTINGS)
-    for name, matrix in matrices.items():
-        getattr(weights, name)[...] = matrix
-    grid = Grid(make_mesh(MeshSettings()))
-    seen = sight(position_BL, segment_BL, prefix_BL, None, grid)
-    return attend(weights, x_BLM, seen, SETTINGS, grid)
+    execution = Execution(ExecutionSettings(), make_mesh(MeshSettings()))
+    stream = Stream(segment_BL, position_BL, segment_BL, prefix_BL, np.arange(B))
+    seen = view.of_stream(stream, None, execution)
+    return heads.apply(matrices, x_BLM, seen, None, SETTINGS, None, 0, execution)[0]
 
 
 def test_a_prefix_sees_itself_whole_and_nothing_else_changes():

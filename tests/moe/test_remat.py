@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe.model import transformer
-from moe.settings import ModelSettings, RouterSettings
+from moe.model import parameters, stack, transformer
+from moe.settings import ExecutionSettings, ModelSettings, RouterSettings
 from moe.testing.jaxprs import equations
+from moe.testing.whole_arrays import forward
 from partitioning import rules
 from partitioning.mesh import make_mesh
 from partitioning.settings import UNCUT, MeshSettings, PartitionSettings
@@ -26,28 +27,27 @@ MODEL = ModelSettings(
     mlp_dim=F_DENSE,
     num_experts=8,
     expert_mlp_dim=F_EXPERT,
-    transport="all_to_all",
-    dtype="float32",
 )
+EXECUTION = ExecutionSettings(transport="all_to_all", dtype="float32")
 ROUTER = RouterSettings(group_size=4)
 POLICIES = ("none", "minimal", "full")
 
 
 @functools.cache
 def kept(
-    settings: ModelSettings,
+    execution: ExecutionSettings,
     mesh: MeshSettings,
     partition: PartitionSettings = UNCUT,
 ) -> set[tuple[int, ...]]:
     """Shapes of one period of what the loops over periods carry and keep."""
-    model = transformer.build(settings, ROUTER, make_mesh(mesh), partition)
-    params = transformer.param_shapes(settings, ROUTER)
+    model = transformer.build(MODEL, ROUTER, execution, make_mesh(mesh), partition)
+    params = parameters.shapes(model.specs, "float32")
     tokens = jax.ShapeDtypeStruct((B, L), np.int32)
     names = ("input_tokens", "segment_ids", "positions")
     batch = {f"decoder_{name}": tokens for name in names}
 
     def loss(params, batch):
-        logits_BLV, sums = transformer.forward(
+        logits_BLV, (sums,) = forward(
             model, params, batch, jnp.arange(B), jax.random.key(0)
         )
         return jnp.sum(logits_BLV**2) + jnp.sum(sums.z_G)
@@ -64,13 +64,12 @@ def kept(
 
 def layer_shapes(mesh: MeshSettings, partition: PartitionSettings) -> dict:
     """The matrices of the layers as one device has them."""
-    params = transformer.param_shapes(MODEL, ROUTER)
-    axes = transformer.param_axes(MODEL, ROUTER)
     placed, table = make_mesh(mesh), rules.table(partition)
+    specs = transformer.build(MODEL, ROUTER, EXECUTION, placed).specs
     return {
         path: rules.sharding(placed, names, table).shard_shape(array.shape)[1:]
-        for path, array, names in rules.leaves(params, axes)
-        if path.startswith("periods") and "norm" not in path
+        for path, array, names in rules.leaves(specs, parameters.axes(specs))
+        if path.startswith("decoder/layers") and "norm" not in path
     }
 
 
@@ -87,14 +86,16 @@ def whole_matrices() -> set[tuple[int, ...]]:
 
 @pytest.mark.parametrize("remat", POLICIES)
 def test_no_policy_keeps_a_weight_that_was_gathered(remat):
-    shapes = kept(dataclasses.replace(MODEL, remat=remat), MESH, SHARDED)
+    shapes = kept(dataclasses.replace(EXECUTION, remat=remat), MESH, SHARDED)
     assert set(layer_shapes(MESH, SHARDED).values()) <= shapes
     assert not shapes & whole_matrices()
 
 
 def test_without_a_policy_gathered_weights_would_be_kept(monkeypatch):
-    monkeypatch.setattr(transformer, "rematerialised", lambda layer, *_, **__: layer)
-    shapes = kept.__wrapped__(dataclasses.replace(MODEL, remat="none"), MESH, SHARDED)
+    monkeypatch.setattr(stack, "rematerialised", lambda layer, *_, **__: layer)
+    shapes = kept.__wrapped__(
+        dataclasses.replace(EXECUTION, remat="none"), MESH, SHARDED
+    )
     assert whole_matrices() <= shapes
 
 
@@ -110,9 +111,9 @@ def test_without_a_policy_gathered_weights_would_be_kept(monkeypatch):
 def test_sparse_layers_have_a_policy_of_their_own(
     remat, sparse_remat, dense_kept, sparse_kept
 ):
-    settings = dataclasses.replace(MODEL, remat=remat, sparse_remat=sparse_remat)
+    execution = dataclasses.replace(EXECUTION, remat=remat, sparse_remat=sparse_remat)
     weights = set(layer_shapes(MeshSettings(), UNCUT).values())
-    widths = {shape[-1] for shape in kept(settings, MeshSettings()) - weights if shape}
+    widths = {shape[-1] for shape in kept(execution, MeshSettings()) - weights if shape}
     assert (F_DENSE in widths, F_EXPERT in widths) == (dense_kept, sparse_kept)
 
 
@@ -120,7 +121,9 @@ def test_a_stricter_policy_keeps_less():
     sizes = [
         sum(
             int(np.prod(shape))
-            for shape in kept(dataclasses.replace(MODEL, remat=remat), MeshSettings())
+            for shape in kept(
+                dataclasses.replace(EXECUTION, remat=remat), MeshSettings()
+            )
         )
         for remat in POLICIES
     ]

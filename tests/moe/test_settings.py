@@ -6,7 +6,8 @@ from fractions import Fraction
 
 import pytest
 
-from moe.settings import ModelSettings, RouterSettings, capacity, never_drops
+from moe.routing.capacity import capacity, mean_choices, never_drops
+from moe.settings import RouterSettings
 
 pytestmark = pytest.mark.fast
 
@@ -127,16 +128,4 @@ def test_a_token_visits_this_many_experts_at_most_and_on_average(changes, most, 
         num_selected=2, group_size=50, capacity_factor=1.0, min_capacity=1, **changes
     )
     assert router.num_choices(8) == most
-    assert router.mean_choices(8) == mean
-
-
-def test_layers_are_dense_at_the_bottom_and_sparse_once_a_period_above():
-    model = ModelSettings(
-        vocab_size=32, num_layers=7, model_dim=8, num_heads=2, head_dim=4, mlp_dim=16
-    )
-    above = dataclasses.replace(model, first_dense_layers=3, moe_every=2)
-    assert (above.num_periods, above.num_sparse_layers) == (2, 2)
-    every = dataclasses.replace(above, moe_every=1)
-    assert (every.num_periods, every.num_sparse_layers) == (4, 4)
-    dense = dataclasses.replace(model, moe_every=0)
-    assert (dense.num_periods, dense.num_sparse_layers) == (7, 0)
+    assert mean_choices(router, 8) == mean

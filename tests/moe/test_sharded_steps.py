@@ -12,7 +12,13 @@ import optax
 import pytest
 
 from moe.model import transformer
-from moe.settings import LossSettings, ModelSettings, OptimizerSettings, RouterSettings
+from moe.settings import (
+    ExecutionSettings,
+    LossSettings,
+    ModelSettings,
+    OptimizerSettings,
+    RouterSettings,
+)
 from moe.training import state as train_state
 from moe.training.optimizer import make_optimizer, make_schedule
 from moe.training.train_step import Learner, train_step
@@ -30,8 +36,6 @@ BASE = ModelSettings(
     mlp_dim=16,
     num_experts=8,
     expert_mlp_dim=16,
-    transport="all_to_all",
-    dtype="float32",
 )
 # Two models that have every part between them, and draw and drop. Groups of the first
 # span two rows, and its balance is that of single sequences.
@@ -47,7 +51,6 @@ MODELS = {
         positions="relative",
         moe_position="first",
         tie_embeddings=True,
-        vocab_chunks=2,
         dropout=0.1,
         shared_expert_mlp_dim=8,
     ),
@@ -59,9 +62,13 @@ MODELS = {
         num_kv_heads=4,
         positions="learned",
         max_positions=L,
-        attention_block=4,
-        transport="ragged",
     ),
+}
+EXECUTIONS = {
+    "biased": ExecutionSettings(
+        dtype="float32", transport="all_to_all", vocab_chunks=2
+    ),
+    "plain": ExecutionSettings(dtype="float32", transport="ragged", attention_block=4),
 }
 ROUTERS = {
     "biased": RouterSettings(
@@ -195,12 +202,13 @@ def make_batch() -> dict[str, np.ndarray]:
 
 
 def learner_of(case: Case) -> Learner:
-    model = dataclasses.replace(MODELS[case.model], remat=case.remat)
-    router = ROUTERS[case.model]
-    axes = transformer.param_axes(model, router)
+    execution = dataclasses.replace(EXECUTIONS[case.model], remat=case.remat)
+    named = MODELS[case.model], ROUTERS[case.model]
+    mesh = make_mesh(case.mesh)
+    model = transformer.build(*named, execution, mesh, case.partition)
     return Learner(
-        model=transformer.build(model, router, make_mesh(case.mesh), case.partition),
-        optimizer=make_optimizer(OPTIMIZER, 100, axes),
+        model=model,
+        optimizer=make_optimizer(OPTIMIZER, 100, model.specs),
         schedule=make_schedule(OPTIMIZER, 100),
         loss=LOSSES[case.model],
         microbatches=case.microbatches,
@@ -214,8 +222,8 @@ def start(model: str) -> train_state.TrainState:
     learner = learner_of(Case(model))
     draw = functools.partial(
         train_state.init_state,
-        settings=learner.model.settings,
-        router=learner.model.router,
+        layers=learner.model.layers,
+        param_dtype="float32",
         optimizer=learner.optimizer,
     )
     state = jax.device_get(jax.jit(draw)(jax.random.key(0)))
@@ -230,18 +238,19 @@ def step(case: Case) -> tuple[train_state.TrainState, dict]:
     """The state after one step under the placement of a real run, and metrics."""
     learner, state = learner_of(case), start(case.model)
     model = learner.model
-    axes = train_state.logical_axes(state, model.settings, model.router)
-    places = train_state.shardings(state, axes, model.mesh, case.partition)
+    mesh = model.execution.mesh
+    axes = train_state.logical_axes(state, model.layers)
+    places = train_state.shardings(state, axes, mesh, case.partition)
     run = jax.jit(
         functools.partial(train_step, learner=learner),
         in_shardings=(
             places,
-            rules.sharding(model.mesh, ("batch", "length")),
-            rules.replicated(model.mesh),
+            rules.sharding(mesh, ("batch", "length")),
+            rules.replicated(mesh),
         ),
         out_shardings=(places, None),
     )
-    with jax.set_mesh(model.mesh):
+    with jax.set_mesh(mesh):
         return jax.device_get(run(state, make_batch(), np.int32(0)))
 
 

@@ -5,6 +5,7 @@ import math
 import jax
 import pytest
 
+from moe import architecture
 from moe.model import transformer
 from moe.settings import ModelSettings, OptimizerSettings, RouterSettings
 from moe.training import state as train_state
@@ -35,10 +36,10 @@ def placed(fsdp: str, **partition) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Mesh axes of every array of the state, and its shape on one device."""
     cut = PartitionSettings(fsdp=fsdp, **partition)
     mesh = make_mesh(MESH)
-    axes = transformer.param_axes(TINY, ROUTER)
-    optimizer = make_optimizer(OptimizerSettings(), 10, axes)
-    shapes = train_state.abstract_state(TINY, ROUTER, optimizer)
-    named = train_state.logical_axes(shapes, TINY, ROUTER)
+    layers = architecture.describe(TINY, ROUTER)
+    optimizer = make_optimizer(OptimizerSettings(), 10, transformer.specs(layers))
+    shapes = train_state.abstract_state(layers, "float32", optimizer)
+    named = train_state.logical_axes(shapes, layers)
     places = jax.tree.leaves(train_state.shardings(shapes, named, mesh, cut))
     return {
         path: (written(place.spec), place.shard_shape(array.shape))
@@ -60,15 +61,15 @@ PLACES = {
     "embedding": "model, {dense}",
     "positions": "–, –",
     "head": "{dense}, model",
-    "final_norm/scale": "–",
-    "periods/blocks/0/attention/query": "–, {dense}, model, –",
-    "periods/blocks/0/attention/output": "–, model, –, {dense}",
-    "periods/blocks/0/attention_norm/scale": "–, –",
-    "periods/blocks/0/feed_forward/up": "–, {dense}, model",
-    "periods/blocks/0/feed_forward/down": "–, model, {dense}",
-    "periods/blocks/1/moe/router": "–, {dense}, –",
-    "periods/blocks/1/moe/experts/up": "–, expert, {expert}, {width}",
-    "periods/blocks/1/moe/experts/down": "–, expert, {width}, {expert}",
+    "decoder/norm/scale": "–",
+    "decoder/layers/0/0/attention/query": "–, {dense}, model, –",
+    "decoder/layers/0/0/attention/output": "–, model, –, {dense}",
+    "decoder/layers/0/0/attention/norm/scale": "–, –",
+    "decoder/layers/0/0/dense/up": "–, {dense}, model",
+    "decoder/layers/0/0/dense/down": "–, model, {dense}",
+    "decoder/layers/0/1/sparse/router": "–, {dense}, –",
+    "decoder/layers/0/1/sparse/experts/up": "–, expert, {expert}, {width}",
+    "decoder/layers/0/1/sparse/experts/down": "–, expert, {width}, {expert}",
 }
 UNCUT = {"dense": "–", "expert": "–"}
 CUT = {"dense": "context×data", "expert": "context×data"}

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from launch.environment import CPU_FLAG
-from moe.dispatch import choice
+from moe.dispatch import auto
 
 SCRIPT = Path(__file__).with_name("compile_for_tpu.py")
 COMPILER = Path(sys.prefix, "tpu-compiler")
@@ -76,9 +76,9 @@ def test_larger_slices_of_v5e_have_no_ragged_exchange_as_auto_knows():
     done = compile_in_child("v5e:4x8", "ragged", "bfloat16", "4x8")
     assert done.returncode != 0
     assert "not supported in limited ICI routing" in done.stderr
-    assert not choice.has_ragged_exchange("tpu", "TPU v5 lite", per_slice=32)
+    assert not auto.has_ragged_exchange("tpu", "TPU v5 lite", per_slice=32)
     assert compiled("v6e:4x8", "ragged", "bfloat16", "4x8")["operations"]
-    assert choice.has_ragged_exchange("tpu", "TPU v6 lite", per_slice=32)
+    assert auto.has_ragged_exchange("tpu", "TPU v6 lite", per_slice=32)
 
 
 @pytest.mark.slow

@@ -9,8 +9,14 @@ import jax
 import numpy as np
 import pytest
 
-from moe.model import transformer
-from moe.settings import LossSettings, ModelSettings, OptimizerSettings, RouterSettings
+from moe.model import parameters, transformer
+from moe.settings import (
+    ExecutionSettings,
+    LossSettings,
+    ModelSettings,
+    OptimizerSettings,
+    RouterSettings,
+)
 from moe.testing import MESHES
 from moe.training import losses
 from moe.training import state as train_state
@@ -29,10 +35,8 @@ MODEL = ModelSettings(
     mlp_dim=24,
     num_experts=8,
     expert_mlp_dim=24,
-    transport="all_to_all",
-    dtype="float32",
-    remat="none",
 )
+EXECUTION = ExecutionSettings(transport="all_to_all", dtype="float32", remat="none")
 # Everything that draws is on, so that a draw tied to a device would show.
 ROUTER = RouterSettings(
     num_selected=2,
@@ -73,11 +77,12 @@ def make_batch(num_rows=B, padding_value=0):
 
 
 def make_learner(mesh: str, *, microbatches=1, scope="group", biased=False, **changes):
-    model, router = dataclasses.replace(MODEL, **changes), BIASED if biased else ROUTER
-    axes = transformer.param_axes(model, router)
+    execution = dataclasses.replace(EXECUTION, **changes)
+    router = BIASED if biased else ROUTER
+    model = transformer.build(MODEL, router, execution, make_mesh(MESHES[mesh]))
     return Learner(
-        model=transformer.build(model, router, make_mesh(MESHES[mesh])),
-        optimizer=make_optimizer(OPTIMIZER, 100, axes),
+        model=model,
+        optimizer=make_optimizer(OPTIMIZER, 100, model.specs),
         schedule=make_schedule(OPTIMIZER, 100),
         loss=WHOLE if biased else dataclasses.replace(LOSS, balance_scope=scope),
         microbatches=microbatches,
@@ -91,8 +96,8 @@ def initial_state(*, biased=False):
     learner = make_learner("d1", biased=biased)
     draw = functools.partial(
         train_state.init_state,
-        settings=learner.model.settings,
-        router=learner.model.router,
+        layers=learner.model.layers,
+        param_dtype="float32",
         optimizer=learner.optimizer,
     )
     return jax.device_get(jax.jit(draw)(jax.random.key(0)))
@@ -103,18 +108,19 @@ def compile_step(mesh: str, num_rows=B, *, biased=False, **choices):
     """The step under the placement of a real run."""
     learner = make_learner(mesh, biased=biased, **choices)
     model, state = learner.model, initial_state(biased=biased)
-    axes = train_state.logical_axes(state, model.settings, model.router)
-    places = train_state.shardings(state, axes, model.mesh)
+    mesh = model.execution.mesh
+    axes = train_state.logical_axes(state, model.layers)
+    places = train_state.shardings(state, axes, mesh)
     step = jax.jit(
         functools.partial(train_step, learner=learner),
         in_shardings=(
             places,
-            rules.sharding(model.mesh, ("batch", "length")),
-            rules.replicated(model.mesh),
+            rules.sharding(mesh, ("batch", "length")),
+            rules.replicated(mesh),
         ),
         out_shardings=(places, None),
     )
-    with jax.set_mesh(model.mesh):
+    with jax.set_mesh(mesh):
         return step.lower(state, make_batch(num_rows), np.int32(0)).compile()
 
 
@@ -214,9 +220,9 @@ def count_collectives(text: str, kind: str) -> int:
 def hlo(mesh: str, remat: str, backward: bool) -> str:
     """The compiled loss, or its gradient."""
     learner = make_learner(mesh, remat=remat)
-    mesh = learner.model.mesh
+    mesh = learner.model.execution.mesh
     params = initial_state().params
-    axes = transformer.param_axes(MODEL, ROUTER)
+    axes = parameters.axes(learner.model.specs)
     places = train_state.shardings(params, axes, mesh)
 
     def loss(params, batch):
@@ -260,7 +266,7 @@ def test_nothing_is_gathered_or_permuted(mesh):
 
 def test_a_step_that_is_not_finite_changes_nothing_but_counters():
     broken = jax.tree.map(np.copy, initial_state())
-    broken.params["final_norm"]["scale"][0] = np.inf
+    broken.params["decoder"]["norm"]["scale"][0] = np.inf
     state, metrics = run_step("d1", scope="group", state=broken)
     jax.tree.map(np.testing.assert_array_equal, state.params, broken.params)
     jax.tree.map(np.testing.assert_array_equal, state.opt_state, broken.opt_state)
@@ -285,7 +291,7 @@ def test_a_step_whose_batch_is_not_the_next_one_changes_nothing(index):
 def test_a_step_whose_batch_is_not_the_next_one_is_no_non_finite_one():
     start = dataclasses.replace(initial_state(), skipped_in_a_row=np.int32(2))
     broken = jax.tree.map(np.copy, start)
-    broken.params["final_norm"]["scale"][0] = np.inf
+    broken.params["decoder"]["norm"]["scale"][0] = np.inf
     for state in (start, broken):
         after, metrics = run_step("d1", scope="group", state=state, index=5)
         assert (after.skipped_steps, after.skipped_in_a_row) == (0, 2)
@@ -350,7 +356,7 @@ def test_biases_and_losses_of_whole_batches_do_not_depend_on_how_it_is_cut():
 def compile_evaluation(microbatches: int):
     """Scores the batch, twice."""
     learner = make_learner("d2e4", microbatches=microbatches, transport="auto")
-    mesh = learner.model.mesh
+    mesh = learner.model.execution.mesh
     by_row = rules.sharding(mesh, ("batch", "length"))
     step = jax.jit(
         functools.partial(eval_step, learner=learner), in_shardings=(None, by_row)
@@ -384,8 +390,9 @@ def test_evaluation_drops_nothing_and_draws_nothing():
     first, second = score(), score()
     jax.tree.map(np.testing.assert_array_equal, first, second)
     sums, nats_BL = first
-    assert np.all(sums.router.chosen_PE == sums.router.kept_PE)
-    assert sums.router.chosen_PE.sum() > 0
+    (router,) = sums.router
+    assert np.all(router.chosen_PE == router.kept_PE)
+    assert router.chosen_PE.sum() > 0
     assert nats_BL.dtype == np.float32
     np.testing.assert_allclose(nats_BL.sum(), sums.cross_entropy, rtol=1e-6)
     unscored_BL = make_batch()["decoder_loss_weights"] == 0

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import Mesh, PartitionSpec
 
-from moe.model import transformer
+from moe import architecture
+from moe.model import parameters, transformer
 from moe.settings import ModelSettings, RouterSettings
 from moe.testing import MESHES
 from moe.training.optimizer import MOMENTS
@@ -30,6 +31,10 @@ TINY = ModelSettings(
     expert_mlp_dim=12,
     tie_embeddings=False,
 )
+
+
+def specs_of_tiny():
+    return transformer.specs(architecture.describe(TINY, RouterSettings()))
 
 
 def array(*shape: int, dtype=jnp.float32) -> jax.ShapeDtypeStruct:
@@ -69,9 +74,8 @@ def test_the_table_names_mesh_axes_only_and_no_array_uses_one_twice():
     for table in tables:
         for mesh_axes in table.values():
             assert set(mesh_axes) <= set(AXES)
-    shapes = transformer.param_shapes(TINY, RouterSettings())
     for path, _, axes in rules.leaves(
-        shapes, transformer.param_axes(TINY, RouterSettings())
+        specs_of_tiny(), parameters.axes(specs_of_tiny())
     ):
         of_moment = [MOMENTS.get(axis, axis) for axis in axes]
         for table, named in itertools.product(tables, (axes, of_moment)):
@@ -130,33 +134,31 @@ def test_the_placement_table_gives_the_bytes_on_one_device():
 # experts are cut: up has 2 layers · 4 / 4 experts · 8 · 2 · 12 numbers of 4 bytes, half
 # of which are the gate.
 PLACEMENT = """
+decoder/layers/0/0/attention/key | –, –, model, – | 512
+decoder/layers/0/0/attention/norm/scale | –, – | 64
+decoder/layers/0/0/attention/output | –, model, –, – | 512
+decoder/layers/0/0/attention/query | –, –, model, – | 512
+decoder/layers/0/0/attention/value | –, –, model, – | 512
+decoder/layers/0/0/dense/down | –, model, – | 1024
+decoder/layers/0/0/dense/norm/scale | –, – | 64
+decoder/layers/0/0/dense/up | –, –, –, model | 2048
+decoder/layers/0/1/attention/key | –, –, model, – | 512
+decoder/layers/0/1/attention/norm/scale | –, – | 64
+decoder/layers/0/1/attention/output | –, model, –, – | 512
+decoder/layers/0/1/attention/query | –, –, model, – | 512
+decoder/layers/0/1/attention/value | –, –, model, – | 512
+decoder/layers/0/1/sparse/experts/down | –, expert, model, – | 768
+decoder/layers/0/1/sparse/experts/up | –, expert, –, –, model | 1536
+decoder/layers/0/1/sparse/norm/scale | –, – | 64
+decoder/layers/0/1/sparse/router | –, –, – | 256
+decoder/norm/scale | – | 32
 embedding | model, – | 1024
-final_norm/scale | – | 32
 head | –, model | 1024
-periods/blocks/0/attention/key | –, –, model, – | 512
-periods/blocks/0/attention/output | –, model, –, – | 512
-periods/blocks/0/attention/query | –, –, model, – | 512
-periods/blocks/0/attention/value | –, –, model, – | 512
-periods/blocks/0/attention_norm/scale | –, – | 64
-periods/blocks/0/feed_forward/down | –, model, – | 1024
-periods/blocks/0/feed_forward/up | –, –, –, model | 2048
-periods/blocks/0/feed_forward_norm/scale | –, – | 64
-periods/blocks/1/attention/key | –, –, model, – | 512
-periods/blocks/1/attention/output | –, model, –, – | 512
-periods/blocks/1/attention/query | –, –, model, – | 512
-periods/blocks/1/attention/value | –, –, model, – | 512
-periods/blocks/1/attention_norm/scale | –, – | 64
-periods/blocks/1/feed_forward_norm/scale | –, – | 64
-periods/blocks/1/moe/experts/down | –, expert, model, – | 768
-periods/blocks/1/moe/experts/up | –, expert, –, –, model | 1536
-periods/blocks/1/moe/router | –, –, – | 256
 """
 
 
 def test_the_placement_of_a_tiny_model_is_this():
-    shapes = transformer.param_shapes(TINY, RouterSettings())
-    table = rules.placement_table(
-        mesh_2x4(), shapes, transformer.param_axes(TINY, RouterSettings())
-    )
+    shapes = parameters.shapes(specs_of_tiny(), "float32")
+    table = rules.placement_table(mesh_2x4(), shapes, parameters.axes(specs_of_tiny()))
     lines = sorted(f"{path} | {axes} | {size}" for path, _, _, axes, size in table)
     assert lines == PLACEMENT.strip().splitlines()

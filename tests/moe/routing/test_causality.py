@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe.model.moe_layer import ROUTERS
+from moe.model.sparse import ROUTERS
 from moe.routing.assignment import RouterContext
 from moe.settings import RouterSettings
 

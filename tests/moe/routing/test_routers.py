@@ -12,11 +12,17 @@ import numpy as np
 import pytest
 
 from moe.constraints import problems
-from moe.model.moe_layer import ROUTERS
+from moe.model.sparse import ROUTERS
 from moe.routing.assignment import RouterContext
 from moe.routing.hashed import vocabulary_order
 from moe.routing.sinkhorn import balanced
-from moe.settings import LossSettings, ModelSettings, RouterSettings, TrainSettings
+from moe.settings import (
+    ExecutionSettings,
+    LossSettings,
+    ModelSettings,
+    RouterSettings,
+    TrainSettings,
+)
 from moe.testing import Told, check_assignment, decide, router_sums
 from moe.testing.decisions import chances, held_gates, sinkhorn, slope
 from moe.testing.one_token import d_logits
@@ -442,7 +448,9 @@ def test_uniform_logits_give_every_balance_loss_its_floor():
                 balance = losses.balance_P(totals, settings)
                 # Groups of padding alone count nothing, and have no tokens to weigh.
                 np.testing.assert_allclose(balance, 1, rtol=1e-6, err_msg=name)
-        np.testing.assert_allclose(losses.unevenness(totals.probability_PE), 0, 1e-10)
+        np.testing.assert_allclose(
+            losses.squared_variation(totals.probability_PE), 0, 1e-10
+        )
 
 
 @pytest.mark.fast
@@ -460,14 +468,11 @@ def test_a_capacity_of_no_slots_is_refused():
         mlp_dim=4,
         num_experts=E,
     )
-    found = problems(
-        model, router, LossSettings(), TrainSettings(batch_size=1), length=S
-    )
+    rest = ExecutionSettings(), LossSettings(), TrainSettings(batch_size=1)
+    found = problems(model, router, *rest, length=S)
     assert [line for line in found if "leaves every expert without a slot" in line]
     router = dataclasses.replace(router, min_capacity=1)
-    assert not problems(
-        model, router, LossSettings(), TrainSettings(batch_size=1), length=S
-    )
+    assert not problems(model, router, *rest, length=S)
 
 
 @pytest.mark.fast

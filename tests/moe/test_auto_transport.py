@@ -5,8 +5,8 @@ import types
 import numpy as np
 import pytest
 
-from moe.dispatch import choice
-from moe.settings import ModelSettings, RouterSettings
+from moe.dispatch import auto
+from moe.settings import DenseSettings, RouterSettings, SparseSettings
 
 pytestmark = pytest.mark.fast
 
@@ -28,7 +28,7 @@ V5E, V6E, V4 = "TPU v5 lite", "TPU v6 lite", "TPU v4"
     ],
 )
 def test_which_devices_have_a_ragged_exchange(platform, kind, per_slice, has):
-    assert choice.has_ragged_exchange(platform, kind, per_slice) == has
+    assert auto.has_ragged_exchange(platform, kind, per_slice) == has
 
 
 def test_slices_that_a_slow_network_joins_count_for_themselves():
@@ -38,10 +38,10 @@ def test_slices_that_a_slow_network_joins_count_for_themselves():
         devices = np.full((replica, 1, 16 // 2, 1, 2, 1), device)
         return types.SimpleNamespace(devices=devices, shape={"replica": replica})
 
-    assert choice.mesh_has_ragged_exchange(mesh(replica=4))
+    assert auto.mesh_has_ragged_exchange(mesh(replica=4))
     wide = mesh(replica=2)
     wide.shape["replica"] = 1
-    assert not choice.mesh_has_ragged_exchange(wide)
+    assert not auto.mesh_has_ragged_exchange(wide)
 
 
 DROPLESS = RouterSettings(num_selected=2, capacity_factor=0.0)
@@ -62,5 +62,6 @@ DROPLESS = RouterSettings(num_selected=2, capacity_factor=0.0)
     ],
 )
 def test_auto_takes_what_the_devices_have(router, axis_size, ragged, train, taken):
-    model = ModelSettings(64, 2, 8, 1, 8, 8, num_experts=64)
-    assert choice.pick(model, router, axis_size, ragged, train=train)[0] == taken
+    s = SparseSettings(64, DenseSettings(8, "gelu"), router)
+    found, _ = auto.transport_for("auto", s, axis_size, ragged, train=train)
+    assert found == taken

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from moe.model.grouped_rows import activate, split_inputs, zero_past
+from moe.model.feed_forward.grouped_rows import activate, split_inputs, zero_past
 
 Weights = dict[str, jax.Array]
 

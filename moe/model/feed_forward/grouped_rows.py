@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from moe.model.feed_forward import GATED, PLAIN
+from moe.model.feed_forward.dense import GATED, PLAIN
 
 
 def zero_past(x_RX: jax.Array, size_e: jax.Array, pad: int = 0) -> jax.Array:

@@ -19,7 +19,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from moe.model.grouped_method import HOPPER_BLOCK
+from moe.model.feed_forward.grouped_method import HOPPER_BLOCK
 
 Method = Literal["hopper", "hopper_interpreted", "batched"]
 

@@ -10,7 +10,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from moe.model.grouped_rows import zero_past
+from moe.model.feed_forward.grouped_rows import zero_past
 
 # Of rows, inputs and outputs, in the kernel; tuned by nobody yet.
 TILE = (512, 512, 1024)

@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from moe.settings import ModelSettings, RouterSettings, never_drops
+from moe.routing.capacity import never_drops
+from moe.settings import SparseSettings
 
 # Transports whose rows are slots of capacity, a fixed number per expert.
 PADDED = ("all_to_all", "einsum")
@@ -32,9 +33,9 @@ def mesh_has_ragged_exchange(mesh: Any) -> bool:
     return has_ragged_exchange(device.platform, device.device_kind, per_slice)
 
 
-def pick(
-    model: ModelSettings,
-    router: RouterSettings,
+def transport_for(
+    asked: str,
+    s: SparseSettings,
     axis_size: int,
     ragged_exchange: bool,
     *,
@@ -43,21 +44,21 @@ def pick(
     """Returns the transport of a pass, and the reason in a few words.
 
     Args:
-        model: the transport that was asked for, and E.
-        router: K and capacity.
+        asked: the transport that was asked for.
+        s: the layer: E, K and capacity.
         axis_size: size of the mesh axis `expert`.
         ragged_exchange: whether the devices have one.
         train: whether capacity is that of training.
     """
-    if model.transport != "auto":
-        return model.transport, "as TRANSPORT says"
-    if train and model.expert_dropout > 0:
+    if asked != "auto":
+        return asked, "as TRANSPORT says"
+    if train and s.dropout > 0:
         return "all_to_all", "dropout inside the experts is drawn per capacity slot"
     if axis_size == 1:
         return "ragged", "no expert axis: sorted rows, none of them padding"
-    if not never_drops(router, model.num_experts, train=train):
+    if not never_drops(s.router, s.num_experts, train=train):
         return "all_to_all", "capacity bounds every expert's rows"
-    choices = router.num_choices(model.num_experts)
+    choices = s.router.num_choices(s.num_experts)
     if axis_size <= choices or not ragged_exchange:
         return "ring", (
             f"nothing drops, and gathering {axis_size} devices' tokens costs no more "

@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from moe.model import grouped_gpu, grouped_tpu
-from moe.model.grouped_cpu import blocked
-from moe.model.grouped_method import Method
-from moe.model.grouped_rows import activate, split_inputs, zero_past
+from moe.model.feed_forward import grouped_gpu, grouped_tpu
+from moe.model.feed_forward.grouped_cpu import blocked
+from moe.model.feed_forward.grouped_method import Method
+from moe.model.feed_forward.grouped_rows import activate, split_inputs, zero_past
 
 Weights = dict[str, jax.Array]
 

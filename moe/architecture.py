@@ -1,0 +1,344 @@
+"""Which layers a model has: the one reader of MOE_EVERY and its kin.
+
+Flat words become stacks of segments of blocks of sublayers. Everything else asks for
+those: the forward pass, accounting, planning, shrinking. Standard library only.
+"""
+
+import collections
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from moe.settings import (
+    DenseSettings,
+    EmbeddingSettings,
+    HeadsSettings,
+    ModelSettings,
+    NormSettings,
+    PositionSettings,
+    RouterSettings,
+    SparseSettings,
+)
+
+EPSILONS = {"rms": 1e-6, "layer": 1e-5}
+
+
+@dataclasses.dataclass(frozen=True)
+class Sublayer:
+    """One step of the residual stream: x + f(norm(x)).
+
+    Attributes:
+        name: name among the weights of its block.
+        kind: key of `moe.model.block.KINDS`, a file each.
+        settings: record of that kind.
+        norm: normalisation of what it reads.
+    """
+
+    name: str
+    kind: str
+    settings: Any
+    norm: NormSettings
+
+
+Block = tuple[Sublayer, ...]
+
+
+def of_kind(block: Block, kind: str) -> list[Any]:
+    """Returns the records of a layer's sublayers of one kind."""
+    return [each.settings for each in block if each.kind == kind]
+
+
+class Segment(NamedTuple):
+    """Blocks that repeat, and are compiled once.
+
+    Attributes:
+        blocks: blocks of one period.
+        repeats: periods.
+        first: number of the first layer in its stack.
+    """
+
+    blocks: tuple[Block, ...]
+    repeats: int
+    first: int
+
+    def numbers(self, block: int) -> range:
+        """Returns the numbers of the layers that are this block of a period."""
+        size = len(self.blocks)
+        return range(self.first + block, self.first + size * self.repeats, size)
+
+
+class Stack(NamedTuple):
+    """Layers from the bottom up, with a norm on top.
+
+    Attributes:
+        segments: what they are.
+        width: M.
+        norm: of the output.
+        shared_positions: the bias by distance that layers share; None without.
+        dropout: probability of zeroing what a sublayer adds.
+    """
+
+    segments: tuple[Segment, ...]
+    width: int
+    norm: NormSettings
+    shared_positions: PositionSettings | None = None
+    dropout: float = 0.0
+
+    @property
+    def layers(self) -> list[Block]:
+        """The blocks in their order."""
+        return [
+            block
+            for segment in self.segments
+            for _ in range(segment.repeats)
+            for block in segment.blocks
+        ]
+
+    @property
+    def kinds_of_layers(self) -> dict[Block, int]:
+        """How many layers there are of each that differs, the lowest first."""
+        return dict(collections.Counter(self.layers))
+
+    def settings(self, kind: str) -> list[Any]:
+        """Returns the records of all sublayers of one kind, from the bottom up."""
+        return [s for block in self.layers for s in of_kind(block, kind)]
+
+    def sparse(self) -> Iterator["Place"]:
+        """Yields the sparse sublayers of each segment, repeats of one as one."""
+        for s, segment in enumerate(self.segments):
+            for b, block in enumerate(segment.blocks):
+                for each in block:
+                    if each.kind == "sparse":
+                        yield Place(s, b, each, segment.numbers(b))
+
+    @property
+    def sparse_order(self) -> tuple[int, ...]:
+        """Place of each sparse layer, from the bottom up, among those of `sparse()`."""
+        numbers = [n for place in self.sparse() for n in place.numbers]
+        order = sorted(range(len(numbers)), key=numbers.__getitem__)
+        return tuple(order) if order != list(range(len(order))) else ()
+
+
+class Place(NamedTuple):
+    """Where the arrays of a sublayer are, and of which layers they are.
+
+    Attributes:
+        segment: place of the segment in its stack.
+        block: place of the block in its period.
+        sublayer: what it is.
+        numbers: layers whose arrays are stacked there.
+    """
+
+    segment: int
+    block: int
+    sublayer: Sublayer
+    numbers: range
+
+
+class Model(NamedTuple):
+    """All that decides a model's function; a checkpoint's identity.
+
+    Attributes:
+        embedding: input and output.
+        decoder: its layers.
+    """
+
+    embedding: EmbeddingSettings
+    decoder: Stack
+
+
+def locate(stack: Stack, layer: int) -> tuple[int, int, int]:
+    """Finds a layer: its segment, its repeat in there, its block in the period.
+
+    Raises:
+        IndexError: the stack has no such layer.
+    """
+    for s, segment in enumerate(stack.segments):
+        repeat, block = divmod(layer - segment.first, len(segment.blocks))
+        if 0 <= repeat < segment.repeats:
+            return s, repeat, block
+    raise IndexError(f"layer {layer} of {len(stack.layers)}")
+
+
+def with_routers(
+    model: Model, change: Callable[[RouterSettings], RouterSettings]
+) -> Model:
+    """Returns the model with every router's settings changed."""
+
+    def changed(each: Sublayer) -> Sublayer:
+        if not isinstance(each.settings, SparseSettings):
+            return each
+        router = change(each.settings.router)
+        settings = dataclasses.replace(each.settings, router=router)
+        return dataclasses.replace(each, settings=settings)
+
+    segments = tuple(
+        segment._replace(
+            blocks=tuple(tuple(map(changed, block)) for block in segment.blocks)
+        )
+        for segment in model.decoder.segments
+    )
+    return model._replace(decoder=model.decoder._replace(segments=segments))
+
+
+def has_experts(model: ModelSettings) -> bool:
+    """Whether any layer is sparse."""
+    return model.moe_every > 0
+
+
+def has_dense(model: ModelSettings) -> bool:
+    """Whether any layer is dense."""
+    return model.moe_every != 1 or model.first_dense_layers > 0
+
+
+def problems(model: ModelSettings) -> list[str]:
+    """Lists what is wrong with the number of layers, and with which are sparse."""
+    if model.moe_every < 0:
+        return [f"MOE_EVERY = {model.moe_every}: 0 means dense"]
+    if not model.moe_every:
+        return []
+    first, rest = model.first_dense_layers, model.num_layers - model.first_dense_layers
+    if first < 0:
+        return [f"FIRST_DENSE_LAYERS = {first}: cannot be negative"]
+    if first and rest < model.moe_every:
+        return [
+            f"FIRST_DENSE_LAYERS = {first} leaves {rest} of NUM_LAYERS = "
+            f"{model.num_layers} for a period of MOE_EVERY = {model.moe_every}"
+        ]
+    if rest % model.moe_every:
+        less = f" less FIRST_DENSE_LAYERS = {first}" if first else ""
+        return [
+            f"NUM_LAYERS = {model.num_layers}{less} is not a multiple of MOE_EVERY = "
+            f"{model.moe_every}: layers repeat in periods of MOE_EVERY"
+        ]
+    return []
+
+
+def shortened(model: ModelSettings) -> ModelSettings:
+    """Returns the same pattern in few layers: two at the bottom, two short periods."""
+    if not model.moe_every:
+        return dataclasses.replace(model, num_layers=min(model.num_layers, 2))
+    first = min(model.first_dense_layers, 2)
+    every = min(model.moe_every, 3)  # longer periods repeat dense layers
+    periods = (model.num_layers - model.first_dense_layers) // model.moe_every
+    return dataclasses.replace(
+        model,
+        first_dense_layers=first,
+        moe_every=every,
+        num_layers=first + max(min(periods, 2), 1) * every,
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def describe(model: ModelSettings, router: RouterSettings) -> Model:
+    """Makes layers of flat words that break no rule.
+
+    Args:
+        model: flat words.
+        router: how tokens choose, in every sparse layer.
+    """
+    norm = NormSettings(model.norm, EPSILONS[model.norm])
+    shared = model.positions == "relative"
+    return Model(
+        EmbeddingSettings(
+            vocab_size=model.vocab_size,
+            width=model.model_dim,
+            max_positions=model.max_positions if model.positions == "learned" else 0,
+            tied=model.tie_embeddings,
+            init_scale=model.init_scale,
+        ),
+        Stack(
+            _segments(model, router, norm),
+            width=model.model_dim,
+            norm=norm,
+            shared_positions=_positions(model) if shared else None,
+            dropout=model.dropout,
+        ),
+    )
+
+
+def _segments(
+    model: ModelSettings, router: RouterSettings, norm: NormSettings
+) -> tuple[Segment, ...]:
+    """The fewest segments: dense layers at the bottom, then periods that are alike."""
+    first = model.first_dense_layers if model.moe_every else 0
+    blocks = [_block(model, router, norm, n) for n in range(model.num_layers)]
+    period = max(model.moe_every, 1)
+    cuts = [*range(first), *range(first, model.num_layers, period), model.num_layers]
+    periods = [tuple(blocks[a:b]) for a, b in itertools.pairwise(cuts)]
+    segments, layer = [], 0
+    for alike, run in itertools.groupby(periods):
+        repeats = len(list(run))
+        segments.append(Segment(alike, repeats, layer))
+        layer += len(alike) * repeats
+    return tuple(segments)
+
+
+def _block(
+    model: ModelSettings, router: RouterSettings, norm: NormSettings, layer: int
+) -> Block:
+    """Attention, then experts or a dense feed-forward."""
+    attention = Sublayer("attention", "heads", _heads(model), norm)
+    if _is_sparse(model, layer):
+        return attention, Sublayer("sparse", "sparse", _sparse(model, router), norm)
+    dense = DenseSettings(
+        model.mlp_dim, model.activation, model.mlp_biases, model.init_scale
+    )
+    return attention, Sublayer("dense", "dense", dense, norm)
+
+
+def _is_sparse(model: ModelSettings, layer: int) -> bool:
+    above = layer - model.first_dense_layers
+    if not model.moe_every or above < 0:
+        return False
+    place = 0 if model.moe_position == "first" else model.moe_every - 1
+    return above % model.moe_every == place
+
+
+def _heads(model: ModelSettings) -> HeadsSettings:
+    return HeadsSettings(
+        num_heads=model.num_heads,
+        kv_heads=model.num_kv_heads or model.num_heads,
+        head_dim=model.head_dim,
+        biases=model.attention_biases,
+        positions=_positions(model),
+        shares_bias=model.positions == "relative",
+        init_scale=model.init_scale,
+    )
+
+
+def _positions(model: ModelSettings) -> PositionSettings:
+    if model.positions == "rotary":
+        return PositionSettings("rotary", rotary_base=model.rope_base)
+    if model.positions in ("relative", "relative_per_layer"):
+        return PositionSettings(
+            "distance",
+            buckets=model.relative_buckets,
+            max_distance=model.relative_max_distance,
+        )
+    return PositionSettings("none")
+
+
+def _sparse(model: ModelSettings, router: RouterSettings) -> SparseSettings:
+    same = model.expert_activation == "same"
+    shared = DenseSettings(
+        model.shared_expert_mlp_dim,
+        model.activation,
+        model.mlp_biases,
+        model.init_scale,
+    )
+    return SparseSettings(
+        num_experts=model.num_experts,
+        experts=DenseSettings(
+            model.expert_mlp_dim,
+            model.activation if same else model.expert_activation,
+            model.expert_biases,
+            model.init_scale,
+        ),
+        router=router,
+        shared=shared if model.shared_expert_mlp_dim else None,
+        dropout=model.expert_dropout,
+        vocab_size=model.vocab_size if router.family == "hashed" else 0,
+    )

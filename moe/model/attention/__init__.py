@@ -1,0 +1,1 @@
+"""Attention: one body for all kinds of heads, and ways to mix with one signature."""

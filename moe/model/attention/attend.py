@@ -1,0 +1,109 @@
+"""The body that all kinds of attention share: remember, expand, ask, mix."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+
+from moe.model.attention import blocks, whole
+from moe.model.attention.scoring import Scoring
+from moe.model.execution import Execution
+from moe.model.products import product
+from moe.model.view import View
+
+OUTPUT_NAME = "attention_output"  # kept by remat, so that no sum over devices repeats
+
+Weights = dict[str, jax.Array]
+Memory = dict[str, jax.Array]  # each [B, T, ...]
+
+
+class Kind(NamedTuple):
+    """What kinds of attention differ in.
+
+    Attributes:
+        ask: (weights, x_BLM, position_BL, settings) to query_BLND.
+        remember: of the same to what later tokens need of these.
+        expand: (weights, memory, settings) to key_BTUD and value_BTUX.
+        scoring: (weights, view, reach, settings) to what scores are made of.
+    """
+
+    ask: Callable[..., jax.Array]
+    remember: Callable[..., Memory]
+    expand: Callable[..., tuple[jax.Array, jax.Array]]
+    scoring: Callable[..., Scoring]
+
+
+def attend(
+    kind: Kind,
+    w: Weights,
+    x_BLM: jax.Array,
+    view: View,
+    memory: Memory | None,
+    settings: Any,
+    execution: Execution,
+) -> tuple[jax.Array, Memory | None]:
+    """Attends within each segment to the tokens before and the token itself.
+
+    Args:
+        kind: what is remembered, and what is asked.
+        w: the sublayer's weights, whole but for heads, which are cut over `model`.
+        x_BLM: this device's cut of the residual stream, normalised; the result has its
+            dtype and cut, scores are float32.
+        view: who the tokens are.
+        memory: what is left of the tokens before; None in training and scoring.
+        settings: record of the kind.
+        execution: blocks, and the mesh.
+    Returns:
+        y_BLM, and the memory with the new tokens in it.
+    """
+    grid = execution.grid
+    x_BLM = grid.enter(x_BLM)
+    query_BLND = kind.ask(w, x_BLM, view.position_BL, settings)
+    fresh = kind.remember(w, x_BLM, view.position_BL, settings)
+    if memory is not None and view.start is not None:
+        start = view.start
+        memory = {
+            name: lax.dynamic_update_slice_in_dim(memory[name], new, start, 1)
+            for name, new in fresh.items()
+        }
+    key_BTUD, value_BTUX = kind.expand(w, fresh if memory is None else memory, settings)
+    # As far as tokens of a row are apart, and what pads the last block.
+    reach = key_BTUD.shape[1] * grid.size("context")
+    reach += execution.settings.attention_block
+    scoring = kind.scoring(w, view, reach, settings)
+    mixed_BLNX = mix(query_BLND, key_BTUD, value_BTUX, view, scoring, execution)
+    y_BLM = grid.leave(product(mixed_BLNX, w["output"], inputs=2))
+    y_BLM = checkpoint_name(y_BLM, OUTPUT_NAME)
+    if "output_bias" in w:
+        y_BLM += w["output_bias"].astype(y_BLM.dtype)
+    return y_BLM, memory
+
+
+def mix(
+    query_BLND: jax.Array,
+    key_BTUD: jax.Array,
+    value_BTUX: jax.Array,
+    view: View,
+    scoring: Scoring,
+    execution: Execution,
+) -> jax.Array:
+    """Mixes values by the way that suits the pass; returns mixed_BLNX."""
+    grid, block = execution.grid, execution.settings.attention_block
+    who = view.queries, view.keys, scoring
+    if view.start is None and grid.size("context") > 1:
+        if grid.partition.context_attention == "ring":
+            ring = blocks.Ring("context", grid.size("context"))
+            block = block or key_BTUD.shape[1]
+            return blocks.attend(
+                query_BLND, key_BTUD, value_BTUX, *who, block=block, ring=ring
+            )
+        key_BTUD, value_BTUX = (
+            grid.gather(x, ["context"], 1) for x in (key_BTUD, value_BTUX)
+        )
+    # A memory has room for more tokens than there are yet.
+    tokens = key_BTUD.shape[1] if view.start is None else query_BLND.shape[1]
+    if 0 < block <= tokens:
+        return blocks.attend(query_BLND, key_BTUD, value_BTUX, *who, block=block)
+    return whole.attend(query_BLND, key_BTUD, value_BTUX, *who)

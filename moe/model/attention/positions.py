@@ -1,0 +1,103 @@
+"""Where tokens stand: rotary angles, and T5's bias by bucket of distance."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from moe.model.parameters import Spec
+from moe.settings import PositionSettings
+
+
+def rotate(x_BLND: jax.Array, position_BL: jax.Array, base: float) -> jax.Array:
+    """Turns (d, d + D/2) by position · base^(-2d/D) (arXiv:2104.09864, eq. 34)."""
+    half = x_BLND.shape[-1] // 2
+    rate = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle_BLd = position_BL[..., None].astype(jnp.float32) * rate
+    cos_BL1d, sin_BL1d = jnp.cos(angle_BLd)[:, :, None], jnp.sin(angle_BLd)[:, :, None]
+    left, right = jnp.split(x_BLND.astype(jnp.float32), 2, axis=-1)
+    turned = (left * cos_BL1d - right * sin_BL1d, right * cos_BL1d + left * sin_BL1d)
+    return jnp.concatenate(turned, axis=-1).astype(x_BLND.dtype)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Bias:
+    """A bias by distance, added to scores.
+
+    Within a segment positions differ as places in the row do, so it is a function of
+    the difference of places alone.
+
+    Attributes:
+        by_distance_NZ: float32, bias of each head at the distances -Z/2, ..., Z/2 - 1
+            from a query back to a key.
+    """
+
+    by_distance_NZ: jax.Array
+
+    def of(self, place_L: jax.Array, place_T: jax.Array) -> jax.Array:
+        """Returns bias_NLT of consecutive queries and consecutive keys.
+
+        Row l is a window of the distances that moves by one from row to row: rows of
+        one array, cut one number shorter than they are long. Nothing is looked up, so
+        its transpose scatters nothing.
+        """
+        (N, Z), L, T = self.by_distance_NZ.shape, len(place_L), len(place_T)
+        least = place_L[0] - place_T[0] - (T - 1)
+        window_NX = lax.dynamic_slice_in_dim(
+            self.by_distance_NZ, Z // 2 + least, L + T, axis=1
+        )
+        # The farthest key comes first: distances fall along T, and rise along L.
+        falling_NX = jnp.roll(window_NX[:, ::-1], -1, axis=1)
+        rows_N = jnp.broadcast_to(falling_NX[:, None], (N, L, L + T)).reshape(N, -1)
+        rows_N = rows_N[:, L - 1 : L - 1 + L * (L + T - 1)]
+        return rows_N.reshape(N, L, L + T - 1)[:, :, :T]
+
+
+def table_spec(settings: PositionSettings, num_heads: int, scale: float) -> Spec:
+    """Describes the bias of each bucket of distance and each head, [buckets, N].
+
+    It is drawn with the variance of T5X's, `scale` over the mean of buckets and heads,
+    from a truncated normal where T5X draws uniformly.
+    """
+    shape = settings.buckets, num_heads
+    return Spec(
+        shape, (None, "heads"), outputs=(0, 1), stddev=(2 * scale / sum(shape)) ** 0.5
+    )
+
+
+def bias_of(table: jax.Array, reach: int, settings: PositionSettings) -> Bias:
+    """Looks up the bias at every distance below `reach`, forward and back.
+
+    The look-up is a product with one-hot vectors, so that its transpose is one too.
+
+    Args:
+        table: [buckets, N].
+        reach: tokens of a row, and so many more as blocks of it may reach beyond.
+        settings: the distance from which on all share the last bucket.
+    """
+    bucket_Z = bucket_of(np.arange(-reach, reach), len(table), settings.max_distance)
+    one_hot = jax.nn.one_hot(bucket_Z, len(table), dtype=jnp.float32)
+    return Bias((one_hot @ table.astype(jnp.float32)).T)
+
+
+def bucket_of(distance: np.ndarray, num_buckets: int, max_distance: int) -> np.ndarray:
+    """Returns the bucket of each distance into the past, as T5 does.
+
+    arXiv:1910.10683, section 2.1. The first half of the buckets hold one distance each.
+    The others widen in proportion to the distance, up to `max_distance`, and the last
+    holds all beyond.
+
+    Args:
+        distance: the query's position less the key's; the future is bucket 0.
+        num_buckets: all of them for the past, as the model is causal.
+        max_distance: end of the logarithmic half.
+    """
+    exact = num_buckets // 2
+    past = np.maximum(distance, 0)
+    share = np.log(np.maximum(past, 1) / exact) / np.log(max_distance / exact)
+    # A distance on an edge belongs to the bucket that begins there, however it rounds.
+    wide = (share * (num_buckets - exact) + 1e-12).astype(int)
+    return np.where(past < exact, past, np.minimum(exact + wide, num_buckets - 1))

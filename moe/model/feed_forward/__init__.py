@@ -1,0 +1,1 @@
+"""Feed-forwards: one for every token, or one per expert over its rows."""

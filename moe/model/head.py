@@ -1,0 +1,109 @@
+"""From activations to what losses need of logits, piece by piece of the vocabulary.
+
+The projection may be cut twice: the vocabulary over `model`, the width over the axes of
+full sharding. It is never whole.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from moe.model.execution import Execution
+from moe.model.products import gather, product
+from moe.settings import EmbeddingSettings
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TargetScores:
+    """What the losses need of the logits.
+
+    Attributes:
+        log_z_BL: logarithm of the softmax's normaliser.
+        target_logit_BL: logit of the target.
+        likeliest_BL: int32, id of the largest logit, the first of equals.
+    """
+
+    log_z_BL: jax.Array
+    target_logit_BL: jax.Array
+    likeliest_BL: jax.Array
+
+
+def score_targets(
+    head_mv: jax.Array,
+    x_BLM: jax.Array,
+    target_BL: jax.Array,
+    execution: Execution,
+) -> TargetScores:
+    """Forms logits, piece by piece of the vocabulary, and keeps what losses need.
+
+    Args:
+        head_mv: this device's part of the output projection.
+        x_BLM: normalised activations, the same on all of `model`.
+        target_BL: int32.
+        execution: pieces of the vocabulary, types, and the mesh.
+    """
+    grid, chunks = execution.grid, execution.settings.vocab_chunks
+    width = head_mv.shape[1] // chunks
+    none = jnp.iinfo(jnp.int32).max
+    first = grid.index("model") * head_mv.shape[1]
+
+    def one(head_mv: jax.Array, chunk: jax.Array | int) -> tuple[jax.Array, ...]:
+        logits_BLV = logits_of(head_mv, x_BLM, execution)
+        id_V = first + chunk * width + jnp.arange(width)
+        # A comparison instead of a gather: its transpose is not a scatter over V.
+        is_target_BLV = target_BL[..., None] == id_V
+        target_logit_BL = jnp.sum(jnp.where(is_target_BLV, logits_BLV, 0.0), axis=-1)
+        fixed_BLV = jax.lax.stop_gradient(logits_BLV)
+        return (
+            jax.nn.logsumexp(logits_BLV, axis=-1),
+            target_logit_BL,
+            jnp.max(fixed_BLV, axis=-1),
+            id_V[0] + jnp.argmax(fixed_BLV, axis=-1),
+        )
+
+    policies = jax.checkpoint_policies
+    if chunks > 1:
+        one = jax.checkpoint(one, prevent_cse=False)
+    elif grid.size(*grid.table["embed"]) > 1:  # keep no whole head
+        one = jax.checkpoint(one, policy=policies.dots_with_no_batch_dims_saveable)
+    if chunks == 1:
+        parts = tuple(x[None] for x in one(head_mv, 0))
+    else:
+        head_Zmv = jnp.moveaxis(head_mv.reshape(-1, chunks, width), 1, 0)
+        _, parts = jax.lax.scan(
+            lambda _, scanned: (None, one(*scanned)),
+            None,
+            (head_Zmv, jnp.arange(chunks)),
+        )
+    log_z_ZBL, target_logit_ZBL, most_ZBL, id_ZBL = parts
+    log_z_BL = jax.nn.logsumexp(log_z_ZBL, axis=0)
+    target_logit_BL = jnp.sum(target_logit_ZBL, axis=0)
+    most_BL = jnp.max(most_ZBL, axis=0)
+    is_most_ZBL = most_ZBL == most_BL
+    id_BL = jnp.min(jnp.where(is_most_ZBL, id_ZBL, none), axis=0)
+    if grid.size("model") > 1:
+        top_BL = grid.max(log_z_BL, ["model"])
+        sum_BL = grid.sum(jnp.exp(log_z_BL - top_BL), ["model"])
+        log_z_BL = top_BL + jnp.log(sum_BL)
+        target_logit_BL = grid.sum(target_logit_BL, ["model"])
+        is_most_BL = most_BL == grid.max(most_BL, ["model"])
+        id_BL = -grid.max(-jnp.where(is_most_BL, id_BL, none), ["model"])
+    return TargetScores(log_z_BL, target_logit_BL, id_BL)
+
+
+def logits_of(head_mv: jax.Array, x_BLM: jax.Array, execution: Execution) -> jax.Array:
+    """Projects to logits_BLV, in float32, of this device's part of the vocabulary."""
+    grid, settings = execution.grid, execution.settings
+    axes = grid.table["embed"]
+    if grid.size(*axes) > 1:
+        types = settings.dtype, settings.reduce_dtype
+        head_mv = gather(head_mv, grid, axes, 0, *types)
+    return product(x_BLM, head_mv, result=jnp.float32)
+
+
+def projection(params: Any, s: EmbeddingSettings) -> jax.Array:
+    """Returns this device's part of the output projection, [M, V]."""
+    return params["embedding"].T if s.tied else params["head"]

@@ -1,0 +1,247 @@
+"""The sparse layer: route, dispatch, experts, combine, on each device of a mesh.
+
+The three parts never see each other: a router returns an Assignment, a transport moves
+tokens by it, experts see rows.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from moe.dispatch import all_to_all, auto, einsum, ragged, ring
+from moe.dispatch.room import Room, room_for
+from moe.model.execution import Execution
+from moe.model.feed_forward import dense, experts
+from moe.model.parameters import Spec, vector
+from moe.model.rounds import in_rounds
+from moe.model.view import Routed, View
+from moe.routing import expert_choice, hashed, prototypes, sinkhorn, token_choice
+from moe.routing.assignment import Assignment, RouterContext, RouterSums, Trace
+from moe.routing.capacity import capacity
+from moe.routing.logits import Keys, group_keys, logits_of
+from moe.settings import SparseSettings
+
+ROUTERS: dict[str, Callable[..., Assignment]] = {
+    "token_choice": token_choice.route,
+    "prototypes": prototypes.route,
+    "expert_choice": expert_choice.route,
+    "hashed": hashed.route,
+    "sinkhorn": sinkhorn.route,
+}
+TRANSPORTS: dict[str, ModuleType] = {
+    "all_to_all": all_to_all,
+    "einsum": einsum,
+    "ring": ring,
+    "ragged": ragged,
+}
+ROUTER_STDDEV = 0.02
+
+Weights = dict[str, Any]
+
+
+def specs(s: SparseSettings, width: int) -> dict[str, Any]:
+    """Describes the router, the experts, and the expert that all tokens visit."""
+    M, E = width, s.num_experts
+    found: dict[str, Any] = {"experts": experts.specs(s.experts, E, M)}
+    if s.router.family != "hashed":
+        axes = ("embed", "routed")
+        found["router"] = Spec((M, E), axes, (0,), (1,), stddev=ROUTER_STDDEV)
+    if s.router.selection_bias:
+        # Moved by loads after each step, by less than bfloat16 can tell.
+        bias = vector((E,), ("routed",))
+        found["selection_bias"] = dataclasses.replace(bias, dtype="float32")
+    if s.shared is not None:
+        found["shared"] = dense.specs(s.shared, M)
+    return found
+
+
+def memory(s: SparseSettings) -> dict[str, Spec]:
+    """Nothing is kept of tokens that came before."""
+    del s
+    return {}
+
+
+def apply(
+    w: Weights,
+    x_BLM: jax.Array,
+    view: View,
+    memory: None,
+    s: SparseSettings,
+    key: jax.Array | None,
+    number: jax.Array,
+    execution: Execution,
+) -> tuple[jax.Array, None, RouterSums]:
+    """Sends every token through the experts that its router picks.
+
+    Args:
+        w: as `specs` describes; of the experts, this device's.
+        x_BLM: this device's cut of the residual stream, normalised.
+        view: what routers are told of the tokens.
+        memory: None; experts remember nothing.
+        s: record of the layer.
+        key: PRNG key of this sublayer and step; None outside training.
+        number: the layer's number, for hash routing.
+        execution: transport, row budget and mesh.
+    Returns:
+        y_BLM, zero for dropped tokens but for what a shared expert adds; None; and the
+        router's sums per group.
+    """
+    grid = execution.grid
+    # Where the activations are whole on all of `model`, each device routes a piece.
+    cut_here = not (
+        execution.tokens_replicated or grid.cuts_sequence or grid.size("model") == 1
+    )
+    if cut_here:
+        x_BLM = grid.piece(x_BLM, ["model"], 1)
+    y_BLM, sums = sparse_layer(w, x_BLM, view.routed, key, number, s, execution)
+    return grid.gather(y_BLM, ["model"], 1) if cut_here else y_BLM, None, sums
+
+
+def sparse_layer(
+    w: Weights,
+    x_BLM: jax.Array,
+    routed: Routed,
+    key: jax.Array | None,
+    number: jax.Array | int,
+    s: SparseSettings,
+    execution: Execution,
+) -> tuple[jax.Array, RouterSums]:
+    """What one device does: its pieces of sequences, its experts; see `apply`.
+
+    A group is the same cut of `group_rows` consecutive sequences, `group_size` tokens
+    in all: the same set of tokens on every mesh.
+    """
+    B, L, M = x_BLM.shape
+    router, grid = s.router, execution.grid
+    rows, length = router.group_rows, router.group_length
+    cuts = () if execution.tokens_replicated else ("context", "model")
+    here = L // length  # groups of this device's pieces of the same rows
+    first = grid.index(*cuts) * here + jnp.arange(here)
+    block_B = routed.row_B[::rows] // rows
+    group_BG = block_B[:, None] * (grid.size(*cuts) * here) + first
+
+    def grouped(x_BL: jax.Array) -> jax.Array:
+        x_BrGL = x_BL.reshape(B // rows, rows, here, length, *x_BL.shape[2:])
+        return x_BrGL.swapaxes(1, 2).reshape(-1, router.group_size, *x_BL.shape[2:])
+
+    x_GSM, mask_GS = grouped(x_BLM), grouped(routed.mask_BL)
+    keys = None if key is None else group_keys(key, group_BG.reshape(-1))
+    assignment = route(w, x_GSM, mask_GS, grouped(routed.id_BL), keys, number, s)
+    y_GSM, sums = _compute(w["experts"], x_GSM, assignment, keys, s, execution)
+    if execution.traces_routers:
+        sums = dataclasses.replace(sums, trace=assignment.trace)
+    y_BGrLM = y_GSM.reshape(B // rows, here, rows, length, M)
+    y_BLM = y_BGrLM.swapaxes(1, 2).reshape(B, L, M)
+    if s.shared is not None:
+        y_BLM += _shared(w["shared"], x_BLM, s.shared.activation, execution)
+    return y_BLM, sums
+
+
+def route(
+    w: Weights,
+    x_GSM: jax.Array,
+    mask_GS: jax.Array,
+    id_GS: jax.Array,
+    keys: Keys | None,
+    number: jax.Array | int,
+    s: SparseSettings,
+) -> Assignment:
+    """Forms logits, and has the router choose by them, or by the tokens' ids."""
+    context = RouterContext(
+        mask_GS=mask_GS,
+        key_G=None if keys is None else keys["route"],
+        bias_E=w.get("selection_bias"),
+    )
+    if s.router.family == "hashed":
+        logits_GSE = jnp.zeros((*mask_GS.shape, s.num_experts))
+        order_V = hashed.vocabulary_order(
+            s.router.hash_seed, jnp.asarray(number), s.vocab_size
+        )
+        context = dataclasses.replace(context, token_GS=id_GS, order_V=order_V)
+    else:
+        logits_GSE, clean_GSE = logits_of(x_GSM, w["router"], keys, s.router)
+        context = dataclasses.replace(context, clean_logits_GSE=clean_GSE)
+    slots = capacity(s.router, s.num_experts, train=keys is not None)
+    assignment = ROUTERS[s.router.family](logits_GSE, context, s.router, capacity=slots)
+    trace = Trace(logits_GSE, assignment.slot_of_choice_GSJ)
+    return dataclasses.replace(assignment, trace=trace)
+
+
+def _compute(
+    w: Weights,
+    x_GSM: jax.Array,
+    assignment: Assignment,
+    keys: Keys | None,
+    s: SparseSettings,
+    execution: Execution,
+) -> tuple[jax.Array, RouterSums]:
+    """Dispatch, experts, combine."""
+    G, S, _ = x_GSM.shape
+    transport, _, room = exchange_of(s, execution, G * S, train=keys is not None)
+    drawn = keys is not None and s.dropout > 0
+    dropout_G = keys["dropout"] if keys is not None and drawn else None
+
+    def one_round(
+        x_GSM: jax.Array, first_row: jax.Array | int
+    ) -> tuple[jax.Array, jax.Array]:
+        rows, size_e, plan = transport.dispatch(x_GSM, assignment, room, first_row)
+        rows = experts.compute(w, rows, size_e, dropout_G, room, s, execution)
+        y_GSM = transport.combine(rows, assignment, plan, room)
+        return y_GSM, jnp.zeros((), jnp.int32) if plan is None else plan.excess
+
+    if execution.in_rounds and room.num_rounds > 1:
+        y_GSM = in_rounds(one_round, x_GSM, assignment, room, execution.grid)
+        return transport.finish(y_GSM, room, x_GSM.dtype), assignment.sums
+    y_GSM, excess = one_round(x_GSM, 0)
+    excess_G = assignment.sums.excess_G.at[0].set(excess)
+    sums = dataclasses.replace(assignment.sums, excess_G=excess_G)
+    return transport.finish(y_GSM, room, x_GSM.dtype), sums
+
+
+def exchange_of(
+    s: SparseSettings, execution: Execution, tokens: int, *, train: bool
+) -> tuple[Any, str, Room]:
+    """Returns the transport of a pass, its name, and the sizes of its exchange.
+
+    Args:
+        s: record of the layer.
+        execution: the transport that was asked for, the row budget and the mesh.
+        tokens: tokens that each device routes at once.
+        train: whether capacity is that of training.
+    """
+    mesh = execution.mesh
+    axis_size = mesh.shape["expert"]
+    has_ragged = auto.mesh_has_ragged_exchange(mesh)
+    name, _ = auto.transport_for(
+        execution.settings.transport, s, axis_size, has_ragged, train=train
+    )
+    room = room_for(
+        s.router,
+        s.num_experts,
+        tokens,
+        axis_size,
+        mesh.devices.flat[0].platform,
+        row_budget=execution.settings.row_budget,
+        train=train,
+    )
+    if name in auto.PADDED:  # the rectangle holds all that have a slot
+        room = dataclasses.replace(room, num_rounds=1)
+    return TRANSPORTS[name], name, room
+
+
+def _shared(
+    w: Weights, x_BLM: jax.Array, activation: str, execution: Execution
+) -> jax.Array:
+    """The expert that every token visits: a dense layer, cut over `model`."""
+    grid = execution.grid
+    if execution.tokens_replicated:
+        add_up = functools.partial(grid.sum, axes=["model"])
+    else:
+        x_BLM = grid.gather(x_BLM, ["model"], 1)
+        add_up = functools.partial(grid.scatter_sum, axes=["model"], dim=1)
+    return dense.feed_forward(w, x_BLM, activation, add_up)

@@ -1,0 +1,148 @@
+"""Layers from the bottom up: each segment is one loop over its periods."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from moe.architecture import Block, Segment, Stack
+from moe.model import block, norms, parameters
+from moe.model.attention.positions import table_spec
+from moe.model.execution import Execution
+from moe.model.products import gather_weights, gathers_weights
+from moe.model.remat import rematerialised
+from moe.model.view import View
+
+# Per segment, per block of its period; arrays lead with the segment's repeats.
+Tree = list[list[Any]]
+
+
+def specs(stack: Stack) -> dict[str, Any]:
+    """Describes the parameters: of each segment, of each block of its period."""
+    found: dict[str, Any] = {
+        "layers": [
+            [
+                parameters.stack(block.specs(each, stack.width), segment.repeats)
+                for each in segment.blocks
+            ]
+            for segment in stack.segments
+        ],
+        "norm": norms.specs(stack.norm, stack.width),
+    }
+    if stack.shared_positions is not None:
+        heads = stack.settings("heads")[0]
+        found["distance"] = table_spec(
+            stack.shared_positions, heads.num_heads, heads.init_scale
+        )
+    return found
+
+
+def draw(stack: Stack, key: jax.Array, param_dtype: str) -> dict[str, Any]:
+    """Draws the parameters; those of a layer by its number, wherever it stands."""
+
+    def layers(each: Block, segment: Segment, place: int) -> Any:
+        described = block.specs(each, stack.width)
+        numbers_P = jnp.array(segment.numbers(place))
+        return jax.vmap(
+            lambda number: parameters.draw(
+                described, jax.random.fold_in(key, number), param_dtype
+            )
+        )(numbers_P)
+
+    described = specs(stack)
+    return parameters.draw(
+        {name: tree for name, tree in described.items() if name != "layers"},
+        key,
+        param_dtype,
+    ) | {
+        "layers": [
+            [layers(each, segment, place) for place, each in enumerate(segment.blocks)]
+            for segment in stack.segments
+        ]
+    }
+
+
+def memory(stack: Stack) -> Tree:
+    """Describes what drawing keeps of one token of a row, of every layer."""
+    return [
+        [
+            parameters.stack(block.memory(each), segment.repeats)
+            for each in segment.blocks
+        ]
+        for segment in stack.segments
+    ]
+
+
+def run(
+    stack: Stack,
+    w: dict[str, Any],
+    x_BLM: jax.Array,
+    view: View,
+    memories: Tree | None,
+    key: jax.Array | None,
+    execution: Execution,
+) -> tuple[jax.Array, Tree | None, tuple[Any, ...]]:
+    """Sends the residual stream through all layers.
+
+    Args:
+        stack: what they are.
+        w: their parameters, as `specs` describes; this device's pieces.
+        x_BLM: this device's cut of the stream.
+        view: who the tokens are.
+        memories: what is left of the tokens before; None in training and scoring.
+        key: PRNG key of the step; None outside training.
+        execution: how it is computed.
+    Returns:
+        x_BLM, not yet normalised; the memories with the new tokens in them; and the
+        sums of each sublayer that has some, led by the segment's repeats. They are in
+        the order of `stack.sparse()`.
+    """
+    filled: Tree = []
+    counted: list[Any] = []
+    for s, segment in enumerate(stack.segments):
+        layers = [_layer(each, stack, view, key, execution) for each in segment.blocks]
+
+        def period(x_BLM: jax.Array, scanned: Any, layers: Any = layers) -> Any:
+            arrays, numbers, memories = scanned
+            kept, sums = [], []
+            for i, layer in enumerate(layers):
+                old = None if memories is None else memories[i]
+                x_BLM, new, more = layer(x_BLM, arrays[i], numbers[i], old)
+                kept.append(new)
+                sums += more
+            return x_BLM, (kept, sums)
+
+        numbers = [
+            jnp.array(segment.numbers(place)) for place in range(len(segment.blocks))
+        ]
+        old = None if memories is None else memories[s]
+        x_BLM, (kept, sums) = jax.lax.scan(
+            period,
+            x_BLM,
+            (w["layers"][s], numbers, old),
+            unroll=not execution.settings.scan_layers,
+        )
+        filled.append(kept)
+        counted += sums
+    return x_BLM, None if memories is None else filled, tuple(counted)
+
+
+def _layer(
+    each: Block, stack: Stack, view: View, key: jax.Array | None, execution: Execution
+) -> Callable[..., Any]:
+    """Makes one layer a function of the stream, its arrays, its number, its memory."""
+    described = block.specs(each, stack.width)
+
+    def layer(x_BLM: jax.Array, arrays: Any, number: jax.Array, memories: Any) -> Any:
+        weights = gather_weights(arrays, described, execution)
+        return block.run(
+            each, weights, x_BLM, view, memories, key, number, stack, execution
+        )
+
+    sparse = any(sublayer.kind == "sparse" for sublayer in each)
+    return rematerialised(
+        layer,
+        execution.settings.remat_of(sparse=sparse),
+        gathers_weights=gathers_weights(execution),
+    )

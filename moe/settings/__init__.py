@@ -1,0 +1,29 @@
+"""Every setting of the model and of learning. Standard library only."""
+
+from moe.settings.execution import ExecutionSettings
+from moe.settings.learning import LossSettings, OptimizerSettings, TrainSettings
+from moe.settings.model import ModelSettings
+from moe.settings.router import RouterSettings
+from moe.settings.sublayers import (
+    DenseSettings,
+    EmbeddingSettings,
+    HeadsSettings,
+    NormSettings,
+    PositionSettings,
+    SparseSettings,
+)
+
+__all__ = [
+    "DenseSettings",
+    "EmbeddingSettings",
+    "ExecutionSettings",
+    "HeadsSettings",
+    "LossSettings",
+    "ModelSettings",
+    "NormSettings",
+    "OptimizerSettings",
+    "PositionSettings",
+    "RouterSettings",
+    "SparseSettings",
+    "TrainSettings",
+]

@@ -1,0 +1,97 @@
+"""Losses, the optimizer, and how long a run is.
+
+Read before jax is imported: standard library only. `configs/base.gin` fills these
+records; nothing else does. Units stand last in a name; papers stand beside the knob.
+"""
+
+import dataclasses
+from typing import Literal
+
+
+@dataclasses.dataclass(frozen=True)
+class LossSettings:
+    """Weights of what is added to the cross-entropy.
+
+    Attributes:
+        balance_weight: weight of the auxiliary load-balance loss (arXiv:2101.03961,
+            eq. 4).
+        balance_scope: "group" forms E·Σ f·P in every group and averages, "sequence" in
+            every sequence (DeepSeek-V3, eq. 17); "global" forms it once over the whole
+            batch.
+        balance_counts: f are fractions of first choices ("first": Switch, Praxis) or
+            of all choices ("all": DeepSeek, Megatron).
+        over_layers: all losses of routers are summed over the sparse layers
+            (Mesh-TensorFlow, Praxis) or averaged ("mean": Flaxformer).
+        importance_weight: weight of the squared coefficient of variation of the
+            experts' summed probabilities (V-MoE, arXiv:2106.05974, eq. 8; 0.005).
+        load_weight: weight of V-MoE's load loss (eq. 9; 0.005), the squared
+            coefficient of variation of each expert's probability of being selected if
+            the noise were drawn again; needs noisy logits.
+        router_z_weight: weight of the router z-loss (arXiv:2202.08906, eq. 5).
+        z_weight: weight of (log Z)² of the output softmax.
+    """
+
+    balance_weight: float = 1e-2
+    balance_scope: Literal["group", "sequence", "global"] = "group"
+    balance_counts: Literal["first", "all"] = "first"
+    over_layers: Literal["sum", "mean"] = "sum"
+    importance_weight: float = 0.0
+    load_weight: float = 0.0
+    router_z_weight: float = 1e-3
+    z_weight: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerSettings:
+    """The optimizer and its learning-rate schedule.
+
+    Attributes:
+        name: "adamw" (arXiv:1711.05101) or "adafactor" (arXiv:1804.04235).
+        learning_rate: its peak.
+        schedule: of the updates made, which skipped steps are not; after the warm-up
+            "rsqrt" decays as 1/√step, "cosine" falls to `final_fraction` at the last
+            step, "constant" stays.
+        warmup_steps: linear rise, from peak / warmup_steps in the first.
+        final_fraction: end of the cosine, as a fraction of the peak.
+        b1: decay of the first moment; adafactor keeps one only if it is above 0.
+        b2: decay of the second moment (adamw).
+        eps: added to the root of the second moment (adamw).
+        weight_decay: on matrices only, times the learning rate.
+        clip_norm: bound of the global gradient norm; 0 does not clip.
+        moment_dtype: in which moments are kept between steps.
+        rounding: how an update reaches bfloat16 parameters: "nearest";
+            "stochastic", so that updates below their precision count on average;
+            "master", which keeps a float32 copy in the optimizer's state.
+        offload: keep the optimizer's state in the host's memory.
+    """
+
+    name: Literal["adamw", "adafactor"] = "adamw"
+    learning_rate: float = 1e-3
+    schedule: Literal["rsqrt", "cosine", "constant"] = "cosine"
+    warmup_steps: int = 100
+    final_fraction: float = 0.1
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+    moment_dtype: Literal["float32", "bfloat16"] = "float32"
+    rounding: Literal["nearest", "stochastic", "master"] = "nearest"
+    offload: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainSettings:
+    """How long, on how much at once, from which seed.
+
+    Attributes:
+        batch_size: B, sequences per step over all devices and microbatches.
+        microbatches: pieces a step is computed in; the result is the same.
+        train_steps: the step at which the run is complete.
+        seed: of initialisation, data order and every random draw.
+    """
+
+    batch_size: int
+    microbatches: int = 1
+    train_steps: int = 1000
+    seed: int = 0

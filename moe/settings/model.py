@@ -1,0 +1,85 @@
+"""The model in flat words, as a user writes it.
+
+Read before jax is imported: standard library only. `configs/base.gin` fills the record;
+nothing else does. What it means for each layer, `moe/architecture.py` says.
+"""
+
+import dataclasses
+from typing import Literal
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSettings:
+    """A decoder-only transformer with a sparse layer every `moe_every` layers.
+
+    Attributes:
+        vocab_size: V, rows of the embedding; at least the vocabulary's size.
+        num_layers: layers in all, dense and sparse.
+        model_dim: M.
+        num_heads: N.
+        head_dim: D.
+        mlp_dim: F of a dense layer.
+        activation: "relu", "gelu", "geglu" or "swiglu"; the last two are gated.
+        mlp_biases: whether dense feed-forwards have biases.
+        num_kv_heads: heads of keys and values, each shared by as many heads of queries
+            (arXiv:2305.13245); 0 has one for each.
+        attention_biases: whether the four projections have biases.
+        positions: "rotary" (arXiv:2104.09864); "relative", T5's bias by bucket of
+            distance (arXiv:1910.10683), one table for all layers; "relative_per_layer",
+            one for each; "learned", a vector per position, added to the embedding
+            (GPT-3); "none".
+        relative_buckets: buckets of distance; a causal model has them for the past.
+        relative_max_distance: distance from which on all share the last bucket.
+        max_positions: rows of the learned table; at least L.
+        norm: "rms" (arXiv:1910.07467) or "layer" (arXiv:1607.06450), which has a bias.
+        expert_activation: activation of the experts; "same" takes `activation`.
+        expert_biases: whether experts have biases.
+        first_dense_layers: layers at the bottom that are dense (DeepSeek-V3: 3).
+        moe_every: above the first dense layers, every n-th layer is sparse; 0 makes
+            every layer dense.
+        moe_position: which layer of such a period: its "last", or its "first".
+        num_experts: E.
+        expert_mlp_dim: F of one expert.
+        shared_expert_mlp_dim: F of the experts that every token visits, side by side
+            as one (DeepSeekMoE, arXiv:2401.06066, section 3.2); 0 has none.
+        dropout: probability of zeroing an activation on the residual path.
+        expert_dropout: the same inside the experts, for fine-tuning (Switch, section
+            2.4: 0.4).
+        init_scale: variance of the initial weights, times their fan-in (Switch,
+            section 2.4: 0.1). As in Flaxformer's recipe, of all products, of the bias
+            by distance and of an output projection of its own, but not of embeddings,
+            which start out with unit variance, nor of routers, which have 0.02².
+        rope_base: base of the rotary position angles (arXiv:2104.09864).
+        tie_embeddings: whether the output projection is the embedding.
+    """
+
+    vocab_size: int
+    num_layers: int
+    model_dim: int
+    num_heads: int
+    head_dim: int
+    mlp_dim: int
+    activation: Literal["relu", "gelu", "geglu", "swiglu"] = "gelu"
+    mlp_biases: bool = False
+    num_kv_heads: int = 0
+    attention_biases: bool = False
+    positions: Literal[
+        "rotary", "relative", "relative_per_layer", "learned", "none"
+    ] = "rotary"
+    relative_buckets: int = 32
+    relative_max_distance: int = 128
+    max_positions: int = 0
+    norm: Literal["rms", "layer"] = "rms"
+    expert_activation: Literal["same", "relu", "gelu", "geglu", "swiglu"] = "same"
+    expert_biases: bool = False
+    first_dense_layers: int = 0
+    moe_every: int = 2
+    moe_position: Literal["last", "first"] = "last"
+    num_experts: int = 8
+    expert_mlp_dim: int = 1024
+    shared_expert_mlp_dim: int = 0
+    dropout: float = 0.0
+    expert_dropout: float = 0.0
+    init_scale: float = 1.0
+    rope_base: float = 10_000.0
+    tie_embeddings: bool = False

@@ -1,0 +1,108 @@
+"""How tokens choose experts.
+
+Read before jax is imported: standard library only. `configs/base.gin` fills these
+records; nothing else does. Units stand last in a name; papers stand beside the knob.
+"""
+
+import dataclasses
+from typing import Literal
+
+
+@dataclasses.dataclass(frozen=True)
+class RouterSettings:
+    """How tokens choose experts, or experts tokens.
+
+    Attributes:
+        family: "token_choice" (Switch, GShard, GLaM, Mixtral, DeepSeek), "prototypes"
+            (M6-T), "expert_choice", "hashed" or "sinkhorn"; one file each in
+            `moe/routing`.
+        num_selected: K, experts per token: 1 is Switch (arXiv:2101.03961), 2 GLaM
+            (arXiv:2112.06905). Per prototype; on average, in expert choice.
+        scores: "softmax" over the experts, or "sigmoid" of each logit by itself
+            (DeepSeek-V3, arXiv:2412.19437, eq. 15).
+        renormalize: divide a token's gates by their sum: "no" (Switch, V-MoE, T5X);
+            "before_drop", over its choices (GLaM; a softmax over the selected logits,
+            as in Mixtral, is the same); "after_drop", over those that got a slot.
+        gate_scale: multiplies every gate (DeepSeek-V3: 2.5).
+        second_policy: "all" keeps every choice; "random" keeps the second with
+            probability 2·g2 (GShard, arXiv:2006.16668, Algorithm 1). Training only.
+        num_prototypes: Z, groups of experts each of which a token visits.
+        num_expert_groups: groups of neighbouring experts, such as those of one node.
+        num_selected_groups: groups that one token's choices may lie in.
+        group_score: of a group of experts: its best score ("max", DeepSeek-V2) or the
+            sum of its two best ("top2_sum", DeepSeek-V3).
+        max_experts_per_token: cap of expert choice; 0 sets none.
+        sinkhorn_iterations: row and column scalings of the Sinkhorn router.
+        hash_seed: of the hash router's table.
+        jitter: multiply the router's input by U(1 - jitter, 1 + jitter), in training.
+        logit_noise: standard deviation of noise on the logits, times 1/E, in training
+            (V-MoE, arXiv:2106.05974: 1).
+        selection_bias: give each expert a bias on its score, for selection only, that
+            evens out loads without a loss (arXiv:2408.15664).
+        bias_update_rate: its step after each batch: 1e-3 there; 0 freezes it.
+        logit_dtype: of the product that makes logits; probabilities and losses are
+            float32.
+        slot_order: "token_major" fills slots token by token, so that no later token
+            can evict an earlier one; "choice_major" fills all first choices first;
+            "batch_priority" does so by falling gate (V-MoE).
+        overflow: a choice that finds its expert full is dropped ("drop"), or tries the
+            token's next best expert once and is then dropped ("spill").
+        allow_future_leak: permit routers through which a token may depend on later
+            ones; a causal model then cannot be trusted to generate.
+        group_size: S, tokens that compete for the same slots.
+        group_rows: rows that a group takes S / group_rows tokens of each: the same cut
+            of so many consecutive rows of one device and microbatch.
+        capacity_factor: slots per expert are S·K·capacity_factor / E; 0 drops nothing.
+        eval_capacity_factor: the same outside training.
+        min_capacity: the least number of slots per expert and group.
+        capacity_counts_choices: whether K is in that product: True in V-MoE, MaxText
+            and Megatron, False in Mesh-TensorFlow, Flaxformer and Praxis.
+        capacity_rounding: "ceil" (V-MoE), "floor" (Mesh-TensorFlow, Praxis) or
+            "half_even" (Flaxformer).
+        capacity_multiple: round further up to a multiple of this: 4 in Praxis, V-MoE.
+    """
+
+    family: Literal[
+        "token_choice", "prototypes", "expert_choice", "hashed", "sinkhorn"
+    ] = "token_choice"
+    num_selected: int = 1
+    scores: Literal["softmax", "sigmoid"] = "softmax"
+    renormalize: Literal["no", "before_drop", "after_drop"] = "no"
+    gate_scale: float = 1.0
+    second_policy: Literal["all", "random"] = "all"
+    num_prototypes: int = 1
+    num_expert_groups: int = 1
+    num_selected_groups: int = 1
+    group_score: Literal["max", "top2_sum"] = "max"
+    max_experts_per_token: int = 0
+    sinkhorn_iterations: int = 8
+    hash_seed: int = 0
+    jitter: float = 0.0
+    logit_noise: float = 0.0
+    selection_bias: bool = False
+    bias_update_rate: float = 1e-3
+    logit_dtype: Literal["float32", "bfloat16"] = "float32"
+    slot_order: Literal["token_major", "choice_major", "batch_priority"] = "token_major"
+    overflow: Literal["drop", "spill"] = "drop"
+    allow_future_leak: bool = False
+    group_size: int = 256
+    group_rows: int = 1
+    capacity_factor: float = 1.25
+    eval_capacity_factor: float = 0.0
+    min_capacity: int = 4
+    capacity_counts_choices: bool = True
+    capacity_rounding: Literal["ceil", "floor", "half_even"] = "ceil"
+    capacity_multiple: int = 1
+
+    @property
+    def group_length(self) -> int:
+        """Tokens that a group takes of each of its rows."""
+        return self.group_size // max(self.group_rows, 1)
+
+    def num_choices(self, num_experts: int) -> int:
+        """Returns J, choices that a token may hold."""
+        if self.family == "expert_choice":
+            return min(self.max_experts_per_token or num_experts, num_experts)
+        if self.family == "prototypes":
+            return self.num_prototypes * self.num_selected
+        return self.num_selected

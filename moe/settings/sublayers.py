@@ -1,0 +1,126 @@
+"""What each kind of sublayer must know of itself.
+
+`moe/architecture.py` makes these of the flat words that a user writes. Standard library
+only.
+"""
+
+import dataclasses
+from typing import Literal
+
+from moe.settings.router import RouterSettings
+
+
+@dataclasses.dataclass(frozen=True)
+class NormSettings:
+    """A normalisation.
+
+    Attributes:
+        kind: "rms" (arXiv:1910.07467), or "layer" (arXiv:1607.06450), which has a bias.
+        epsilon: added to the mean square.
+    """
+
+    kind: Literal["rms", "layer"] = "rms"
+    epsilon: float = 1e-6
+
+
+@dataclasses.dataclass(frozen=True)
+class PositionSettings:
+    """How attention sees positions.
+
+    Attributes:
+        kind: "rotary" turns queries and keys (arXiv:2104.09864); "distance" adds a
+            bias by bucket of distance to the scores (T5, arXiv:1910.10683); "none".
+        rotary_base: base of the angles.
+        buckets: buckets of distance; in a causal model all of them for the past.
+        max_distance: distance from which on all share the last bucket.
+    """
+
+    kind: Literal["rotary", "distance", "none"] = "none"
+    rotary_base: float = 10_000.0
+    buckets: int = 32
+    max_distance: int = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadsSettings:
+    """Multi-head attention.
+
+    Attributes:
+        num_heads: N, heads of queries.
+        kv_heads: U, heads of keys and values, each shared by N / U of queries.
+        head_dim: D.
+        biases: whether the four projections have biases.
+        positions: how it sees positions.
+        shares_bias: whether the bias by distance is the stack's, and not its own.
+        init_scale: variance of the initial weights, times their fan-in.
+    """
+
+    num_heads: int
+    kv_heads: int
+    head_dim: int
+    biases: bool = False
+    positions: PositionSettings = PositionSettings()
+    shares_bias: bool = False
+    init_scale: float = 1.0
+
+    @property
+    def scale(self) -> float:
+        """What products of queries and keys are multiplied by."""
+        return self.head_dim**-0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class DenseSettings:
+    """A two-layer feed-forward.
+
+    Attributes:
+        mlp_dim: F.
+        activation: "relu", "gelu", "geglu" or "swiglu"; the last two are gated.
+        biases: whether both products have biases.
+        init_scale: variance of the initial weights, times their fan-in.
+    """
+
+    mlp_dim: int
+    activation: str
+    biases: bool = False
+    init_scale: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class SparseSettings:
+    """Experts, and how tokens come to them.
+
+    Attributes:
+        num_experts: E.
+        experts: one expert.
+        router: how tokens choose.
+        shared: the expert that every token visits; None without.
+        dropout: probability of zeroing a hidden activation of an expert.
+        vocab_size: V, which the hash router's table covers.
+    """
+
+    num_experts: int
+    experts: DenseSettings
+    router: RouterSettings
+    shared: DenseSettings | None = None
+    dropout: float = 0.0
+    vocab_size: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class EmbeddingSettings:
+    """From ids to activations, and from activations to logits.
+
+    Attributes:
+        vocab_size: V, rows of the table.
+        width: M.
+        max_positions: rows of a table of positions; 0 has none.
+        tied: whether the output projection is the table.
+        init_scale: variance of an output projection of its own, times its fan-in.
+    """
+
+    vocab_size: int
+    width: int
+    max_positions: int = 0
+    tied: bool = False
+    init_scale: float = 1.0

@@ -1,0 +1,67 @@
+"""Flat words become layers: which are sparse, what repeats, where each is found."""
+
+import dataclasses
+
+import pytest
+
+from moe import architecture
+from moe.settings import ModelSettings, RouterSettings
+
+pytestmark = pytest.mark.fast
+
+MODEL = ModelSettings(
+    vocab_size=32, num_layers=7, model_dim=8, num_heads=2, head_dim=4, mlp_dim=16
+)
+ROUTER = RouterSettings()
+
+
+def stack_of(**changes) -> architecture.Stack:
+    model = dataclasses.replace(MODEL, **changes)
+    return architecture.describe(model, ROUTER).decoder
+
+
+def written(stack: architecture.Stack) -> str:
+    """Each layer's last sublayer, segment by segment: "d" or "s"."""
+    return " ".join(
+        f"{segment.repeats}({''.join(block[-1].kind[0] for block in segment.blocks)})"
+        for segment in stack.segments
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "segments"),
+    [
+        ({"moe_every": 0}, "7(d)"),
+        ({"moe_every": 0, "first_dense_layers": 3}, "7(d)"),
+        ({"moe_every": 1}, "7(s)"),
+        ({"moe_every": 2, "num_layers": 8}, "4(ds)"),
+        ({"moe_every": 2, "num_layers": 8, "moe_position": "first"}, "4(sd)"),
+        ({"moe_every": 2, "first_dense_layers": 3}, "3(d) 2(ds)"),
+        ({"moe_every": 4, "first_dense_layers": 3}, "3(d) 1(ddds)"),
+        ({"moe_every": 1, "first_dense_layers": 3}, "3(d) 4(s)"),
+    ],
+)
+def test_layers_repeat_in_these_segments(changes, segments):
+    stack = stack_of(**changes)
+    assert written(stack) == segments
+    assert len(stack.layers) == changes.get("num_layers", 7)
+
+
+def test_every_layer_is_found_where_it_is():
+    stack = stack_of(moe_every=2, first_dense_layers=3)
+    places = [architecture.locate(stack, layer) for layer in range(7)]
+    assert places == [
+        *[(0, repeat, 0) for repeat in range(3)],
+        *[(1, repeat, block) for repeat in range(2) for block in range(2)],
+    ]
+    for layer, (segment, repeat, block) in enumerate(places):
+        assert stack.segments[segment].numbers(block)[repeat] == layer
+    with pytest.raises(IndexError, match="layer 7 of 7"):
+        architecture.locate(stack, 7)
+
+
+def test_sparse_layers_are_told_by_their_numbers():
+    (place,) = stack_of(moe_every=2, first_dense_layers=3).sparse()
+    assert (place.segment, place.block, list(place.numbers)) == (1, 1, [4, 6])
+    assert place.sublayer.settings.router == ROUTER
+    assert not list(stack_of(moe_every=0).sparse())

@@ -45,8 +45,12 @@ def problems(
             + (f" × GROUP_ROWS = {group_rows}" if group_rows > 1 else "")
             + f": {_nearest_multiples(train.batch_size, multiple)}"
         )
-    if sparse and model.num_experts >= 1 and model.num_experts % mesh.expert:
-        found.append(_expert_problem(model.num_experts, mesh.expert))
+    numbers = {model.num_experts, *model.experts_per_layer} if sparse else set()
+    found += [
+        _expert_problem(number, mesh.expert)
+        for number in sorted(numbers)
+        if number >= 1 and number % mesh.expert
+    ]
     found += _sequence_problems(mesh, partition, model, router, length)
     if mesh.model > 1:
         found += _model_axis_problems(mesh.model, partition, model, execution)

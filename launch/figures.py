@@ -113,7 +113,10 @@ def load(train: Sequence[Record]) -> str:
         image: Any = None
         for position, layer in enumerate(layers):
             axes = grid[position // columns, position % columns]
-            heat_ET, stride = load_heat(steps, load_TLE[:, layer])
+            load_TE = load_TLE[:, layer]
+            there_E = ~np.isnan(load_TE).all(axis=0)  # layers may have fewer experts
+            there_E |= not there_E.any()
+            heat_ET, stride = load_heat(steps, load_TE[:, there_E])
             image = axes.imshow(
                 heat_ET,
                 aspect="auto",

@@ -54,7 +54,8 @@ def load_extremes(load: Sequence[Sequence[float]]) -> tuple[Extreme, Extreme] | 
     """Finds the most and the least loaded expert of all sparse layers.
 
     Args:
-        load: [layers][experts], in any unit; compared with the mean of its layer.
+        load: [layers][experts], in any unit; compared with the mean of its layer. NaN
+            stands for experts that a layer has not.
 
     Returns:
         The most and the least loaded, the first of equals; None if no layer has a
@@ -62,9 +63,10 @@ def load_extremes(load: Sequence[Sequence[float]]) -> tuple[Extreme, Extreme] | 
     """
     found = []
     for layer, row in enumerate(load):
-        mean = sum(row) / len(row) if len(row) else 0.0
+        there = [share for share in row if not math.isnan(share)]
+        mean = sum(there) / len(there) if there else 0.0
         if math.isfinite(mean) and mean > 0:
-            found += [Extreme(layer, e, share / mean) for e, share in enumerate(row)]
+            found += [Extreme(layer, e, share / mean) for e, share in enumerate(there)]
     if not found:
         return None
     most = max(found, key=lambda extreme: extreme.relative)

@@ -149,13 +149,15 @@ def ledger(
     extremes = load_extremes([] if mean_LE is None else mean_LE.tolist())
     if mean_LE is not None and extremes:
         most, least = extremes
-        idle = int((mean_LE < _DEAD * mean_LE.mean(axis=1, keepdims=True)).sum())
+        of_layer_L1 = np.nanmean(mean_LE, axis=1, keepdims=True)
+        idle = int((mean_LE < _DEAD * of_layer_L1).sum())
+        experts = int(np.isfinite(mean_LE).sum())
         verb = "was" if idle == 1 else "were"
         sentences.append(
             f"The most loaded expert, {most.expert} of sparse layer {most.layer}, took "
             f"{most.relative:.2f} times the mean of its layer, the least loaded, "
             f"{least.expert} of layer {least.layer}, {least.relative:.2f} times; "
-            f"{idle or 'none'} of {mean_LE.size:,} {verb} almost idle (below "
+            f"{idle or 'none'} of {experts:,} {verb} almost idle (below "
             f"{100 * _DEAD:.0f} % of the mean)."
         )
     return sentences

@@ -37,11 +37,11 @@ def fit(value: Any, kind: Any) -> Any:
         hint = nearest(value, choices) if isinstance(value, str) else ""
         raise ValueError(f"must be one of {', '.join(map(repr, choices))}{hint}")
     make = typing.get_origin(kind) or kind
-    rule, fits = _RULES[kind] if make is Mapping else _RULES[make]
+    rule, fits = _RULES[kind]
     if not fits(value):
         quoted = isinstance(value, str) and make in (bool, int, float)
         raise ValueError(f"must be {rule}{', without quotes' if quoted else ''}")
-    texts = (value,) if make is str else value if make is tuple else ()
+    texts = (value,) if make is str else value if kind == tuple[str, ...] else ()
     if not all(map(is_utf8, texts)):
         raise ValueError("is not UTF-8: \\ud800 to \\udfff in it are no characters")
     return dict(value) if make is Mapping else make(value)
@@ -54,7 +54,7 @@ def stand_in(kind: Any) -> Any:
     make = typing.get_origin(kind) or kind
     if make is Mapping:
         return {"targets": 2} if kind == Mapping[str, int] else {}
-    return make("1")
+    return () if make is tuple else make("1")
 
 
 def fill(fields: Mapping[str, Any]) -> Settings:
@@ -77,6 +77,10 @@ def _is_number(value: Any) -> bool:
 
 def _is_texts(value: Any) -> bool:
     return isinstance(value, tuple | list) and all(isinstance(v, str) for v in value)
+
+
+def _is_integers(value: Any) -> bool:
+    return isinstance(value, tuple | list) and all(map(_is_int, value))
 
 
 def _is_lengths(value: Any) -> bool:
@@ -102,7 +106,8 @@ _RULES: dict[Any, tuple[str, Callable[[Any], bool]]] = {
     int: ("an integer", _is_int),
     float: ("a finite number", _is_number),
     str: ("text in quotes", lambda value: isinstance(value, str)),
-    tuple: ("a tuple of texts, such as ('--flag=1',)", _is_texts),
+    tuple[str, ...]: ("a tuple of texts, such as ('--flag=1',)", _is_texts),
+    tuple[int, ...]: ("a tuple of integers, such as (32, 64)", _is_integers),
     Mapping[str, int]: ("a dict of integers, such as {'targets': 256}", _is_lengths),
     Mapping[str, float]: ("a dict of numbers, such as {'a': 0.3, 'b': 0.7}", _is_rates),
     Mapping[int, Mapping[str, float]]: (

@@ -238,6 +238,8 @@ def _series(name: str, value: Any) -> Iterator[tuple[str, float]]:
     if isinstance(value, int | float):
         yield name, float(value)
     elif isinstance(value, list) and value and isinstance(value[0], list):
+        # Of layers with fewer experts, the loads of those that they have not.
+        value = [[item for item in row if not math.isnan(item)] for row in value]
         wide = sum(map(len, value)) > _MAX_SERIES
         for layer, row in enumerate(value):
             if wide and row:

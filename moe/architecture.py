@@ -193,25 +193,46 @@ def has_dense(model: ModelSettings) -> bool:
     return model.moe_every != 1 or model.first_dense_layers > 0
 
 
+def experts_of(model: ModelSettings) -> dict[int, int]:
+    """Returns the number of experts of each sparse layer, by the layer's number."""
+    sparse = [n for n in range(model.num_layers) if _is_sparse(model, n)]
+    each = model.experts_per_layer or (model.num_experts,) * len(sparse)
+    return dict(zip(sparse, each, strict=False))
+
+
 def problems(model: ModelSettings) -> list[str]:
     """Lists what is wrong with the number of layers, and with which are sparse."""
-    if model.moe_every < 0:
-        return [f"MOE_EVERY = {model.moe_every}: 0 means dense"]
-    if not model.moe_every:
-        return []
+    each, period = model.experts_per_layer, model.moe_every
+    if period < 0:
+        return [f"MOE_EVERY = {period}: 0 means dense"]
+    if not period:
+        unused = (
+            f"EXPERTS_PER_LAYER = {each} means nothing to MOE_EVERY = 0: set it to ()"
+        )
+        return [unused] if each else []
     first, rest = model.first_dense_layers, model.num_layers - model.first_dense_layers
     if first < 0:
         return [f"FIRST_DENSE_LAYERS = {first}: cannot be negative"]
-    if first and rest < model.moe_every:
+    if first and rest < period:
         return [
             f"FIRST_DENSE_LAYERS = {first} leaves {rest} of NUM_LAYERS = "
-            f"{model.num_layers} for a period of MOE_EVERY = {model.moe_every}"
+            f"{model.num_layers} for a period of MOE_EVERY = {period}"
         ]
-    if rest % model.moe_every:
+    if rest % period:
         less = f" less FIRST_DENSE_LAYERS = {first}" if first else ""
         return [
             f"NUM_LAYERS = {model.num_layers}{less} is not a multiple of MOE_EVERY = "
-            f"{model.moe_every}: layers repeat in periods of MOE_EVERY"
+            f"{period}: layers repeat in periods of MOE_EVERY"
+        ]
+    if each and (len(each) != rest // period or min(each) < 1):
+        return [
+            f"EXPERTS_PER_LAYER = {each}: must have a number of at least 1 for each of "
+            f"the {rest // period} sparse layers, or be () for NUM_EXPERTS in all"
+        ]
+    if each and max(each) != model.num_experts:
+        return [
+            f"NUM_EXPERTS = {model.num_experts} must be the largest of "
+            f"EXPERTS_PER_LAYER = {each}: set it to {max(each)}"
         ]
     return []
 
@@ -223,11 +244,15 @@ def shortened(model: ModelSettings) -> ModelSettings:
     first = min(model.first_dense_layers, 2)
     every = min(model.moe_every, 3)  # longer periods repeat dense layers
     periods = (model.num_layers - model.first_dense_layers) // model.moe_every
+    periods = max(min(periods, 2), 1)
     return dataclasses.replace(
         model,
         first_dense_layers=first,
         moe_every=every,
-        num_layers=first + max(min(periods, 2), 1) * every,
+        num_layers=first + periods * every,
+        experts_per_layer=(model.experts_per_layer[:1] + model.experts_per_layer[-1:])[
+            :periods
+        ],
     )
 
 
@@ -282,7 +307,8 @@ def _block(
     """Attention, then experts or a dense feed-forward."""
     attention = Sublayer("attention", "heads", _heads(model), norm)
     if _is_sparse(model, layer):
-        return attention, Sublayer("sparse", "sparse", _sparse(model, router), norm)
+        sparse = _sparse(model, router, experts_of(model)[layer])
+        return attention, Sublayer("sparse", "sparse", sparse, norm)
     dense = DenseSettings(
         model.mlp_dim, model.activation, model.mlp_biases, model.init_scale
     )
@@ -321,7 +347,9 @@ def _positions(model: ModelSettings) -> PositionSettings:
     return PositionSettings("none")
 
 
-def _sparse(model: ModelSettings, router: RouterSettings) -> SparseSettings:
+def _sparse(
+    model: ModelSettings, router: RouterSettings, num_experts: int
+) -> SparseSettings:
     same = model.expert_activation == "same"
     shared = DenseSettings(
         model.shared_expert_mlp_dim,
@@ -330,7 +358,7 @@ def _sparse(model: ModelSettings, router: RouterSettings) -> SparseSettings:
         model.init_scale,
     )
     return SparseSettings(
-        num_experts=model.num_experts,
+        num_experts=num_experts,
         experts=DenseSettings(
             model.expert_mlp_dim,
             model.activation if same else model.expert_activation,

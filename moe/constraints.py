@@ -4,6 +4,8 @@ Read before jax is imported: standard library only. Every fault is one line: the
 the rule, and the macro to change.
 """
 
+import dataclasses
+
 from moe import architecture
 from moe.dispatch.auto import PADDED
 from moe.routing.capacity import capacity
@@ -55,9 +57,15 @@ def problems(
     found += architecture.problems(model)
     if architecture.has_experts(model):
         found += _expert_problems(model, execution)
-        found += _number_problems(model, router)
-        found += _family_problems(model, router, loss)
-        found += _capacity_problems(model, router, length)
+        numbers = {model.num_experts, *model.experts_per_layer}
+        for number in sorted(numbers, reverse=True):
+            layer = dataclasses.replace(model, num_experts=number)
+            of_layer = [
+                *_number_problems(layer, router),
+                *_family_problems(layer, router, loss),
+                *_capacity_problems(layer, router, length),
+            ]
+            found += [line for line in of_layer if line not in found]
         found += [
             f"{leak}. A causal decoder would learn from the future: choose another, or "
             "set ALLOW_FUTURE_LEAK = True to go on all the same"

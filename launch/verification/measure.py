@@ -12,6 +12,7 @@ import optax
 from launch.assemble import Run, assemble
 from launch.gin_files import ResolvedConfig
 from launch.settings import Settings
+from moe import architecture
 from moe.routing.assignment import Trace
 from moe.testing.whole_arrays import forward
 from moe.training import state as train_state
@@ -138,6 +139,10 @@ class Bench:
         with jax.default_matmul_precision("highest"):
             after, metrics = compiled(state, batch, zero)
         after, metrics = jax.device_get((after, metrics))
+        if "router/load" in metrics:  # without the experts that a layer has not
+            experts = architecture.experts_of(settings.model).values()
+            rows = zip(metrics["router/load"], experts, strict=True)
+            metrics["router/load"] = np.concatenate([row[:n] for row, n in rows])
         kept: Recorded = after.opt_state
         return Step(metrics, kept.gradient, kept.descended, after.params)
 

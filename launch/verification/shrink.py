@@ -156,13 +156,15 @@ def _candidates(
         size = min(size, router.group_length)
         length = max(2 * size * pieces, 32)
         length = -(-length // (size * pieces)) * size * pieces
-        yield _sized(settings, small, number, size, length), size * pieces
+        sized = _sized(settings, small, number, multiple, size, length)
+        yield sized, size * pieces
 
 
 def _sized(
     settings: Settings,
     small: Sequence[MeshSettings],
     num_experts: int,
+    divides: int,
     group_size: int,
     length: int,
 ) -> Settings:
@@ -178,7 +180,7 @@ def _sized(
         settings,
         platform=PlatformSettings("cpu"),
         mesh=MeshSettings(),
-        model=_model(settings, small, num_experts, length),
+        model=_model(settings, small, num_experts, divides, length),
         router=_router(settings, num_experts, group_size),
         execution=_execution(settings, small, length),
         optimizer=_optimizer(settings.optimizer),
@@ -192,9 +194,13 @@ def _sized(
 
 
 def _model(
-    settings: Settings, small: Sequence[MeshSettings], num_experts: int, length: int
+    settings: Settings,
+    small: Sequence[MeshSettings],
+    num_experts: int,
+    divides: int,
+    length: int,
 ) -> ModelSettings:
-    """Two periods of narrow layers."""
+    """Two periods of narrow layers; `divides` does so to every number of experts."""
     model = architecture.shortened(settings.model)
     cut = _common(small, "model")
     whole = _common(small, "data", "context", "expert", "model")
@@ -216,6 +222,10 @@ def _model(
         **(_NEAR if model.positions.startswith("relative") else {}),
         max_positions=length if learned else model.max_positions,
         num_experts=num_experts if sparse else model.num_experts,
+        experts_per_layer=tuple(
+            _multiple(divides, num_experts * number // max(model.experts_per_layer))
+            for number in model.experts_per_layer
+        ),
         expert_mlp_dim=_multiple(cut, max(least, 16)),
         shared_expert_mlp_dim=_multiple(cut, 16) if model.shared_expert_mlp_dim else 0,
         init_scale=1.0,

@@ -39,6 +39,8 @@ class ModelSettings:
             every layer dense.
         moe_position: which layer of such a period: its "last", or its "first".
         num_experts: E.
+        experts_per_layer: E of each sparse layer from the bottom up, as in PR-MoE's
+            pyramid (arXiv:2201.05596, section 4.1); () has `num_experts` in all.
         expert_mlp_dim: F of one expert.
         shared_expert_mlp_dim: F of the experts that every token visits, side by side
             as one (DeepSeekMoE, arXiv:2401.06066, section 3.2); 0 has none.
@@ -76,6 +78,7 @@ class ModelSettings:
     moe_every: int = 2
     moe_position: Literal["last", "first"] = "last"
     num_experts: int = 8
+    experts_per_layer: tuple[int, ...] = ()
     expert_mlp_dim: int = 1024
     shared_expert_mlp_dim: int = 0
     dropout: float = 0.0

@@ -39,7 +39,9 @@ CASES = {
         "context=2,expert=2,model=2",
         "NUM_SELECTED_EXPERTS=2 ROUTER_SCORES=sigmoid ROUTER_BIAS=True FSDP=data "
         "RENORMALIZE_GATES=after_drop EXPERT_TENSOR_PARALLEL=False EXPERT_BIASES=True "
-        "SHARED_EXPERT_MLP_DIM=32 ACTIVATION=swiglu AUX_LOSS_SCOPE=sequence",
+        "SHARED_EXPERT_MLP_DIM=32 ACTIVATION=swiglu AUX_LOSS_SCOPE=sequence "
+        # A pyramid: of both segments losses, ledger and biases count.
+        "NUM_LAYERS=2 NUM_EXPERTS=16 EXPERTS_PER_LAYER=(8,16)",
         ("decisions",),
     ),
     "hashed": (

@@ -65,3 +65,33 @@ def test_sparse_layers_are_told_by_their_numbers():
     assert (place.segment, place.block, list(place.numbers)) == (1, 1, [4, 6])
     assert place.sublayer.settings.router == ROUTER
     assert not list(stack_of(moe_every=0).sparse())
+
+
+def test_a_pyramid_has_a_segment_for_each_number_of_experts():
+    stack = stack_of(
+        moe_every=2, num_layers=8, num_experts=16, experts_per_layer=(4, 4, 16, 16)
+    )
+    assert written(stack) == "2(ds) 2(ds)"
+    experts = [p.sublayer.settings.num_experts for p in stack.sparse()]
+    assert experts == [4, 16]
+    assert stack.sparse_order == (), "they are in the order of the layers"
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"num_experts": 8},
+            "NUM_EXPERTS = 8 must be the largest of EXPERTS_PER_LAYER",
+        ),
+        ({"experts_per_layer": (4, 4)}, "for each of the 4 sparse layers"),
+        ({"experts_per_layer": (0, 4, 4, 4)}, "a number of at least 1"),
+        ({"moe_every": 0}, "means nothing to MOE_EVERY = 0"),
+    ],
+)
+def test_a_pyramid_that_does_not_fit_its_layers_is_said(changes, said):
+    given = {"num_layers": 8, "num_experts": 4, "experts_per_layer": (2, 2, 4, 4)}
+    fitting = dataclasses.replace(MODEL, **given)
+    assert architecture.problems(fitting) == []
+    (found,) = architecture.problems(dataclasses.replace(fitting, **changes))
+    assert said in found

@@ -42,7 +42,7 @@ class Counts:
             mean over layers, by their products, where they differ.
         slots: rows of fixed capacity there, C·E / S for each token; likewise.
         scores: operations of attention's scores and mixing, 4·N·D·L in each layer, as
-            if nothing were masked. Heads that share keys share none of these.
+            if every token saw as many as the last. Heads that share keys share none.
         causal_scores: the same where a token sees itself and those before it: (L + 1) /
             2 of L on average.
     """
@@ -156,7 +156,13 @@ def count(model: ModelSettings, router: RouterSettings, length: int) -> Counts:
         met += one * chosen
         seated += one * Fraction(slots, s.router.group_size)
         idle += all_sizes - int(all_sizes * chosen / s.num_experts)
-    scores = 4 * sum(s.num_heads * s.head_dim for s in layers.decoder.settings("heads"))
+    scores = causal_scores = 0
+    for s in layers.decoder.settings("heads"):
+        reach, each = s.reach(length), 4 * s.num_heads * s.head_dim
+        scores += each * reach
+        # The first queries see fewer keys: reach · (reach - 1) / 2 fewer in all.
+        pairs = length * reach - reach * (reach - 1) // 2
+        causal_scores += each * pairs // length
     return Counts(
         total=total,
         active=total - int(idle),
@@ -166,8 +172,8 @@ def count(model: ModelSettings, router: RouterSettings, length: int) -> Counts:
         expert_products=one_of_each,
         chosen=met / max(one_of_each, 1),
         slots=seated / max(one_of_each, 1),
-        scores=scores * length,
-        causal_scores=scores * (length + 1) // 2,
+        scores=scores,
+        causal_scores=causal_scores,
     )
 
 

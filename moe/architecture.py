@@ -287,18 +287,37 @@ def describe(model: ModelSettings, router: RouterSettings) -> Model:
 def _segments(
     model: ModelSettings, router: RouterSettings, norm: NormSettings
 ) -> tuple[Segment, ...]:
-    """The fewest segments: dense layers at the bottom, then periods that are alike."""
+    """Dense layers at the bottom, then sparse layers once a period."""
     first = model.first_dense_layers if model.moe_every else 0
     blocks = [_block(model, router, norm, n) for n in range(model.num_layers)]
-    period = max(model.moe_every, 1)
-    cuts = [*range(first), *range(first, model.num_layers, period), model.num_layers]
-    periods = [tuple(blocks[a:b]) for a, b in itertools.pairwise(cuts)]
-    segments, layer = [], 0
-    for alike, run in itertools.groupby(periods):
-        repeats = len(list(run))
-        segments.append(Segment(alike, repeats, layer))
-        layer += len(alike) * repeats
-    return tuple(segments)
+    below = _repeating(blocks[:first], 1, 0)
+    return below + _repeating(blocks[first:], max(model.moe_every, 1), first)
+
+
+def _repeating(blocks: list[Block], step: int, first: int) -> tuple[Segment, ...]:
+    """Cuts layers into segments that repeat, so that the fewest are compiled.
+
+    Args:
+        blocks: layers, one after the other.
+        step: number whose multiples a period may have.
+        first: number of the first of them.
+    """
+
+    def cut(period: int) -> list[Segment]:
+        starts = range(0, len(blocks), period)
+        parts = [tuple(blocks[start : start + period]) for start in starts]
+        segments, layer = [], first
+        for part, run in itertools.groupby(parts):
+            segments.append(Segment(part, len(list(run)), layer))
+            layer += len(part) * segments[-1].repeats
+        return segments
+
+    def compiled(period: int) -> int:
+        return sum(len(segment.blocks) for segment in cut(period))
+
+    if not blocks:
+        return ()
+    return tuple(cut(min(range(step, len(blocks) + 1, step), key=compiled)))
 
 
 def _block(

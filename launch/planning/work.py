@@ -13,7 +13,7 @@ from launch.planning.local import BYTES, FLOAT32, Local
 from launch.settings import Settings
 from moe.architecture import Block, of_kind
 from moe.routing.capacity import mean_choices
-from moe.settings import DenseSettings, SparseSettings
+from moe.settings import DenseSettings, HeadsSettings, SparseSettings
 
 # A float32 product of highest precision is so many of bfloat16 on a TPU.
 HIGHEST_PRECISION = 6
@@ -138,28 +138,35 @@ def _scores(sizes: Local) -> Part:
     makes them again, and blocks once more.
     """
     settings, L = sizes.settings, sizes.settings.data.length
-    seen, blocked = 1.0, sizes.is_blocked
-    if blocked and settings.data.prefix_attention != "bidirectional":
-        size = settings.execution.attention_block or sizes.length
-        keys, queries = -(-L // size), -(-sizes.length // size)
-        seen = (keys - (queries - 1) / 2) / keys
-    microbatches = settings.train.microbatches
+    blocked, microbatches = sizes.is_blocked, settings.train.microbatches
     found = []
     for block, layers in sizes.stack.kinds_of_layers.items():
         runs = forward_passes(sizes) + (2 + blocked) * microbatches
         runs += repeats(sizes, block, kept_by=("none",))
         for s in of_kind(block, "heads"):
-            scores = layers * sizes.tokens * L * sizes.cut_heads(s.num_heads)
-            flops = 4 * scores * s.head_dim
+            pairs = layers * sizes.tokens * sizes.cut_heads(s.num_heads)
+            seen = pairs * _keys_seen(sizes, s)
             found.append(
                 Part(
                     "",
-                    model_flops=flops * microbatches,
-                    flops=flops * seen * runs,
-                    touched_bytes=scores * seen * BYTES_PER_SCORE * runs,
+                    model_flops=4 * pairs * s.reach(L) * s.head_dim * microbatches,
+                    flops=4 * seen * s.head_dim * runs,
+                    touched_bytes=seen * BYTES_PER_SCORE * runs,
                 )
             )
     return _joined("attention scores", found)
+
+
+def _keys_seen(sizes: Local, s: HeadsSettings) -> float:
+    """Keys that a query is compared with: all, or those of blocks not skipped."""
+    settings, L = sizes.settings, sizes.settings.data.length
+    if not sizes.is_blocked or settings.data.prefix_attention == "bidirectional":
+        return L
+    size = settings.execution.attention_block or sizes.length
+    keys, queries = -(-L // size), -(-sizes.length // size)
+    back = -(-(s.reach(L) - 1) // size)  # blocks before the query's own
+    seen = [min(block, back) + 1 for block in range(keys - queries, keys)]
+    return L * sum(seen) / (queries * keys)
 
 
 def _dense(sizes: Local, block: Block, layers: int) -> list[Part]:

@@ -63,6 +63,10 @@ class HeadsSettings:
     shares_bias: bool = False
     init_scale: float = 1.0
 
+    def reach(self, length: int) -> int:
+        """Returns the keys that the last of so many queries sees."""
+        return length
+
     @property
     def scale(self) -> float:
         """What products of queries and keys are multiplied by."""

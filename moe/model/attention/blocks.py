@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from moe.model.attention.mask import Who, visible
+from moe.model.attention.mask import Who
 from moe.model.attention.scoring import LEAST, Scoring, by_key_head, products, scores
 
 # What is left for the backward pass beside the inputs; a remat policy may save both.
@@ -151,7 +151,7 @@ def _add_block(asking, scoring, state, held):
     """Adds one block of keys to the running softmax of one block of queries."""
     (query_BlUnD, queries), (key_BtUD, value_BtUX, keys) = asking, held
     queries, keys = _unpacked(queries), _unpacked(keys)
-    visible_Blt = visible(queries, keys)
+    visible_Blt = scoring.visible(queries, keys)
 
     def add(state: Any) -> Any:
         top_BUnl, total_BUnl, mixed_BlUnX = state
@@ -227,7 +227,7 @@ def _add_gradients(
     (query_BlUnD, queries, d_mixed_BlUnX, log_total_BUnl, mean_BUnl), d_query = scanned
     key_BtUD, value_BtUX, keys = held
     queries, keys = _unpacked(queries), _unpacked(keys)
-    visible_Blt = visible(queries, keys)
+    visible_Blt = scoring.visible(queries, keys)
     product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
     def add(given: Any) -> Any:

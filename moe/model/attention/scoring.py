@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from moe.model.attention.mask import Who
+from moe.model.attention.mask import Who, visible
 from moe.model.attention.positions import Bias
 
 NEVER = -1e30  # the score of a key that must not be seen
@@ -32,6 +32,10 @@ class Scoring:
     cap: float = dataclasses.field(default=0.0, metadata={"static": True})
     bias: Bias | None = None
     sink_N: jax.Array | None = None
+
+    def visible(self, queries: Who, keys: Who) -> jax.Array:
+        """Returns visible_BLT."""
+        return visible(queries, keys)
 
 
 def products(query_BLUnD: jax.Array, key_BTUD: jax.Array) -> jax.Array:

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from moe.model.attention.mask import Who, visible
+from moe.model.attention.mask import Who
 from moe.model.attention.scoring import LEAST, Scoring, by_key_head, products, scores
 
 
@@ -31,7 +31,7 @@ def attend(
     (B, L, N, _), U = query_BLND.shape, key_BTUD.shape[2]
     query_BLUnD = by_key_head(query_BLND, U, scoring)
     product_BUnLT = products(query_BLUnD, key_BTUD)
-    visible_BLT = visible(queries, keys)
+    visible_BLT = scoring.visible(queries, keys)
     score_BUnLT = scores(product_BUnLT, scoring, queries, keys, visible_BLT)
     top_BUnL1 = jnp.maximum(jnp.max(score_BUnLT, axis=-1, keepdims=True), LEAST)
     if scoring.sink_N is not None:

@@ -324,7 +324,7 @@ def _block(
     model: ModelSettings, router: RouterSettings, norm: NormSettings, layer: int
 ) -> Block:
     """Attention, then experts or a dense feed-forward."""
-    attention = Sublayer("attention", "heads", _heads(model), norm)
+    attention = Sublayer("attention", "heads", _heads(model, layer), norm)
     if _is_sparse(model, layer):
         sparse = _sparse(model, router, experts_of(model)[layer])
         return attention, Sublayer("sparse", "sparse", sparse, norm)
@@ -342,13 +342,15 @@ def _is_sparse(model: ModelSettings, layer: int) -> bool:
     return above % model.moe_every == place
 
 
-def _heads(model: ModelSettings) -> HeadsSettings:
+def _heads(model: ModelSettings, layer: int) -> HeadsSettings:
+    windows = model.attention_windows or (0,)
     return HeadsSettings(
         num_heads=model.num_heads,
         kv_heads=model.num_kv_heads or model.num_heads,
         head_dim=model.head_dim,
         biases=model.attention_biases,
         positions=_positions(model),
+        window=windows[layer % len(windows)],
         shares_bias=model.positions == "relative",
         init_scale=model.init_scale,
     )

@@ -101,6 +101,11 @@ def _attention_problems(model: ModelSettings, length: int) -> list[str]:
         found.append(
             f"NUM_KV_HEADS = {heads} does not divide NUM_HEADS = {model.num_heads}"
         )
+    if any(window < 0 for window in model.attention_windows):
+        found.append(
+            f"ATTENTION_WINDOWS = {model.attention_windows}: a window has 1 place or "
+            "more; 0 sees all"
+        )
     rotary = model.positions == "rotary"
     relative = model.positions in ("relative", "relative_per_layer")
     learned = model.positions == "learned"

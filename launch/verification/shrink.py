@@ -218,6 +218,10 @@ def _model(
         num_heads=kv_heads * shared,
         num_kv_heads=kv_heads if model.num_kv_heads else 0,
         head_dim=4,
+        attention_windows=tuple(
+            w and max(w * length // settings.data.length, 2)
+            for w in model.attention_windows
+        ),
         mlp_dim=_multiple(cut, max(least, 24)),
         **(_NEAR if model.positions.startswith("relative") else {}),
         max_positions=length if learned else model.max_positions,

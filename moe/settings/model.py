@@ -24,6 +24,8 @@ class ModelSettings:
         num_kv_heads: heads of keys and values, each shared by as many heads of queries
             (arXiv:2305.13245); 0 has one for each.
         attention_biases: whether the four projections have biases.
+        attention_windows: places that tokens see back, of the layers from the bottom
+            up, and again from the first; 0 sees all; () has no window in any layer.
         positions: "rotary" (arXiv:2104.09864); "relative", T5's bias by bucket of
             distance (arXiv:1910.10683), one table for all layers; "relative_per_layer",
             one for each; "learned", a vector per position, added to the embedding
@@ -65,6 +67,7 @@ class ModelSettings:
     mlp_biases: bool = False
     num_kv_heads: int = 0
     attention_biases: bool = False
+    attention_windows: tuple[int, ...] = ()
     positions: Literal[
         "rotary", "relative", "relative_per_layer", "learned", "none"
     ] = "rotary"

@@ -51,6 +51,8 @@ class HeadsSettings:
         head_dim: D.
         biases: whether the four projections have biases.
         positions: how it sees positions.
+        window: places, its own among them, that a token sees back (arXiv:2310.06825,
+            section 2); 0 sees all.
         shares_bias: whether the bias by distance is the stack's, and not its own.
         init_scale: variance of the initial weights, times their fan-in.
     """
@@ -60,12 +62,13 @@ class HeadsSettings:
     head_dim: int
     biases: bool = False
     positions: PositionSettings = PositionSettings()
+    window: int = 0
     shares_bias: bool = False
     init_scale: float = 1.0
 
     def reach(self, length: int) -> int:
         """Returns the keys that the last of so many queries sees."""
-        return length
+        return min(self.window, length) if self.window else length
 
     @property
     def scale(self) -> float:

@@ -62,6 +62,11 @@ def test_work_is_three_forward_passes_and_what_is_computed_again():
     # Blocks of 16 of 64: 1 + 2 + 3 + 4 of 16 blocks, and once more for the way back.
     blocked = of("attention scores", "REMAT='none'", "ATTENTION_BLOCK=16")
     assert blocked.flops == pytest.approx(4 * 10 / 16 * blocked.model_flops)
+    # In windows of 17 places a block sees itself and the one before: 1 + 2 + 2 + 2.
+    window = ("ATTENTION_BLOCK=16", "ATTENTION_WINDOWS=(17,)")
+    near = of("attention scores", "REMAT='none'", *window)
+    assert near.flops == pytest.approx(7 / 10 * blocked.flops)
+    assert near.model_flops == 17 / 64 * blocked.model_flops
 
 
 @pytest.mark.fast

@@ -41,7 +41,7 @@ CASES = {
         "RENORMALIZE_GATES=after_drop EXPERT_TENSOR_PARALLEL=False EXPERT_BIASES=True "
         "SHARED_EXPERT_MLP_DIM=32 ACTIVATION=swiglu AUX_LOSS_SCOPE=sequence "
         # A pyramid: of both segments losses, ledger and biases count.
-        "NUM_LAYERS=2 NUM_EXPERTS=16 EXPERTS_PER_LAYER=(8,16)",
+        "NUM_LAYERS=2 NUM_EXPERTS=16 EXPERTS_PER_LAYER=(8,16) ATTENTION_WINDOWS=(8,0)",
         ("decisions",),
     ),
     "hashed": (
@@ -54,7 +54,8 @@ CASES = {
         "context=4,model=2",
         "ROUTER=sinkhorn ALLOW_FUTURE_LEAK=True CONTEXT_ATTENTION=ring "
         "POSITIONS=relative ATTENTION_BLOCK=16 REMAT=minimal FSDP=data "
-        "VOCAB_CHUNKS=2 SEQUENCE_PARALLEL=False NUM_HEADS=4 NUM_KV_HEADS=2",
+        "VOCAB_CHUNKS=2 SEQUENCE_PARALLEL=False NUM_HEADS=4 NUM_KV_HEADS=2 "
+        "NUM_LAYERS=4 ATTENTION_WINDOWS=(12,0)",
         ("decisions",),
     ),
     "expert_choice": (

@@ -196,6 +196,17 @@ def test_a_token_sees_half_of_a_sequence_on_average():
     assert whole - causal == ATTENDING - counts.causal_scores
 
 
+def test_a_token_of_a_window_sees_no_further():
+    model = dataclasses.replace(SMALL, attention_windows=(64, 0))
+    counts = accounting.count(model, ROUTER, length=LENGTH)
+    # Two of four layers: 64 of 256 keys; of a sequence 1 + 2 + ... + 64 pairs, and 64
+    # for each of the 192 other tokens.
+    assert counts.scores == ATTENDING // 2 + ATTENDING // 2 * 64 // 256
+    in_window = (65 * 32 + 192 * 64) * 4 * 4 * 64 * 2 // 256
+    whole = ATTENDING // 2 * (257 * 128) // (256 * 256)
+    assert counts.causal_scores == whole + in_window
+
+
 def test_what_is_executed_depends_on_padding_on_drops_and_on_remat():
     router = dataclasses.replace(ROUTER, num_selected=2)
     counts = accounting.count(SMALL, router, length=LENGTH)

@@ -95,3 +95,13 @@ def test_a_pyramid_that_does_not_fit_its_layers_is_said(changes, said):
     assert architecture.problems(fitting) == []
     (found,) = architecture.problems(dataclasses.replace(fitting, **changes))
     assert said in found
+
+
+def test_windows_alternate_and_are_compiled_once_each():
+    windows = (16, 0, 4)
+    stack = stack_of(moe_every=2, num_layers=14, attention_windows=windows)
+    heads = stack.settings("heads")
+    assert [s.window for s in heads] == [windows[n % 3] for n in range(14)]
+    # Six layers are a period of both, and two are left.
+    assert written(stack) == "2(dsdsds) 1(ds)"
+    assert [s.reach(8) for s in heads[:3]] == [8, 8, 4]

@@ -47,6 +47,12 @@ MODELS = {
         RouterSettings(),
         dataclasses.replace(EXECUTION, attention_block=4),
     ),
+    # Every other layer sees three places back.
+    "windows": (
+        dataclasses.replace(SPARSE, moe_every=0, attention_windows=(3, 0)),
+        RouterSettings(),
+        dataclasses.replace(EXECUTION, attention_block=4),
+    ),
 }
 
 
@@ -98,7 +104,7 @@ def compiled_piece(name: str, length: int):
     [
         ("alternating_top2", (2, 2, 2, 2)),
         ("top1", (1,) * L),
-        ("dense", (4, 4)),
+        ("windows", (4, 2, 1, 1)),
     ],
 )
 def test_a_sequence_read_in_pieces_has_the_logits_of_the_full_forward(name, lengths):

@@ -21,7 +21,8 @@ from moe.settings import PositionSettings
 # X, the width of values, is another than D, that of queries and keys.
 B, L, N, U, D, X, DEVICES = 2, 24, 4, 2, 4, 6, 4
 POSITIONS = PositionSettings("distance", buckets=6, max_distance=12)
-CAP, REACH = 2.0, 40  # rows, and what pads the last block
+CAP, WINDOW = 2.0, 8
+REACH = 40  # of rows, and what pads the last block
 WAYS = ("whole", "blocked", "ring")
 # Segments and lengths of prefixes of each segment, row by row.
 ROWS = {
@@ -58,7 +59,7 @@ def who_of(rows) -> Who:
 
 
 def case_of(rows: str, shared: bool) -> Case:
-    """With `shared`, heads share keys, and there are prefixes, a bias and sinks."""
+    """With `shared` there are prefixes, a bias, sinks and a window, and keys shared."""
     draw = np.random.default_rng(len(rows))
 
     def normal(*shape: int) -> np.ndarray:
@@ -81,7 +82,9 @@ def bucket_of(distance: int) -> int:
     return sum(distance >= edge for edge in (1, 2, 3, 5, 8))
 
 
-def sees(queries: Who, keys: Who, b: int, i: int, j: int) -> bool:
+def sees(queries: Who, keys: Who, b: int, i: int, j: int, window: int) -> bool:
+    if window and not -window < queries.place_L[i] - keys.place_L[j] < window:
+        return False
     before = queries.place_L[i] >= keys.place_L[j]
     if queries.prefix_BL is not None:
         before |= bool(queries.prefix_BL[b, i] and keys.prefix_BL[b, j])
@@ -91,13 +94,14 @@ def sees(queries: Who, keys: Who, b: int, i: int, j: int) -> bool:
 def in_loops(query, key, value, table, sink, queries: Who, keys: Who) -> np.ndarray:
     """Each query of each head looks at every key that it may see, in float64.
 
-    With a table, which has sinks beside it, scores are capped.
+    With a table, which has sinks beside it, scores are capped and there is a window.
     """
     query, key, value = (x.astype(np.float64) for x in (query, key, value))
     shared_by = query.shape[2] // key.shape[2]
     mixed = np.zeros((*query.shape[:3], value.shape[3]))
     for b, i in np.ndindex(query.shape[:2]):
-        seen = [j for j in range(key.shape[1]) if sees(queries, keys, b, i, j)]
+        window = 0 if table is None else WINDOW
+        seen = [j for j in range(key.shape[1]) if sees(queries, keys, b, i, j, window)]
         apart = [queries.place_L[i] - keys.place_L[j] for j in seen]
         for n in range(query.shape[2]):
             u = n // shared_by
@@ -117,7 +121,7 @@ def by(way: str, query, key, value, table, sink, who: tuple[Who, Who]) -> jax.Ar
     scoring = Scoring(D**-0.5)
     if table is not None:
         bias = bias_of(table, REACH, POSITIONS)
-        scoring = Scoring(D**-0.5, CAP, bias, sink)
+        scoring = Scoring(D**-0.5, WINDOW, CAP, bias, sink)
     if way == "whole":
         return whole.attend(query, key, value, *who, scoring)
     if way == "blocked":  # 24 is not a multiple of 5
@@ -358,3 +362,15 @@ def test_scanned_layers_that_see_alike_hold_no_mask_of_all_blocks():
     shape = jnp.zeros((1, LONG, N, D))
     text = jax.jit(jax.grad(loss)).lower(jnp.ones(3), shape).compile().as_text()
     assert largest(text) < LONG * LONG
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_tokens_beyond_a_window_change_nothing(way):
+    """Blocks that lie beyond it whole are not computed: NaN there would spread."""
+    case = case_of("causal", True)
+    case.value[:, : 24 - 3 * WINDOW // 2 - 5] = np.nan
+    case.who.prefix_BL[:] = 0
+    mixed, *_ = run(way, case)
+    if way != "whole":
+        assert np.isfinite(mixed[:, -1]).all()
+    assert not np.isfinite(mixed[:, 0]).any()

@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 
 
 @jax.tree_util.register_dataclass
@@ -21,9 +22,14 @@ class Who:
     prefix_BL: jax.Array | None = None
 
 
-def visible(queries: Who, keys: Who) -> jax.Array:
+def visible(queries: Who, keys: Who, window: int = 0) -> jax.Array:
     """Returns visible_BLT: a query sees itself, the past, and its own prefix whole.
 
+    Args:
+        queries: who the queries are.
+        keys: who the keys are.
+        window: places, a query's own among them, that it sees back, and in its prefix
+            ahead; 0 sets no bound.
     Raises:
         ValueError: queries or keys have prefixes, and the others have not.
     """
@@ -33,4 +39,6 @@ def visible(queries: Who, keys: Who) -> jax.Array:
     if queries.prefix_BL is not None and keys.prefix_BL is not None:
         in_prefix_BLT = queries.prefix_BL[:, :, None] > 0
         seen_BLT |= in_prefix_BLT & (keys.prefix_BL[:, None, :] > 0)
+    if window:
+        seen_BLT &= jnp.abs(queries.place_L[:, None] - keys.place_L) < window
     return seen_BLT & (queries.segment_BL[:, :, None] == keys.segment_BL[:, None, :])

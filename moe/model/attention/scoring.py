@@ -21,6 +21,7 @@ class Scoring:
 
     Attributes:
         scale: factor of the products; it is applied to the queries.
+        window: places that a query sees back; 0 sets no bound.
         cap: bound of the scores, which come as cap·tanh(score / cap) (Gemma 2,
             arXiv:2408.00118, section 2); 0 sets none.
         bias: added after that; None without.
@@ -29,13 +30,14 @@ class Scoring:
     """
 
     scale: float = dataclasses.field(metadata={"static": True})
+    window: int = dataclasses.field(default=0, metadata={"static": True})
     cap: float = dataclasses.field(default=0.0, metadata={"static": True})
     bias: Bias | None = None
     sink_N: jax.Array | None = None
 
     def visible(self, queries: Who, keys: Who) -> jax.Array:
         """Returns visible_BLT."""
-        return visible(queries, keys)
+        return visible(queries, keys, self.window)
 
 
 def products(query_BLUnD: jax.Array, key_BTUD: jax.Array) -> jax.Array:

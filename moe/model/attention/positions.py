@@ -47,10 +47,10 @@ class Bias:
         (N, Z), L, T = self.by_distance_NZ.shape, len(place_L), len(place_T)
         least = place_L[0] - place_T[0] - (T - 1)
         window_NX = lax.dynamic_slice_in_dim(
-            self.by_distance_NZ, Z // 2 + least, L + T, axis=1
+            self.by_distance_NZ, Z // 2 + least, L + T - 1, axis=1
         )
         # The farthest key comes first: distances fall along T, and rise along L.
-        falling_NX = jnp.roll(window_NX[:, ::-1], -1, axis=1)
+        falling_NX = jnp.pad(window_NX[:, ::-1], ((0, 0), (0, 1)))
         rows_N = jnp.broadcast_to(falling_NX[:, None], (N, L, L + T)).reshape(N, -1)
         rows_N = rows_N[:, L - 1 : L - 1 + L * (L + T - 1)]
         return rows_N.reshape(N, L, L + T - 1)[:, :, :T]

@@ -28,6 +28,9 @@ from moe.training.state import TrainState
 from tasks.manifest import Manifest as StoreManifest
 
 FOLDER = "checkpoints"
+# What a later version tells apart: it goes up when names, shapes or meanings of arrays
+# change, and then this file learns to read what came before.
+FORMAT = 1
 
 
 class CheckpointError(UserError):
@@ -129,6 +132,7 @@ class Checkpoints:
         arrays = named_arrays(state)
         digests = _digests(arrays)
         manifest = {
+            "format": FORMAT,
             "step": step,
             "data_index": int(state.data_index),
             "arrays": {
@@ -184,6 +188,11 @@ class Checkpoints:
                 f"{self._way_out(step)}"
             ) from error
         manifest = restored["manifest"]
+        if isinstance(manifest, dict) and manifest.get("format", 0) != FORMAT:
+            raise CheckpointError(
+                f"{self.path(step)} is of format {manifest.get('format', 0)}, and this "
+                f"version reads {FORMAT}. {self._way_out(step)}"
+            )
         if not _is_manifest(manifest):
             raise CheckpointError(
                 f"the manifest of {self.path(step)} lacks what it should say. "

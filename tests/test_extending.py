@@ -1,0 +1,146 @@
+"""What docs/extending.md adds works as it stands there, on one device and on eight."""
+
+import importlib.util
+import re
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe import architecture
+from moe.architecture import Sublayer
+from moe.dispatch import auto
+from moe.model import block, sparse, transformer
+from moe.model.execution import Execution
+from moe.model.view import Routed
+from moe.routing.assignment import RouterContext
+from moe.settings import (
+    DenseSettings,
+    ExecutionSettings,
+    ModelSettings,
+    RouterSettings,
+    SparseSettings,
+)
+from moe.testing import check_assignment
+from moe.testing.whole_arrays import forward, layer
+
+PAGE = Path(__file__).parents[1] / "docs" / "extending.md"
+B, L, M, E = 8, 8, 8, 8
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """The modules of the page, by the name of their file."""
+    blocks = re.findall(r"```python\n# (\S+)\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    found = {}
+    for path, text in blocks:
+        file = tmp_path_factory.mktemp("page") / Path(path).name
+        file.write_text(text, encoding="utf-8")
+        spec = importlib.util.spec_from_file_location(f"page_{file.stem}", file)
+        found[file.stem] = sys.modules[spec.name] = importlib.util.module_from_spec(
+            spec
+        )
+        spec.loader.exec_module(found[file.stem])
+    assert found.keys() == {"round_robin", "gathered", "adapter"}
+    return found
+
+
+def run_layer(meshes, mesh: str, router: RouterSettings, transport: str):
+    """Output and gradients of a sparse layer."""
+    s = SparseSettings(E, DenseSettings(12, "gelu"), router)
+    rng = np.random.default_rng(0)
+    weights = jax.tree.map(
+        lambda spec: rng.normal(size=spec.shape).astype(np.float32), sparse.specs(s, M)
+    )
+    x_BLM = rng.normal(size=(B, L, M)).astype(np.float32)
+    settings = ExecutionSettings(dtype="float32", transport=transport)
+    execution = Execution(settings, meshes[mesh])
+    ones_BL = jnp.ones((B, L), jnp.int32)
+    routed = Routed(ones_BL > 0, ones_BL, jnp.arange(B))
+
+    @jax.jit
+    @jax.value_and_grad
+    def run(weights):
+        key = jax.random.key(0)
+        y_BLM, _ = layer(weights, x_BLM, routed, key, 0, s, execution)
+        return jnp.sum(y_BLM**2)
+
+    with jax.set_mesh(execution.mesh):
+        return jax.device_get(run(weights))
+
+
+def assert_close(actual, expected) -> None:
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-3),
+        actual,
+        expected,
+    )
+
+
+def test_the_router_of_the_page(written, meshes, monkeypatch):
+    monkeypatch.setitem(sparse.ROUTERS, "round_robin", written["round_robin"].route)
+    router = RouterSettings(
+        family="round_robin", num_selected=2, group_size=L, capacity_factor=1.0
+    )
+    mask_GS = np.arange(3 * L).reshape(3, L) % 5 > 0
+    logits_GSE = np.random.default_rng(0).normal(size=(3, L, E)).astype(np.float32)
+    assignment = sparse.ROUTERS["round_robin"](
+        logits_GSE, RouterContext(jnp.asarray(mask_GS)), router, capacity=4
+    )
+    check_assignment(assignment, mask_GS)
+    one, eight = (run_layer(meshes, m, router, "all_to_all") for m in ("d1", "d2e4"))
+    assert_close(eight, one)
+
+
+def test_the_transport_of_the_page(written, meshes, monkeypatch):
+    monkeypatch.setitem(sparse.TRANSPORTS, "gathered", written["gathered"])
+    monkeypatch.setattr(auto, "PADDED", (*auto.PADDED, "gathered"))
+    router = RouterSettings(num_selected=2, group_size=L, capacity_factor=1.0)
+    wanted = run_layer(meshes, "d1", router, "einsum")
+    for mesh in ("d1", "d2e4"):
+        assert_close(run_layer(meshes, mesh, router, "gathered"), wanted)
+
+
+def test_the_sublayer_of_the_page(written, meshes, monkeypatch):
+    adapter = written["adapter"]
+    monkeypatch.setitem(block.KINDS, "adapter", adapter)
+    model = ModelSettings(
+        vocab_size=16,
+        num_layers=2,
+        model_dim=M,
+        num_heads=2,
+        head_dim=4,
+        mlp_dim=8,
+        moe_every=0,
+    )
+    layers = architecture.describe(model, RouterSettings())
+    (segment,) = layers.decoder.segments
+    ((attention, dense),) = segment.blocks
+    added = Sublayer("adapter", "adapter", adapter.AdapterSettings(4), attention.norm)
+    segment = segment._replace(blocks=((attention, dense, added),))
+    layers = layers._replace(decoder=layers.decoder._replace(segments=(segment,)))
+    tokens_BL = np.arange(B * L, dtype=np.int32).reshape(B, L) % 16
+    batch = {
+        "decoder_input_tokens": tokens_BL,
+        "decoder_positions": np.tile(np.arange(L, dtype=np.int32), (B, 1)),
+        "decoder_segment_ids": np.ones((B, L), np.int32),
+    }
+    params = transformer.draw(layers, jax.random.key(0), "float32")
+    ((drawn,),) = params["decoder"]["layers"]
+    assert not drawn["adapter"]["up"].any(), "it starts out as nothing"
+
+    def logits(mesh: str, params, layers=layers):
+        settings = ExecutionSettings(dtype="float32")
+        model = transformer.Model(layers, Execution(settings, meshes[mesh]))
+        with jax.set_mesh(meshes[mesh]):
+            run = jax.jit(lambda params: forward(model, params, batch, np.arange(B))[0])
+            return jax.device_get(run(params))
+
+    before = logits("d1", params)
+    drawn["adapter"]["up"] = jnp.ones_like(drawn["adapter"]["up"])
+    after = logits("d1", params)
+    assert np.abs(after - before).max() > 0.1
+    np.testing.assert_allclose(logits("d2e2m2", params), after, rtol=1e-4, atol=1e-4)

@@ -11,8 +11,8 @@ from launch.gin_files import ResolvedConfig
 from launch.settings import Settings
 from moe import architecture
 from moe.dispatch import auto
-from moe.model import transformer
-from moe.model.sparse import exchange_of
+from moe.model import inventory, transformer
+from moe.model.exchange import exchange_of
 from moe.training import state as train_state
 from moe.training.losses import Sums
 from moe.training.optimizer import make_optimizer, make_schedule
@@ -148,7 +148,7 @@ def assemble(
         )
     mesh = make_mesh(settings.mesh, devices)
     _refuse_missing_exchange(config, mesh)
-    specs = transformer.specs(settings.layers)
+    specs = inventory.specs(settings.layers)
     optimizer = make_optimizer(settings.optimizer, settings.train.train_steps, specs)
     learner = Learner(
         model=transformer.build(

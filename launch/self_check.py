@@ -17,8 +17,8 @@ from launch.assemble import Run
 from launch.errors import UserError
 from moe import architecture
 from moe.model import parameters, sparse
+from moe.model.exchange import exchange_of
 from moe.model.execution import Execution
-from moe.model.sparse import exchange_of
 from moe.model.view import Routed
 from moe.settings import SparseSettings
 from moe.testing.whole_arrays import layer

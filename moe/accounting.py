@@ -21,7 +21,7 @@ from typing import Any
 import jax
 
 from moe import architecture
-from moe.model import transformer
+from moe.model import inventory
 from moe.routing.capacity import capacity, mean_choices
 from moe.settings import ModelSettings, RouterSettings
 
@@ -139,7 +139,7 @@ def count(model: ModelSettings, router: RouterSettings, length: int) -> Counts:
         length: L, for the cost of attention.
     """
     layers = architecture.describe(model, router)
-    described = transformer.specs(layers)
+    described = inventory.specs(layers)
     total, products = _sizes(described)
     embedding = math.prod(described["embedding"].shape)
     own = described.get("positions")

@@ -13,7 +13,7 @@ import pytest
 from moe import architecture
 from moe.architecture import Sublayer
 from moe.dispatch import auto
-from moe.model import block, sparse, transformer
+from moe.model import block, exchange, inventory, sparse, transformer
 from moe.model.execution import Execution
 from moe.model.view import Routed
 from moe.routing.assignment import RouterContext
@@ -96,7 +96,7 @@ def test_the_router_of_the_page(written, meshes, monkeypatch):
 
 
 def test_the_transport_of_the_page(written, meshes, monkeypatch):
-    monkeypatch.setitem(sparse.TRANSPORTS, "gathered", written["gathered"])
+    monkeypatch.setitem(exchange.TRANSPORTS, "gathered", written["gathered"])
     monkeypatch.setattr(auto, "PADDED", (*auto.PADDED, "gathered"))
     router = RouterSettings(num_selected=2, group_size=L, capacity_factor=1.0)
     wanted = run_layer(meshes, "d1", router, "einsum")
@@ -128,7 +128,7 @@ def test_the_sublayer_of_the_page(written, meshes, monkeypatch):
         "decoder_positions": np.tile(np.arange(L, dtype=np.int32), (B, 1)),
         "decoder_segment_ids": np.ones((B, L), np.int32),
     }
-    params = transformer.draw(layers, jax.random.key(0), "float32")
+    params = inventory.draw(layers, jax.random.key(0), "float32")
     ((drawn,),) = params["decoder"]["layers"]
     assert not drawn["adapter"]["up"].any(), "it starts out as nothing"
 

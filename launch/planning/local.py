@@ -15,7 +15,7 @@ from launch.settings import Settings
 from moe import architecture
 from moe.dispatch import auto
 from moe.dispatch.room import Room, room_for
-from moe.model import transformer
+from moe.model import inventory
 from moe.model.feed_forward.dense import GATED
 from moe.routing.capacity import capacity
 from moe.settings import (
@@ -294,7 +294,7 @@ def _state(
     layers: architecture.Model, param_dtype: str, optimizer: OptimizerSettings
 ) -> list[tuple[str, Any, tuple]]:
     """Path, shape and logical axes of the train state; the same on every mesh."""
-    transformation = make_optimizer(optimizer, 1, transformer.specs(layers))
+    transformation = make_optimizer(optimizer, 1, inventory.specs(layers))
     shapes = train_state.abstract_state(layers, param_dtype, transformation)
     return rules.leaves(shapes, train_state.logical_axes(shapes, layers))
 

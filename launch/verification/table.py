@@ -16,7 +16,7 @@ from launch.verification.examine import Verdict, differing
 from launch.verification.meshes import describe
 from launch.verification.shrink import Shrunk
 from moe import architecture
-from moe.model import transformer
+from moe.model import inventory
 from moe.training import state as train_state
 from moe.training.optimizer import make_optimizer
 from partitioning import rules
@@ -106,7 +106,7 @@ def refuse_what_does_not_divide(
         ConfigError: every dimension that does not divide over a mesh.
     """
     settings = config.settings
-    specs = transformer.specs(settings.layers)
+    specs = inventory.specs(settings.layers)
     optimizer = make_optimizer(settings.optimizer, settings.train.train_steps, specs)
     shapes = train_state.abstract_state(
         settings.layers, settings.execution.param_dtype, optimizer

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from moe import architecture
-from moe.model import transformer
+from moe.model import inventory
 from moe.model.parameters import Spec
 
 
@@ -30,4 +30,4 @@ def draw(seed: int, layers: architecture.Model) -> Any:
             fan_in = layers.embedding.width
         return drawn * np.float32(fan_in**-0.5)
 
-    return jax.tree_util.tree_map_with_path(one, transformer.specs(layers))
+    return jax.tree_util.tree_map_with_path(one, inventory.specs(layers))

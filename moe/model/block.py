@@ -3,11 +3,11 @@
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from moe.architecture import Block, Stack
 from moe.model import norms, sparse
 from moe.model.attention import heads
+from moe.model.dropout import dropout
 from moe.model.execution import Execution
 from moe.model.feed_forward import dense
 from moe.model.view import View
@@ -79,31 +79,9 @@ def run(
             execution,
         )
         row_B = view.routed.row_B
-        x_BLM = x_BLM + _dropout(y_BLM, stack.dropout, drop_key, row_B, execution)
+        x_BLM = x_BLM + dropout(y_BLM, stack.dropout, drop_key, row_B, execution)
         if memory is not None:
             kept[each.name] = memory
         if sums is not None:
             counted.append(sums)
     return x_BLM, None if memories is None else kept, counted
-
-
-def _dropout(
-    x_BLM: jax.Array,
-    rate: float,
-    key: jax.Array | None,
-    row_B: jax.Array,
-    execution: Execution,
-) -> jax.Array:
-    """Zeroes activations; draws depend on the global row and place of a token alone."""
-    if key is None or rate == 0:
-        return x_BLM
-    grid, length = execution.grid, x_BLM.shape[1]
-    axes = ("context", "model") if grid.cuts_sequence else ("context",)
-    place_L = grid.index(*axes) * length + jnp.arange(length)
-
-    def keep(row: jax.Array, place: jax.Array) -> jax.Array:
-        token_key = jax.random.fold_in(jax.random.fold_in(key, row), place)
-        return jax.random.bernoulli(token_key, 1 - rate, x_BLM.shape[2:])
-
-    keep_BLM = jax.vmap(jax.vmap(keep, (None, 0)), (0, None))(row_B, place_L)
-    return jnp.where(keep_BLM, x_BLM / (1 - rate), 0).astype(x_BLM.dtype)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from moe import architecture
-from moe.model import head, stack, transformer, view
+from moe.model import head, inventory, stack, transformer, view
 from moe.model.transformer import Model
 from partitioning import rules
 
@@ -42,7 +42,7 @@ def generate(
 
     Args:
         model: the static description.
-        params: as `transformer.draw` returns them.
+        params: as `inventory.draw` returns them.
         prompt_BL: int32 tokens of each row, padded with anything up to L.
         prompt_length_B: int32, tokens of each prompt, in [0, L]; -1 for an empty row,
             of which nothing is drawn.
@@ -167,7 +167,7 @@ def extend(
 
     Args:
         model: the static description; its groups are the L tokens of one sequence.
-        params: as `transformer.draw` returns them.
+        params: as `inventory.draw` returns them.
         id_BL: the new tokens.
         mask_BL: False for padding, which takes no slot of an expert.
         start: int32 scalar, where the first of them goes.
@@ -224,7 +224,7 @@ def empty_memories(model: Model, num_rows: int, room: int) -> stack.Tree:
     dtype = model.execution.settings.dtype
     return jax.tree.map(
         lambda spec: jnp.zeros((spec.shape[0], num_rows, room, *spec.shape[1:]), dtype),
-        stack.memory(model.layers.decoder),
+        inventory.memory(model.layers.decoder),
     )
 
 
@@ -232,7 +232,7 @@ def _memory_specs(model: Model) -> Any:
     """How memories are cut."""
     return jax.tree.map(
         lambda spec: rules.spec((spec.axes[0], "batch", None, *spec.axes[1:])),
-        stack.memory(model.layers.decoder),
+        inventory.memory(model.layers.decoder),
     )
 
 

@@ -7,14 +7,12 @@ tokens by it, experts see rows.
 import dataclasses
 import functools
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from moe.dispatch import all_to_all, auto, einsum, ragged, ring
-from moe.dispatch.room import Room, room_for
+from moe.model.exchange import exchange_of
 from moe.model.execution import Execution
 from moe.model.feed_forward import dense, experts
 from moe.model.parameters import Spec, vector
@@ -32,12 +30,6 @@ ROUTERS: dict[str, Callable[..., Assignment]] = {
     "expert_choice": expert_choice.route,
     "hashed": hashed.route,
     "sinkhorn": sinkhorn.route,
-}
-TRANSPORTS: dict[str, ModuleType] = {
-    "all_to_all": all_to_all,
-    "einsum": einsum,
-    "ring": ring,
-    "ragged": ragged,
 }
 ROUTER_STDDEV = 0.02
 
@@ -201,37 +193,6 @@ def _compute(
     excess_G = assignment.sums.excess_G.at[0].set(excess)
     sums = dataclasses.replace(assignment.sums, excess_G=excess_G)
     return transport.finish(y_GSM, room, x_GSM.dtype), sums
-
-
-def exchange_of(
-    s: SparseSettings, execution: Execution, tokens: int, *, train: bool
-) -> tuple[Any, str, Room]:
-    """Returns the transport of a pass, its name, and the sizes of its exchange.
-
-    Args:
-        s: record of the layer.
-        execution: the transport that was asked for, the row budget and the mesh.
-        tokens: tokens that each device routes at once.
-        train: whether capacity is that of training.
-    """
-    mesh = execution.mesh
-    axis_size = mesh.shape["expert"]
-    has_ragged = auto.mesh_has_ragged_exchange(mesh)
-    name, _ = auto.transport_for(
-        execution.settings.transport, s, axis_size, has_ragged, train=train
-    )
-    room = room_for(
-        s.router,
-        s.num_experts,
-        tokens,
-        axis_size,
-        mesh.devices.flat[0].platform,
-        row_budget=execution.settings.row_budget,
-        train=train,
-    )
-    if name in auto.PADDED:  # the rectangle holds all that have a slot
-        room = dataclasses.replace(room, num_rounds=1)
-    return TRANSPORTS[name], name, room
 
 
 def _shared(

@@ -6,9 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from moe.architecture import Block, Segment, Stack
-from moe.model import block, norms, parameters
-from moe.model.attention.positions import table_spec
+from moe.architecture import Block, Stack
+from moe.model import block
 from moe.model.execution import Execution
 from moe.model.products import gather_weights, gathers_weights
 from moe.model.remat import rematerialised
@@ -16,62 +15,6 @@ from moe.model.view import View
 
 # Per segment, per block of its period; arrays lead with the segment's repeats.
 Tree = list[list[Any]]
-
-
-def specs(stack: Stack) -> dict[str, Any]:
-    """Describes the parameters: of each segment, of each block of its period."""
-    found: dict[str, Any] = {
-        "layers": [
-            [
-                parameters.stack(block.specs(each, stack.width), segment.repeats)
-                for each in segment.blocks
-            ]
-            for segment in stack.segments
-        ],
-        "norm": norms.specs(stack.norm, stack.width),
-    }
-    if stack.shared_positions is not None:
-        heads = stack.settings("heads")[0]
-        found["distance"] = table_spec(
-            stack.shared_positions, heads.num_heads, heads.init_scale
-        )
-    return found
-
-
-def draw(stack: Stack, key: jax.Array, param_dtype: str) -> dict[str, Any]:
-    """Draws the parameters; those of a layer by its number, wherever it stands."""
-
-    def layers(each: Block, segment: Segment, place: int) -> Any:
-        described = block.specs(each, stack.width)
-        numbers_P = jnp.array(segment.numbers(place))
-        return jax.vmap(
-            lambda number: parameters.draw(
-                described, jax.random.fold_in(key, number), param_dtype
-            )
-        )(numbers_P)
-
-    described = specs(stack)
-    return parameters.draw(
-        {name: tree for name, tree in described.items() if name != "layers"},
-        key,
-        param_dtype,
-    ) | {
-        "layers": [
-            [layers(each, segment, place) for place, each in enumerate(segment.blocks)]
-            for segment in stack.segments
-        ]
-    }
-
-
-def memory(stack: Stack) -> Tree:
-    """Describes what drawing keeps of one token of a row, of every layer."""
-    return [
-        [
-            parameters.stack(block.memory(each), segment.repeats)
-            for each in segment.blocks
-        ]
-        for segment in stack.segments
-    ]
 
 
 def run(
@@ -87,7 +30,7 @@ def run(
 
     Args:
         stack: what they are.
-        w: their parameters, as `specs` describes; this device's pieces.
+        w: their parameters, this device's pieces.
         x_BLM: this device's cut of the stream.
         view: who the tokens are.
         memories: what is left of the tokens before; None in training and scoring.

@@ -5,14 +5,13 @@ does, and each collective, forward and backward, is one that is written here.
 """
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
 from jax.sharding import Mesh, PartitionSpec
 
 from moe import architecture
-from moe.model import embedding, norms, parameters, stack, view
+from moe.model import embedding, inventory, norms, stack, view
 from moe.model.execution import Execution
 from moe.model.view import Stream
 from moe.routing.assignment import RouterSums
@@ -44,7 +43,7 @@ class Model:
     @property
     def specs(self) -> Any:
         """What every parameter is."""
-        return specs(self.layers)
+        return inventory.specs(self.layers)
 
     @property
     def partition_specs(self) -> Any:
@@ -65,31 +64,6 @@ def build(
     return Model(layers, Execution(execution, mesh, partition))
 
 
-# ------------------------------------------------------------------ its parameters
-
-
-@functools.lru_cache(maxsize=64)
-def specs(layers: architecture.Model) -> Any:
-    """Describes every parameter, in the tree that `draw` returns."""
-    return {
-        **embedding.specs(layers.embedding),
-        "decoder": stack.specs(layers.decoder),
-    }
-
-
-def draw(layers: architecture.Model, key: jax.Array, param_dtype: str) -> Any:
-    """Draws all parameters, as a pure dict of arrays."""
-    embedding_key, decoder_key = jax.random.split(key)
-    described = embedding.specs(layers.embedding)
-    return {
-        **parameters.draw(described, embedding_key, param_dtype),
-        "decoder": stack.draw(layers.decoder, decoder_key, param_dtype),
-    }
-
-
-# ------------------------------------------------------------------- on one device
-
-
 def hidden(
     model: Model,
     params: Any,
@@ -101,7 +75,7 @@ def hidden(
 
     Args:
         model: the static description.
-        params: this device's pieces of what `draw` returns.
+        params: this device's pieces of what `inventory.draw` returns.
         batch: this device's cut of `decoder_input_tokens`, `decoder_positions`,
             `decoder_segment_ids`, and `decoder_causal_attention` if it has prefixes, 1
             on their tokens.

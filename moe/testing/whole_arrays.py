@@ -30,7 +30,7 @@ def forward(
 
     Args:
         model: the static description.
-        params: as `transformer.draw` returns them.
+        params: as `inventory.draw` returns them.
         batch: features as in `transformer.hidden`.
         row_B: int32, global row number of each sequence.
         key: PRNG key of the step; None outside training.

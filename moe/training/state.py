@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from moe import architecture
-from moe.model import parameters, transformer
+from moe.model import inventory, parameters
 from moe.training.optimizer import state_axes
 from partitioning import rules
 from partitioning.grid import Grid
@@ -46,7 +46,7 @@ def init_state(
     optimizer: optax.GradientTransformation,
 ) -> TrainState:
     """Draws the state of step 0."""
-    params = transformer.draw(layers, key, param_dtype)
+    params = inventory.draw(layers, key, param_dtype)
     zero = jnp.zeros((), jnp.int32)
     return TrainState(
         step=zero,
@@ -71,7 +71,7 @@ def abstract_state(
 
 def logical_axes(shapes: TrainState, layers: architecture.Model) -> TrainState:
     """Returns the logical axes of every array of the state."""
-    specs = transformer.specs(layers)
+    specs = inventory.specs(layers)
     return TrainState(
         step=(),
         data_index=(),

@@ -15,6 +15,7 @@ from moe.model.transformer import Batch, Model
 from moe.settings import LossSettings
 from moe.training import losses
 from moe.training.precision import MasterState, apply_updates
+from moe.training.selection_bias import move_selection_biases
 from moe.training.state import TrainState
 from partitioning import rules
 
@@ -70,12 +71,11 @@ def train_step(
         `state/taken` is 0 for a step that could not be taken.
     """
     _, steps_key = jax.random.split(jax.random.key(learner.seed))  # the other: weights
-    key = jax.random.fold_in(steps_key, state.step)
+    key, layers = jax.random.fold_in(steps_key, state.step), learner.model.layers
 
     def objective(params: Any) -> tuple[jax.Array, tuple[losses.Sums, dict]]:
         sums, _ = batch_sums(params, batch, key, learner)
-        order = learner.model.layers.decoder.sparse_order
-        value, metrics = losses.total(sums, learner.loss, order)
+        value, metrics = losses.total(sums, learner.loss, layers.decoder.sparse_order)
         return value, (sums, metrics)
 
     gradients, (sums, metrics) = jax.grad(objective, has_aux=True)(state.params)
@@ -97,9 +97,9 @@ def train_step(
     taken = batch_index == state.data_index
     if sums.router:
         taken &= losses.excess_rows(sums.router) == 0
-        params = move_selection_biases(params, sums.router, learner.model)
+        params = move_selection_biases(params, sums.router, layers)
         if isinstance(opt_state, MasterState):  # the next update starts from it
-            master = move_selection_biases(opt_state.master, sums.router, learner.model)
+            master = move_selection_biases(opt_state.master, sums.router, layers)
             opt_state = opt_state._replace(master=master)
     finite = jnp.isfinite(gradient_norm) & jnp.isfinite(metrics["loss/total"])
     params, opt_state = jax.tree.map(
@@ -138,28 +138,6 @@ def in_rounds(learner: Learner) -> Learner:
     return dataclasses.replace(learner, model=model)
 
 
-def move_selection_biases(params: Any, router: Any, model: Model) -> Any:
-    """Moves each expert's selection bias against its load in this batch.
-
-    b += rate · sign(mean load - load) (arXiv:2408.15664, algorithm 1).
-
-    Args:
-        params: parameters, or a copy of them.
-        router: totals of each sparse sublayer, in the order of `Stack.sparse`.
-        model: which of them have biases.
-    """
-    params = jax.tree.map(lambda array: array, params)  # dicts of its own
-    layers = params["decoder"]["layers"]
-    for place, totals in zip(model.layers.decoder.sparse(), router, strict=True):
-        settings = place.sublayer.settings.router
-        if settings.selection_bias:
-            weights = layers[place.segment][place.block][place.sublayer.name]
-            load_PE = totals.chosen_PE.astype(jnp.float32)
-            below_PE = jnp.sign(jnp.mean(load_PE, axis=-1, keepdims=True) - load_PE)
-            weights["selection_bias"] += settings.bias_update_rate * below_PE
-    return params
-
-
 def eval_step(
     params: Any, batch: Batch, learner: Learner
 ) -> tuple[losses.Sums, jax.Array]:
@@ -187,7 +165,7 @@ def batch_sums(
     gradients of parameters that devices share are summed once, after the last.
 
     Args:
-        params: as `transformer.draw` returns them.
+        params: as `inventory.draw` returns them.
         batch: SeqIO's decoder features, each [B, L].
         key: PRNG key of the step; None outside training, where nothing is drawn.
         learner: static; its optimizer is not used.

@@ -16,7 +16,7 @@ import optax
 from launch import evaluate
 from launch.task_metrics import TaskMetrics
 from moe import architecture
-from moe.model import transformer
+from moe.model import inventory, transformer
 from moe.settings import (
     ExecutionSettings,
     LossSettings,
@@ -199,7 +199,7 @@ TASKS = [Task("many", predicts=True), Task("few", predicts=False, notes=("left o
 @functools.cache
 def parameters():
     """Weights large enough for tokens, positions and experts to matter."""
-    specs = transformer.specs(LAYERS)
+    specs = inventory.specs(LAYERS)
     rng = np.random.default_rng(0)
     return jax.tree.map(
         lambda x: rng.normal(size=x.shape, scale=0.5).astype(np.float32), specs

@@ -26,7 +26,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from launch.writers import read_metrics
 from moe import architecture
-from moe.model import transformer
+from moe.model import inventory, transformer
 from moe.settings import LossSettings
 from moe.testing import MESHES
 from moe.training import losses
@@ -511,7 +511,7 @@ def test_gradients_of_prefixes_are_those_of_targets_on_any_mesh_in_any_pieces(st
         scored.MODEL, num_layers=2, vocab_size=rows.tasks[0].part.vocabulary.size
     )
     router = dataclasses.replace(scored.ROUTER, group_size=8)
-    specs = transformer.specs(architecture.describe(model, router))
+    specs = inventory.specs(architecture.describe(model, router))
     rng = np.random.default_rng(0)
     params = jax.tree.map(
         lambda x: rng.normal(size=x.shape, scale=0.5).astype(np.float32), specs

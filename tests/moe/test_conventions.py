@@ -27,8 +27,9 @@ from moe.settings import (
     RouterSettings,
     SparseSettings,
 )
-from moe.training import losses, train_step
+from moe.training import losses
 from moe.training.losses import RouterTotals, Sums
+from moe.training.selection_bias import move_selection_biases
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGES = ("conventions.md", "routers.md")
@@ -489,8 +490,7 @@ def test_the_bias_steps_against_the_load():
     bias_PE = np.zeros((1, 4), np.float32)
     params = {"decoder": {"layers": [[{"sparse": {"selection_bias": bias_PE}}]]}}
     router = types.SimpleNamespace(chosen_PE=np.array([[6, 2, 4, 4]]))  # mean 4
-    described = types.SimpleNamespace(layers=layers)
-    moved = train_step.move_selection_biases(params, (router,), described)
+    moved = move_selection_biases(params, (router,), layers)
     (((block,),),) = moved["decoder"].values()
     np.testing.assert_allclose(
         block["sparse"]["selection_bias"], [[-1e-3, 1e-3, 0, 0]], rtol=1e-6

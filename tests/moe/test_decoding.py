@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from moe import architecture
-from moe.model import decoding, parameters, transformer
+from moe.model import decoding, inventory, parameters, transformer
 from moe.model.decoding import NEVER, empty_memories, extend, generate, keep_likely
 from moe.settings import ExecutionSettings, ModelSettings, RouterSettings
 from moe.testing import MESHES
@@ -58,7 +58,7 @@ MODELS = {
 
 def shapes_of(settings: ModelSettings):
     layers = architecture.describe(settings, RouterSettings())
-    return parameters.shapes(transformer.specs(layers), "float32")
+    return parameters.shapes(inventory.specs(layers), "float32")
 
 
 @functools.cache

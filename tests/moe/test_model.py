@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from moe import architecture
-from moe.model import parameters, transformer, view
+from moe.model import inventory, parameters, transformer, view
 from moe.model.attention import heads
 from moe.model.feed_forward import dense, experts
 from moe.model.head import projection, score_targets
@@ -51,7 +51,7 @@ NOISY = dataclasses.replace(MODEL, num_experts=16, dropout=0.3)
 
 @functools.cache
 def specs_of(settings: ModelSettings):
-    return transformer.specs(architecture.describe(settings, RouterSettings()))
+    return inventory.specs(architecture.describe(settings, RouterSettings()))
 
 
 def shapes(settings: ModelSettings):
@@ -320,7 +320,7 @@ def test_initial_weights_have_the_variance_that_is_asked_for():
 
     @jax.jit
     def deviations(key):
-        params = transformer.draw(layers, key, "float32")
+        params = inventory.draw(layers, key, "float32")
         ((below, above),) = params["decoder"]["layers"]
         attention = below["attention"]
         tables = {name: params[name] for name in ("embedding", "head")}
@@ -361,9 +361,7 @@ def test_learned_positions_start_at_half_the_size_of_tokens():
         MODEL, vocab_size=512, model_dim=64, positions="learned", max_positions=512
     )
     layers = architecture.describe(settings, RouterSettings())
-    specs = {
-        name: transformer.specs(layers)[name] for name in ("embedding", "positions")
-    }
+    specs = {name: inventory.specs(layers)[name] for name in ("embedding", "positions")}
     params = parameters.draw(specs, jax.random.key(0), "float32")
     tokens_std = np.std(params["embedding"]) * settings.model_dim**0.5
     np.testing.assert_allclose(np.std(params["positions"]) / tokens_std, 0.5, rtol=0.05)

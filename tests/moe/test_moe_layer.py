@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from moe.model import sparse
+from moe.model.exchange import TRANSPORTS
 from moe.model.execution import Execution
 from moe.model.feed_forward.dense import feed_forward
-from moe.model.sparse import TRANSPORTS
 from moe.model.view import Routed
 from moe.routing.capacity import capacity
 from moe.routing.hashed import vocabulary_order

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from moe import architecture
-from moe.model import parameters, transformer
+from moe.model import inventory, parameters
 from moe.model.parameters import matrix, vector
 from moe.settings import ModelSettings, OptimizerSettings, RouterSettings
 from moe.training.optimizer import (
@@ -110,7 +110,7 @@ TINY = ModelSettings(
 @functools.cache
 def tiny():
     """Shapes and specs of a model whose matrices are large enough to factor."""
-    specs = transformer.specs(architecture.describe(TINY, RouterSettings()))
+    specs = inventory.specs(architecture.describe(TINY, RouterSettings()))
     return parameters.shapes(specs, "float32"), specs
 
 
@@ -140,7 +140,7 @@ def test_of_a_whole_model_these_are_the_parameters_that_decay():
         TINY, activation="swiglu", mlp_biases=True, expert_biases=True
     )
     router = RouterSettings(selection_bias=True)
-    specs = transformer.specs(architecture.describe(model, router))
+    specs = inventory.specs(architecture.describe(model, router))
     matrices = {
         jax.tree_util.keystr(path, simple=True, separator="/")
         for path, spec in jax.tree.leaves_with_path(specs)

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from moe import architecture
-from moe.model import transformer
+from moe.model import inventory, transformer
 from moe.model.products import gather
 from moe.settings import (
     ExecutionSettings,
@@ -105,7 +105,7 @@ def learner_of(settings: OptimizerSettings, param_dtype: str) -> Learner:
     mesh = make_mesh(MeshSettings())
     return Learner(
         model=transformer.build(MODEL, ROUTER, execution, mesh),
-        optimizer=make_optimizer(settings, 10, transformer.specs(LAYERS)),
+        optimizer=make_optimizer(settings, 10, inventory.specs(LAYERS)),
         schedule=make_schedule(settings, 10),
         loss=LossSettings(),
         microbatches=1,

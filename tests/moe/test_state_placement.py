@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from moe import architecture
-from moe.model import transformer
+from moe.model import inventory
 from moe.settings import ModelSettings, OptimizerSettings, RouterSettings
 from moe.training import state as train_state
 from moe.training.optimizer import make_optimizer
@@ -37,7 +37,7 @@ def placed(fsdp: str, **partition) -> dict[str, tuple[str, tuple[int, ...]]]:
     cut = PartitionSettings(fsdp=fsdp, **partition)
     mesh = make_mesh(MESH)
     layers = architecture.describe(TINY, ROUTER)
-    optimizer = make_optimizer(OptimizerSettings(), 10, transformer.specs(layers))
+    optimizer = make_optimizer(OptimizerSettings(), 10, inventory.specs(layers))
     shapes = train_state.abstract_state(layers, "float32", optimizer)
     named = train_state.logical_axes(shapes, layers)
     places = jax.tree.leaves(train_state.shardings(shapes, named, mesh, cut))

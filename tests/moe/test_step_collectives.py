@@ -16,7 +16,7 @@ import pytest
 from launch.planning.groups import axes, groups_text, members
 from launch.planning.hlo_text import Instruction, Module, arrays
 from moe import architecture
-from moe.model import parameters, transformer
+from moe.model import inventory, parameters, transformer
 from moe.settings import (
     ExecutionSettings,
     LossSettings,
@@ -286,7 +286,7 @@ def test_gradients_are_summed_once_over_the_devices_that_share_a_parameter(name)
 
 
 def params_of(model: ModelSettings) -> list[tuple[str, parameters.Spec, tuple]]:
-    specs = transformer.specs(architecture.describe(model, ROUTER))
+    specs = inventory.specs(architecture.describe(model, ROUTER))
     return rules.leaves(specs, parameters.axes(specs))
 
 

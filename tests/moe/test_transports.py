@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from moe.dispatch.room import Room
-from moe.model.sparse import TRANSPORTS
+from moe.model.exchange import TRANSPORTS
 from moe.routing.assignment import Assignment
 from partitioning.settings import BATCH_AXES
 

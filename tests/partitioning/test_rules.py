@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import Mesh, PartitionSpec
 
 from moe import architecture
-from moe.model import parameters, transformer
+from moe.model import inventory, parameters
 from moe.settings import ModelSettings, RouterSettings
 from moe.testing import MESHES
 from moe.training.optimizer import MOMENTS
@@ -34,7 +34,7 @@ TINY = ModelSettings(
 
 
 def specs_of_tiny():
-    return transformer.specs(architecture.describe(TINY, RouterSettings()))
+    return inventory.specs(architecture.describe(TINY, RouterSettings()))
 
 
 def array(*shape: int, dtype=jnp.float32) -> jax.ShapeDtypeStruct:

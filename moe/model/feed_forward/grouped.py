@@ -3,15 +3,14 @@
 Compiled for any platform but TPU, `jax.lax.ragged_dot` multiplies every row by every
 expert; so does its gradient of the weights on TPU. Hence a way of its own for each
 platform (`grouped_method.pick`): loops on CPU, and elsewhere two products with
-gradients of their own, between which the rest is shared.
+gradients of their own, between which the rest is shared. Each is imported where it is
+used: a platform's kernels may be of no other.
 """
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from moe.model.feed_forward import grouped_gpu, grouped_tpu
-from moe.model.feed_forward.grouped_cpu import blocked
 from moe.model.feed_forward.grouped_method import Method
 from moe.model.feed_forward.grouped_rows import activate, split_inputs, zero_past
 
@@ -47,6 +46,8 @@ def grouped_feed_forward(
     """
     w = {name: _flat(name, array) for name, array in w.items()}
     if method == "blocked":
+        from moe.model.feed_forward.grouped_cpu import blocked
+
         return blocked(w, rows_RM, size_e, activation)
     rows_RM = zero_past(rows_RM, size_e)
     up_RU = checkpoint_name(_product(w, "up", rows_RM, size_e, method), "expert_hidden")
@@ -69,6 +70,8 @@ def _product(
     """One matrix and its bias; kernels leave rows of no expert unwritten."""
     bias = f"{name}_bias"
     if method in ("tpu", "tpu_interpreted"):
+        from moe.model.feed_forward import grouped_tpu
+
         matrix_eXY = w[name].astype(rows_RX.dtype)
         interpreted = method == "tpu_interpreted"
         y_RY = grouped_tpu.product(rows_RX, matrix_eXY, size_e, interpreted)
@@ -78,6 +81,8 @@ def _product(
             expert_R = jnp.minimum(expert_R, size_e.shape[0] - 1)
             y_RY += w[bias].astype(y_RY.dtype)[expert_R]
     else:
+        from moe.model.feed_forward import grouped_gpu
+
         y_RY = grouped_gpu.product(rows_RX, w[name], size_e, method)
         if bias in w:
             y_RY = grouped_gpu.add_bias(y_RY, w[bias], size_e)

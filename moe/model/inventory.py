@@ -1,0 +1,90 @@
+"""All parameters of a model: what they are, and how they start.
+
+They are a tree of dicts and lists: tables and the output projection by name, and under
+"decoder", "layers" the sublayers' by segment, by block of a period, by name. Arrays of
+layers that repeat are stacked.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from moe import architecture
+from moe.architecture import Block, Segment, Stack
+from moe.model import block, embedding, norms, parameters
+from moe.model.attention.positions import table_spec
+
+
+@functools.lru_cache(maxsize=64)
+def specs(layers: architecture.Model) -> Any:
+    """Describes every parameter, in the tree that `draw` returns."""
+    return {
+        **embedding.specs(layers.embedding),
+        "decoder": _stack_specs(layers.decoder),
+    }
+
+
+def draw(layers: architecture.Model, key: jax.Array, param_dtype: str) -> Any:
+    """Draws every parameter; those of a layer by its number, wherever it stands."""
+    embedding_key, decoder_key = jax.random.split(key)
+    described = embedding.specs(layers.embedding)
+    return {
+        **parameters.draw(described, embedding_key, param_dtype),
+        "decoder": _draw_stack(layers.decoder, decoder_key, param_dtype),
+    }
+
+
+def memory(stack: Stack) -> list[list[Any]]:
+    """Describes what drawing keeps of one token of a row, of every layer."""
+    return [
+        [
+            parameters.stack(block.memory(each), segment.repeats)
+            for each in segment.blocks
+        ]
+        for segment in stack.segments
+    ]
+
+
+def _stack_specs(stack: Stack) -> dict[str, Any]:
+    """Those of each segment, of each block of its period; norm and bias on top."""
+    found: dict[str, Any] = {
+        "layers": [
+            [
+                parameters.stack(block.specs(each, stack.width), segment.repeats)
+                for each in segment.blocks
+            ]
+            for segment in stack.segments
+        ],
+        "norm": norms.specs(stack.norm, stack.width),
+    }
+    if stack.shared_positions is not None:
+        heads = stack.settings("heads")[0]
+        found["distance"] = table_spec(
+            stack.shared_positions, heads.num_heads, heads.init_scale
+        )
+    return found
+
+
+def _draw_stack(stack: Stack, key: jax.Array, param_dtype: str) -> dict[str, Any]:
+    def layers(each: Block, segment: Segment, place: int) -> Any:
+        described = block.specs(each, stack.width)
+        numbers_P = jnp.array(segment.numbers(place))
+        return jax.vmap(
+            lambda number: parameters.draw(
+                described, jax.random.fold_in(key, number), param_dtype
+            )
+        )(numbers_P)
+
+    described = _stack_specs(stack)
+    return parameters.draw(
+        {name: tree for name, tree in described.items() if name != "layers"},
+        key,
+        param_dtype,
+    ) | {
+        "layers": [
+            [layers(each, segment, place) for place, each in enumerate(segment.blocks)]
+            for segment in stack.segments
+        ]
+    }

@@ -68,7 +68,8 @@ def score_targets(
     if chunks > 1:
         one = jax.checkpoint(one, prevent_cse=False)
     elif grid.size(*grid.table["embed"]) > 1:  # keep no whole head
-        one = jax.checkpoint(one, policy=policies.dots_with_no_batch_dims_saveable)
+        policy = policies.dots_with_no_batch_dims_saveable
+        one = jax.checkpoint(one, policy=policy, prevent_cse=False)
     if chunks == 1:
         parts = tuple(x[None] for x in one(head_mv, 0))
     else:

@@ -120,6 +120,12 @@ class Grid:
     ) -> Callable[..., Any]:
         """Makes a function of one device's pieces one of whole arrays.
 
+        Its transpose adds up the gradient of an argument over every axis that its spec
+        does not name, once. So an expert's gradient is summed here over `replica`, and
+        over `data` and `context` unless it is fully sharded: then where it was
+        gathered. Over `expert` it is complete as it comes, since all rows came to the
+        expert, and over `model` it is cut with the expert, or summed here.
+
         On one device there is nothing to cut: XLA would still copy gradients in its
         reductions.
         """

@@ -76,14 +76,14 @@ def vector(
     return Spec(shape, axes, outputs=own, value=value)
 
 
-def stack(tree: Any, number: int) -> Any:
+def stack(tree: Any, number: int, axis: str = "layers") -> Any:
     """Describes so many of each parameter of a tree, along a new first dimension."""
 
     def one(spec: Spec) -> Spec:
         return dataclasses.replace(
             spec,
             shape=(number, *spec.shape),
-            axes=("layers", *spec.axes),
+            axes=(axis, *spec.axes),
             inputs=tuple(dim + 1 for dim in spec.inputs),
             outputs=tuple(dim + 1 for dim in spec.outputs),
         )

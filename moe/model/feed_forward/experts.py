@@ -1,5 +1,6 @@
 """The experts of one device, over the rows that came to them."""
 
+import dataclasses
 import functools
 
 import jax
@@ -10,10 +11,10 @@ from jax.ad_checkpoint import checkpoint_name
 from moe.dispatch.exchange import all_maps
 from moe.dispatch.room import Room
 from moe.model.execution import Execution
-from moe.model.feed_forward import grouped_method
-from moe.model.feed_forward.dense import GATED, activate
+from moe.model.feed_forward import dense, grouped_method
+from moe.model.feed_forward.dense import activate
 from moe.model.feed_forward.grouped import grouped_feed_forward
-from moe.model.parameters import Spec, matrix, vector
+from moe.model.parameters import Spec, stack
 from moe.settings import DenseSettings, SparseSettings
 
 Weights = dict[str, jax.Array]
@@ -21,20 +22,14 @@ Weights = dict[str, jax.Array]
 
 def specs(s: DenseSettings, num_experts: int, width: int) -> dict[str, Spec]:
     """Describes the arrays of a dense feed-forward, for each expert."""
-    E, M, F = num_experts, width, s.mlp_dim
-    pair, pair_axes = ((2,), ("pair",)) if s.activation in GATED else ((), ())
-    own = 2 + len(pair)
-    up_axes = ("expert", "expert_embed", *pair_axes, "expert_mlp")
-    down_axes = ("expert", "expert_mlp", "expert_embed")
-    found = {
-        "up": matrix((E, M, *pair, F), up_axes, (1,), (own,), s.init_scale),
-        "down": matrix((E, F, M), down_axes, (1,), (2,), s.init_scale),
-    }
-    if s.biases:
-        axes = ("expert", *pair_axes, "expert_mlp")
-        found["up_bias"] = vector((E, *pair, F), axes, stacked=own - 1)
-        found["down_bias"] = vector((E, M), ("expert", "norm"), stacked=1)
-    return found
+    names = {"embed": "expert_embed", "mlp": "expert_mlp"}
+
+    def of_expert(spec: Spec) -> Spec:
+        axes = tuple(names.get(axis or "", axis) for axis in spec.axes)
+        return dataclasses.replace(spec, axes=axes)
+
+    one = jax.tree.map(of_expert, dense.specs(s, width))
+    return stack(one, num_experts, "expert")
 
 
 def compute(

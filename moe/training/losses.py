@@ -29,20 +29,9 @@ class RouterTotals:
     routed = computed + dropped + padding holds exactly, where routed counts the
     choices of real tokens and those that padding would have made.
 
+    All fields but the last are those of `RouterSums`, added up over groups.
+
     Attributes:
-        tokens_P: real tokens.
-        probability_PE: summed router probabilities.
-        load_PE: summed chances of being chosen once more.
-        first_PE: first choices.
-        chosen_PE: choices made.
-        kept_PE: choices that were computed.
-        spilled_PE: of them, those that went to a token's next best expert.
-        padding_P: choices of padding, which never take a slot.
-        z_P: summed squared log-sum-exp.
-        entropy_P: summed entropy in nats.
-        square_P: summed mean squared logit.
-        without_expert_P: tokens that no expert computed.
-        excess_P: rows that devices had no room for.
         local_balance_P: the balance loss of each group, or of each sequence, times its
             tokens, summed; 0 where the loss is formed over the whole batch.
     """
@@ -174,22 +163,12 @@ def router_totals(
         number_GE = router.first_GE if first else router.chosen_GE
         balance_PG = balance(unit(number_GE), unit(router.probability_GE))
         local_balance_P = over_groups(cut(router.tokens_G) * balance_PG)
-    return RouterTotals(
-        tokens_P=over_groups(router.tokens_G),
-        probability_PE=over_groups(router.probability_GE),
-        load_PE=over_groups(router.load_GE),
-        first_PE=over_groups(router.first_GE),
-        chosen_PE=over_groups(router.chosen_GE),
-        kept_PE=over_groups(router.kept_GE),
-        spilled_PE=over_groups(router.spilled_GE),
-        padding_P=over_groups(router.padding_G),
-        z_P=over_groups(router.z_G),
-        entropy_P=over_groups(router.entropy_G),
-        square_P=over_groups(router.square_G),
-        without_expert_P=over_groups(router.without_expert_G),
-        excess_P=over_groups(router.excess_G),
-        local_balance_P=local_balance_P,
-    )
+    added = {
+        field.name.replace("_G", "_P"): over_groups(getattr(router, field.name))
+        for field in dataclasses.fields(router)
+        if field.name != "trace"
+    }
+    return RouterTotals(**added, local_balance_P=local_balance_P)
 
 
 def balance(count_E: jax.Array, probability_E: jax.Array) -> jax.Array:

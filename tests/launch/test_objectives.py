@@ -102,22 +102,22 @@ class Reads:
 def watching() -> Iterator[Reads]:
     """Notes what is read, where rows are made and not where they are counted."""
     found, inner, outer = Reads(), TaskRows.read, Batches.read
-    reading: list[int] = []
+    reading = threading.local()  # held-out text is read meanwhile, by another thread
 
     def read_rows(task, rows, epochs, seed):
         features = inner(task, rows, epochs, seed)
-        for index in reading:  # none if it is held-out text
+        for index in getattr(reading, "indices", ()):
             found.rows.setdefault(index, Counter())[task.task] += len(rows)
             found.real[index] += int((features["decoder_segment_ids"] > 0).sum())
             found.targets[index] += int(features["decoder_loss_weights"].sum())
         return features
 
     def read(self, index, start, stop):
-        reading.append(index)
+        reading.indices = [index]
         try:
             return outer(self, index, start, stop)
         finally:
-            reading.pop()
+            reading.indices = []
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TaskRows, "read", read_rows)

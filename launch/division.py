@@ -28,7 +28,7 @@ def problems(
         partition: what is cut over them.
         model: of heads, widths, vocabulary and experts.
         router: of groups.
-        execution: of pieces of the vocabulary.
+        execution: pieces of the vocabulary.
         train: of the batch.
         length: L, tokens of a row.
     """

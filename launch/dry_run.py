@@ -135,9 +135,13 @@ def data_facts(settings: Settings, store: TokenStore | None) -> list[tuple[str, 
 
 def sparse_facts(settings: Settings, mesh: jax.sharding.Mesh) -> list[tuple[str, str]]:
     """Router, transport, capacity, and what to expect of them."""
-    s = settings.layers.decoder.settings("sparse")[0]
+    each = settings.layers.decoder.settings("sparse")
+    s = max(each, key=lambda s: s.num_experts)
     router, E, S = s.router, s.num_experts, s.router.group_size
     lines = [("router", _describe_router(settings))]
+    if any(other != s for other in each):
+        numbers = ", ".join(str(other.num_experts) for other in each)
+        lines.append(("experts", f"{numbers} by layer; the rest is of layers with {E}"))
     axis_size = mesh.shape["expert"]
     has_ragged = auto.mesh_has_ragged_exchange(mesh)
     (taken, why), (eval_taken, eval_why) = (

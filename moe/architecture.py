@@ -75,7 +75,7 @@ class Stack(NamedTuple):
     Attributes:
         segments: what they are.
         width: M.
-        norm: of the output.
+        norm: normalisation of the output.
         shared_positions: the bias by distance that layers share; None without.
         dropout: probability of zeroing what a sublayer adds.
     """
@@ -239,8 +239,11 @@ def problems(model: ModelSettings) -> list[str]:
 
 def shortened(model: ModelSettings) -> ModelSettings:
     """Returns the same pattern in few layers: two at the bottom, two short periods."""
+    windows = tuple(dict.fromkeys(model.attention_windows))
     if not model.moe_every:
-        return dataclasses.replace(model, num_layers=min(model.num_layers, 2))
+        return dataclasses.replace(
+            model, num_layers=min(model.num_layers, 2), attention_windows=windows
+        )
     first = min(model.first_dense_layers, 2)
     every = min(model.moe_every, 3)  # longer periods repeat dense layers
     periods = (model.num_layers - model.first_dense_layers) // model.moe_every
@@ -250,10 +253,16 @@ def shortened(model: ModelSettings) -> ModelSettings:
         first_dense_layers=first,
         moe_every=every,
         num_layers=first + periods * every,
-        experts_per_layer=(model.experts_per_layer[:1] + model.experts_per_layer[-1:])[
-            :periods
-        ],
+        experts_per_layer=_extremes(model.experts_per_layer, periods),
+        attention_windows=windows,
     )
+
+
+def _extremes(each: tuple[int, ...], number: int) -> tuple[int, ...]:
+    """The least and the most in their order, or of one the most."""
+    if not each or number == 1:
+        return (max(each),) if each else ()
+    return tuple(sorted((min(each), max(each)), key=each.index))
 
 
 @functools.lru_cache(maxsize=256)

@@ -247,7 +247,8 @@ _SHRINK = (
     (("optimizer", "adafactor", "rounding"), "MOMENT_DTYPE, FSDP, OFFLOAD_OPTIMIZER"),
     (("parallel", "gather"), "MESH_MODEL: a layer's weights are gathered whole"),
     (("feed_forward",), "MESH_MODEL, REMAT"),
-    (("remat", "transformer"), "REMAT, MESH_MODEL"),
+    (("products",), "MESH_MODEL: a layer's weights are gathered whole"),
+    (("remat", "transformer", "stack", "block"), "REMAT, MESH_MODEL"),
 )
 
 

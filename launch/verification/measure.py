@@ -74,8 +74,8 @@ class Decisions:
 
     Attributes:
         logits_BLV: of every position.
-        routers: of each sparse sublayer, arrays that lead with layers and groups; empty
-            in a dense model.
+        routers: traces of each sparse sublayer, whose arrays lead with layers and
+            groups; empty in a dense model.
     """
 
     logits_BLV: np.ndarray

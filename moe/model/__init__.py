@@ -1,1 +1,1 @@
-"""The transformer: containers of parameters and pure functions over them."""
+"""The transformer: pure functions of dicts of arrays."""

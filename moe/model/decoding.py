@@ -42,7 +42,7 @@ def generate(
 
     Args:
         model: the static description.
-        params: as `inventory.draw` returns them.
+        params: parameters, as `inventory.draw` returns them.
         prompt_BL: int32 tokens of each row, padded with anything up to L.
         prompt_length_B: int32, tokens of each prompt, in [0, L]; -1 for an empty row,
             of which nothing is drawn.
@@ -167,13 +167,13 @@ def extend(
 
     Args:
         model: the static description; its groups are the L tokens of one sequence.
-        params: as `inventory.draw` returns them.
+        params: parameters, as `inventory.draw` returns them.
         id_BL: the new tokens.
         mask_BL: False for padding, which takes no slot of an expert.
         start: int32 scalar, where the first of them goes.
         first_B: int32, where the first token of each row is; before it is padding.
-        memories: as `empty_memories` returns them; from `start` on they are
-            overwritten.
+        memories: what `empty_memories` returns, or what came back; overwritten
+            from `start` on.
         bidirectional: whether the new tokens are a prefix, and see one another whole.
         last_only: whether logits are wanted of the last token alone.
     Returns:

@@ -32,7 +32,7 @@ def product(
         w: [*inputs, *outputs].
         bias: [*outputs]; None adds none.
         inputs: dimensions that are summed over.
-        precision: as of `jax.lax.dot_general`.
+        precision: precision of the product, as in `jax.lax.dot_general`.
         result: type of the result; None is that of x.
     Returns:
         [..., *outputs].

@@ -71,7 +71,7 @@ def apply(
     """Sends every token through the experts that its router picks.
 
     Args:
-        w: as `specs` describes; of the experts, this device's.
+        w: weights, as `specs` describes; of the experts, this device's.
         x_BLM: this device's cut of the residual stream, normalised.
         view: what routers are told of the tokens.
         memory: None; experts remember nothing.

@@ -30,7 +30,7 @@ def forward(
 
     Args:
         model: the static description.
-        params: as `inventory.draw` returns them.
+        params: parameters, as `inventory.draw` returns them.
         batch: features as in `transformer.hidden`.
         row_B: int32, global row number of each sequence.
         key: PRNG key of the step; None outside training.
@@ -77,7 +77,7 @@ def layer(
     """Sends every token through the experts that its router picks.
 
     Args:
-        w: as `sparse.specs` describes.
+        w: weights, as `sparse.specs` describes.
         x_BLM: activations, normalised.
         routed: their mask, rows and ids.
         key: PRNG key of this layer and step; None outside training.

@@ -62,8 +62,8 @@ class Sums:
         z: summed squared log of the output softmax's normaliser.
         correct: target tokens that were the likeliest.
         weight: target tokens.
-        router: of each sparse sublayer of each segment, whose number of experts may
-            differ; empty in a dense model.
+        router: totals of each sparse sublayer of each segment, whose number of experts
+            may differ; empty in a dense model.
     """
 
     cross_entropy: jax.Array
@@ -89,7 +89,7 @@ def sums(
         scores: what is known of each target's logits.
         target_BL: int32.
         weight_BL: 1 where the target counts, 0 elsewhere.
-        router: of each sparse sublayer, sums per layer and group.
+        router: sums of each sparse sublayer, per layer and group.
         settings: which balance loss is formed.
         join_sequence: adds up over the devices that a sequence is cut over.
         group_rows: rows of a group.
@@ -216,9 +216,9 @@ def total(
     """Forms the loss that is differentiated, and its parts as metrics.
 
     Args:
-        sums: of the whole batch.
+        sums: sums of the whole batch.
         settings: weights of the losses.
-        order: as in `ledger`.
+        order: places of the layers, as in `ledger`.
     Returns:
         A scalar, and a dict of scalars.
     """
@@ -338,7 +338,7 @@ def choices_per_layer(
 
     Args:
         router: totals of each sparse sublayer.
-        order: as in `ledger`.
+        order: places of the layers, as in `ledger`.
     """
     chosen_P, kept_P, spilled_P, padding_P, without_P = (
         per_layer(router, count, order)
@@ -370,7 +370,7 @@ def per_layer(
     Args:
         router: totals of each sparse sublayer.
         number: what is wanted of the totals, led by layers.
-        order: as in `ledger`.
+        order: places of the layers, as in `ledger`.
     Returns:
         An array of the kind that `number` returns.
     """

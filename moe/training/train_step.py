@@ -165,7 +165,7 @@ def batch_sums(
     gradients of parameters that devices share are summed once, after the last.
 
     Args:
-        params: as `inventory.draw` returns them.
+        params: parameters, as `inventory.draw` returns them.
         batch: SeqIO's decoder features, each [B, L].
         key: PRNG key of the step; None outside training, where nothing is drawn.
         learner: static; its optimizer is not used.

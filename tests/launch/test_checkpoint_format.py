@@ -17,11 +17,11 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from test_checkpoints import DATA
 
 from launch import checkpoints, gin_files
 from launch.assemble import Run, assemble
 from launch.checkpoints import FORMAT, CheckpointError, Checkpoints, named_arrays
-from tasks.manifest import Manifest, SplitManifest, TaskManifest
 
 KNOBS = (
     "BATCH_SIZE=16 EMBED_DIM=8 MLP_DIM=8 EXPERT_MLP_DIM=8 NUM_HEADS=2 HEAD_DIM=4 "
@@ -31,21 +31,6 @@ KNOBS = (
 )
 SAVED = Path(__file__).parent / f"format_{FORMAT}"
 STEP = 7
-DATA = Manifest(
-    name="made_up",
-    vocabulary="bytes",
-    vocabulary_size=259,
-    vocabulary_fingerprint="of the vocabulary",
-    train_split="train",
-    heldout_split="validation",
-    extra_ids=0,
-    tasks={
-        "made_up": TaskManifest(
-            {"train": SplitManifest(1, {"targets": 2}, 3, "of the split")}, 1.0, {}
-        )
-    },
-    filters={},
-)
 
 
 def a_run(*knobs: str) -> Run:

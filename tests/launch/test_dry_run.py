@@ -45,3 +45,11 @@ def test_a_run_over_sorted_rows_says_how_its_experts_are_computed():
     facts = dict(sparse_facts(padded.settings, make_mesh(MESHES["e8"])))
     assert facts["transport"].startswith("all_to_all")
     assert "expert products" not in facts
+
+
+def test_a_run_whose_layers_differ_is_described_by_its_largest():
+    changes = ["EXPERTS_PER_LAYER = (16, 16, 32, 64)", "NUM_LAYERS = 8"]
+    settings = gin_files.read(["runs/glam_64b_64e.gin"], changes).settings
+    facts = dict(sparse_facts(settings, make_mesh(MESHES["e8"])))
+    assert facts["experts"].startswith("16, 16, 32, 64 by layer")
+    assert facts["capacity"].startswith("32 slots per expert")

@@ -105,3 +105,21 @@ def test_windows_alternate_and_are_compiled_once_each():
     # Six layers are a period of both, and two are left.
     assert written(stack) == "2(dsdsds) 1(ds)"
     assert [s.reach(8) for s in heads[:3]] == [8, 8, 4]
+
+
+@pytest.mark.parametrize(
+    ("experts", "kept"),
+    [((4, 4, 8, 8), (4, 8)), ((8, 4, 4, 4), (8, 4)), ((4, 8, 8, 4), (4, 8)), ((), ())],
+)
+def test_what_is_shortened_keeps_the_least_and_the_most_of_each(experts, kept):
+    model = dataclasses.replace(
+        MODEL,
+        num_layers=8,
+        num_experts=8,
+        experts_per_layer=experts,
+        attention_windows=(16, 16, 16, 0),
+    )
+    short = architecture.shortened(model)
+    assert (short.num_layers, short.experts_per_layer) == (4, kept)
+    assert short.attention_windows == (16, 0)
+    assert architecture.problems(short) == []

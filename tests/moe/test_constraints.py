@@ -157,6 +157,7 @@ def test_settings_that_obey_the_rules(changes):
             "GROUP_SIZE = 96, cut over GROUP_ROWS = 2 rows, does not divide a sequence "
             "of 64 tokens: nearest are 64 and 128",
         ),
+        ({"attention_windows": (4, -1)}, "ATTENTION_WINDOWS = (4, -1): a window has"),
         ({"row_budget": 0.5}, "ROW_BUDGET = 0.5: must be at least 1"),
         (
             expert_choice(max_experts_per_token=1, capacity_factor=2.0),

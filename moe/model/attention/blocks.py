@@ -97,7 +97,8 @@ def _attend_blocks(
 
     Args:
         query: query_BlUnD of each block.
-        held: of each block key_BtUD, value_BtUX and who the keys are, as `_packed`.
+        held: keys of each block (key_BtUD, value_BtUX, and who the keys are, as
+            `_packed`).
         scoring: what scores are made of.
         queries: who the queries are, as `_packed`.
         ring: devices whose keys pass by.

@@ -69,7 +69,7 @@ def feed_forward(
     """Applies both matrices, in the dtype of x.
 
     Args:
-        w: as `specs` describes; F may be a part of the width.
+        w: weights, as `specs` describes; F may be a part of the width.
         x_BLM: activations.
         activation: name of the non-linearity.
         add_up: makes whole outputs of those of the parts.

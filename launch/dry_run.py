@@ -7,7 +7,7 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
-from launch import prepare
+from launch import attention_check, prepare
 from launch.assemble import Run, assemble
 from launch.errors import EXIT_DONE
 from launch.gin_files import ResolvedConfig
@@ -94,6 +94,7 @@ def facts(
             f"{compact(tokens * train.train_steps)} in {train.train_steps:,} steps",
         ),
         *data_facts(settings, store),
+        ("attention", _describe_attention(run)),
     ]
     if architecture.has_experts(model):
         lines += sparse_facts(settings, run.mesh)
@@ -201,6 +202,20 @@ def computed_for_few(router: RouterSettings, num_experts: int, taken: str) -> st
         f". TRANSPORT {taken!r} computes {rows:.3g} rows for each token, of which "
         f"{float(mean_choices(router, num_experts)):.3g} were chosen"
     )
+
+
+def _describe_attention(run: Run) -> str:
+    """Says by what tokens attend, kind of layer by kind, and why."""
+    settings = run.settings
+    block, length = settings.execution.attention_block, settings.data.length
+    without = f"in blocks of {block}" if 0 < block <= length else "with all scores held"
+    if settings.mesh.context > 1:
+        without = f"{settings.partition.context_attention} over the context axis"
+    taken = [
+        attention_check.method_of(run, s)
+        for s in settings.layers.decoder.settings("heads")
+    ]
+    return "; ".join(dict.fromkeys(f"{way or without} ({why})" for way, why in taken))
 
 
 def _describe_products(

@@ -1,4 +1,4 @@
-"""The sparse layer against its oracle on the real devices, before training.
+"""Sparse layers and attention's kernel against oracles on the real devices.
 
 Kernels that were silently wrong, and collectives that were scheduled wrongly, have cost
 others weeks. One small batch, forward and backward, shows most of it in seconds.
@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from launch import attention_check
 from launch.assemble import Run
 from launch.errors import UserError
-from moe import architecture
 from moe.model import parameters, sparse
 from moe.model.exchange import exchange_of
 from moe.model.execution import Execution
@@ -31,23 +31,23 @@ LONGEST_GROUP = 128
 
 
 class SelfCheckError(UserError):
-    """The sparse layer of this run is wrong on these devices."""
+    """What this run would compute on these devices is wrong."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """How a program's transport and expert products compare with the oracle.
+    """How a program compares with the oracle.
 
     Attributes:
-        program: "training", "evaluation" or "rounds".
-        transport: its transport.
+        program: "training", "evaluation" or "rounds" of a sparse layer, or "attention".
+        way: its transport, or its kernel.
         differences: relative difference of the output and, but for evaluation, of each
             gradient.
         tolerance: what they may be.
     """
 
     program: str
-    transport: str
+    way: str
     differences: Mapping[str, float]
     tolerance: float
 
@@ -61,33 +61,38 @@ class Comparison:
         """Whether all is within tolerance; False if anything is not a number."""
         return self.worst <= self.tolerance
 
+    @property
+    def what(self) -> str:
+        """The setting that decides it, and what it is."""
+        if self.program == "attention":
+            return f"ATTENTION_KERNEL, here {self.way!r},"
+        return f"TRANSPORT = {self.way!r}"
+
 
 def check(run: Run) -> str:
     """Compares one sparse layer of the run with `einsum` and batched products.
 
     So it is computed in training, in evaluation and, if steps may have to be taken in
-    rounds, in rounds.
+    rounds, in rounds. A kernel that attends is compared with all scores held at once.
 
     Returns:
-        What was found, in a line; "" for a model without experts.
+        What was found, in a line; "" for a model without experts or kernels.
     Raises:
         SelfCheckError: something differs by more than its rounding.
     """
-    if not architecture.has_experts(run.settings.model):
-        return ""
     found = compare(run)
+    if not found:
+        return ""
     wrong = [comparison for comparison in found if not comparison.is_right]
     if not wrong:
-        words = ", ".join(
-            f"{c.program} {c.transport!r} to {c.worst:.1e}" for c in found
-        )
+        words = ", ".join(f"{c.program} {c.way!r} to {c.worst:.1e}" for c in found)
         return f"equal to the oracle: {words}"
     where = f"{run.mesh.devices.size} {run.mesh.devices.flat[0].platform} devices"
     raise SelfCheckError(
         "\n".join(
             [
                 *(line for comparison in wrong for line in _told(comparison, where)),
-                "Nothing was trained. Set TRANSPORT to 'all_to_all', look for flags in "
+                f"Nothing was trained. Set {_instead(wrong)}, look for flags in "
                 "XLA_FLAGS that change kernels or schedules, or pass --self_check=off "
                 "to go on all the same.",
             ]
@@ -95,10 +100,17 @@ def check(run: Run) -> str:
     )
 
 
+def _instead(wrong: list[Comparison]) -> str:
+    """What computes the same without what is wrong."""
+    attention = {comparison.program == "attention" for comparison in wrong}
+    words = {True: "ATTENTION_KERNEL to 'off'", False: "TRANSPORT to 'all_to_all'"}
+    return " and ".join(words[each] for each in sorted(attention))
+
+
 def _told(wrong: Comparison, where: str) -> list[str]:
     """What is off, line by line."""
     return [
-        f"TRANSPORT = {wrong.transport!r} differs from the oracle in {wrong.program} "
+        f"{wrong.what} differs from the oracle in {wrong.program} "
         f"by {wrong.worst:.3g} on {where}, and may by {wrong.tolerance:g}:",
         *(f"  {name:32} {value:.3g}" for name, value in wrong.differences.items()),
     ]
@@ -107,7 +119,17 @@ def _told(wrong: Comparison, where: str) -> list[str]:
 def compare(run: Run) -> list[Comparison]:
     """Runs a layer of each kind on one small batch, and measures how far it is off."""
     kinds = dict.fromkeys(run.settings.layers.decoder.settings("sparse"))
-    return [comparison for s in kinds for comparison in _compare_layer(run, s)]
+    found = [comparison for s in kinds for comparison in _compare_layer(run, s)]
+    for kernel, ours, oracle in attention_check.results(run):
+        differences = _differences(ours, oracle, run.mesh)
+        found.append(Comparison("attention", kernel, differences, _tolerance(run)))
+    return found
+
+
+def _tolerance(run: Run) -> float:
+    on_cpu = run.mesh.devices.flat[0].platform == "cpu"
+    exact = run.settings.execution.dtype == "float32" and on_cpu
+    return TOLERANCES["exact" if exact else "rounded"]
 
 
 def _compare_layer(run: Run, s: SparseSettings) -> list[Comparison]:
@@ -138,8 +160,6 @@ def _compare_layer(run: Run, s: SparseSettings) -> list[Comparison]:
     if run.may_exceed_budget:  # half of an even share: two rounds
         programs["rounds"] = dataclasses.replace(with_room(0.5), in_rounds=True)
     arguments = _draw(run, s)
-    on_cpu = mesh.devices.flat[0].platform == "cpu"
-    exact = execution.settings.dtype == "float32" and on_cpu
     found, right = [], {}
     for program, tried in programs.items():
         train = program != "evaluation"
@@ -150,9 +170,9 @@ def _compare_layer(run: Run, s: SparseSettings) -> list[Comparison]:
         found.append(
             Comparison(
                 program=program,
-                transport=name,
+                way=name,
                 differences=_differences(results, right[train], mesh),
-                tolerance=TOLERANCES["exact" if exact else "rounded"],
+                tolerance=_tolerance(run),
             )
         )
     return found

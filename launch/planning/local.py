@@ -16,10 +16,12 @@ from moe import architecture
 from moe.dispatch import auto
 from moe.dispatch.room import Room, room_for
 from moe.model import inventory
+from moe.model.attention import kernel_method
 from moe.model.feed_forward.dense import GATED
 from moe.routing.capacity import capacity
 from moe.settings import (
     DenseSettings,
+    HeadsSettings,
     OptimizerSettings,
     RouterSettings,
     SparseSettings,
@@ -208,13 +210,29 @@ class Local:
         cut = self.settings.partition.expert_tensor_parallel
         return self.settings.mesh.model if cut else 1
 
-    @property
-    def is_blocked(self) -> bool:
-        """Whether attention goes block by block."""
+    def attention_kernel(self, s: HeadsSettings) -> kernel_method.Kernel | None:
+        """Returns the kernel that attends in training and scoring, if any does."""
+        data = self.settings.data
+        return kernel_method.of_heads(
+            s,
+            self.settings.execution,
+            self.platform,
+            self.chip,
+            length=data.length,
+            whole=self.settings.mesh.context == 1,
+            prefix=data.prefix_attention == "bidirectional",
+        )[0]
+
+    def attention_block(self, s: HeadsSettings) -> int:
+        """Returns tokens of a block of attention; 0 where scores are held whole."""
+        kernel, length = self.attention_kernel(s), self.settings.data.length
+        if kernel is not None:
+            return kernel_method.block(kernel, length)
         block = self.settings.execution.attention_block
         ring = self.settings.partition.context_attention == "ring"
-        cut = self.settings.mesh.context > 1
-        return 0 < block <= self.settings.data.length or (ring and cut)
+        if ring and self.settings.mesh.context > 1:
+            return block or self.length
+        return block if 0 < block <= length else 0
 
     def cut_heads(self, heads: int) -> int:
         """Returns the heads that one chip has of so many."""

@@ -286,7 +286,7 @@ def _rest(sizes: Local, block: Block) -> int:
     for s in of_kind(block, "heads"):
         heads, kv_heads = sizes.cut_heads(s.num_heads), sizes.cut_heads(s.kv_heads)
         found += T * (2 * heads + kv_heads) * s.head_dim * d
-        if not sizes.is_blocked:
+        if not sizes.attention_block(s):
             scores = sizes.rows * heads * sizes.length * sizes.settings.data.length
             found += scores * (FLOAT32 + d)
     for s in of_kind(block, "dense"):
@@ -339,9 +339,13 @@ def _attention(sizes: Local, s: HeadsSettings) -> dict[str, int]:
         work += ACTIVATIONS_AT_ONCE * sizes.rows * seen * 2 * kv_heads * D * d
     # T·M·d of gathered input and its gradient; the norm's, in float32.
     work += ACTIVATIONS_AT_ONCE * (T * M * d + sizes.residual_tokens * M * FLOAT32)
+    kernel = sizes.attention_kernel(s)
+    if kernel == "splash":  # it writes what scores add up to 128 times over
+        return {"attention": work, "scores": sizes.rows * heads * L * 128 * FLOAT32}
+    if kernel == "cudnn":  # its mask
+        return {"attention": work, "scores": sizes.rows * L * L * BYTES["bfloat16"]}
     queries, keys = sizes.length, L
-    if sizes.is_blocked:
-        block = sizes.settings.execution.attention_block
+    if block := sizes.attention_block(s):
         queries, keys = min(block, queries), block
     scores = SCORES_AT_ONCE * sizes.rows * heads * queries * keys * FLOAT32
     return {"attention": work, "scores": scores}

@@ -135,23 +135,27 @@ def _scores(sizes: Local) -> Part:
     """4·T·L·n·D per layer, of blocks that are not skipped.
 
     With `context`, of the chip that has the ends of sequences, which sees most. Remat
-    makes them again, and blocks once more.
+    makes them again, and blocks once more. Kernels touch no memory for scores.
     """
     settings, L = sizes.settings, sizes.settings.data.length
-    blocked, microbatches = sizes.is_blocked, settings.train.microbatches
+    microbatches = settings.train.microbatches
     found = []
     for block, layers in sizes.stack.kinds_of_layers.items():
-        runs = forward_passes(sizes) + (2 + blocked) * microbatches
-        runs += repeats(sizes, block, kept_by=("none",))
         for s in of_kind(block, "heads"):
+            kernel = sizes.attention_kernel(s)
+            kept = ("none",) if kernel is None else ("none", "minimal")
+            runs = forward_passes(sizes) + 2 * microbatches
+            runs += microbatches if sizes.attention_block(s) else 0
+            runs += repeats(sizes, block, kept_by=kept)
             pairs = layers * sizes.tokens * sizes.cut_heads(s.num_heads)
             seen = pairs * _keys_seen(sizes, s)
+            touched = 0 if kernel else seen * BYTES_PER_SCORE * runs
             found.append(
                 Part(
                     "",
                     model_flops=4 * pairs * s.reach(L) * s.head_dim * microbatches,
                     flops=4 * seen * s.head_dim * runs,
-                    touched_bytes=seen * BYTES_PER_SCORE * runs,
+                    touched_bytes=touched,
                 )
             )
     return _joined("attention scores", found)
@@ -160,9 +164,9 @@ def _scores(sizes: Local) -> Part:
 def _keys_seen(sizes: Local, s: HeadsSettings) -> float:
     """Keys that a query is compared with: all, or those of blocks not skipped."""
     settings, L = sizes.settings, sizes.settings.data.length
-    if not sizes.is_blocked or settings.data.prefix_attention == "bidirectional":
+    size = sizes.attention_block(s)
+    if not size or settings.data.prefix_attention == "bidirectional":
         return L
-    size = settings.execution.attention_block or sizes.length
     keys, queries = -(-L // size), -(-sizes.length // size)
     back = -(-(s.reach(L) - 1) // size)  # blocks before the query's own
     seen = [min(block, back) + 1 for block in range(keys - queries, keys)]

@@ -35,7 +35,13 @@ def rematerialised(
             *TRAVELLED_NAMES, *ATTENDED_NAMES, OUTPUT_NAME, "expert_hidden"
         ),
     )
+    policy = policies.save_from_both_policies(policy, _attended_by_cudnn)
     return jax.checkpoint(layer, policy=policy, prevent_cse=False)
+
+
+def _attended_by_cudnn(primitive: Any, *_: Any, **__: Any) -> bool:
+    """Keeps what cuDNN's attention returns, which has no name of ours."""
+    return primitive.name == "dot_product_attention_fwd_wrapper"
 
 
 def _all_but_weights(primitive: Any, *_: Any, **parameters: Any) -> bool:

@@ -28,6 +28,8 @@ class ExecutionSettings:
             takes longer and spares copies of stacked weights.
         attention_block: tokens from which on sequences are attended block by block, of
             this size, so that no L × L array is ever whole; 0 never does.
+        attention_kernel: "auto" attends by a library's kernel where one does the same;
+            "off" never does.
         vocab_chunks: pieces of the vocabulary that logits are computed in, to save
             memory.
         transport: how tokens travel: one of the files in `moe/dispatch`, or "auto".
@@ -42,6 +44,7 @@ class ExecutionSettings:
     sparse_remat: Literal["same", "none", "minimal", "full"] = "same"
     scan_layers: bool = True
     attention_block: int = 1024
+    attention_kernel: Literal["auto", "off"] = "auto"
     vocab_chunks: int = 1
     transport: Literal["auto", "all_to_all", "einsum", "ring", "ragged"] = "auto"
     row_budget: float = 1.5

@@ -12,6 +12,7 @@ from launch.assemble import Run, assemble
 from launch.errors import UserError
 from launch.self_check import Comparison, SelfCheckError
 from moe.dispatch import all_to_all
+from moe.model.attention import kernel, kernel_method
 from moe.model.sparse import ROUTERS
 
 KNOBS = ("TRANSPORT='all_to_all'", "GROUP_SIZE=16")
@@ -44,7 +45,7 @@ def test_what_a_run_without_drops_computes_is_checked_in_rounds_too():
     knobs = ("TRANSPORT='auto'", "TRAIN_CAPACITY_FACTOR=0", *ON_FOUR)
     found = self_check.compare(tiny_run(*knobs))
     assert [c.program for c in found] == ["training", "evaluation", "rounds"]
-    assert all(c.is_right and c.transport == "ring" for c in found)
+    assert all(c.is_right and c.way == "ring" for c in found)
     assert found[2].differences.keys() == found[0].differences.keys()
 
 
@@ -118,6 +119,41 @@ def test_what_is_not_a_number_is_wrong(monkeypatch):
     monkeypatch.setattr(self_check, "compare", lambda run: [found])
     with pytest.raises(SelfCheckError, match=r"'ring' differs .* in training by nan "):
         self_check.check(tiny_run())
+
+
+@pytest.fixture
+def cudnn_interpreted(monkeypatch):
+    """Attends by cuDNN's function as jax computes it without cuDNN."""
+    monkeypatch.setattr(
+        kernel_method, "pick", lambda *_, **__: ("cudnn_interpreted", "for a test")
+    )
+
+
+KERNEL = ("MOE_EVERY=0", "ATTENTION_WINDOWS=(9, 0)")
+
+
+def test_a_kernel_that_attends_is_checked_on_the_mesh(cudnn_interpreted):
+    run = tiny_run(*KERNEL, "SIMULATED_DEVICES=4", "MESH_DATA=2", "MESH_MODEL=2")
+    found = self_check.compare(run)
+    assert [(c.program, c.way) for c in found] == [
+        ("attention", "cudnn_interpreted")
+    ] * 2
+    assert found[0].differences.keys() == {"output", "queries", "keys", "values"}
+    assert all(c.worst < 1e-5 for c in found)
+    assert self_check.check(run).startswith("equal to the oracle: attention 'cudnn")
+
+
+def test_a_fault_in_a_kernel_stops_the_run(cudnn_interpreted, monkeypatch):
+    def attend(*given, original=kernel.attend, **named):
+        return without_a_gradient(original(*given, **named))
+
+    monkeypatch.setattr(kernel, "attend", attend)
+    with pytest.raises(SelfCheckError) as caught:
+        self_check.check(tiny_run(*KERNEL))
+    message = str(caught.value)
+    begins = "ATTENTION_KERNEL, here 'cudnn_interpreted', differs from the oracle in "
+    assert message.startswith(begins + "attention by 1 on 1 cpu devices")
+    assert "Set ATTENTION_KERNEL to 'off', look for" in message
 
 
 @pytest.mark.fast

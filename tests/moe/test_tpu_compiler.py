@@ -13,6 +13,7 @@ from launch.environment import CPU_FLAG
 from moe.dispatch import auto
 
 SCRIPT = Path(__file__).with_name("compile_for_tpu.py")
+ATTENTION = SCRIPT.with_name("compile_attention_for_tpu.py")
 COMPILER = Path(sys.prefix, "tpu-compiler")
 REPOSITORY = SCRIPT.parents[2]
 
@@ -27,10 +28,12 @@ EXCHANGES = {
 }
 
 
-def compile_in_child(topology: str, *words: str) -> subprocess.CompletedProcess:
+def compile_in_child(
+    topology: str, *words: str, script: Path = SCRIPT
+) -> subprocess.CompletedProcess:
     assert (COMPILER / "libtpu").is_dir(), "no TPU compiler: run `make tpu-compiler`"
     return subprocess.run(
-        [sys.executable, str(SCRIPT), topology, *words],
+        [sys.executable, str(script), topology, *words],
         env=os.environ
         | {"PYTHONPATH": f"{COMPILER}:{REPOSITORY}", "XLA_FLAGS": CPU_FLAG},
         capture_output=True,
@@ -41,8 +44,8 @@ def compile_in_child(topology: str, *words: str) -> subprocess.CompletedProcess:
 
 
 @functools.cache
-def compiled(topology: str, *words: str) -> dict:
-    done = compile_in_child(topology, *words)
+def compiled(topology: str, *words: str, script: Path = SCRIPT) -> dict:
+    done = compile_in_child(topology, *words, script=script)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.strip().splitlines()[-1])
 
@@ -87,3 +90,19 @@ def test_routing_is_computed_in_full_precision_from_bfloat16_tokens():
     # bfloat16 and need not be.
     found = compiled("v5e:4x4", "all_to_all", "bfloat16")
     assert found["highest_precision_products"] == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_splash_attends_each_layer_once_and_holds_no_scores(dtype):
+    # A layer with a window and one without, in one loop; "minimal" attends once.
+    found, without = (
+        compiled("v5e:4x4", dtype, kernel, script=ATTENTION)
+        for kernel in ("auto", "off")
+    )
+    assert found["kernels"] == {"fwd": 2, "dq": 2, "dkv": 2}
+    assert found["arrays_of_scores"] == 0
+    assert without["kernels"] == {}
+    assert without["arrays_of_scores"] > 0
+    for kind, number in without["collectives"].items():
+        assert found["collectives"].get(kind, 0) <= number

@@ -7,7 +7,7 @@ import jax
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from moe.model.attention import blocks, whole
+from moe.model.attention import blocks, kernel_method, whole
 from moe.model.attention.scoring import Scoring
 from moe.model.execution import Execution
 from moe.model.products import product
@@ -92,6 +92,11 @@ def mix(
     """Mixes values by the way that suits the pass; returns mixed_BLNX."""
     grid, block = execution.grid, execution.settings.attention_block
     who = view.queries, view.keys, scoring
+    method = _kernel(query_BLND, value_BTUX, view, scoring, execution)
+    if method is not None:  # imported here: it may be of no other platform
+        from moe.model.attention import kernel
+
+        return kernel.attend(query_BLND, key_BTUD, value_BTUX, *who, method=method)
     if view.start is None and grid.size("context") > 1:
         if grid.partition.context_attention == "ring":
             ring = blocks.Ring("context", grid.size("context"))
@@ -107,3 +112,30 @@ def mix(
     if 0 < block <= tokens:
         return blocks.attend(query_BLND, key_BTUD, value_BTUX, *who, block=block)
     return whole.attend(query_BLND, key_BTUD, value_BTUX, *who)
+
+
+def _kernel(
+    query_BLND: jax.Array,
+    value_BTUX: jax.Array,
+    view: View,
+    scoring: Scoring,
+    execution: Execution,
+) -> kernel_method.Kernel | None:
+    """Asks for a library's kernel; memories are attended without one."""
+    if execution.settings.attention_kernel == "off" or view.start is not None:
+        return None
+    device = execution.mesh.devices.flat[0]
+    method, _ = kernel_method.pick(
+        device.platform,
+        device.device_kind,
+        query_BLND.dtype.name,
+        length=query_BLND.shape[1],
+        width=query_BLND.shape[-1],
+        value_width=value_BTUX.shape[-1],
+        whole=execution.grid.size("context") == 1,
+        bias=scoring.bias is not None,
+        prefix=view.queries.prefix_BL is not None,
+        sink=scoring.sink_N is not None,
+        cap=scoring.cap > 0,
+    )
+    return method

@@ -72,7 +72,6 @@ def main(topology: str, dtype: str, kernel: str) -> None:
     with jax.set_mesh(mesh):
         batch = {f"decoder_{name}": tokens for name in names}
         text = jax.jit(jax.grad(loss)).lower(params, batch).compile().as_text()
-        open("/tmp/x/tpu.hlo", "w").write(text)
     kernels = re.findall(r"%splash_mha_(\w+?)_segmented\S* = ", text)
     kinds = "all-to-all|all-gather|all-reduce|reduce-scatter|collective-permute"
     collectives = re.findall(rf" ({kinds})(?:-start)?\(", text)

@@ -11,14 +11,15 @@ from launch.gin_files import ResolvedConfig
 from launch.settings import Settings
 from moe import architecture
 from moe.dispatch import auto
-from moe.model import inventory, transformer
+from moe.model import inventory
+from moe.model.build import build
 from moe.model.exchange import exchange_of
-from moe.training import state as train_state
+from moe.training import new_state
 from moe.training.losses import Sums
 from moe.training.optimizer import make_optimizer, make_schedule
-from moe.training.state import TrainState
+from moe.training.train_state import TrainState
 from moe.training.train_step import Learner, eval_step, in_rounds, train_step
-from partitioning import rules
+from partitioning import placement, rules
 from partitioning.mesh import describe, make_mesh
 from tasks import objectives
 
@@ -50,7 +51,7 @@ class Run:
         # The other key is that of the steps' draws.
         key, _ = jax.random.split(jax.random.key(self.settings.train.seed))
         draw = functools.partial(
-            train_state.init_state,
+            new_state.draw,
             layers=self.settings.layers,
             param_dtype=self.settings.execution.param_dtype,
             optimizer=self.learner.optimizer,
@@ -151,7 +152,7 @@ def assemble(
     specs = inventory.specs(settings.layers)
     optimizer = make_optimizer(settings.optimizer, settings.train.train_steps, specs)
     learner = Learner(
-        model=transformer.build(
+        model=build(
             settings.model,
             settings.router,
             settings.execution,
@@ -165,13 +166,15 @@ def assemble(
         seed=settings.train.seed,
         rounding=settings.optimizer.rounding,
     )
-    shapes = train_state.abstract_state(
+    shapes = new_state.abstract(
         settings.layers, settings.execution.param_dtype, optimizer
     )
-    state_axes = train_state.logical_axes(shapes, settings.layers)
-    if problems := rules.problems(mesh, shapes, state_axes, learner.model.grid.table):
+    state_axes = new_state.logical_axes(shapes, settings.layers)
+    if problems := placement.problems(
+        mesh, shapes, state_axes, learner.model.grid.table
+    ):
         raise ConfigError(config.where, problems)
-    shardings = train_state.shardings(shapes, state_axes, mesh, settings.partition)
+    shardings = new_state.shardings(shapes, state_axes, mesh, settings.partition)
     if settings.optimizer.offload:
         if mesh.devices.flat[0].platform == "cpu":
             raise ConfigError(

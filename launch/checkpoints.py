@@ -24,7 +24,7 @@ from launch import distributed
 from launch.assemble import Run
 from launch.errors import UserError
 from launch.settings import Settings
-from moe.training.state import TrainState
+from moe.training.train_state import TrainState
 from tasks.manifest import Manifest as StoreManifest
 
 FOLDER = "checkpoints"

@@ -21,7 +21,7 @@ from moe.dispatch import auto
 from moe.model.feed_forward import grouped_method
 from moe.routing.capacity import capacity, mean_choices, never_drops
 from moe.settings import RouterSettings, SparseSettings
-from partitioning import rules
+from partitioning import placement
 from partitioning.mesh import describe
 from tasks.store import TokenStore, is_there
 
@@ -41,7 +41,7 @@ def main(config: ResolvedConfig, options: argparse.Namespace) -> int:
         knobs.add_row(knob.macro, repr(knob.value), knob.origin)
     console.print(knobs)
 
-    placement = Table(
+    shown = Table(
         "array",
         "shape",
         "logical axes",
@@ -50,15 +50,13 @@ def main(config: ResolvedConfig, options: argparse.Namespace) -> int:
         title="Placement of parameters, optimizer state and batch",
         title_justify="left",
     )
-    placement.columns[-1].justify = "right"
-    rows = rules.placement_table(
-        run.mesh, run.shapes, run.axes, run.learner.model.grid.table
-    )
+    shown.columns[-1].justify = "right"
+    rows = placement.table(run.mesh, run.shapes, run.axes, run.learner.model.grid.table)
     batch_axes = dict.fromkeys(run.batch_shapes(), ("batch", "length"))
-    rows += rules.placement_table(run.mesh, run.batch_shapes(), batch_axes)
+    rows += placement.table(run.mesh, run.batch_shapes(), batch_axes)
     for *words, size in rows:
-        placement.add_row(*words, f"{size:,}")
-    console.print(placement)
+        shown.add_row(*words, f"{size:,}")
+    console.print(shown)
 
     summary = Table.grid(padding=(0, 2))
     for name, value in facts(config, run, store):

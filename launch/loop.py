@@ -31,7 +31,7 @@ from launch.feed import Feed
 from launch.progress import TrainProgress
 from launch.settings import LoopSettings
 from launch.writers import MetricWriter, NoMetrics
-from moe.training.state import TrainState
+from moe.training.train_state import TrainState
 from tasks.batches import Batches
 
 _STOPPED = {signal.SIGINT: EXIT_INTERRUPTED, signal.SIGTERM: EXIT_PREEMPTED}

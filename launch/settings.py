@@ -8,6 +8,7 @@ import partitioning.settings
 import tasks.settings
 from launch import division
 from moe import architecture
+from moe.layers import Layers
 from moe.settings import (
     ExecutionSettings,
     LossSettings,
@@ -129,7 +130,7 @@ class Settings:
     sample: SampleSettings
 
     @property
-    def layers(self) -> architecture.Model:
+    def layers(self) -> Layers:
         """What the model's words mean for each layer."""
         return architecture.describe(self.model, self.router)
 

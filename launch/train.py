@@ -36,7 +36,7 @@ from launch.task_metrics import EvalStep, TaskMetrics
 from launch.terminal import waiting
 from launch.writers import MetricWriter, NoMetrics, read_metrics
 from moe import architecture
-from moe.training.state import TrainState
+from moe.training.train_state import TrainState
 from tasks.batches import Batches
 from tasks.store import TokenStore
 

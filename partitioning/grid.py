@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from partitioning import rules
-from partitioning.mesh import fastest_first
+from partitioning.links import fastest_first
 from partitioning.settings import AXES, UNCUT, PartitionSettings
 
 

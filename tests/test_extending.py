@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from moe import architecture
-from moe.architecture import Sublayer
 from moe.dispatch import auto
+from moe.layers import Sublayer
 from moe.model import block, exchange, inventory, sparse, transformer
 from moe.model.execution import Execution
 from moe.model.view import Routed

@@ -134,7 +134,7 @@ def _compile(
         )
     )
     from launch.assemble import assemble
-    from partitioning.mesh import fastest_first
+    from partitioning.links import fastest_first
 
     devices = describe(topology)
     start = time.monotonic()

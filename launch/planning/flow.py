@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 from launch.planning.local import Local
-from moe.architecture import Block
+from moe.layers import Block
 from partitioning.settings import AXES
 
 EXCHANGE = "all_to_all"

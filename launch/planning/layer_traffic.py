@@ -11,7 +11,7 @@ from launch.planning.flow import (
     times,
 )
 from launch.planning.local import FLOAT32, Local
-from moe.architecture import Block, of_kind
+from moe.layers import Block, of_kind
 from moe.routing.capacity import capacity
 from moe.settings import SparseSettings
 

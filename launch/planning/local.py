@@ -12,9 +12,9 @@ from typing import Any
 
 from launch.planning.chips import CHIPS
 from launch.settings import Settings
-from moe import architecture
 from moe.dispatch import auto
 from moe.dispatch.room import Room, room_for
+from moe.layers import Block, Layers, Stack, of_kind, with_routers
 from moe.model import inventory
 from moe.model.attention import kernel_method
 from moe.model.feed_forward.dense import GATED
@@ -26,9 +26,9 @@ from moe.settings import (
     RouterSettings,
     SparseSettings,
 )
-from moe.training import state as train_state
+from moe.training import new_state
 from moe.training.optimizer import make_optimizer
-from partitioning import rules
+from partitioning import placement, rules
 from partitioning.settings import AXES, FASTEST_FIRST
 
 BYTES = {"float32": 4, "bfloat16": 2}
@@ -150,13 +150,13 @@ class Local:
         return self.piece_tokens if parallel else self.tokens
 
     @property
-    def stack(self) -> architecture.Stack:
+    def stack(self) -> Stack:
         """The layers of the model."""
         return self.settings.layers.decoder
 
-    def remat(self, block: architecture.Block) -> str:
+    def remat(self, block: Block) -> str:
         """Returns what the backward pass of a layer keeps."""
-        sparse = bool(architecture.of_kind(block, "sparse"))
+        sparse = bool(of_kind(block, "sparse"))
         return self.settings.execution.remat_of(sparse=sparse)
 
     def transport(self, s: SparseSettings) -> tuple[str, str]:
@@ -295,10 +295,10 @@ def weights(
     return tuple(parameters), tuple(others)
 
 
-def _of_shapes(settings: Settings) -> tuple[architecture.Model, str, OptimizerSettings]:
+def _of_shapes(settings: Settings) -> tuple[Layers, str, OptimizerSettings]:
     """What shapes depend on; all else as one, so that a search asks only once."""
     bare = RouterSettings()
-    layers = architecture.with_routers(
+    layers = with_routers(
         settings.layers,
         lambda router: dataclasses.replace(
             bare, family=router.family, selection_bias=router.selection_bias
@@ -309,17 +309,17 @@ def _of_shapes(settings: Settings) -> tuple[architecture.Model, str, OptimizerSe
 
 @functools.lru_cache(maxsize=16)
 def _state(
-    layers: architecture.Model, param_dtype: str, optimizer: OptimizerSettings
+    layers: Layers, param_dtype: str, optimizer: OptimizerSettings
 ) -> list[tuple[str, Any, tuple]]:
     """Path, shape and logical axes of the train state; the same on every mesh."""
     transformation = make_optimizer(optimizer, 1, inventory.specs(layers))
-    shapes = train_state.abstract_state(layers, param_dtype, transformation)
-    return rules.leaves(shapes, train_state.logical_axes(shapes, layers))
+    shapes = new_state.abstract(layers, param_dtype, transformation)
+    return placement.leaves(shapes, new_state.logical_axes(shapes, layers))
 
 
 def by_block(
-    parameters: tuple[Weight, ...], stack: architecture.Stack
-) -> list[tuple[architecture.Block, list[Weight]]]:
+    parameters: tuple[Weight, ...], stack: Stack
+) -> list[tuple[Block, list[Weight]]]:
     """Groups the parameters that are used together, layer by layer."""
     found: dict[tuple[int, int], list[Weight]] = {}
     for weight in parameters:

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from launch.planning import local
 from launch.planning.local import BYTES, FLOAT32, Local, Weight
 from launch.settings import Settings
-from moe.architecture import Block, of_kind
+from moe.layers import Block, of_kind
 from moe.routing.capacity import capacity
 from moe.settings import DenseSettings, HeadsSettings, SparseSettings
 from tasks import objectives

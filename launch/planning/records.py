@@ -63,7 +63,7 @@ class Compiled:
         largest_buffers: the largest values.
         unknown_loops: loops counted once for want of a number of trips.
         notes: what was said on the way, such as of a torus that had to be cut.
-        fastest_first: the mesh axes in the order of `partitioning.mesh.fastest_first`;
+        fastest_first: the mesh axes in the order of `partitioning.links.fastest_first`;
             by default that of programs made before there was one.
         evaluation: the other program of a run, why there is none, or None if it was
             not asked for.

@@ -269,7 +269,7 @@ def axis_bandwidth(
 
 
 def fastest_first(topology: Topology, mesh: MeshSettings) -> tuple[str, ...]:
-    """Orders the axes as `partitioning.mesh.fastest_first` does on those devices.
+    """Orders the axes as `partitioning.links.fastest_first` does on those devices.
 
     Which sides are closed cannot be seen there, and so does not count here either.
     """

@@ -11,7 +11,7 @@ from launch.planning import local
 from launch.planning.flow import forward_passes, repeats
 from launch.planning.local import BYTES, FLOAT32, Local
 from launch.settings import Settings
-from moe.architecture import Block, of_kind
+from moe.layers import Block, of_kind
 from moe.routing.capacity import mean_choices
 from moe.settings import DenseSettings, HeadsSettings, SparseSettings
 

@@ -15,8 +15,8 @@ from launch.settings import Settings
 from moe import architecture
 from moe.routing.assignment import Trace
 from moe.testing.whole_arrays import forward
-from moe.training import state as train_state
-from moe.training.state import TrainState
+from moe.training import new_state
+from moe.training.train_state import TrainState
 from moe.training.train_step import Learner, eval_step, train_step
 from partitioning import rules
 
@@ -114,11 +114,11 @@ class Bench:
         """Takes one real train step, with an optimizer that records."""
         run, settings = self.run, self.run.settings
         optimizer = recording(run.learner.optimizer)
-        shapes = train_state.abstract_state(
+        shapes = new_state.abstract(
             settings.layers, settings.execution.param_dtype, optimizer
         )
-        axes = train_state.logical_axes(shapes, settings.layers)
-        places = train_state.shardings(shapes, axes, run.mesh, settings.partition)
+        axes = new_state.logical_axes(shapes, settings.layers)
+        places = new_state.shardings(shapes, axes, run.mesh, settings.partition)
         learner = _with_optimizer(run.learner, optimizer, places)
         zero = np.zeros((), np.int32)
         state = TrainState(

@@ -17,9 +17,9 @@ from launch.verification.meshes import describe
 from launch.verification.shrink import Shrunk
 from moe import architecture
 from moe.model import inventory
-from moe.training import state as train_state
+from moe.training import new_state
 from moe.training.optimizer import make_optimizer
-from partitioning import rules
+from partitioning import placement, rules
 from partitioning.settings import AXES, MeshSettings
 
 _MOST_NAMED = 4  # quantities that differ, in the last line
@@ -108,17 +108,17 @@ def refuse_what_does_not_divide(
     settings = config.settings
     specs = inventory.specs(settings.layers)
     optimizer = make_optimizer(settings.optimizer, settings.train.train_steps, specs)
-    shapes = train_state.abstract_state(
+    shapes = new_state.abstract(
         settings.layers, settings.execution.param_dtype, optimizer
     )
-    state_axes = train_state.logical_axes(shapes, settings.layers)
+    state_axes = new_state.logical_axes(shapes, settings.layers)
     table = rules.table(settings.partition)
     found = []
     for mesh in asked:
         abstract = AbstractMesh(tuple(getattr(mesh, axis) for axis in AXES), AXES)
         found += [
             f"on {describe(mesh)}: {problem}"
-            for problem in rules.problems(abstract, shapes, state_axes, table)  # type: ignore[arg-type]
+            for problem in placement.problems(abstract, shapes, state_axes, table)  # type: ignore[arg-type]
         ]
     if found:
         raise ConfigError(config.where, found)

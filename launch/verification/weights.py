@@ -7,12 +7,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from moe import architecture
+from moe.layers import Layers
 from moe.model import inventory
 from moe.model.parameters import Spec
 
 
-def draw(seed: int, layers: architecture.Model) -> Any:
+def draw(seed: int, layers: Layers) -> Any:
     """Draws parameters as NumPy arrays, each by its own name.
 
     Not those that training starts from: gates of an untrained router are all alike,

@@ -4,7 +4,7 @@ from typing import Any
 
 import jax
 
-from moe.architecture import Block, Stack
+from moe.layers import Block, Stack
 from moe.model import norms, sparse
 from moe.model.attention import heads
 from moe.model.dropout import dropout

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from moe import architecture
+from moe.layers import with_routers
 from moe.model import head, inventory, stack, transformer, view
 from moe.model.transformer import Model
 from partitioning import rules
@@ -238,7 +238,7 @@ def _memory_specs(model: Model) -> Any:
 
 def _grouped(model: Model, group_size: int) -> Model:
     """The same model, routing the given tokens of each sequence together."""
-    layers = architecture.with_routers(
+    layers = with_routers(
         model.layers,
         lambda router: dataclasses.replace(
             router,

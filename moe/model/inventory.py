@@ -11,14 +11,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from moe import architecture
-from moe.architecture import Block, Segment, Stack
+from moe.layers import Block, Layers, Segment, Stack
 from moe.model import block, embedding, norms, parameters
 from moe.model.attention.positions import table_spec
 
 
 @functools.lru_cache(maxsize=64)
-def specs(layers: architecture.Model) -> Any:
+def specs(layers: Layers) -> Any:
     """Describes every parameter, in the tree that `draw` returns."""
     return {
         **embedding.specs(layers.embedding),
@@ -26,7 +25,7 @@ def specs(layers: architecture.Model) -> Any:
     }
 
 
-def draw(layers: architecture.Model, key: jax.Array, param_dtype: str) -> Any:
+def draw(layers: Layers, key: jax.Array, param_dtype: str) -> Any:
     """Draws every parameter; those of a layer by its number, wherever it stands."""
     embedding_key, decoder_key = jax.random.split(key)
     described = embedding.specs(layers.embedding)

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from moe.architecture import Block, Stack
+from moe.layers import Block, Stack
 from moe.model import block
 from moe.model.execution import Execution
 from moe.model.products import gather_weights, gathers_weights

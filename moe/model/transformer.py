@@ -8,17 +8,15 @@ import dataclasses
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import PartitionSpec
 
-from moe import architecture
+from moe.layers import Layers
 from moe.model import embedding, inventory, norms, stack, view
 from moe.model.execution import Execution
 from moe.model.view import Stream
 from moe.routing.assignment import RouterSums
-from moe.settings import ExecutionSettings, ModelSettings, RouterSettings
 from partitioning import rules
 from partitioning.grid import Grid
-from partitioning.settings import UNCUT, PartitionSettings
 
 Batch = dict[str, jax.Array]  # SeqIO's decoder features, each [B, L]
 
@@ -32,7 +30,7 @@ class Model:
         execution: how it is computed.
     """
 
-    layers: architecture.Model
+    layers: Layers
     execution: Execution
 
     @property
@@ -50,18 +48,6 @@ class Model:
         """How every parameter is cut, the same tree as the parameters."""
         table = self.grid.table
         return jax.tree.map(lambda spec: rules.spec(spec.axes, table), self.specs)
-
-
-def build(
-    model: ModelSettings,
-    router: RouterSettings,
-    execution: ExecutionSettings,
-    mesh: Mesh,
-    partition: PartitionSettings = UNCUT,
-) -> Model:
-    """Describes a model without allocating it."""
-    layers = architecture.describe(model, router)
-    return Model(layers, Execution(execution, mesh, partition))
 
 
 def hidden(

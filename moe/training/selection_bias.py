@@ -6,12 +6,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from moe import architecture
+from moe.layers import Layers
 from moe.training.losses import RouterTotals
 
 
 def move_selection_biases(
-    params: Any, router: Sequence[RouterTotals], layers: architecture.Model
+    params: Any, router: Sequence[RouterTotals], layers: Layers
 ) -> Any:
     """Moves each expert's selection bias against its load in this batch.
 

@@ -16,7 +16,7 @@ from moe.settings import LossSettings
 from moe.training import losses
 from moe.training.precision import MasterState, apply_updates
 from moe.training.selection_bias import move_selection_biases
-from moe.training.state import TrainState
+from moe.training.train_state import TrainState
 from partitioning import rules
 
 _ROUNDING = 2**31 - 1  # no layer has this number, by which the other draws are keyed

@@ -17,6 +17,7 @@ from launch import evaluate
 from launch.task_metrics import TaskMetrics
 from moe import architecture
 from moe.model import inventory, transformer
+from moe.model.build import build
 from moe.settings import (
     ExecutionSettings,
     LossSettings,
@@ -206,19 +207,19 @@ def parameters():
     )
 
 
-def build(mesh: str) -> transformer.Model:
-    return transformer.build(MODEL, ROUTER, EXECUTION, make_mesh(MESHES[mesh]))
+def model_of(mesh: str) -> transformer.Model:
+    return build(MODEL, ROUTER, EXECUTION, make_mesh(MESHES[mesh]))
 
 
 def make_learner(mesh: str) -> Learner:
     """What scores; it is never asked to learn."""
     nothing = optax.identity()
-    return Learner(build(mesh), nothing, lambda _: 0.0, LossSettings(), 1, seed=0)
+    return Learner(model_of(mesh), nothing, lambda _: 0.0, LossSettings(), 1, seed=0)
 
 
 def make_run(mesh: str, model_dir, data: DataSettings = DATA):
     """What evaluation reads of a `launch.assemble.Run`."""
-    model = build(mesh)
+    model = model_of(mesh)
     settings = types.SimpleNamespace(
         data=data,
         layers=LAYERS,

@@ -30,7 +30,7 @@ CAUSAL = dataclasses.replace(
 
 @functools.cache
 def compiled_forward():
-    return jax.jit(functools.partial(forward, scored.build("d1")))
+    return jax.jit(functools.partial(forward, scored.model_of("d1")))
 
 
 def log_probabilities(rows) -> np.ndarray:

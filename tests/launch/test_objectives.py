@@ -26,7 +26,8 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from launch.writers import read_metrics
 from moe import architecture
-from moe.model import inventory, transformer
+from moe.model import inventory
+from moe.model.build import build
 from moe.settings import LossSettings
 from moe.testing import MESHES
 from moe.training import losses
@@ -520,7 +521,7 @@ def test_gradients_of_prefixes_are_those_of_targets_on_any_mesh_in_any_pieces(st
     def learnt(name: str, microbatches: int, batch) -> tuple:
         mesh = make_mesh(MESHES[name])
         learner = Learner(
-            transformer.build(model, router, scored.EXECUTION, mesh),
+            build(model, router, scored.EXECUTION, mesh),
             *(None, None, LossSettings(), microbatches, 0),
         )
 

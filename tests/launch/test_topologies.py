@@ -14,7 +14,8 @@ from jax.experimental import mesh_utils
 from launch.planning import topologies, torus
 from launch.planning.chips import CHIPS, GIB
 from launch.planning.topologies import TopologyError, axis_bandwidth, parse
-from partitioning.mesh import fastest_first, make_mesh
+from partitioning.links import fastest_first
+from partitioning.mesh import make_mesh
 from partitioning.settings import AXES, MeshSettings
 
 pytestmark = pytest.mark.fast

@@ -23,7 +23,8 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
-from moe.model import parameters, transformer
+from moe.model import parameters
+from moe.model.build import build
 from moe.settings import ExecutionSettings, ModelSettings, RouterSettings
 from moe.testing.whole_arrays import forward
 from partitioning import rules
@@ -51,7 +52,7 @@ def main(topology: str, dtype: str, kernel: str) -> None:
     execution = ExecutionSettings(
         dtype=dtype, attention_block=0, attention_kernel=kernel
     )
-    model = transformer.build(MODEL, RouterSettings(), execution, mesh)
+    model = build(MODEL, RouterSettings(), execution, mesh)
     shapes = parameters.shapes(model.specs, "float32")
     params = jax.tree.map(
         lambda shape, spec: jax.ShapeDtypeStruct(

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import pytest
 
 from moe import accounting
-from moe.model import parameters, transformer
+from moe.model import parameters
+from moe.model.build import build
 from moe.routing.capacity import capacity
 from moe.settings import ExecutionSettings, ModelSettings, RouterSettings
 from moe.testing import MESHES
@@ -250,7 +251,7 @@ def xla_flops_per_token(model: ModelSettings, router: RouterSettings) -> float:
         remat="none",
     )
     mesh = make_mesh(MESHES["d1"])
-    described = transformer.build(model, router, execution, mesh)
+    described = build(model, router, execution, mesh)
     shapes = parameters.shapes(described.specs, "float32")
     names = ("decoder_input_tokens", "decoder_positions", "decoder_segment_ids")
     batch = {name: jax.ShapeDtypeStruct((B, L), jnp.int32) for name in names}

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from moe import architecture
+from moe.layers import Stack, locate
 from moe.settings import ModelSettings, RouterSettings
 
 pytestmark = pytest.mark.fast
@@ -15,12 +16,12 @@ MODEL = ModelSettings(
 ROUTER = RouterSettings()
 
 
-def stack_of(**changes) -> architecture.Stack:
+def stack_of(**changes) -> Stack:
     model = dataclasses.replace(MODEL, **changes)
     return architecture.describe(model, ROUTER).decoder
 
 
-def written(stack: architecture.Stack) -> str:
+def written(stack: Stack) -> str:
     """Each layer's last sublayer, segment by segment: "d" or "s"."""
     return " ".join(
         f"{segment.repeats}({''.join(block[-1].kind[0] for block in segment.blocks)})"
@@ -49,7 +50,7 @@ def test_layers_repeat_in_these_segments(changes, segments):
 
 def test_every_layer_is_found_where_it_is():
     stack = stack_of(moe_every=2, first_dense_layers=3)
-    places = [architecture.locate(stack, layer) for layer in range(7)]
+    places = [locate(stack, layer) for layer in range(7)]
     assert places == [
         *[(0, repeat, 0) for repeat in range(3)],
         *[(1, repeat, block) for repeat in range(2) for block in range(2)],
@@ -57,7 +58,7 @@ def test_every_layer_is_found_where_it_is():
     for layer, (segment, repeat, block) in enumerate(places):
         assert stack.segments[segment].numbers(block)[repeat] == layer
     with pytest.raises(IndexError, match="layer 7 of 7"):
-        architecture.locate(stack, 7)
+        locate(stack, 7)
 
 
 def test_sparse_layers_are_told_by_their_numbers():

@@ -10,6 +10,7 @@ import pytest
 
 from moe import architecture
 from moe.model import decoding, inventory, parameters, transformer
+from moe.model.build import build
 from moe.model.decoding import NEVER, empty_memories, extend, generate, keep_likely
 from moe.settings import ExecutionSettings, ModelSettings, RouterSettings
 from moe.testing import MESHES
@@ -71,15 +72,15 @@ def params_of(name: str):
     )
 
 
-def build(name: str, group_size: int, mesh="d1") -> transformer.Model:
+def model_of(name: str, group_size: int, mesh="d1") -> transformer.Model:
     settings, router, execution = MODELS[name]
     router = dataclasses.replace(router, group_size=group_size)
-    return transformer.build(settings, router, execution, make_mesh(MESHES[mesh]))
+    return build(settings, router, execution, make_mesh(MESHES[mesh]))
 
 
 @functools.cache
 def compiled_forward(name: str):
-    return jax.jit(functools.partial(forward, build(name, L)))
+    return jax.jit(functools.partial(forward, model_of(name, L)))
 
 
 def full_forward(name: str, tokens_BL, **features) -> np.ndarray:
@@ -96,7 +97,7 @@ def full_forward(name: str, tokens_BL, **features) -> np.ndarray:
 
 @functools.cache
 def compiled_piece(name: str, length: int):
-    return jax.jit(functools.partial(extend, build(name, length)))
+    return jax.jit(functools.partial(extend, model_of(name, length)))
 
 
 @pytest.mark.parametrize(
@@ -109,7 +110,7 @@ def compiled_piece(name: str, length: int):
 )
 def test_a_sequence_read_in_pieces_has_the_logits_of_the_full_forward(name, lengths):
     tokens_BL = np.random.default_rng(1).integers(0, V, (B, L)).astype(np.int32)
-    memories, logits, start = empty_memories(build(name, L), B, L), [], 0
+    memories, logits, start = empty_memories(model_of(name, L), B, L), [], 0
     for length in lengths:
         piece_BLV, memories = compiled_piece(name, length)(
             params_of(name),
@@ -133,7 +134,7 @@ def test_a_long_prompt_is_attended_in_blocks(length):
     settings = dataclasses.replace(SPARSE, moe_every=0)
     execution = dataclasses.replace(EXECUTION, attention_block=16)
     mesh = make_mesh(MESHES["d1"])
-    model = transformer.build(settings, RouterSettings(), execution, mesh)
+    model = build(settings, RouterSettings(), execution, mesh)
     room = 41  # a dimension that nothing else has
     jaxpr = jax.make_jaxpr(functools.partial(extend, model))(
         shapes_of(settings),
@@ -160,7 +161,7 @@ def test_a_sequence_of_the_length_of_a_block_keeps_no_scores_for_the_way_back():
         settings = dataclasses.replace(SPARSE, moe_every=0)
         execution = dataclasses.replace(EXECUTION, attention_block=block)
         mesh = make_mesh(MESHES["d1"])
-        model = transformer.build(settings, RouterSettings(), execution, mesh)
+        model = build(settings, RouterSettings(), execution, mesh)
         features = ("input_tokens", "positions", "segment_ids")
         ones_BL = np.ones((B, length), np.int32)
         batch = {f"decoder_{name}": ones_BL for name in features}
@@ -183,7 +184,7 @@ def compiled_generate(name: str, mesh: str, temperature: float, **choices):
     return jax.jit(
         functools.partial(
             generate,
-            build(name, L, mesh),
+            model_of(name, L, mesh),
             num_tokens=NUM_TOKENS,
             vocabulary_size=VOCABULARY_SIZE,
             temperature=temperature,
@@ -285,7 +286,7 @@ def test_padding_before_a_prompt_takes_no_slot_of_an_expert(monkeypatch):
     monkeypatch.setattr(decoding, "extend", noting)
     _, length_B = prompts = random_prompts(0)
     key, choices = jax.random.key(0), {"vocabulary_size": V, "temperature": 0.0}
-    generate(build("top1", L), None, *prompts, key, num_tokens=1, **choices)
+    generate(model_of("top1", L), None, *prompts, key, num_tokens=1, **choices)
     for mask_L, length in zip(masks[0], length_B, strict=True):
         padding = [False] * (4 - length)
         assert mask_L.tolist() == padding + [True] * (length + 1)

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 
 from moe import architecture
+from moe.layers import of_kind
 from moe.model import inventory, parameters, transformer, view
 from moe.model.attention import heads
+from moe.model.build import build
 from moe.model.feed_forward import dense, experts
 from moe.model.head import projection, score_targets
 from moe.model.view import Stream
@@ -69,13 +71,13 @@ def params_of(settings: ModelSettings):
 
 
 @functools.cache
-def build(settings, router: RouterSettings, execution=EXECUTION, mesh="d1"):
-    return transformer.build(settings, router, execution, make_mesh(MESHES[mesh]))
+def model_of(settings, router: RouterSettings, execution=EXECUTION, mesh="d1"):
+    return build(settings, router, execution, make_mesh(MESHES[mesh]))
 
 
 @functools.cache
 def compiled_forward(settings, router: RouterSettings, execution, mesh="d1"):
-    model = build(settings, router, execution, mesh)
+    model = model_of(settings, router, execution, mesh)
     return jax.jit(functools.partial(whole_arrays.forward, model))
 
 
@@ -171,9 +173,9 @@ def test_a_packed_document_has_the_logits_it_has_alone():
 
 
 def test_attention_sees_differences_of_positions_only():
-    model = build(DENSE, TOP1)
+    model = model_of(DENSE, TOP1)
     (block,) = model.layers.decoder.kinds_of_layers
-    (settings,) = architecture.of_kind(block, "heads")
+    (settings,) = of_kind(block, "heads")
     layers = params_of(DENSE)["decoder"]["layers"]
     weights = jax.tree.map(lambda x: x[0], layers[0][0]["attention"])
     x_BLM = np.random.default_rng(2).normal(size=(1, L, 8)).astype(np.float32)
@@ -269,7 +271,7 @@ def test_gated_activations_have_a_gate_beside_every_up_projection(activation):
     assert sizes[f"{above}/down"] == (1, E, F, M)
     assert not [path for path in sizes if path.endswith("/gate")]
     logits_BLV, _ = jax.eval_shape(
-        functools.partial(whole_arrays.forward, build(settings, TOP2)),
+        functools.partial(whole_arrays.forward, model_of(settings, TOP2)),
         shapes(settings),
         make_batch(tokens()),
         ROWS,
@@ -289,7 +291,7 @@ def test_layers_at_the_bottom_are_dense_and_those_above_them_repeat():
     for block, number in ((first, 3), (below, 2), (above, 2)):
         assert {x.shape[0] for x in jax.tree.leaves(block)} == {number}
     _, (sums,) = jax.eval_shape(
-        functools.partial(whole_arrays.forward, build(settings, TOP2)),
+        functools.partial(whole_arrays.forward, model_of(settings, TOP2)),
         tree,
         make_batch(tokens()),
         ROWS,
@@ -380,7 +382,7 @@ def test_a_dense_model_has_one_segment_whatever_its_first_layers(first):
 def test_a_model_without_experts_has_no_router_and_no_sums():
     assert "sparse" not in shapes(DENSE)["decoder"]["layers"][0][0]
     _, sums = jax.eval_shape(
-        functools.partial(whole_arrays.forward, build(DENSE, TOP2)),
+        functools.partial(whole_arrays.forward, model_of(DENSE, TOP2)),
         shapes(DENSE),
         make_batch(tokens()),
         ROWS,
@@ -393,7 +395,7 @@ def test_a_model_without_experts_has_no_router_and_no_sums():
 
 
 def loss_of(params, execution: ExecutionSettings, settings: ModelSettings = MODEL):
-    model, batch = build(settings, TOP1, execution), make_batch(tokens())
+    model, batch = model_of(settings, TOP1, execution), make_batch(tokens())
     x_BLM, router = transformer.hidden(model, params, batch, ROWS, jax.random.key(7))
     head_MV = projection(params, model.layers.embedding)
     scores = score_targets(head_MV, x_BLM, tokens(), model.execution)
@@ -513,7 +515,7 @@ def test_dropout_depends_on_the_global_row_of_a_sequence_alone():
     ],
 )
 def test_nothing_is_drawn_that_is_switched_off(settings, router, draws):
-    model = build(
+    model = model_of(
         dataclasses.replace(MODEL, **settings), dataclasses.replace(TOP2, **router)
     )
 

@@ -18,7 +18,7 @@ from moe.training.optimizer import (
     make_schedule,
     state_axes,
 )
-from partitioning import rules
+from partitioning import placement
 
 LAYERS, EXPERTS, IN, OUT = 2, 3, 128, 160  # from 128 on Adafactor factors a dimension
 ADAFACTOR = OptimizerSettings(
@@ -216,7 +216,7 @@ def axes_by_path(settings: OptimizerSettings) -> dict[str, tuple]:
     optimizer = make_optimizer(settings, STEPS, specs)
     state = jax.eval_shape(optimizer.init, shapes)
     table = {}
-    for path, array, array_axes in rules.leaves(state, state_axes(state, specs)):
+    for path, array, array_axes in placement.leaves(state, state_axes(state, specs)):
         assert len(array_axes) == array.ndim, path
         table[path] = array.shape, array_axes
     return table
@@ -232,13 +232,13 @@ def test_the_moments_of_adamw_have_the_axes_of_their_parameters():
     shapes, specs = tiny()
     axes = parameters.axes(specs)
     table = axes_by_path(ADAMW)
-    for path, array, array_axes in rules.leaves(shapes, axes):
+    for path, array, array_axes in placement.leaves(shapes, axes):
         for moment in ("mu", "nu"):
             (where,) = (name for name in table if name.endswith(f"/{moment}/{path}"))
             assert table[where] == (array.shape, of_moment(array_axes))
     counters = [entry for path, entry in table.items() if path.endswith("count")]
     assert counters == [((), ())] * 2
-    assert len(table) == 2 * len(rules.leaves(shapes, axes)) + len(counters)
+    assert len(table) == 2 * len(placement.leaves(shapes, axes)) + len(counters)
 
 
 # Whole moment, row moment and column moment of one parameter of each kind. Where rows
@@ -281,7 +281,7 @@ def test_the_first_moment_of_adafactor_has_the_axes_of_its_parameter():
     axes = parameters.axes(specs)
     with_momentum = axes_by_path(dataclasses.replace(ADAFACTOR, b1=0.9))
     added = with_momentum.keys() - axes_by_path(ADAFACTOR).keys()
-    for path, array, array_axes in rules.leaves(shapes, axes):
+    for path, array, array_axes in placement.leaves(shapes, axes):
         (where,) = (name for name in added if name.endswith(f"/ema/{path}"))
         assert with_momentum[where] == (array.shape, of_moment(array_axes))
 
@@ -296,7 +296,7 @@ def test_moments_follow_the_tree_where_names_repeat():
     state = jax.eval_shape(make_optimizer(ADAMW, STEPS, specs).init, shapes)
     found = {
         path.partition("/mu/")[2]: axes
-        for path, _, axes in rules.leaves(state, state_axes(state, specs))
+        for path, _, axes in placement.leaves(state, state_axes(state, specs))
         if "/mu/" in path
     }
     assert found == {"a/t": ("embed_moment", "mlp"), "z/a/t": ("vocab", "embed_moment")}

@@ -9,7 +9,8 @@ import optax
 import pytest
 
 from moe import architecture
-from moe.model import inventory, transformer
+from moe.model import inventory
+from moe.model.build import build
 from moe.model.products import gather
 from moe.settings import (
     ExecutionSettings,
@@ -18,7 +19,7 @@ from moe.settings import (
     OptimizerSettings,
     RouterSettings,
 )
-from moe.training import state as train_state
+from moe.training import new_state
 from moe.training.optimizer import make_optimizer, make_schedule
 from moe.training.precision import apply_updates, moments_in, with_master
 from moe.training.train_step import Learner, train_step
@@ -104,7 +105,7 @@ def learner_of(settings: OptimizerSettings, param_dtype: str) -> Learner:
     )
     mesh = make_mesh(MeshSettings())
     return Learner(
-        model=transformer.build(MODEL, ROUTER, execution, mesh),
+        model=build(MODEL, ROUTER, execution, mesh),
         optimizer=make_optimizer(settings, 10, inventory.specs(LAYERS)),
         schedule=make_schedule(settings, 10),
         loss=LossSettings(),
@@ -137,7 +138,7 @@ def after_steps(rounding: str, param_dtype: str = "bfloat16", steps: int = 2):
     settings = OptimizerSettings(rounding=rounding, warmup_steps=0)
     learner = learner_of(settings, param_dtype)
     state = jax.jit(
-        lambda: train_state.init_state(KEY, LAYERS, param_dtype, learner.optimizer)
+        lambda: new_state.draw(KEY, LAYERS, param_dtype, learner.optimizer)
     )()
     step = jax.jit(functools.partial(train_step, learner=learner))
     for n in range(steps):
@@ -176,7 +177,7 @@ def test_a_step_returns_a_state_of_the_types_it_was_given(
     )
     learner = learner_of(settings, param_dtype)
     state = jax.eval_shape(
-        lambda: train_state.init_state(KEY, LAYERS, param_dtype, learner.optimizer)
+        lambda: new_state.draw(KEY, LAYERS, param_dtype, learner.optimizer)
     )
     after, _ = jax.eval_shape(
         functools.partial(train_step, learner=learner), state, batch(), jnp.int32(0)

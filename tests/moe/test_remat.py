@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe.model import parameters, stack, transformer
+from moe.model import parameters, stack
+from moe.model.build import build
 from moe.settings import ExecutionSettings, ModelSettings, RouterSettings
 from moe.testing.jaxprs import equations
 from moe.testing.whole_arrays import forward
-from partitioning import rules
+from partitioning import placement, rules
 from partitioning.mesh import make_mesh
 from partitioning.settings import UNCUT, MeshSettings, PartitionSettings
 
@@ -40,7 +41,7 @@ def kept(
     partition: PartitionSettings = UNCUT,
 ) -> set[tuple[int, ...]]:
     """Shapes of one period of what the loops over periods carry and keep."""
-    model = transformer.build(MODEL, ROUTER, execution, make_mesh(mesh), partition)
+    model = build(MODEL, ROUTER, execution, make_mesh(mesh), partition)
     params = parameters.shapes(model.specs, "float32")
     tokens = jax.ShapeDtypeStruct((B, L), np.int32)
     names = ("input_tokens", "segment_ids", "positions")
@@ -65,10 +66,10 @@ def kept(
 def layer_shapes(mesh: MeshSettings, partition: PartitionSettings) -> dict:
     """The matrices of the layers as one device has them."""
     placed, table = make_mesh(mesh), rules.table(partition)
-    specs = transformer.build(MODEL, ROUTER, EXECUTION, placed).specs
+    specs = build(MODEL, ROUTER, EXECUTION, placed).specs
     return {
         path: rules.sharding(placed, names, table).shard_shape(array.shape)[1:]
-        for path, array, names in rules.leaves(specs, parameters.axes(specs))
+        for path, array, names in placement.leaves(specs, parameters.axes(specs))
         if path.startswith("decoder/layers") and "norm" not in path
     }
 

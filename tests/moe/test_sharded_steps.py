@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from moe.model import transformer
+from moe.model.build import build
 from moe.settings import (
     ExecutionSettings,
     LossSettings,
@@ -19,8 +19,9 @@ from moe.settings import (
     OptimizerSettings,
     RouterSettings,
 )
-from moe.training import state as train_state
+from moe.training import new_state
 from moe.training.optimizer import make_optimizer, make_schedule
+from moe.training.train_state import TrainState
 from moe.training.train_step import Learner, train_step
 from partitioning import grid, rules
 from partitioning.mesh import make_mesh
@@ -205,7 +206,7 @@ def learner_of(case: Case) -> Learner:
     execution = dataclasses.replace(EXECUTIONS[case.model], remat=case.remat)
     named = MODELS[case.model], ROUTERS[case.model]
     mesh = make_mesh(case.mesh)
-    model = transformer.build(*named, execution, mesh, case.partition)
+    model = build(*named, execution, mesh, case.partition)
     return Learner(
         model=model,
         optimizer=make_optimizer(OPTIMIZER, 100, model.specs),
@@ -217,11 +218,11 @@ def learner_of(case: Case) -> Learner:
 
 
 @functools.cache
-def start(model: str) -> train_state.TrainState:
+def start(model: str) -> TrainState:
     """The state of step 0, in which no bias is zero."""
     learner = learner_of(Case(model))
     draw = functools.partial(
-        train_state.init_state,
+        new_state.draw,
         layers=learner.model.layers,
         param_dtype="float32",
         optimizer=learner.optimizer,
@@ -234,13 +235,13 @@ def start(model: str) -> train_state.TrainState:
     return dataclasses.replace(state, params=params)
 
 
-def step(case: Case) -> tuple[train_state.TrainState, dict]:
+def step(case: Case) -> tuple[TrainState, dict]:
     """The state after one step under the placement of a real run, and metrics."""
     learner, state = learner_of(case), start(case.model)
     model = learner.model
     mesh = model.execution.mesh
-    axes = train_state.logical_axes(state, model.layers)
-    places = train_state.shardings(state, axes, mesh, case.partition)
+    axes = new_state.logical_axes(state, model.layers)
+    places = new_state.shardings(state, axes, mesh, case.partition)
     run = jax.jit(
         functools.partial(train_step, learner=learner),
         in_shardings=(
@@ -255,11 +256,11 @@ def step(case: Case) -> tuple[train_state.TrainState, dict]:
 
 
 @functools.cache
-def on_one_device(model: str) -> tuple[train_state.TrainState, dict]:
+def on_one_device(model: str) -> tuple[TrainState, dict]:
     return step(Case(model))
 
 
-def adam_of(state: train_state.TrainState) -> optax.ScaleByAdamState:
+def adam_of(state: TrainState) -> optax.ScaleByAdamState:
     """The moments."""
     parts = jax.tree.leaves(state.opt_state, is_leaf=lambda x: hasattr(x, "mu"))
     (adam,) = (part for part in parts if hasattr(part, "mu"))

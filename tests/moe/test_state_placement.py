@@ -8,9 +8,9 @@ import pytest
 from moe import architecture
 from moe.model import inventory
 from moe.settings import ModelSettings, OptimizerSettings, RouterSettings
-from moe.training import state as train_state
+from moe.training import new_state
 from moe.training.optimizer import make_optimizer
-from partitioning import rules
+from partitioning import placement
 from partitioning.mesh import make_mesh
 from partitioning.settings import MeshSettings, PartitionSettings
 
@@ -38,13 +38,13 @@ def placed(fsdp: str, **partition) -> dict[str, tuple[str, tuple[int, ...]]]:
     mesh = make_mesh(MESH)
     layers = architecture.describe(TINY, ROUTER)
     optimizer = make_optimizer(OptimizerSettings(), 10, inventory.specs(layers))
-    shapes = train_state.abstract_state(layers, "float32", optimizer)
-    named = train_state.logical_axes(shapes, layers)
-    places = jax.tree.leaves(train_state.shardings(shapes, named, mesh, cut))
+    shapes = new_state.abstract(layers, "float32", optimizer)
+    named = new_state.logical_axes(shapes, layers)
+    places = jax.tree.leaves(new_state.shardings(shapes, named, mesh, cut))
     return {
         path: (written(place.spec), place.shard_shape(array.shape))
         for (path, array, _), place in zip(
-            rules.leaves(shapes, named), places, strict=True
+            placement.leaves(shapes, named), places, strict=True
         )
     }
 

@@ -16,7 +16,8 @@ import pytest
 from launch.planning.groups import axes, groups_text, members
 from launch.planning.hlo_text import Instruction, Module, arrays
 from moe import architecture
-from moe.model import inventory, parameters, transformer
+from moe.model import inventory, parameters
+from moe.model.build import build
 from moe.settings import (
     ExecutionSettings,
     LossSettings,
@@ -25,7 +26,7 @@ from moe.settings import (
 )
 from moe.training import losses
 from moe.training.train_step import Learner, batch_sums
-from partitioning import rules
+from partitioning import placement, rules
 from partitioning.mesh import make_mesh
 from partitioning.settings import AXES, MeshSettings, PartitionSettings
 
@@ -71,7 +72,7 @@ def compiled(
 ) -> Module:
     """Reads the program of the loss and its gradients."""
     learner = Learner(
-        model=transformer.build(model, ROUTER, EXECUTION, make_mesh(mesh), partition),
+        model=build(model, ROUTER, EXECUTION, make_mesh(mesh), partition),
         optimizer=None,
         schedule=None,
         loss=LossSettings(),
@@ -287,7 +288,7 @@ def test_gradients_are_summed_once_over_the_devices_that_share_a_parameter(name)
 
 def params_of(model: ModelSettings) -> list[tuple[str, parameters.Spec, tuple]]:
     specs = inventory.specs(architecture.describe(model, ROUTER))
-    return rules.leaves(specs, parameters.axes(specs))
+    return placement.leaves(specs, parameters.axes(specs))
 
 
 def local_shapes(

@@ -9,7 +9,8 @@ import jax
 import numpy as np
 import pytest
 
-from moe.model import parameters, transformer
+from moe.model import parameters
+from moe.model.build import build
 from moe.settings import (
     ExecutionSettings,
     LossSettings,
@@ -18,8 +19,7 @@ from moe.settings import (
     RouterSettings,
 )
 from moe.testing import MESHES
-from moe.training import losses
-from moe.training import state as train_state
+from moe.training import losses, new_state
 from moe.training.optimizer import make_optimizer, make_schedule
 from moe.training.train_step import Learner, batch_sums, eval_step, train_step
 from partitioning import rules
@@ -79,7 +79,7 @@ def make_batch(num_rows=B, padding_value=0):
 def make_learner(mesh: str, *, microbatches=1, scope="group", biased=False, **changes):
     execution = dataclasses.replace(EXECUTION, **changes)
     router = BIASED if biased else ROUTER
-    model = transformer.build(MODEL, router, execution, make_mesh(MESHES[mesh]))
+    model = build(MODEL, router, execution, make_mesh(MESHES[mesh]))
     return Learner(
         model=model,
         optimizer=make_optimizer(OPTIMIZER, 100, model.specs),
@@ -95,7 +95,7 @@ def initial_state(*, biased=False):
     """The state of step 0, in host memory."""
     learner = make_learner("d1", biased=biased)
     draw = functools.partial(
-        train_state.init_state,
+        new_state.draw,
         layers=learner.model.layers,
         param_dtype="float32",
         optimizer=learner.optimizer,
@@ -109,8 +109,8 @@ def compile_step(mesh: str, num_rows=B, *, biased=False, **choices):
     learner = make_learner(mesh, biased=biased, **choices)
     model, state = learner.model, initial_state(biased=biased)
     mesh = model.execution.mesh
-    axes = train_state.logical_axes(state, model.layers)
-    places = train_state.shardings(state, axes, mesh)
+    axes = new_state.logical_axes(state, model.layers)
+    places = new_state.shardings(state, axes, mesh)
     step = jax.jit(
         functools.partial(train_step, learner=learner),
         in_shardings=(
@@ -223,7 +223,7 @@ def hlo(mesh: str, remat: str, backward: bool) -> str:
     mesh = learner.model.execution.mesh
     params = initial_state().params
     axes = parameters.axes(learner.model.specs)
-    places = train_state.shardings(params, axes, mesh)
+    places = new_state.shardings(params, axes, mesh)
 
     def loss(params, batch):
         sums, _ = batch_sums(params, batch, jax.random.key(0), learner)

@@ -7,12 +7,8 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh
 
-from partitioning.mesh import (
-    SplitAxesWarning,
-    describe,
-    fastest_first,
-    make_mesh,
-)
+from partitioning.links import fastest_first
+from partitioning.mesh import SplitAxesWarning, describe, make_mesh
 from partitioning.settings import AXES, BATCH_AXES, MeshSettings, problems
 
 pytestmark = pytest.mark.fast

@@ -13,7 +13,7 @@ from moe.model import inventory, parameters
 from moe.settings import ModelSettings, RouterSettings
 from moe.testing import MESHES
 from moe.training.optimizer import MOMENTS
-from partitioning import rules
+from partitioning import placement, rules
 from partitioning.mesh import make_mesh
 from partitioning.settings import AXES, MeshSettings, PartitionSettings
 
@@ -74,7 +74,7 @@ def test_the_table_names_mesh_axes_only_and_no_array_uses_one_twice():
     for table in tables:
         for mesh_axes in table.values():
             assert set(mesh_axes) <= set(AXES)
-    for path, _, axes in rules.leaves(
+    for path, _, axes in placement.leaves(
         specs_of_tiny(), parameters.axes(specs_of_tiny())
     ):
         of_moment = [MOMENTS.get(axis, axis) for axis in axes]
@@ -106,24 +106,24 @@ def test_an_axis_that_is_not_in_the_table_is_an_error():
 def test_every_dimension_that_does_not_divide_is_listed_with_its_numbers():
     shapes = {"a": array(6, 5), "b": {"c": array(12), "d": array(8, 8)}}
     axes = {"a": ("expert", "embed"), "b": {"c": ("batch",), "d": ("expert", None)}}
-    assert rules.problems(mesh_2x4(), shapes, axes) == [
+    assert placement.problems(mesh_2x4(), shapes, axes) == [
         "a: its 'expert' dimension of 6 does not divide over the mesh axes expert of "
         "size 4",
         "b/c: its 'batch' dimension of 12 does not divide over the mesh axes "
         "replica×data×expert of size 8",
     ]
-    assert rules.problems(make_mesh(MeshSettings()), shapes, axes) == []
+    assert placement.problems(make_mesh(MeshSettings()), shapes, axes) == []
 
 
 def test_logical_axes_that_do_not_match_the_dimensions_are_an_error():
     with pytest.raises(ValueError, match="zip"):
-        rules.problems(mesh_2x4(), {"a": array(4, 4)}, {"a": ("expert",)})
+        placement.problems(mesh_2x4(), {"a": array(4, 4)}, {"a": ("expert",)})
 
 
 def test_the_placement_table_gives_the_bytes_on_one_device():
     shapes = {"w": array(4, 6), "x": array(16, 3, dtype=jnp.bfloat16), "n": array()}
     axes = {"w": ("expert", "embed"), "x": ("batch", None), "n": ()}
-    assert sorted(rules.placement_table(mesh_2x4(), shapes, axes)) == [
+    assert sorted(placement.table(mesh_2x4(), shapes, axes)) == [
         ("n", "", "", "", 4),
         ("w", "4×6", "expert, embed", "expert, –", 24),  # 4·6 / 4 experts · 4 bytes
         ("x", "16×3", "batch, –", "replica×data×expert, –", 12),  # 16·3 / 8 · 2 bytes
@@ -159,6 +159,6 @@ head | –, model | 1024
 
 def test_the_placement_of_a_tiny_model_is_this():
     shapes = parameters.shapes(specs_of_tiny(), "float32")
-    table = rules.placement_table(mesh_2x4(), shapes, parameters.axes(specs_of_tiny()))
+    table = placement.table(mesh_2x4(), shapes, parameters.axes(specs_of_tiny()))
     lines = sorted(f"{path} | {axes} | {size}" for path, _, _, axes, size in table)
     assert lines == PLACEMENT.strip().splitlines()

@@ -1,47 +1,23 @@
-"""The train state: all that a run is, between two steps."""
+"""The train state of step 0: its arrays, their shapes, and where each lives."""
 
-import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from moe import architecture
+from moe.layers import Layers
 from moe.model import inventory, parameters
 from moe.training.optimizer import state_axes
-from partitioning import rules
+from moe.training.train_state import TrainState
+from partitioning import placement, rules
 from partitioning.grid import Grid
 from partitioning.settings import UNCUT, PartitionSettings
 
-Leaf = Any  # an array, or what stands for it: its shape, its place, its axes
 
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class TrainState:
-    """What a checkpoint must hold for the run to go on bit for bit.
-
-    Attributes:
-        step: int32, steps taken.
-        data_index: int32, the next batch to learn from.
-        skipped_steps: int32, steps whose gradients were not finite.
-        skipped_in_a_row: int32, the last of them that came one after the other.
-        params: pure dict of arrays of `param_dtype`; selection biases are float32.
-        opt_state: of the optimizer.
-    """
-
-    step: Leaf
-    data_index: Leaf
-    skipped_steps: Leaf
-    skipped_in_a_row: Leaf
-    params: Any
-    opt_state: Any
-
-
-def init_state(
+def draw(
     key: jax.Array,
-    layers: architecture.Model,
+    layers: Layers,
     param_dtype: str,
     optimizer: optax.GradientTransformation,
 ) -> TrainState:
@@ -58,18 +34,18 @@ def init_state(
     )
 
 
-def abstract_state(
-    layers: architecture.Model,
+def abstract(
+    layers: Layers,
     param_dtype: str,
     optimizer: optax.GradientTransformation,
 ) -> TrainState:
     """Returns the shapes and dtypes of the state, allocating nothing."""
     return jax.eval_shape(
-        lambda: init_state(jax.random.key(0), layers, param_dtype, optimizer)
+        lambda: draw(jax.random.key(0), layers, param_dtype, optimizer)
     )
 
 
-def logical_axes(shapes: TrainState, layers: architecture.Model) -> TrainState:
+def logical_axes(shapes: TrainState, layers: Layers) -> TrainState:
     """Returns the logical axes of every array of the state."""
     specs = inventory.specs(layers)
     return TrainState(
@@ -92,6 +68,6 @@ def shardings(
     table = Grid(mesh, partition).table
     placed = [
         rules.sharding(mesh, array_axes, table)
-        for _, _, array_axes in rules.leaves(shapes, axes)
+        for _, _, array_axes in placement.leaves(shapes, axes)
     ]
     return jax.tree.unflatten(jax.tree.structure(shapes), placed)

@@ -1,0 +1,21 @@
+"""From settings to a model."""
+
+from jax.sharding import Mesh
+
+from moe import architecture
+from moe.model.execution import Execution
+from moe.model.transformer import Model
+from moe.settings import ExecutionSettings, ModelSettings, RouterSettings
+from partitioning.settings import UNCUT, PartitionSettings
+
+
+def build(
+    model: ModelSettings,
+    router: RouterSettings,
+    execution: ExecutionSettings,
+    mesh: Mesh,
+    partition: PartitionSettings = UNCUT,
+) -> Model:
+    """Describes a model without allocating it."""
+    layers = architecture.describe(model, router)
+    return Model(layers, Execution(execution, mesh, partition))

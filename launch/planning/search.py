@@ -28,6 +28,7 @@ LARGEST_CONTEXT_AXIS = 32
 LONG_ROWS = 8192  # tokens, from which rows may be cut over `context`
 MOST_MICROBATCHES = 16
 LOGITS_BYTES = 2**29  # above which logits are formed in pieces
+NARROWEST = 128  # piece of the vocabulary; narrower products waste the machine
 SCORES_BYTES = 2**29
 SMALL_BLOCK = 512
 
@@ -111,6 +112,20 @@ def smallest(
     return None
 
 
+def candidate(
+    settings: Settings, topology: Topology, knobs: Mapping[str, Any]
+) -> Candidate:
+    """Returns a run with these knobs, whether it fits or not."""
+    found = changed(settings, knobs)
+    return Candidate(
+        knobs,
+        found,
+        memory.predict(found, topology.chip.name),
+        estimate.estimate(found, topology),
+        bool(warnings(topology, found.mesh)),
+    )
+
+
 def least_bytes(settings: Settings, topology: Topology) -> int:
     """Bytes of state and gradients of one device, were everything cut by all."""
     bare = changed(settings, {f"MESH_{axis.upper()}": 1 for axis in AXES})
@@ -168,7 +183,6 @@ def _first_that_fits(
     settings: Settings, topology: Topology, knobs: Mapping[str, Any], limit: float
 ) -> Candidate | None:
     """The fastest of the first savings that suffice, with logits whole or in pieces."""
-    cuts = None
     for remat, sparse_remat, microbatches in _SAVINGS:
         wanted = {
             **knobs,
@@ -190,9 +204,7 @@ def _first_that_fits(
             return None
         if plan.total > limit or problems(found):
             continue
-        cuts = bool(warnings(topology, found.mesh))
-        timed = estimate.estimate(found, topology)
-        return Candidate(wanted, found, plan, timed, cuts)
+        return candidate(settings, topology, wanted)
     return None
 
 
@@ -203,12 +215,11 @@ def _pieces(settings: Settings) -> dict[str, int]:
     tokens //= mesh.batch_shards * mesh.context * settings.train.microbatches
     found = {}
     part = model.vocab_size // mesh.model
-    fitting = [n for n in _divisors(part) if 8 * tokens * (part // n) <= LOGITS_BYTES]
-    found["VOCAB_CHUNKS"] = (
-        fitting[0]
-        if fitting and execution.vocab_chunks == 1
-        else execution.vocab_chunks
-    )
+    wide = [n for n in _divisors(part) if part // n >= NARROWEST] or [1]
+    fitting = [n for n in wide if 8 * tokens * (part // n) <= LOGITS_BYTES]
+    found["VOCAB_CHUNKS"] = execution.vocab_chunks
+    if execution.vocab_chunks == 1:
+        found["VOCAB_CHUNKS"] = (fitting or wide[-1:])[0]
     scores = 8 * tokens * settings.data.length * max(1, model.num_heads // mesh.model)
     block = execution.attention_block
     whole = not 0 < block < settings.data.length

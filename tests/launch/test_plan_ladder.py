@@ -89,6 +89,21 @@ def test_what_is_too_large_or_refused_is_followed_by_another_mesh(monkeypatch):
     assert "moe/b.py:2" in row.attempts[0].largest[0]
 
 
+def test_on_its_slice_a_row_first_tries_what_fitted_before(monkeypatch):
+    monkeypatch.setattr(ladder, "load", lambda name: None)
+    answers(monkeypatch, FITS)
+    best = climb()
+    (first,) = best.attempts
+    other = dataclasses.replace(first, knobs=dict(first.knobs) | {"REMAT": "none"})
+    known = dataclasses.replace(best, attempts=(other,))
+    monkeypatch.setattr(ladder, "load", lambda name: known)
+    answers(monkeypatch, TOO_LARGE, FITS)
+    assert [attempt.knobs for attempt in climb().attempts] == [other.knobs, first.knobs]
+    monkeypatch.setattr(ladder, "load", lambda name: best)
+    answers(monkeypatch, TOO_LARGE, FITS)
+    assert climb().attempts[1].knobs != first.knobs  # nothing is tried twice
+
+
 def test_evaluation_must_fit_too(monkeypatch):
     most = dataclasses.replace(EVALUATION, total_bytes=17 * GIB)
     too_large = dataclasses.replace(FITS, fits=False, evaluation=most)

@@ -47,7 +47,7 @@ def problems(
         )
     numbers = {model.num_experts, *model.experts_per_layer} if sparse else set()
     found += [
-        _expert_problem(number, mesh.expert)
+        _expert_problem(model, number, mesh.expert)
         for number in sorted(numbers)
         if number >= 1 and number % mesh.expert
     ]
@@ -155,7 +155,7 @@ def _full_sharding_problems(
     return found
 
 
-def _expert_problem(num_experts: int, axis_size: int) -> str:
+def _expert_problem(model: ModelSettings, num_experts: int, axis_size: int) -> str:
     """What fits instead: the nearest numbers of experts, and the nearest axis sizes."""
     below = num_experts // axis_size * axis_size
     numbers = [n for n in (below, below + axis_size, below + 2 * axis_size) if n]
@@ -163,8 +163,9 @@ def _expert_problem(num_experts: int, axis_size: int) -> str:
     divisors = [n for n in range(2, most + 1) if num_experts % n == 0] or [1]
     sizes = sorted(sorted(divisors, key=lambda n: abs(n - axis_size))[:3])
     return (
-        f"NUM_EXPERTS = {num_experts} does not divide over the expert axis of size "
-        f"{axis_size}: use {_choice(numbers)}, or set MESH_EXPERT to {_choice(sizes)}"
+        f"{architecture.told(model, num_experts)} does not divide over the expert axis "
+        f"of size {axis_size}: use {_choice(numbers)}, or set MESH_EXPERT to "
+        f"{_choice(sizes)}"
     )
 
 

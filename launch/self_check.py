@@ -119,7 +119,13 @@ def _told(wrong: Comparison, where: str) -> list[str]:
 def compare(run: Run) -> list[Comparison]:
     """Runs a layer of each kind on one small batch, and measures how far it is off."""
     kinds = dict.fromkeys(run.settings.layers.decoder.settings("sparse"))
-    found = [comparison for s in kinds for comparison in _compare_layer(run, s)]
+    found = []
+    for s in kinds:
+        which = f" of {s.num_experts} experts" if len(kinds) > 1 else ""
+        found += [
+            dataclasses.replace(one, program=one.program + which)
+            for one in _compare_layer(run, s)
+        ]
     for kernel, ours, oracle in attention_check.results(run):
         differences = _differences(ours, oracle, run.mesh)
         found.append(Comparison("attention", kernel, differences, _tolerance(run)))

@@ -39,6 +39,13 @@ def experts_of(model: ModelSettings) -> dict[int, int]:
     return dict(zip(sparse, each, strict=False))
 
 
+def told(model: ModelSettings, num_experts: int) -> str:
+    """Says where a layer's number of experts was set."""
+    if model.experts_per_layer:
+        return f"{num_experts} of EXPERTS_PER_LAYER = {model.experts_per_layer}"
+    return f"NUM_EXPERTS = {num_experts}"
+
+
 def problems(model: ModelSettings) -> list[str]:
     """Lists what is wrong with the number of layers, and with which are sparse."""
     each, period = model.experts_per_layer, model.moe_every

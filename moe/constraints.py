@@ -65,6 +65,8 @@ def problems(
                 *_family_problems(layer, router, loss),
                 *_capacity_problems(layer, router, length),
             ]
+            told = f"NUM_EXPERTS = {number}", architecture.told(model, number)
+            of_layer = [line.replace(*told) for line in of_layer]
             found += [line for line in of_layer if line not in found]
         found += [
             f"{leak}. A causal decoder would learn from the future: choose another, or "

@@ -142,19 +142,6 @@ class Layers(NamedTuple):
     decoder: Stack
 
 
-def locate(stack: Stack, layer: int) -> tuple[int, int, int]:
-    """Finds a layer: its segment, its repeat in there, its block in the period.
-
-    Raises:
-        IndexError: the stack has no such layer.
-    """
-    for s, segment in enumerate(stack.segments):
-        repeat, block = divmod(layer - segment.first, len(segment.blocks))
-        if 0 <= repeat < segment.repeats:
-            return s, repeat, block
-    raise IndexError(f"layer {layer} of {len(stack.layers)}")
-
-
 def with_routers(
     layers: Layers, change: Callable[[RouterSettings], RouterSettings]
 ) -> Layers:

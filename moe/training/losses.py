@@ -287,7 +287,10 @@ def ledger(
     counts = choices_per_layer(router, order)
     dropped_P = counts["ledger/dropped_choices"]
     chosen_P = dropped_P + counts["ledger/computed_choices"]
-    tokens_P = per_layer(router, lambda totals: totals.tokens_P, order)
+
+    def layers(number: Callable[[RouterTotals], jax.Array]) -> jax.Array:
+        return per_layer(router, number, order)
+
     # Over all layers int32 could overflow.
     chosen, spilled, dropped, without, tokens = (
         jnp.sum(count_P.astype(jnp.float32))
@@ -296,17 +299,13 @@ def ledger(
             counts["ledger/spilled_choices"],
             dropped_P,
             counts["ledger/tokens_without_expert"],
-            tokens_P,
+            layers(lambda totals: totals.tokens_P),
         )
     )
-    entropy_P = per_layer(
-        router, lambda totals: _mean(totals.entropy_P, totals.tokens_P), order
-    )
-    square_P = per_layer(
-        router, lambda totals: _mean(totals.square_P, totals.tokens_P), order
-    )
+    entropy_P = layers(lambda totals: _mean(totals.entropy_P, totals.tokens_P))
+    square_P = layers(lambda totals: _mean(totals.square_P, totals.tokens_P))
     return {
-        "router/load": per_layer(router, _load, order),
+        "router/load": layers(_load),
         "router/dropped_fraction_per_layer": _mean(dropped_P, chosen_P),
         "router/entropy_nats_per_layer": entropy_P,
         "router/dropped_fraction": _mean(dropped, chosen),
@@ -317,7 +316,9 @@ def ledger(
         "router/max_violation": jnp.max(
             jnp.stack([jnp.max(_load(t)) * t.chosen_PE.shape[-1] - 1 for t in router])
         ),
-        "router/dead_experts": sum(jnp.sum(t.chosen_PE == 0) for t in router),
+        "router/dead_experts": layers(
+            lambda t: jnp.sum(t.chosen_PE == 0, axis=-1)
+        ).sum(),
         "router/over_budget_rows": excess_rows(router),
         **counts,
     }
@@ -340,23 +341,20 @@ def choices_per_layer(
         router: totals of each sparse sublayer.
         order: places of the layers, as in `ledger`.
     """
-    chosen_P, kept_P, spilled_P, padding_P, without_P = (
-        per_layer(router, count, order)
-        for count in (
-            lambda totals: totals.chosen_PE.sum(axis=-1),
-            lambda totals: totals.kept_PE.sum(axis=-1),
-            lambda totals: totals.spilled_PE.sum(axis=-1),
-            lambda totals: totals.padding_P,
-            lambda totals: totals.without_expert_P,
-        )
-    )
+
+    def layers(count: Callable[[RouterTotals], Any]) -> Any:
+        return per_layer(router, count, order)
+
+    chosen_P = layers(lambda totals: totals.chosen_PE.sum(axis=-1))
+    kept_P = layers(lambda totals: totals.kept_PE.sum(axis=-1))
+    padding_P = layers(lambda totals: totals.padding_P)
     return {
         "ledger/routed_choices": chosen_P + padding_P,
         "ledger/computed_choices": kept_P,
-        "ledger/spilled_choices": spilled_P,
+        "ledger/spilled_choices": layers(lambda totals: totals.spilled_PE.sum(axis=-1)),
         "ledger/dropped_choices": chosen_P - kept_P,
         "ledger/padding_choices": padding_P,
-        "ledger/tokens_without_expert": without_P,
+        "ledger/tokens_without_expert": layers(lambda totals: totals.without_expert_P),
     }
 
 

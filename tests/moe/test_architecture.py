@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from moe import architecture
-from moe.layers import Stack, locate
+from moe.layers import Stack
 from moe.settings import ModelSettings, RouterSettings
 
 pytestmark = pytest.mark.fast
@@ -46,19 +46,6 @@ def test_layers_repeat_in_these_segments(changes, segments):
     stack = stack_of(**changes)
     assert written(stack) == segments
     assert len(stack.layers) == changes.get("num_layers", 7)
-
-
-def test_every_layer_is_found_where_it_is():
-    stack = stack_of(moe_every=2, first_dense_layers=3)
-    places = [locate(stack, layer) for layer in range(7)]
-    assert places == [
-        *[(0, repeat, 0) for repeat in range(3)],
-        *[(1, repeat, block) for repeat in range(2) for block in range(2)],
-    ]
-    for layer, (segment, repeat, block) in enumerate(places):
-        assert stack.segments[segment].numbers(block)[repeat] == layer
-    with pytest.raises(IndexError, match="layer 7 of 7"):
-        locate(stack, 7)
 
 
 def test_sparse_layers_are_told_by_their_numbers():

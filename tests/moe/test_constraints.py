@@ -429,3 +429,10 @@ def test_attention_and_positions_that_cannot_be(changes, said):
 
 def test_heads_of_odd_width_need_not_turn():
     assert faults(head_dim=3, positions="learned", max_positions=L) == []
+
+
+def test_a_layers_number_of_experts_is_called_by_where_it_was_set():
+    each = {"experts_per_layer": (6, 8), "num_experts": 8, "moe_every": 2}
+    assert faults(**each, num_expert_groups=4, num_selected_groups=2) == [
+        "6 of EXPERTS_PER_LAYER = (6, 8) does not divide into NUM_EXPERT_GROUPS = 4"
+    ]

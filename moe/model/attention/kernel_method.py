@@ -54,7 +54,9 @@ def pick(
         "rows are cut over devices": not whole,
         "no kernel takes a bias by distance with its gradient": bias,
     }
+    taken: Kernel
     if platform == "tpu":
+        taken, words = "splash", "jax's splash attention"
         least = SPLASH_BLOCKS[-1]
         obstacles |= {
             f"splash wants multiples of {least} tokens, rows have {length}": (
@@ -62,27 +64,25 @@ def pick(
             ),
             "splash takes no prefixes": prefix,
         }
-        reason = next((why for why, stands in obstacles.items() if stands), None)
-        return (None, reason) if reason else ("splash", "jax's splash attention")
-    obstacles |= {
-        f"cuDNN's kernel is for Ampere and later, this is {device_kind}": (
-            not AMPERE_OR_LATER.search(device_kind)
-        ),
-        f"cuDNN takes {' and '.join(CUDNN_DTYPES)} only": dtype not in CUDNN_DTYPES,
-        f"cuDNN wants heads of a multiple of 8 up to {CUDNN_WIDTH}, keys as wide as "
-        f"values; these are {width} and {value_width}": (
-            width % 8 or width > CUDNN_WIDTH or value_width != width
-        ),
-        f"cuDNN wants an even number of tokens, rows have {length}": length % 2,
-        f"cuDNN takes a mask of all queries by all keys, too large for {length} tokens "
-        f"(at most {CUDNN_LENGTH})": length > CUDNN_LENGTH,
-        "cuDNN takes no sinks": sink,
-        "cuDNN takes no bound on scores": cap,
-    }
-    reason = next((why for why, stands in obstacles.items() if stands), None)
-    if reason:
-        return None, reason
-    return "cudnn", "cuDNN's attention, by jax.nn.dot_product_attention"
+    else:
+        taken, words = "cudnn", "cuDNN's attention, by jax.nn.dot_product_attention"
+        obstacles |= {
+            f"cuDNN's kernel is for Ampere and later, this is {device_kind}": (
+                not AMPERE_OR_LATER.search(device_kind)
+            ),
+            f"cuDNN takes {' and '.join(CUDNN_DTYPES)} only": dtype not in CUDNN_DTYPES,
+            f"cuDNN wants heads of a multiple of 8 up to {CUDNN_WIDTH}, keys as wide "
+            f"as values; these are {width} and {value_width}": (
+                width % 8 or width > CUDNN_WIDTH or value_width != width
+            ),
+            f"cuDNN wants an even number of tokens, rows have {length}": length % 2,
+            f"cuDNN takes a mask of all queries by all keys, too large for {length} "
+            f"tokens (at most {CUDNN_LENGTH})": length > CUDNN_LENGTH,
+            "cuDNN takes no sinks": sink,
+            "cuDNN takes no bound on scores": cap,
+        }
+    reasons = [why for why, stands in obstacles.items() if stands]
+    return (None, reasons[0]) if reasons else (taken, words)
 
 
 def of_heads(

@@ -21,6 +21,7 @@ from typing import Any
 from benchmarks.train_step import matmul_gflops, prepare_step
 from launch import gin_files
 from launch.environment import prepare_environment
+from moe.layers import Sublayer
 
 RUN = "configs/runs/demo.gin"
 HARDWARE = "configs/hardware/cpu1.gin"
@@ -146,7 +147,6 @@ def prepare_parts(config: gin_files.ResolvedConfig) -> dict[str, Callable[[], No
     import optax
 
     from launch.assemble import assemble
-    from moe import architecture
     from moe.model import block, parameters, view
     from moe.model.view import Stream
 
@@ -162,7 +162,7 @@ def prepare_parts(config: gin_files.ResolvedConfig) -> dict[str, Callable[[], No
     seen = view.of_stream(stream, None, execution)
     weights = parameters.draw(block.specs(one, layers.width), key, "float32")
 
-    def part(each: architecture.Sublayer) -> Callable[[Any, jax.Array], jax.Array]:
+    def part(each: Sublayer) -> Callable[[Any, jax.Array], jax.Array]:
         def apply(w: Any, x_BLM: jax.Array) -> jax.Array:
             kind = block.KINDS[each.kind]
             given = (w, x_BLM, seen, None, each.settings, key, jnp.int32(0), execution)

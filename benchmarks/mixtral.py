@@ -223,7 +223,7 @@ def report(
 
     settings = config.settings
     tokens = settings.train.batch_size * settings.data.length
-    counts = count(settings.model, settings.router, settings.data.length)
+    counts = count(settings.layers, settings.data.length, settings.data.encoder_length)
     theirs = seconds.get("transformers")
     print(f"\nroofline: {gflops:.0f} GFLOP/s in float32 products\n")
     print(

@@ -122,7 +122,9 @@ def report(
         tokens = settings.train.batch_size * settings.data.length
         speed = tokens / statistics.median(times)
         dense = tokens / statistics.median(seconds["dense", mesh])
-        counts = count(settings.model, settings.router, settings.data.length)
+        counts = count(
+            settings.layers, settings.data.length, settings.data.encoder_length
+        )
         share = speed * counts.train_flops_per_token / 1e9 / gflops
         spread = (max(times) - min(times)) / statistics.median(times)
         print(

@@ -74,7 +74,7 @@ def facts(
     """Says in a few lines what the run is, and of its data if they are there."""
     settings = config.settings
     model, router, train = settings.model, settings.router, settings.train
-    counts = count(model, router, settings.data.length)
+    counts = count(settings.layers, settings.data.length, settings.data.encoder_length)
     tokens = train.batch_size * settings.data.length
     lines = [
         ("parameters", f"{counts.total:,} total, {counts.active:,} active per token"),

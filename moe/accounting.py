@@ -20,15 +20,18 @@ from typing import Any
 
 import jax
 
-from moe import architecture
+from moe.layers import Layers
 from moe.model import inventory
 from moe.routing.capacity import capacity, mean_choices
-from moe.settings import ModelSettings, RouterSettings
+from moe.settings import HeadsSettings
 
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-    """Sizes of a model, and the operations of its forward pass per token.
+    """Sizes of a model, and the operations of its forward pass per token of a row.
+
+    A row of an encoder-decoder has tokens on both sides, each of which meets the layers
+    of its own.
 
     Attributes:
         total: parameters.
@@ -36,8 +39,9 @@ class Counts:
             that it chooses, or that choose it on average.
         embedding: of them, in the input embedding.
         positions: in tables of positions.
-        products: in matrix products outside the experts; a tied embedding is one.
-        expert_products: in those of one expert of every sparse layer.
+        products: in matrix products outside the experts; a tied embedding is one. Of
+            two stacks, the mean over the tokens of both.
+        expert_products: in those of one expert of every sparse layer; likewise.
         chosen: experts that compute a token in a sparse layer, if none is full; the
             mean over layers, by their products, where they differ.
         slots: rows of fixed capacity there, C·E / S for each token; likewise.
@@ -130,51 +134,70 @@ class Counts:
         return self.products + int(self.expert_products * rows)
 
 
-def count(model: ModelSettings, router: RouterSettings, length: int) -> Counts:
+def count(layers: Layers, length: int, encoder_length: int = 0) -> Counts:
     """Counts a model without allocating it.
 
     Args:
-        model: sizes.
-        router: choices per token and the capacity.
-        length: L, for the cost of attention.
+        layers: what it is.
+        length: L of the stack that is scored, for the cost of attention.
+        encoder_length: L of the encoder beside a decoder.
     """
-    layers = architecture.describe(model, router)
-    described = inventory.specs(layers)
-    total, products = _sizes(described)
+    described, (*_, last) = inventory.specs(layers), layers.stacks
+    lengths = dict.fromkeys(layers.stacks, encoder_length) | {last: length}
+    share = {name: Fraction(n, sum(lengths.values())) for name, n in lengths.items()}
     embedding = math.prod(described["embedding"].shape)
-    own = described.get("positions")
-    one_of_each, met, seated, idle = 0, Fraction(0), Fraction(0), Fraction(0)
-    for place in layers.decoder.sparse():
-        s, blocks = place.sublayer.settings, described["decoder"]["layers"]
+    tables = {name: tree for name, tree in described.items() if name not in share}
+    if not layers.embedding.tied:
+        del tables["embedding"]
+    products = _sizes(tables)[1] * share[last]
+    for name in share:
+        products += _sizes(described[name])[1] * share[name]
+    one_of_each, met, seated, idle = (Fraction(0),) * 4
+    for place in layers.sparse():
+        s, blocks = place.sublayer.settings, described[place.stack]["layers"]
         weights = blocks[place.segment][place.block][place.sublayer.name]
         all_sizes, all_products = _sizes(weights["experts"])
-        products -= all_products
+        products -= all_products * share[place.stack]
         chosen = mean_choices(s.router, s.num_experts)
         slots = capacity(s.router, s.num_experts, train=True) * s.num_experts
-        one = all_products // s.num_experts
+        one = all_products // s.num_experts * share[place.stack]
         one_of_each += one
         met += one * chosen
         seated += one * Fraction(slots, s.router.group_size)
-        idle += all_sizes - int(all_sizes * chosen / s.num_experts)
-    scores = causal_scores = 0
-    for s in layers.decoder.settings("heads"):
-        reach, each = s.reach(length), 4 * s.num_heads * s.head_dim
-        scores += each * reach
-        # The first queries see fewer keys: reach · (reach - 1) / 2 fewer in all.
-        pairs = length * reach - reach * (reach - 1) // 2
-        causal_scores += each * pairs // length
+        idle += int(all_sizes - all_sizes * chosen / s.num_experts)
+    scores = causal_scores = Fraction(0)
+    for name, stack in layers.stacks.items():
+        for s in stack.settings("heads"):
+            each = 4 * s.num_heads * s.head_dim * share[name]
+            scores += each * s.reach(lengths[name])
+            causal_scores += each * Fraction(_pairs(s, lengths[name]), lengths[name])
+        for s in stack.settings("cross"):
+            across = 4 * s.num_heads * s.head_dim * share[name] * encoder_length
+            scores, causal_scores = scores + across, causal_scores + across
+            # Keys and values are made of the encoder's tokens.
+            made = 2 * stack.width * s.kv_heads * s.head_dim
+            products += made * (share["encoder"] - share[name])
+    total = _sizes(described)[0]
+    own = described.get("positions")
     return Counts(
         total=total,
         active=total - int(idle),
         embedding=embedding,
         positions=math.prod(own.shape) if own else 0,
-        products=products - (0 if model.tie_embeddings else embedding),
-        expert_products=one_of_each,
-        chosen=met / max(one_of_each, 1),
-        slots=seated / max(one_of_each, 1),
-        scores=scores,
-        causal_scores=causal_scores,
+        products=int(products),
+        expert_products=int(one_of_each),
+        chosen=met / (one_of_each or 1),
+        slots=seated / (one_of_each or 1),
+        scores=int(scores),
+        causal_scores=int(causal_scores),
     )
+
+
+def _pairs(s: HeadsSettings, length: int) -> int:
+    """Pairs of tokens of a row of which the first sees the second."""
+    window = min(s.window or length, length)
+    back = length * window - window * (window - 1) // 2
+    return back if s.causal else 2 * back - length
 
 
 def _sizes(specs: Any) -> tuple[int, int]:

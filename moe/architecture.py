@@ -6,6 +6,7 @@ Flat words become the records of `moe/layers.py`. Standard library only.
 import dataclasses
 import functools
 import itertools
+from typing import Any
 
 from moe.layers import Block, Layers, Segment, Stack, Sublayer
 from moe.settings import (
@@ -22,21 +23,42 @@ from moe.settings import (
 EPSILONS = {"rms": 1e-6, "layer": 1e-5}
 
 
+def sides(model: ModelSettings) -> dict[str, ModelSettings]:
+    """Returns the words of each stack as if it were alone, by its name."""
+    if model.shape != "encoder_decoder":
+        return {model.shape: model}
+    layers, period = model.num_encoder_layers, model.encoder_moe_every
+    encoder = dataclasses.replace(
+        model,
+        shape="encoder",
+        num_layers=model.num_layers if layers is None else layers,
+        moe_every=model.moe_every if period is None else period,
+    )
+    each, number = model.experts_per_layer, len(_sparse_layers(encoder))
+    return {
+        "encoder": dataclasses.replace(encoder, experts_per_layer=each[:number]),
+        "decoder": dataclasses.replace(model, experts_per_layer=each[number:]),
+    }
+
+
 def has_experts(model: ModelSettings) -> bool:
     """Whether any layer is sparse."""
-    return model.moe_every > 0
+    return any(side.moe_every > 0 for side in sides(model).values())
 
 
 def has_dense(model: ModelSettings) -> bool:
     """Whether any layer is dense."""
-    return model.moe_every != 1 or model.first_dense_layers > 0
+    return any(
+        side.moe_every != 1 or side.first_dense_layers > 0
+        for side in sides(model).values()
+    )
 
 
-def experts_of(model: ModelSettings) -> dict[int, int]:
-    """Returns the number of experts of each sparse layer, by the layer's number."""
-    sparse = [n for n in range(model.num_layers) if _is_sparse(model, n)]
-    each = model.experts_per_layer or (model.num_experts,) * len(sparse)
-    return dict(zip(sparse, each, strict=False))
+def experts_of(model: ModelSettings) -> tuple[int, ...]:
+    """Returns the number of experts of each sparse layer, the encoder's first."""
+    return tuple(
+        number for side in sides(model).values() for number in _experts(side).values()
+    )
 
 
 def told(model: ModelSettings, num_experts: int) -> str:
@@ -48,34 +70,24 @@ def told(model: ModelSettings, num_experts: int) -> str:
 
 def problems(model: ModelSettings) -> list[str]:
     """Lists what is wrong with the number of layers, and with which are sparse."""
-    each, period = model.experts_per_layer, model.moe_every
-    if period < 0:
-        return [f"MOE_EVERY = {period}: 0 means dense"]
-    if not period:
-        unused = (
+    found = []
+    for name, side in sides(model).items():
+        own = "ENCODER_" if name != model.shape and name == "encoder" else ""
+        found += _period_problems(side, f"NUM_{own}LAYERS", f"{own}MOE_EVERY")
+    each = model.experts_per_layer
+    number = sum(len(_sparse_layers(side)) for side in sides(model).values())
+    if found or not each:
+        return found
+    if not has_experts(model):
+        return [
             f"EXPERTS_PER_LAYER = {each} means nothing to MOE_EVERY = 0: set it to ()"
-        )
-        return [unused] if each else []
-    first, rest = model.first_dense_layers, model.num_layers - model.first_dense_layers
-    if first < 0:
-        return [f"FIRST_DENSE_LAYERS = {first}: cannot be negative"]
-    if first and rest < period:
-        return [
-            f"FIRST_DENSE_LAYERS = {first} leaves {rest} of NUM_LAYERS = "
-            f"{model.num_layers} for a period of MOE_EVERY = {period}"
         ]
-    if rest % period:
-        less = f" less FIRST_DENSE_LAYERS = {first}" if first else ""
-        return [
-            f"NUM_LAYERS = {model.num_layers}{less} is not a multiple of MOE_EVERY = "
-            f"{period}: layers repeat in periods of MOE_EVERY"
-        ]
-    if each and (len(each) != rest // period or min(each) < 1):
+    if len(each) != number or min(each) < 1:
         return [
             f"EXPERTS_PER_LAYER = {each}: must have a number of at least 1 for each of "
-            f"the {rest // period} sparse layers, or be () for NUM_EXPERTS in all"
+            f"the {number} sparse layers, or be () for NUM_EXPERTS in all"
         ]
-    if each and max(each) != model.num_experts:
+    if max(each) != model.num_experts:
         return [
             f"NUM_EXPERTS = {model.num_experts} must be the largest of "
             f"EXPERTS_PER_LAYER = {each}: set it to {max(each)}"
@@ -83,23 +95,58 @@ def problems(model: ModelSettings) -> list[str]:
     return []
 
 
+def _period_problems(side: ModelSettings, number: str, every: str) -> list[str]:
+    """What is wrong with one stack, in the words of two macros."""
+    period, first = side.moe_every, side.first_dense_layers
+    if period < 0:
+        return [f"{every} = {period}: 0 means dense"]
+    if not period:
+        return []
+    rest = side.num_layers - first
+    if first < 0:
+        return [f"FIRST_DENSE_LAYERS = {first}: cannot be negative"]
+    if first and rest < period:
+        return [
+            f"FIRST_DENSE_LAYERS = {first} leaves {rest} of {number} = "
+            f"{side.num_layers} for a period of {every} = {period}"
+        ]
+    if rest % period:
+        less = f" less FIRST_DENSE_LAYERS = {first}" if first else ""
+        return [
+            f"{number} = {side.num_layers}{less} is not a multiple of {every} = "
+            f"{period}: layers repeat in periods of {every}"
+        ]
+    return []
+
+
 def shortened(model: ModelSettings) -> ModelSettings:
     """Returns the same pattern in few layers: two at the bottom, two short periods."""
-    windows = tuple(dict.fromkeys(model.attention_windows))
-    if not model.moe_every:
+    short = {name: _shortened(side) for name, side in sides(model).items()}
+    experts = tuple(n for side in short.values() for n in side.experts_per_layer)
+    *other, last = short.values()
+    changes: dict[str, Any] = {"shape": model.shape, "experts_per_layer": experts}
+    for encoder in other:
+        changes["num_encoder_layers"] = encoder.num_layers
+        changes["encoder_moe_every"] = encoder.moe_every
+    return dataclasses.replace(last, **changes)
+
+
+def _shortened(side: ModelSettings) -> ModelSettings:
+    windows = tuple(dict.fromkeys(side.attention_windows))
+    if not side.moe_every:
         return dataclasses.replace(
-            model, num_layers=min(model.num_layers, 2), attention_windows=windows
+            side, num_layers=min(side.num_layers, 2), attention_windows=windows
         )
-    first = min(model.first_dense_layers, 2)
-    every = min(model.moe_every, 3)  # longer periods repeat dense layers
-    periods = (model.num_layers - model.first_dense_layers) // model.moe_every
+    first = min(side.first_dense_layers, 2)
+    every = min(side.moe_every, 3)  # longer periods repeat dense layers
+    periods = (side.num_layers - side.first_dense_layers) // side.moe_every
     periods = max(min(periods, 2), 1)
     return dataclasses.replace(
-        model,
+        side,
         first_dense_layers=first,
         moe_every=every,
         num_layers=first + periods * every,
-        experts_per_layer=_extremes(model.experts_per_layer, periods),
+        experts_per_layer=_extremes(side.experts_per_layer, periods),
         attention_windows=windows,
     )
 
@@ -112,41 +159,61 @@ def _extremes(each: tuple[int, ...], number: int) -> tuple[int, ...]:
 
 
 @functools.lru_cache(maxsize=256)
-def describe(model: ModelSettings, router: RouterSettings) -> Layers:
+def describe(
+    model: ModelSettings,
+    router: RouterSettings,
+    encoder_router: RouterSettings | None = None,
+) -> Layers:
     """Makes layers of flat words that break no rule.
 
     Args:
         model: flat words.
         router: how tokens choose, in every sparse layer.
+        encoder_router: the same in the encoder beside a decoder; None: as there.
     """
-    norm = NormSettings(model.norm, EPSILONS[model.norm])
-    shared = model.positions == "relative"
-    return Layers(
-        EmbeddingSettings(
-            vocab_size=model.vocab_size,
-            width=model.model_dim,
-            max_positions=model.max_positions if model.positions == "learned" else 0,
-            tied=model.tie_embeddings,
-            init_scale=model.init_scale,
-        ),
-        Stack(
-            _segments(model, router, norm),
-            width=model.model_dim,
-            norm=norm,
-            shared_positions=_positions(model) if shared else None,
-            dropout=model.dropout,
-        ),
+    two = model.shape == "encoder_decoder"
+    routers = {"encoder": router, "decoder": router}
+    if two and encoder_router is not None:
+        routers["encoder"] = encoder_router
+    found = {
+        name: _stack(side, routers[name], crosses=two and name == "decoder")
+        for name, side in sides(model).items()
+    }
+    return Layers(_embedding(model), found.get("encoder"), found.get("decoder"))
+
+
+def _embedding(model: ModelSettings) -> EmbeddingSettings:
+    return EmbeddingSettings(
+        vocab_size=model.vocab_size,
+        width=model.model_dim,
+        max_positions=model.max_positions if model.positions == "learned" else 0,
+        tied=model.tie_embeddings,
+        init_scale=model.init_scale,
+        token_types=model.token_types,
+        norm=_norm(model) if model.embedding_norm else None,
+        transform=model.activation if model.output_transform else "",
+        output_norm=_norm(model),
+        output_bias=model.output_bias,
     )
 
 
-def _segments(
-    model: ModelSettings, router: RouterSettings, norm: NormSettings
-) -> tuple[Segment, ...]:
+def _stack(side: ModelSettings, router: RouterSettings, *, crosses: bool) -> Stack:
     """Dense layers at the bottom, then sparse layers once a period."""
-    first = model.first_dense_layers if model.moe_every else 0
-    blocks = [_block(model, router, norm, n) for n in range(model.num_layers)]
+    first = side.first_dense_layers if side.moe_every else 0
+    blocks = [_block(side, router, n, crosses=crosses) for n in range(side.num_layers)]
     below = _repeating(blocks[:first], 1, 0)
-    return below + _repeating(blocks[first:], max(model.moe_every, 1), first)
+    return Stack(
+        below + _repeating(blocks[first:], max(side.moe_every, 1), first),
+        width=side.model_dim,
+        norm=_norm(side) if side.norm_place == "before" else None,
+        shared_positions=_positions(side) if side.positions == "relative" else None,
+        dropout=side.dropout,
+    )
+
+
+def _norm(model: ModelSettings) -> NormSettings:
+    epsilon = model.norm_epsilon or EPSILONS[model.norm]
+    return NormSettings(model.norm, epsilon, model.norm_place)
 
 
 def _repeating(blocks: list[Block], step: int, first: int) -> tuple[Segment, ...]:
@@ -176,49 +243,65 @@ def _repeating(blocks: list[Block], step: int, first: int) -> tuple[Segment, ...
 
 
 def _block(
-    model: ModelSettings, router: RouterSettings, norm: NormSettings, layer: int
+    side: ModelSettings, router: RouterSettings, layer: int, *, crosses: bool
 ) -> Block:
-    """Attention, then experts or a dense feed-forward."""
-    attention = Sublayer("attention", "heads", _heads(model, layer), norm)
-    if _is_sparse(model, layer):
-        sparse = _sparse(model, router, experts_of(model)[layer])
-        return attention, Sublayer("sparse", "sparse", sparse, norm)
+    """Attention, maybe to the other stack too, then experts or a dense feed-forward."""
+    norm, own = _norm(side), _heads(side, layer)
+    block = [Sublayer("attention", "heads", own, norm)]
+    if crosses:
+        cross = dataclasses.replace(
+            own, positions=PositionSettings(), window=0, causal=False, shares_bias=False
+        )
+        block.append(Sublayer("cross", "cross", cross, norm))
+    experts = _experts(side)
+    if layer in experts:
+        sparse = _sparse(side, router, experts[layer])
+        return *block, Sublayer("sparse", "sparse", sparse, norm)
     dense = DenseSettings(
-        model.mlp_dim, model.activation, model.mlp_biases, model.init_scale
+        side.mlp_dim, side.activation, side.mlp_biases, side.init_scale
     )
-    return attention, Sublayer("dense", "dense", dense, norm)
+    return *block, Sublayer("dense", "dense", dense, norm)
 
 
-def _is_sparse(model: ModelSettings, layer: int) -> bool:
-    above = layer - model.first_dense_layers
-    if not model.moe_every or above < 0:
-        return False
-    place = 0 if model.moe_position == "first" else model.moe_every - 1
-    return above % model.moe_every == place
+def _experts(side: ModelSettings) -> dict[int, int]:
+    """The number of experts of each sparse layer of a stack, by the layer's number."""
+    layers = _sparse_layers(side)
+    each = side.experts_per_layer or (side.num_experts,) * len(layers)
+    return dict(zip(layers, each, strict=False))
 
 
-def _heads(model: ModelSettings, layer: int) -> HeadsSettings:
-    windows = model.attention_windows or (0,)
+def _sparse_layers(side: ModelSettings) -> list[int]:
+    """Numbers of the sparse layers of a stack."""
+    if side.moe_every <= 0:
+        return []
+    place = 0 if side.moe_position == "first" else side.moe_every - 1
+    return list(range(side.first_dense_layers + place, side.num_layers, side.moe_every))
+
+
+def _heads(side: ModelSettings, layer: int) -> HeadsSettings:
+    windows = side.attention_windows or (0,)
     return HeadsSettings(
-        num_heads=model.num_heads,
-        kv_heads=model.num_kv_heads or model.num_heads,
-        head_dim=model.head_dim,
-        biases=model.attention_biases,
-        positions=_positions(model),
+        num_heads=side.num_heads,
+        kv_heads=side.num_kv_heads or side.num_heads,
+        head_dim=side.head_dim,
+        biases=side.attention_biases,
+        positions=_positions(side),
         window=windows[layer % len(windows)],
-        shares_bias=model.positions == "relative",
-        init_scale=model.init_scale,
+        causal=side.shape != "encoder",
+        shares_bias=side.positions == "relative",
+        init_scale=side.init_scale,
     )
 
 
-def _positions(model: ModelSettings) -> PositionSettings:
-    if model.positions == "rotary":
-        return PositionSettings("rotary", rotary_base=model.rope_base)
-    if model.positions in ("relative", "relative_per_layer"):
+def _positions(side: ModelSettings) -> PositionSettings:
+    if side.positions == "rotary":
+        return PositionSettings("rotary", rotary_base=side.rope_base)
+    if side.positions in ("relative", "relative_per_layer"):
         return PositionSettings(
             "distance",
-            buckets=model.relative_buckets,
-            max_distance=model.relative_max_distance,
+            buckets=side.relative_buckets,
+            max_distance=side.relative_max_distance,
+            two_sided=side.shape == "encoder",
         )
     return PositionSettings("none")
 

@@ -63,19 +63,19 @@ class Segment(NamedTuple):
 
 
 class Stack(NamedTuple):
-    """Layers from the bottom up, with a norm on top.
+    """Layers from the bottom up.
 
     Attributes:
         segments: what they are.
         width: M.
-        norm: normalisation of the output.
+        norm: normalisation of the output; None where the last layer has done it.
         shared_positions: the bias by distance that layers share; None without.
         dropout: probability of zeroing what a sublayer adds.
     """
 
     segments: tuple[Segment, ...]
     width: int
-    norm: NormSettings
+    norm: NormSettings | None
     shared_positions: PositionSettings | None = None
     dropout: float = 0.0
 
@@ -98,32 +98,19 @@ class Stack(NamedTuple):
         """Returns the records of all sublayers of one kind, from the bottom up."""
         return [s for block in self.layers for s in of_kind(block, kind)]
 
-    def sparse(self) -> Iterator["Place"]:
-        """Yields the sparse sublayers of each segment, repeats of one as one."""
-        for s, segment in enumerate(self.segments):
-            for b, block in enumerate(segment.blocks):
-                for each in block:
-                    if each.kind == "sparse":
-                        yield Place(s, b, each, segment.numbers(b))
-
-    @property
-    def sparse_order(self) -> tuple[int, ...]:
-        """Place of each sparse layer, from the bottom up, among those of `sparse()`."""
-        numbers = [n for place in self.sparse() for n in place.numbers]
-        order = sorted(range(len(numbers)), key=numbers.__getitem__)
-        return tuple(order) if order != list(range(len(order))) else ()
-
 
 class Place(NamedTuple):
     """Where the arrays of a sublayer are, and of which layers they are.
 
     Attributes:
+        stack: name of the stack.
         segment: place of the segment in its stack.
         block: place of the block in its period.
         sublayer: what it is.
         numbers: layers whose arrays are stacked there.
     """
 
+    stack: str
     segment: int
     block: int
     sublayer: Sublayer
@@ -135,11 +122,50 @@ class Layers(NamedTuple):
 
     Attributes:
         embedding: input and output.
-        decoder: its layers.
+        encoder: layers in which tokens see all others; None without.
+        decoder: layers in which they see those before them, and the encoder's output
+            if there is one; None without.
     """
 
     embedding: EmbeddingSettings
-    decoder: Stack
+    encoder: Stack | None
+    decoder: Stack | None
+
+    @property
+    def stacks(self) -> dict[str, Stack]:
+        """The stacks there are, in the order of computing; the last one is scored."""
+        both = {"encoder": self.encoder, "decoder": self.decoder}
+        return {name: stack for name, stack in both.items() if stack is not None}
+
+    @property
+    def scored(self) -> str:
+        """Name of the stack whose output is scored."""
+        return list(self.stacks)[-1]
+
+    def settings(self, kind: str) -> list[Any]:
+        """Returns the records of all sublayers of one kind, from the bottom up."""
+        return [s for stack in self.stacks.values() for s in stack.settings(kind)]
+
+    def sparse(self) -> Iterator[Place]:
+        """Yields the sparse sublayers of each segment, repeats of one as one."""
+        for name, stack in self.stacks.items():
+            for s, segment in enumerate(stack.segments):
+                for b, block in enumerate(segment.blocks):
+                    for each in block:
+                        if each.kind == "sparse":
+                            yield Place(name, s, b, each, segment.numbers(b))
+
+    @property
+    def sparse_order(self) -> tuple[int, ...]:
+        """Place of each sparse layer, from the bottom up, among those of `sparse()`."""
+        names = list(self.stacks)
+        layers = [
+            (names.index(place.stack), n)
+            for place in self.sparse()
+            for n in place.numbers
+        ]
+        order = sorted(range(len(layers)), key=layers.__getitem__)
+        return tuple(order) if order != list(range(len(order))) else ()
 
 
 def with_routers(
@@ -154,10 +180,14 @@ def with_routers(
         settings = dataclasses.replace(each.settings, router=router)
         return dataclasses.replace(each, settings=settings)
 
-    segments = tuple(
-        segment._replace(
-            blocks=tuple(tuple(map(changed, block)) for block in segment.blocks)
+    def of_stack(stack: Stack) -> Stack:
+        segments = tuple(
+            segment._replace(
+                blocks=tuple(tuple(map(changed, block)) for block in segment.blocks)
+            )
+            for segment in stack.segments
         )
-        for segment in layers.decoder.segments
-    )
-    return layers._replace(decoder=layers.decoder._replace(segments=segments))
+        return stack._replace(segments=segments)
+
+    found = {name: of_stack(stack) for name, stack in layers.stacks.items()}
+    return Layers(layers.embedding, found.get("encoder"), found.get("decoder"))

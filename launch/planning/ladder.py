@@ -117,7 +117,9 @@ def rows() -> list[tuple[str, int]]:
     found = []
     for name in run_names():
         settings = read(name).settings
-        total = count(settings.model, settings.router, settings.data.length).total
+        total = count(
+            settings.layers, settings.data.length, settings.data.encoder_length
+        ).total
         if total >= LEAST_PARAMETERS:
             found.append((name, total))
     return sorted(found, key=lambda row: row[1])

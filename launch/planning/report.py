@@ -162,7 +162,9 @@ def make(
     return Plan(
         config=config,
         topology=topology,
-        counts=count(model, router, settings.data.length),
+        counts=count(
+            settings.layers, settings.data.length, settings.data.encoder_length
+        ),
         memory=memory.predict(settings, topology.chip.name),
         drops=expected_drops.of_router(router, E) if sparse else None,
         few_slots=expected_drops.few_slots(router, E) if sparse else "",

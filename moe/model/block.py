@@ -1,19 +1,27 @@
 """A layer: sublayers that read the residual stream in turn and add to it."""
 
+import functools
 from typing import Any
 
 import jax
 
 from moe.layers import Block, Stack
-from moe.model import norms, sparse
-from moe.model.attention import heads
+from moe.model import norms, parameters, sparse
+from moe.model.attention import cross, heads
 from moe.model.dropout import dropout
 from moe.model.execution import Execution
 from moe.model.feed_forward import dense
 from moe.model.view import View
 
 # Kinds of sublayers. Each is a file with `specs`, `memory` and `apply`.
-KINDS: dict[str, Any] = {"heads": heads, "dense": dense, "sparse": sparse}
+KINDS: dict[str, Any] = {
+    "heads": heads,
+    "cross": cross,
+    "dense": dense,
+    "sparse": sparse,
+}
+
+OF_SOURCE = ("cross",)  # of them, those that remember the other stack's tokens
 
 Tree = dict[str, Any]  # by name of the sublayer
 
@@ -29,10 +37,20 @@ def specs(block: Block, width: int) -> Tree:
     }
 
 
-def memory(block: Block) -> Tree:
-    """Describes what drawing keeps of a token; sublayers that keep nothing are out."""
-    kept = {each.name: KINDS[each.kind].memory(each.settings) for each in block}
-    return {name: described for name, described in kept.items() if described}
+def memory(block: Block, room: int, source_room: int) -> Tree:
+    """Describes what drawing keeps of a row; sublayers that keep nothing are out.
+
+    Args:
+        block: the layer's sublayers.
+        room: tokens of a row.
+        source_room: those of the encoder.
+    """
+    kept = {}
+    for each in block:
+        if described := KINDS[each.kind].memory(each.settings):
+            tokens = source_room if each.kind in OF_SOURCE else room
+            kept[each.name] = parameters.stack(described, tokens, None)
+    return kept
 
 
 def run(
@@ -46,7 +64,7 @@ def run(
     stack: Stack,
     execution: Execution,
 ) -> tuple[jax.Array, Tree | None, list[Any]]:
-    """Adds what each sublayer makes of the normalised stream.
+    """Adds what each sublayer makes of the stream, which is normalised before or after.
 
     Args:
         block: the layer's sublayers.
@@ -68,9 +86,12 @@ def run(
         if key is not None:
             layer_key = jax.random.fold_in(key, number)
             own_key, drop_key = jax.random.split(jax.random.fold_in(layer_key, place))
+        norm = functools.partial(
+            norms.normalise, w[each.name]["norm"], settings=each.norm
+        )
         y_BLM, memory, sums = KINDS[each.kind].apply(
             w[each.name],
-            norms.normalise(w[each.name]["norm"], x_BLM, each.norm),
+            norm(x_BLM) if each.norm.place == "before" else x_BLM,
             view,
             None if memories is None else memories.get(each.name),
             each.settings,
@@ -80,6 +101,7 @@ def run(
         )
         row_B = view.routed.row_B
         x_BLM = x_BLM + dropout(y_BLM, stack.dropout, drop_key, row_B, execution)
+        x_BLM = norm(x_BLM) if each.norm.place == "after" else x_BLM
         if memory is not None:
             kept[each.name] = memory
         if sums is not None:

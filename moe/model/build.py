@@ -15,7 +15,8 @@ def build(
     execution: ExecutionSettings,
     mesh: Mesh,
     partition: PartitionSettings = UNCUT,
+    encoder_router: RouterSettings | None = None,
 ) -> Model:
     """Describes a model without allocating it."""
-    layers = architecture.describe(model, router)
+    layers = architecture.describe(model, router, encoder_router)
     return Model(layers, Execution(execution, mesh, partition))

@@ -9,13 +9,30 @@ from jax.sharding import PartitionSpec
 
 from moe.layers import with_routers
 from moe.model import head, inventory, stack, transformer, view
+from moe.model.attention.mask import Who
 from moe.model.transformer import Model
+from moe.model.view import Source, Stream
 from partitioning import rules
+from partitioning.settings import BATCH_AXES
 
 NEVER = -1e30  # a logit that is never drawn
 # Lower temperatures are no float32 numbers or overflow; at this one already all
 # probability is that of the likeliest.
 COLDEST = 1e-30
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Encoded:
+    """What an encoder is given of each row.
+
+    Attributes:
+        length_B: int32, tokens.
+        id_BT: int32, the tokens, padded with anything; None once they are remembered.
+    """
+
+    length_B: jax.Array
+    id_BT: jax.Array | None
 
 
 def generate(
@@ -24,6 +41,7 @@ def generate(
     prompt_BL: jax.Array,
     prompt_length_B: jax.Array,
     key: jax.Array,
+    source: Encoded | None = None,
     *,
     num_tokens: int,
     vocabulary_size: int,
@@ -47,6 +65,7 @@ def generate(
         prompt_length_B: int32, tokens of each prompt, in [0, L]; -1 for an empty row,
             of which nothing is drawn.
         key: PRNG key of the draws; row b uses its own, whatever the mesh.
+        source: what the encoder is given; None without one.
         num_tokens: tokens to draw at most.
         vocabulary_size: ids from here on are never drawn.
         temperature: of the softmax; 0 takes the likeliest token.
@@ -61,6 +80,10 @@ def generate(
         int32 tokens [B, num_tokens]; 0 after an end of sequence.
     """
     B, L = prompt_BL.shape
+    source_room, remembered = 0, source
+    if source is not None and source.id_BT is not None:
+        source_room = source.id_BT.shape[1]
+        remembered = dataclasses.replace(source, id_BT=None)
     # Inputs are the tokens shifted right: position 0 sees the start, 0.
     first_B = L - prompt_length_B
     position_BL = jnp.arange(L + 1) - first_B[:, None]
@@ -72,7 +95,8 @@ def generate(
         position_BL >= 0,
         jnp.int32(0),
         first_B,
-        empty_memories(model, B, L + 1 + num_tokens),
+        empty_memories(model, B, L + 1 + num_tokens, source_room),
+        source,
         bidirectional=whole_prompt,
         last_only=True,
     )
@@ -105,6 +129,7 @@ def generate(
             L + 1 + i,
             first_B,
             drawing.memories,
+            remembered,
         )
         token_BT = jax.lax.dynamic_update_slice_in_dim(
             drawing.token_BT, token_B[:, None], i, axis=1
@@ -156,6 +181,7 @@ def extend(
     start: jax.Array | int,
     first_B: jax.Array,
     memories: stack.Tree,
+    source: Encoded | None = None,
     *,
     bidirectional: bool = False,
     last_only: bool = False,
@@ -174,20 +200,25 @@ def extend(
         first_B: int32, where the first token of each row is; before it is padding.
         memories: what `empty_memories` returns, or what came back; overwritten
             from `start` on.
+        source: what the encoder is given; None without one.
         bidirectional: whether the new tokens are a prefix, and see one another whole.
         last_only: whether logits are wanted of the last token alone.
     Returns:
         logits_BLV, or those of the last token, [B, 1, V], and the memories with the new
         tokens in them.
     """
-    uncut = dataclasses.replace(model.execution.partition, sequence_parallel=False)
-    execution = dataclasses.replace(
-        model.execution, partition=uncut, tokens_replicated=True
-    )
-    model = dataclasses.replace(model, execution=execution)
-    (room,) = {array.shape[2] for array in jax.tree.leaves(memories)}
+    model = _uncut(model)
+    room, source_room = _rooms(model, memories)
 
-    def on_device(params, id_BL, mask_BL, start, first_B, memories):
+    def on_device(params, id_BL, mask_BL, start, first_B, memories, source):
+        seen_source = None
+        if source is not None:
+            stream = _encoder_stream(source, source_room, model)
+            x_BTM = None
+            if source.id_BT is not None:
+                x_BTM = _encoded(model, params, stream)
+            who = Who(jnp.arange(source_room), stream.segment_BL)
+            seen_source = Source(who, x_BTM)
         seen = view.into_memory(
             id_BL,
             mask_BL,
@@ -195,45 +226,104 @@ def extend(
             first_B,
             room,
             params["decoder"].get("distance"),
-            execution,
+            model.execution,
+            seen_source,
             bidirectional=bidirectional,
         )
         x_BLM, memories, _ = transformer.through_layers(
-            model, params, id_BL, seen, memories, None, last_only=last_only
+            model, "decoder", params, id_BL, seen, memories, None, last_only=last_only
         )
-        head_mv = head.projection(params, model.layers.embedding)
-        return head.logits_of(head_mv, x_BLM, execution), memories
+        output = head.projection(params, model.layers.embedding)
+        return head.logits_of(output, x_BLM, model.execution), memories
 
-    rows, cut = rules.spec(["batch", None]), _memory_specs(model)
+    rows, by_row = rules.spec(["batch", None]), rules.spec(["batch"])
+    cut, alone = _memory_specs(model), PartitionSpec()
+    of_source = jax.tree.map(lambda x: rows if x.ndim > 1 else by_row, source)
     return model.grid.run(
         on_device,
-        in_specs=(
-            model.partition_specs,
-            rows,
-            rows,
-            PartitionSpec(),
-            rules.spec(["batch"]),
-            cut,
-        ),
+        in_specs=(model.partition_specs, rows, rows, alone, by_row, cut, of_source),
         out_specs=(rules.spec(["batch", None, "vocab"]), cut),
-    )(params, id_BL, mask_BL, start, first_B, memories)
+    )(params, id_BL, mask_BL, start, first_B, memories, source)
 
 
-def empty_memories(model: Model, num_rows: int, room: int) -> stack.Tree:
-    """Allocates what every layer keeps, for `room` tokens of each row."""
+def empty_memories(
+    model: Model, num_rows: int, room: int, source_room: int = 0
+) -> stack.Tree:
+    """Allocates what every layer keeps.
+
+    Args:
+        model: the static description.
+        num_rows: B.
+        room: tokens of each row.
+        source_room: tokens of the encoder, of each row.
+    """
     dtype = model.execution.settings.dtype
     return jax.tree.map(
-        lambda spec: jnp.zeros((spec.shape[0], num_rows, room, *spec.shape[1:]), dtype),
-        inventory.memory(model.layers.decoder),
+        lambda spec: jnp.zeros((spec.shape[0], num_rows, *spec.shape[1:]), dtype),
+        _memory(model, room, source_room),
     )
+
+
+def _memory(model: Model, room: int, source_room: int) -> Any:
+    assert model.layers.decoder is not None
+    return inventory.memory(model.layers.decoder, room, source_room)
 
 
 def _memory_specs(model: Model) -> Any:
     """How memories are cut."""
     return jax.tree.map(
-        lambda spec: rules.spec((spec.axes[0], "batch", None, *spec.axes[1:])),
-        inventory.memory(model.layers.decoder),
+        lambda spec: rules.spec((spec.axes[0], "batch", *spec.axes[1:])),
+        _memory(model, 1, 1),
     )
+
+
+def _rooms(model: Model, memories: stack.Tree) -> tuple[int, int]:
+    """How many tokens of a row, and of the encoder, memories have room for."""
+    arrays = jax.tree.leaves(memories)
+
+    def of(marked: Any) -> int:
+        found = {
+            array.shape[2]
+            for array, spec in zip(arrays, jax.tree.leaves(marked), strict=True)
+            if spec.shape[1]
+        }
+        return found.pop() if found else 0
+
+    return of(_memory(model, 1, 0)), of(_memory(model, 0, 1))
+
+
+def _encoder_stream(source: Encoded, room: int, model: Model) -> Stream:
+    """The encoder's tokens; their padding is of no segment."""
+    rows, place_T = len(source.length_B), jnp.arange(room, dtype=jnp.int32)
+    segment_BT = (place_T < source.length_B[:, None]).astype(jnp.int32)
+    id_BT = segment_BT if source.id_BT is None else source.id_BT * segment_BT
+    return Stream(
+        id_BL=id_BT,
+        position_BL=place_T * segment_BT,
+        segment_BL=segment_BT,
+        prefix_BL=None,
+        row_B=model.grid.index(*BATCH_AXES) * rows + jnp.arange(rows),
+    )
+
+
+def _encoded(model: Model, params: Any, stream: Stream) -> jax.Array:
+    """The encoder's output; it routes the tokens of each row together."""
+    model = _grouped(model, stream.id_BL.shape[1])
+    table = params["encoder"].get("distance")
+    seen = view.of_stream(stream, table, model.execution)
+    x_BTM, _, _ = transformer.through_layers(
+        model, "encoder", params, stream.id_BL, seen, None, None
+    )
+    return x_BTM
+
+
+def _uncut(model: Model) -> Model:
+    """The same model where every device of `context` and `model` has all tokens."""
+    uncut = dataclasses.replace(model.execution.partition, sequence_parallel=False)
+    execution = dataclasses.replace(
+        model.execution, partition=uncut, tokens_replicated=True
+    )
+    return dataclasses.replace(model, execution=execution)
 
 
 def _grouped(model: Model, group_size: int) -> Model:

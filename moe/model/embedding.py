@@ -10,8 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from moe.model import norms
 from moe.model.execution import Execution
-from moe.model.parameters import Spec, matrix
+from moe.model.parameters import Spec, matrix, vector
 from moe.settings import EmbeddingSettings
 
 # Of learned positions, beside tokens of unit variance: GPT-2 and GPT-3 draw positions
@@ -19,16 +20,32 @@ from moe.settings import EmbeddingSettings
 POSITION_STDDEV = 0.5
 
 
-def specs(s: EmbeddingSettings) -> dict[str, Spec]:
-    """Describes the table of tokens, and maybe of positions, and the output."""
+def specs(s: EmbeddingSettings) -> dict[str, Any]:
+    """Describes the tables of tokens, maybe of positions and types, and the output."""
     V, M = s.vocab_size, s.width
-    found = {"embedding": Spec((V, M), ("vocab", "embed"), (0,), (1,), stddev=M**-0.5)}
+    axes: tuple[str | None, ...]
+    found: dict[str, Any] = {
+        "embedding": Spec((V, M), ("vocab", "embed"), (0,), (1,), stddev=M**-0.5)
+    }
     if s.max_positions:
         axes = ("position", "norm")
         shape = (s.max_positions, M)
         found["positions"] = Spec(shape, axes, (), (0, 1), stddev=POSITION_STDDEV)
+    if s.token_types:
+        axes, shape = (None, "norm"), (s.token_types, M)
+        found["token_types"] = Spec(shape, axes, (), (0, 1), stddev=POSITION_STDDEV)
+    if s.norm is not None:
+        found["embedding_norm"] = norms.specs(s.norm, M)
     if not s.tied:
         found["head"] = matrix((M, V), ("embed", "vocab"), (0,), (1,), s.init_scale)
+    if s.transform:
+        found["transform"] = {
+            "kernel": matrix((M, M), ("embed", "norm"), (0,), (1,), s.init_scale),
+            "bias": vector((M,), ("norm",)),
+            "norm": norms.specs(s.output_norm, M),
+        }
+    if s.output_bias:
+        found["output_bias"] = vector((V,), ("vocab",))
     return found
 
 
@@ -36,10 +53,11 @@ def embed(
     params: Any,
     id_BL: jax.Array,
     position_BL: jax.Array,
+    type_BL: jax.Array | None,
     s: EmbeddingSettings,
     execution: Execution,
 ) -> jax.Array:
-    """Embeds tokens, and maybe adds their positions; x_BLM as the residual stream.
+    """Embeds tokens, maybe adds their positions and types; x_BLM as the stream is cut.
 
     Scaled to unit variance: beside a smaller residual stream the first attention's mean
     would dominate, all tokens look alike, and the routers send them to the same
@@ -50,6 +68,15 @@ def embed(
         position_BL = execution.grid.residual(position_BL)
         here_BLM = jnp.take(params["positions"], position_BL, axis=0)
         x_BLM += here_BLM.astype(x_BLM.dtype)
+    if s.token_types:
+        of_each_M = params["token_types"].astype(x_BLM.dtype)
+        if type_BL is None:
+            x_BLM += of_each_M[0]
+        else:
+            type_BL = execution.grid.residual(type_BL)
+            x_BLM += jnp.take(of_each_M, type_BL, axis=0)
+    if s.norm is not None:
+        x_BLM = norms.normalise(params["embedding_norm"], x_BLM, s.norm)
     return x_BLM.astype(execution.settings.dtype)
 
 

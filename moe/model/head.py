@@ -5,12 +5,14 @@ full sharding. It is never whole.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from moe.model import norms
 from moe.model.execution import Execution
+from moe.model.feed_forward.dense import activate
 from moe.model.products import gather, product
 from moe.settings import EmbeddingSettings
 
@@ -31,8 +33,20 @@ class TargetScores:
     likeliest_BL: jax.Array
 
 
+class Head(NamedTuple):
+    """This device's part of the output projection.
+
+    Attributes:
+        matrix_mv: the matrix.
+        bias_v: bias of the logits; None without.
+    """
+
+    matrix_mv: jax.Array
+    bias_v: jax.Array | None
+
+
 def score_targets(
-    head_mv: jax.Array,
+    head: Head,
     x_BLM: jax.Array,
     target_BL: jax.Array,
     execution: Execution,
@@ -40,18 +54,18 @@ def score_targets(
     """Forms logits, piece by piece of the vocabulary, and keeps what losses need.
 
     Args:
-        head_mv: this device's part of the output projection.
+        head: this device's part of the output projection.
         x_BLM: normalised activations, the same on all of `model`.
         target_BL: int32.
         execution: pieces of the vocabulary, types, and the mesh.
     """
     grid, chunks = execution.grid, execution.settings.vocab_chunks
-    width = head_mv.shape[1] // chunks
+    width = head.matrix_mv.shape[1] // chunks
     none = jnp.iinfo(jnp.int32).max
-    first = grid.index("model") * head_mv.shape[1]
+    first = grid.index("model") * head.matrix_mv.shape[1]
 
-    def one(head_mv: jax.Array, chunk: jax.Array | int) -> tuple[jax.Array, ...]:
-        logits_BLV = logits_of(head_mv, x_BLM, execution)
+    def one(head: Head, chunk: jax.Array | int) -> tuple[jax.Array, ...]:
+        logits_BLV = logits_of(head, x_BLM, execution)
         id_V = first + chunk * width + jnp.arange(width)
         # A comparison instead of a gather: its transpose is not a scatter over V.
         is_target_BLV = target_BL[..., None] == id_V
@@ -71,13 +85,15 @@ def score_targets(
         policy = policies.dots_with_no_batch_dims_saveable
         one = jax.checkpoint(one, policy=policy, prevent_cse=False)
     if chunks == 1:
-        parts = tuple(x[None] for x in one(head_mv, 0))
+        parts = tuple(x[None] for x in one(head, 0))
     else:
-        head_Zmv = jnp.moveaxis(head_mv.reshape(-1, chunks, width), 1, 0)
+        pieces = jax.tree.map(
+            lambda x: jnp.moveaxis(x.reshape(*x.shape[:-1], chunks, width), -2, 0), head
+        )
         _, parts = jax.lax.scan(
             lambda _, scanned: (None, one(*scanned)),
             None,
-            (head_Zmv, jnp.arange(chunks)),
+            (pieces, jnp.arange(chunks)),
         )
     log_z_ZBL, target_logit_ZBL, most_ZBL, id_ZBL = parts
     log_z_BL = jax.nn.logsumexp(log_z_ZBL, axis=0)
@@ -95,16 +111,30 @@ def score_targets(
     return TargetScores(log_z_BL, target_logit_BL, id_BL)
 
 
-def logits_of(head_mv: jax.Array, x_BLM: jax.Array, execution: Execution) -> jax.Array:
+def logits_of(head: Head, x_BLM: jax.Array, execution: Execution) -> jax.Array:
     """Projects to logits_BLV, in float32, of this device's part of the vocabulary."""
+    matrix_Mv = _whole(head.matrix_mv, execution)
+    return product(x_BLM, matrix_Mv, head.bias_v, result=jnp.float32)
+
+
+def projection(params: Any, s: EmbeddingSettings) -> Head:
+    """Returns this device's part of the output projection, [M, V], and its bias."""
+    matrix_mv = params["embedding"].T if s.tied else params["head"]
+    return Head(matrix_mv, params.get("output_bias"))
+
+
+def transform(
+    w: Any, x_BLM: jax.Array, s: EmbeddingSettings, execution: Execution
+) -> jax.Array:
+    """Applies a dense layer, its activation and a norm (BERT, arXiv:1810.04805)."""
+    y_BLM = product(x_BLM, _whole(w["kernel"], execution), w["bias"])
+    return norms.normalise(w["norm"], activate(y_BLM, s.transform), s.output_norm)
+
+
+def _whole(matrix_mX: jax.Array, execution: Execution) -> jax.Array:
+    """Gathers a matrix that is fully sharded along its inputs."""
     grid, settings = execution.grid, execution.settings
     axes = grid.table["embed"]
-    if grid.size(*axes) > 1:
-        types = settings.dtype, settings.reduce_dtype
-        head_mv = gather(head_mv, grid, axes, 0, *types)
-    return product(x_BLM, head_mv, result=jnp.float32)
-
-
-def projection(params: Any, s: EmbeddingSettings) -> jax.Array:
-    """Returns this device's part of the output projection, [M, V]."""
-    return params["embedding"].T if s.tied else params["head"]
+    if grid.size(*axes) == 1:
+        return matrix_mX
+    return gather(matrix_mX, grid, axes, 0, settings.dtype, settings.reduce_dtype)

@@ -1,8 +1,8 @@
 """All parameters of a model: what they are, and how they start.
 
 They are a tree of dicts and lists: tables and the output projection by name, and under
-"decoder", "layers" the sublayers' by segment, by block of a period, by name. Arrays of
-layers that repeat are stacked.
+the name of a stack, "layers" the sublayers' by segment, by block of a period, by name.
+Arrays of layers that repeat are stacked.
 """
 
 import functools
@@ -21,25 +21,28 @@ def specs(layers: Layers) -> Any:
     """Describes every parameter, in the tree that `draw` returns."""
     return {
         **embedding.specs(layers.embedding),
-        "decoder": _stack_specs(layers.decoder),
+        **{name: _stack_specs(stack) for name, stack in layers.stacks.items()},
     }
 
 
 def draw(layers: Layers, key: jax.Array, param_dtype: str) -> Any:
     """Draws every parameter; those of a layer by its number, wherever it stands."""
-    embedding_key, decoder_key = jax.random.split(key)
+    embedding_key, stack_key = jax.random.split(key)
     described = embedding.specs(layers.embedding)
-    return {
-        **parameters.draw(described, embedding_key, param_dtype),
-        "decoder": _draw_stack(layers.decoder, decoder_key, param_dtype),
-    }
+    found = parameters.draw(described, embedding_key, param_dtype)
+    for name, stack in layers.stacks.items():
+        own_key = stack_key
+        if name != layers.scored:
+            own_key = jax.random.fold_in(stack_key, len(stack.layers))  # of no layer
+        found[name] = _draw_stack(stack, own_key, param_dtype)
+    return found
 
 
-def memory(stack: Stack) -> list[list[Any]]:
-    """Describes what drawing keeps of one token of a row, of every layer."""
+def memory(stack: Stack, room: int, source_room: int) -> list[list[Any]]:
+    """Describes what drawing keeps of a row, of every layer; see `block.memory`."""
     return [
         [
-            parameters.stack(block.memory(each), segment.repeats)
+            parameters.stack(block.memory(each, room, source_room), segment.repeats)
             for each in segment.blocks
         ]
         for segment in stack.segments
@@ -56,8 +59,9 @@ def _stack_specs(stack: Stack) -> dict[str, Any]:
             ]
             for segment in stack.segments
         ],
-        "norm": norms.specs(stack.norm, stack.width),
     }
+    if stack.norm is not None:
+        found["norm"] = norms.specs(stack.norm, stack.width)
     if stack.shared_positions is not None:
         heads = stack.settings("heads")[0]
         found["distance"] = table_spec(

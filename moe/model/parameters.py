@@ -76,7 +76,7 @@ def vector(
     return Spec(shape, axes, outputs=own, value=value)
 
 
-def stack(tree: Any, number: int, axis: str = "layers") -> Any:
+def stack(tree: Any, number: int, axis: str | None = "layers") -> Any:
     """Describes so many of each parameter of a tree, along a new first dimension."""
 
     def one(spec: Spec) -> Spec:

@@ -1,4 +1,4 @@
-"""A decoder-only transformer: embedding, layers, and what logits are made of.
+"""A transformer: embedding, one stack of layers or two, and what logits are made of.
 
 The whole pass is one `shard_map` over all mesh axes: what follows is what one device
 does, and each collective, forward and backward, is one that is written here.
@@ -11,14 +11,16 @@ import jax
 from jax.sharding import PartitionSpec
 
 from moe.layers import Layers
-from moe.model import embedding, inventory, norms, stack, view
+from moe.model import embedding, head, inventory, norms, stack, view
 from moe.model.execution import Execution
-from moe.model.view import Stream
+from moe.model.view import Source, Stream
 from moe.routing.assignment import RouterSums
 from partitioning import rules
 from partitioning.grid import Grid
 
-Batch = dict[str, jax.Array]  # SeqIO's decoder features, each [B, L]
+Batch = dict[str, jax.Array]  # SeqIO's features of each stack, each [B, L]
+
+_OTHER_STACK = 2**31 - 2  # no layer has this number, by which the other draws are keyed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,31 +64,42 @@ def hidden(
     Args:
         model: the static description.
         params: this device's pieces of what `inventory.draw` returns.
-        batch: this device's cut of `decoder_input_tokens`, `decoder_positions`,
-            `decoder_segment_ids`, and `decoder_causal_attention` if it has prefixes, 1
-            on their tokens.
+        batch: this device's cut, of each stack, of `decoder_input_tokens`,
+            `decoder_positions`, `decoder_segment_ids`, and `decoder_causal_attention`
+            if it has prefixes, 1 on their tokens; or of `encoder_input_tokens` and so
+            on.
         row_B: int32, global row number of each sequence; names its random draws.
         key: PRNG key of this step; None outside training, where nothing is drawn and no
             token dropped unless `eval_capacity_factor` says so.
     Returns:
         x_BLM, normalised, of this device's cut of its rows, the same on all of `model`;
-        and of each sparse sublayer the sums of its groups, led by its layers.
+        and of each sparse sublayer the sums of its groups, led by its layers, in the
+        order of `Layers.sparse`.
     """
-    stream = Stream(
-        id_BL=batch["decoder_input_tokens"],
-        position_BL=batch["decoder_positions"],
-        segment_BL=batch["decoder_segment_ids"],
-        prefix_BL=batch.get("decoder_causal_attention"),
-        row_B=row_B,
-    )
-    distance_table = params["decoder"].get("distance")
-    seen = view.of_stream(stream, distance_table, model.execution)
-    x_BLM, _, sums = through_layers(model, params, stream.id_BL, seen, None, key)
+    sums: tuple[RouterSums, ...] = ()
+    source: Source | None = None
+    for name in model.layers.stacks:
+        stream = Stream(
+            id_BL=batch[f"{name}_input_tokens"],
+            position_BL=batch[f"{name}_positions"],
+            segment_BL=batch[f"{name}_segment_ids"],
+            prefix_BL=batch.get(f"{name}_causal_attention"),
+            row_B=row_B,
+            type_BL=batch.get(f"{name}_token_types"),
+        )
+        distance_table = params[name].get("distance")
+        seen = view.of_stream(stream, distance_table, model.execution, source)
+        x_BLM, _, more = through_layers(
+            model, name, params, stream.id_BL, seen, None, key
+        )
+        sums += more
+        source = Source(seen.keys, x_BLM)
     return x_BLM, sums
 
 
 def through_layers(
     model: Model,
+    name: str,
     params: Any,
     id_BL: jax.Array,
     seen: view.View,
@@ -95,10 +108,11 @@ def through_layers(
     *,
     last_only: bool = False,
 ) -> tuple[jax.Array, stack.Tree | None, tuple[RouterSums, ...]]:
-    """Embeds tokens and sends them through all layers: in training, scoring, drawing.
+    """Embeds tokens and sends them through a stack: in training, scoring, drawing.
 
     Args:
         model: the static description.
+        name: name of the stack.
         params: this device's pieces.
         id_BL: tokens of this device's rows.
         seen: who they are.
@@ -108,16 +122,20 @@ def through_layers(
     Returns:
         x_BLM, normalised; the memories with the new tokens; sums as in `hidden`.
     """
-    grid, decoder = model.grid, model.layers.decoder
-    x_BLM = embedding.embed(
-        params, id_BL, seen.position_BL, model.layers.embedding, model.execution
-    )
+    layers, own = model.layers.stacks[name], params[name]
+    if key is not None and name != model.layers.scored:  # draws of its own
+        key = jax.random.fold_in(key, _OTHER_STACK)
+    s, execution = model.layers.embedding, model.execution
+    x_BLM = embedding.embed(params, id_BL, seen.position_BL, seen.type_BL, s, execution)
     x_BLM, memories, sums = stack.run(
-        decoder, params["decoder"], x_BLM, seen, memories, key, model.execution
+        layers, own, x_BLM, seen, memories, key, execution
     )
     x_BLM = x_BLM[:, -1:] if last_only else x_BLM
-    x_BLM = norms.normalise(params["decoder"]["norm"], x_BLM, decoder.norm)
-    return grid.enter(x_BLM), memories, sums
+    if layers.norm is not None:
+        x_BLM = norms.normalise(own["norm"], x_BLM, layers.norm)
+    if s.transform and name == model.layers.scored:
+        x_BLM = head.transform(params["transform"], x_BLM, s, execution)
+    return model.grid.enter(x_BLM), memories, sums
 
 
 def batch_spec(batch: Batch) -> dict[str, PartitionSpec]:

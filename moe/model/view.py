@@ -24,6 +24,7 @@ class Stream:
             without.
         row_B: int32, global row number of each sequence in its batch; names its random
             draws, wherever they are made.
+        type_BL: int32, token types; None: all 0.
     """
 
     id_BL: jax.Array
@@ -31,6 +32,22 @@ class Stream:
     segment_BL: jax.Array
     prefix_BL: jax.Array | None
     row_B: jax.Array
+    type_BL: jax.Array | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """What a decoder sees of the encoder.
+
+    Attributes:
+        keys: who its tokens are, as `View.keys`.
+        x_BTM: its output, this device's cut of each row but the same on all of `model`;
+            None once it is remembered.
+    """
+
+    keys: Who
+    x_BTM: jax.Array | None
 
 
 @jax.tree_util.register_dataclass
@@ -46,6 +63,8 @@ class View:
         routed: what routers are told of this device's pieces of its sequences.
         start: int32 scalar, tokens already in memory; None without memory.
         distance_table: bias by distance that layers share, [buckets, N]; None without.
+        source: the encoder's tokens; None without.
+        type_BL: types of those that ask; None: all 0.
     """
 
     queries: Who
@@ -54,6 +73,8 @@ class View:
     routed: "Routed"
     start: jax.Array | None = None
     distance_table: jax.Array | None = None
+    source: Source | None = None
+    type_BL: jax.Array | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -73,31 +94,38 @@ class Routed:
 
 
 def of_stream(
-    stream: Stream, distance_table: jax.Array | None, execution: Execution
+    stream: Stream,
+    distance_table: jax.Array | None,
+    execution: Execution,
+    source: Source | None = None,
 ) -> View:
     """Looks at whole sequences, in training and scoring."""
-    grid = execution.grid
+    grid, whole = execution.grid, execution.tokens_replicated
     length = stream.segment_BL.shape[1]
-    first = grid.index("context") * length
+    first = 0 if whole else grid.index("context") * length
     place_L = first + jnp.arange(length, dtype=jnp.int32)
     queries = keys = Who(place_L, stream.segment_BL, stream.prefix_BL)
-    if grid.partition.context_attention == "all_gather":
+    cut = not whole and grid.size("context") > 1
+    if cut and grid.partition.context_attention == "all_gather":
         segment_BT, prefix_BT = jax.tree.map(
             lambda x_BL: grid.gather(x_BL, ["context"], 1),
             (stream.segment_BL, stream.prefix_BL),
         )
         place_T = jnp.arange(segment_BT.shape[1], dtype=jnp.int32)
         keys = Who(place_T, segment_BT, prefix_BT)
+    cuts = [] if whole else ["model"]
     return View(
         queries,
         keys,
         stream.position_BL,
         Routed(
-            mask_BL=grid.piece(stream.segment_BL > 0, ["model"], 1),
-            id_BL=grid.piece(stream.id_BL, ["model"], 1),
+            mask_BL=grid.piece(stream.segment_BL > 0, cuts, 1),
+            id_BL=grid.piece(stream.id_BL, cuts, 1),
             row_B=stream.row_B,
         ),
         distance_table=distance_table,
+        source=source,
+        type_BL=stream.type_BL,
     )
 
 
@@ -109,6 +137,7 @@ def into_memory(
     room: int,
     distance_table: jax.Array | None,
     execution: Execution,
+    source: Source | None = None,
     *,
     bidirectional: bool,
 ) -> View:
@@ -123,6 +152,7 @@ def into_memory(
         room: T, tokens that memory has room for.
         distance_table: bias by distance that layers share.
         execution: the mesh, which cuts no sequence.
+        source: the encoder's tokens; None without.
         bidirectional: whether the new tokens are a prefix, and see one another whole.
     """
     B, L = id_BL.shape
@@ -146,4 +176,5 @@ def into_memory(
         ),
         start=start,
         distance_table=distance_table,
+        source=source,
     )

@@ -10,16 +10,21 @@ from typing import Literal
 
 @dataclasses.dataclass(frozen=True)
 class ModelSettings:
-    """A decoder-only transformer with a sparse layer every `moe_every` layers.
+    """A transformer of one stack of layers or two, every `moe_every`-th layer sparse.
 
     Attributes:
+        shape: "decoder", in which tokens see those before them; "encoder", in which
+            they see all; or both, "encoder_decoder", whose decoder sees the encoder's
+            output too (arXiv:1706.03762).
         vocab_size: V, rows of the embedding; at least the vocabulary's size.
-        num_layers: layers in all, dense and sparse.
+        num_layers: layers of a stack, dense and sparse.
+        num_encoder_layers: those of the encoder beside a decoder; None: as many.
         model_dim: M.
         num_heads: N.
         head_dim: D.
         mlp_dim: F of a dense layer.
-        activation: "relu", "gelu", "geglu" or "swiglu"; the last two are gated.
+        activation: "relu", "gelu" (its approximation by tanh), "gelu_exact" (BERT),
+            "geglu" or "swiglu"; the last two are gated.
         mlp_biases: whether dense feed-forwards have biases.
         num_kv_heads: heads of keys and values, each shared by as many heads of queries
             (arXiv:2305.13245); 0 has one for each.
@@ -30,19 +35,25 @@ class ModelSettings:
             distance (arXiv:1910.10683), one table for all layers; "relative_per_layer",
             one for each; "learned", a vector per position, added to the embedding
             (GPT-3); "none".
-        relative_buckets: buckets of distance; a causal model has them for the past.
+        relative_buckets: buckets of distance; a decoder has all of them for the past,
+            an encoder half for each side.
         relative_max_distance: distance from which on all share the last bucket.
         max_positions: rows of the learned table; at least L.
         norm: "rms" (arXiv:1910.07467) or "layer" (arXiv:1607.06450), which has a bias.
+        norm_place: "before" a sublayer, with one more norm on top (T5, GPT-2), or
+            "after" it and what it was added to (arXiv:1706.03762; BERT).
+        norm_epsilon: added to the mean square; 0 takes 1e-6 of "rms", 1e-5 of "layer".
         expert_activation: activation of the experts; "same" takes `activation`.
         expert_biases: whether experts have biases.
         first_dense_layers: layers at the bottom that are dense (DeepSeek-V3: 3).
         moe_every: above the first dense layers, every n-th layer is sparse; 0 makes
             every layer dense.
+        encoder_moe_every: the same of the encoder beside a decoder; None: as there.
         moe_position: which layer of such a period: its "last", or its "first".
         num_experts: E.
-        experts_per_layer: E of each sparse layer from the bottom up, as in PR-MoE's
-            pyramid (arXiv:2201.05596, section 4.1); () has `num_experts` in all.
+        experts_per_layer: E of each sparse layer from the bottom up, the encoder's
+            first, as in PR-MoE's pyramid (arXiv:2201.05596, section 4.1); () has
+            `num_experts` in all.
         expert_mlp_dim: F of one expert.
         shared_expert_mlp_dim: F of the experts that every token visits, side by side
             as one (DeepSeekMoE, arXiv:2401.06066, section 3.2); 0 has none.
@@ -55,6 +66,11 @@ class ModelSettings:
             which start out with unit variance, nor of routers, which have 0.02².
         rope_base: base of the rotary position angles (arXiv:2104.09864).
         tie_embeddings: whether the output projection is the embedding.
+        token_types: rows of a table of token types (BERT's two sentences); 0 has none.
+        embedding_norm: whether a norm follows the embedding (BERT).
+        output_transform: whether a dense layer and a norm precede the output (BERT's
+            masked-token head).
+        output_bias: whether logits have a bias (BERT).
     """
 
     vocab_size: int
@@ -63,7 +79,9 @@ class ModelSettings:
     num_heads: int
     head_dim: int
     mlp_dim: int
-    activation: Literal["relu", "gelu", "geglu", "swiglu"] = "gelu"
+    shape: Literal["decoder", "encoder_decoder", "encoder"] = "decoder"
+    num_encoder_layers: int | None = None
+    activation: Literal["relu", "gelu", "gelu_exact", "geglu", "swiglu"] = "gelu"
     mlp_biases: bool = False
     num_kv_heads: int = 0
     attention_biases: bool = False
@@ -75,10 +93,15 @@ class ModelSettings:
     relative_max_distance: int = 128
     max_positions: int = 0
     norm: Literal["rms", "layer"] = "rms"
-    expert_activation: Literal["same", "relu", "gelu", "geglu", "swiglu"] = "same"
+    norm_place: Literal["before", "after"] = "before"
+    norm_epsilon: float = 0.0
+    expert_activation: Literal[
+        "same", "relu", "gelu", "gelu_exact", "geglu", "swiglu"
+    ] = "same"
     expert_biases: bool = False
     first_dense_layers: int = 0
     moe_every: int = 2
+    encoder_moe_every: int | None = None
     moe_position: Literal["last", "first"] = "last"
     num_experts: int = 8
     experts_per_layer: tuple[int, ...] = ()
@@ -89,3 +112,7 @@ class ModelSettings:
     init_scale: float = 1.0
     rope_base: float = 10_000.0
     tie_embeddings: bool = False
+    token_types: int = 0
+    embedding_norm: bool = False
+    output_transform: bool = False
+    output_bias: bool = False

@@ -17,10 +17,12 @@ class NormSettings:
     Attributes:
         kind: "rms" (arXiv:1910.07467), or "layer" (arXiv:1607.06450), which has a bias.
         epsilon: added to the mean square.
+        place: of a sublayer's norm, "before" it or "after" the sum with its input.
     """
 
     kind: Literal["rms", "layer"] = "rms"
     epsilon: float = 1e-6
+    place: Literal["before", "after"] = "before"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,19 +33,22 @@ class PositionSettings:
         kind: "rotary" turns queries and keys (arXiv:2104.09864); "distance" adds a
             bias by bucket of distance to the scores (T5, arXiv:1910.10683); "none".
         rotary_base: base of the angles.
-        buckets: buckets of distance; in a causal model all of them for the past.
+        buckets: buckets of distance.
         max_distance: distance from which on all share the last bucket.
+        two_sided: whether half of the buckets are for tokens ahead; else these are all
+            in the first.
     """
 
     kind: Literal["rotary", "distance", "none"] = "none"
     rotary_base: float = 10_000.0
     buckets: int = 32
     max_distance: int = 128
+    two_sided: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class HeadsSettings:
-    """Multi-head attention.
+    """Multi-head attention of tokens to one another, or to those of another stack.
 
     Attributes:
         num_heads: N, heads of queries.
@@ -52,7 +57,8 @@ class HeadsSettings:
         biases: whether the four projections have biases.
         positions: how it sees positions.
         window: places, its own among them, that a token sees back (arXiv:2310.06825,
-            section 2); 0 sees all.
+            section 2), and ahead if it is not causal; 0 sees all.
+        causal: whether tokens see none that follow.
         shares_bias: whether the bias by distance is the stack's, and not its own.
         init_scale: variance of the initial weights, times their fan-in.
     """
@@ -63,12 +69,14 @@ class HeadsSettings:
     biases: bool = False
     positions: PositionSettings = PositionSettings()
     window: int = 0
+    causal: bool = True
     shares_bias: bool = False
     init_scale: float = 1.0
 
     def reach(self, length: int) -> int:
-        """Returns the keys that the last of so many queries sees."""
-        return min(self.window, length) if self.window else length
+        """Returns the most keys that one of so many queries sees."""
+        seen = self.window if self.causal else 2 * self.window - 1
+        return min(seen, length) if self.window else length
 
     @property
     def scale(self) -> float:
@@ -124,6 +132,12 @@ class EmbeddingSettings:
         max_positions: rows of a table of positions; 0 has none.
         tied: whether the output projection is the table.
         init_scale: variance of an output projection of its own, times its fan-in.
+        token_types: rows of a table of token types; 0 has none.
+        norm: normalisation of the sum of all of these; None without.
+        transform: activation of a dense layer before the output projection, which a
+            norm like `output_norm` follows; "" has neither.
+        output_norm: that norm.
+        output_bias: whether logits have a bias.
     """
 
     vocab_size: int
@@ -131,3 +145,8 @@ class EmbeddingSettings:
     max_positions: int = 0
     tied: bool = False
     init_scale: float = 1.0
+    token_types: int = 0
+    norm: NormSettings | None = None
+    transform: str = ""
+    output_norm: NormSettings = NormSettings()
+    output_bias: bool = False

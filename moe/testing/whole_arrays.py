@@ -37,17 +37,21 @@ def forward(
     Returns:
         logits_BLV in float32, and of each sparse sublayer sums [layers, G, ...].
     """
-    group_rows = _group_rows(model)
+    sparse = [place.sublayer.settings for place in model.layers.sparse()]
 
     def on_device(params: Any, batch: Batch, row_B: Any, key: Any) -> Any:
         x_BLM, sums = transformer.hidden(model, params, batch, row_B, key)
-        head_mv = head.projection(params, model.layers.embedding)
+        output = head.projection(params, model.layers.embedding)
         # Groups of the same rows are neighbours.
-        blocks = len(row_B) // group_rows
-        sums = jax.tree.map(
-            lambda s: s.reshape(s.shape[0], blocks, -1, *s.shape[2:]), sums
-        )
-        return head.logits_of(head_mv, x_BLM, model.execution), sums
+        by_block = []
+        for s, each in zip(sparse, sums, strict=True):
+            blocks = len(row_B) // s.router.group_rows
+            by_block.append(
+                jax.tree.map(
+                    lambda x, n=blocks: x.reshape(x.shape[0], n, -1, *x.shape[2:]), each
+                )
+            )
+        return head.logits_of(output, x_BLM, model.execution), tuple(by_block)
 
     by_row, piece = rules.spec(["batch"]), rules.spec([None, "batch", "piece"])
     logits_BLV, sums = model.grid.run(
@@ -113,9 +117,3 @@ def layer(
     return y_BLM, jax.tree.map(
         lambda sum_BG: sum_BG.reshape(-1, *sum_BG.shape[2:]), sums
     )
-
-
-def _group_rows(model: Model) -> int:
-    """Rows of a group; 1 in a dense model."""
-    found = model.layers.decoder.settings("sparse")
-    return found[0].router.group_rows if found else 1

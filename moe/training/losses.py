@@ -81,7 +81,7 @@ def sums(
     settings: LossSettings,
     join_sequence: Callable[[jax.Array], jax.Array] = lambda x: x,
     *,
-    group_rows: int = 1,
+    group_rows: Sequence[int] = (),
 ) -> Sums:
     """Sums up a batch, a microbatch, or one device's part of it.
 
@@ -92,15 +92,13 @@ def sums(
         router: sums of each sparse sublayer, per layer and group.
         settings: which balance loss is formed.
         join_sequence: adds up over the devices that a sequence is cut over.
-        group_rows: rows of a group.
+        group_rows: rows of a group of each sparse sublayer; () if all have 1.
     """
     weight_BL = weight_BL.astype(jnp.float32)
     log_z_BL = scores.log_z_BL
     totals = tuple(
-        router_totals(
-            each, len(target_BL), settings, join_sequence, group_rows=group_rows
-        )
-        for each in router
+        router_totals(each, len(target_BL), settings, join_sequence, group_rows=rows)
+        for each, rows in zip(router, group_rows or [1] * len(router), strict=True)
     )
     return Sums(
         cross_entropy=jnp.sum(weight_BL * (log_z_BL - scores.target_logit_BL)),

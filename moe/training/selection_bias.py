@@ -19,15 +19,15 @@ def move_selection_biases(
 
     Args:
         params: parameters, or a copy of them.
-        router: totals of each sparse sublayer, in the order of `Stack.sparse`.
+        router: totals of each sparse sublayer, in the order of `Layers.sparse`.
         layers: which of them have biases.
     """
     params = jax.tree.map(lambda array: array, params)  # dicts of its own
-    blocks = params["decoder"]["layers"]
-    for place, totals in zip(layers.decoder.sparse(), router, strict=True):
+    for place, totals in zip(layers.sparse(), router, strict=True):
         settings = place.sublayer.settings.router
         if settings.selection_bias:
-            weights = blocks[place.segment][place.block][place.sublayer.name]
+            blocks = params[place.stack]["layers"][place.segment]
+            weights = blocks[place.block][place.sublayer.name]
             load_PE = totals.chosen_PE.astype(jnp.float32)
             below_PE = jnp.sign(jnp.mean(load_PE, axis=-1, keepdims=True) - load_PE)
             weights["selection_bias"] += settings.bias_update_rate * below_PE

@@ -75,7 +75,7 @@ def train_step(
 
     def objective(params: Any) -> tuple[jax.Array, tuple[losses.Sums, dict]]:
         sums, _ = batch_sums(params, batch, key, learner)
-        value, metrics = losses.total(sums, learner.loss, layers.decoder.sparse_order)
+        value, metrics = losses.total(sums, learner.loss, layers.sparse_order)
         return value, (sums, metrics)
 
     gradients, (sums, metrics) = jax.grad(objective, has_aux=True)(state.params)
@@ -174,16 +174,15 @@ def batch_sums(
         0 where its weight is 0, without a gradient. Hosts add it up by document, in
         float64.
     """
-    model, A = learner.model, learner.microbatches
-    sparse = model.layers.decoder.settings("sparse")
-    group_rows = sparse[0].router.group_rows if sparse else 1
+    model, A, scored = learner.model, learner.microbatches, learner.model.layers.scored
+    sparse = [place.sublayer.settings for place in model.layers.sparse()]
 
     def one(params: Any, piece: Batch, row_B: jax.Array, key: Any) -> Any:
         x_BLM, router = transformer.hidden(model, params, piece, row_B, key)
-        target_BL = piece["decoder_target_tokens"]
-        weight_BL = piece["decoder_loss_weights"]
-        head_mv = projection(params, model.layers.embedding)
-        scores = score_targets(head_mv, x_BLM, target_BL, model.execution)
+        target_BL = piece[f"{scored}_target_tokens"]
+        weight_BL = piece[f"{scored}_loss_weights"]
+        head = projection(params, model.layers.embedding)
+        scores = score_targets(head, x_BLM, target_BL, model.execution)
         add_up = functools.partial(model.grid.sum, axes=("context", "model"))
         sums = losses.sums(
             scores,
@@ -192,7 +191,7 @@ def batch_sums(
             router,
             learner.loss,
             add_up,
-            group_rows=group_rows,
+            group_rows=[s.router.group_rows for s in sparse],
         )
         nats_BL = jax.lax.stop_gradient(scores.log_z_BL - scores.target_logit_BL)
         return sums, jnp.where(weight_BL > 0, nats_BL, 0)
@@ -218,7 +217,7 @@ def batch_sums(
         return losses.over_devices(sums, model.grid), nats_BL
 
     by_row = rules.spec(["batch"])
-    num_rows = batch["decoder_target_tokens"].shape[0]
+    num_rows = batch[f"{scored}_target_tokens"].shape[0]
     return model.grid.run(
         on_device,
         in_specs=(

@@ -50,7 +50,7 @@ def settings_of(name: str) -> Settings:
 def counts_of(files: tuple[str, ...]) -> Counts:
     """A model and its run have the same sizes: they are counted once."""
     settings = gin_files.read(files).settings
-    return count(settings.model, settings.router, settings.data.length)
+    return count(settings.layers, settings.data.length, settings.data.encoder_length)
 
 
 @pytest.mark.fast

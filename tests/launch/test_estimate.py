@@ -35,7 +35,7 @@ def test_the_parts_of_all_chips_are_the_operations_of_the_model(bindings):
     settings = settings_of(*bindings)
     parts = work.parts(settings, "tpu")
     tokens = settings.train.batch_size * settings.data.length
-    counts = count(settings.model, settings.router, settings.data.length)
+    counts = count(settings.layers, settings.data.length, settings.data.encoder_length)
     forward = sum(part.model_flops for part in parts) * settings.mesh.num_devices
     assert forward == pytest.approx(counts.forward_flops_per_token * tokens)
 
@@ -137,7 +137,7 @@ def test_the_peak_is_a_bound_that_no_estimate_passes():
     assert half.compute_seconds == pytest.approx(2 * whole.compute_seconds)
     assert whole.peak_seconds <= whole.compute_seconds
     assert whole.peak_seconds <= whole.overlapped_seconds <= whole.serial_seconds
-    flops = count(settings.model, settings.router, 64).train_flops_per_token * 8 * 64
+    flops = count(settings.layers, 64).train_flops_per_token * 8 * 64
     assert whole.peak_seconds == flops / (8 * CHIPS["v5e"].peak_flops)
     assert set(whole.network) == {"data", "expert"}
     for bound in ("overlapped", "serial"):

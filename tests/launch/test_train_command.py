@@ -301,7 +301,7 @@ def test_a_dry_run_tells_all_and_compiles_and_writes_nothing(
             for row in rows
         ), knob
     settings = config.settings
-    counts = count(settings.model, settings.router, settings.data.length)
+    counts = count(settings.layers, settings.data.length, settings.data.encoder_length)
     text = " ".join(rows)
     assert f"{counts.total:,} total, {counts.active:,} active" in text
     assert " router top-1 of 4 " in text

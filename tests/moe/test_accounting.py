@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from moe import accounting
+from moe.architecture import describe
 from moe.model import parameters
 from moe.model.build import build
 from moe.routing.capacity import capacity
@@ -44,7 +45,7 @@ ATTENDING = 4 * 4 * 256 * 4 * 64
 
 def test_a_dense_model_is_counted_as_by_hand():
     counts = accounting.count(
-        dataclasses.replace(SMALL, moe_every=0), ROUTER, length=LENGTH
+        describe(dataclasses.replace(SMALL, moe_every=0), ROUTER), LENGTH
     )
     matrices = 4 * ATTENTION + 4 * TWO_MATRICES
     assert counts.total == counts.active == EMBEDDING + matrices + NORMS == 3_672_320
@@ -56,7 +57,7 @@ def test_a_dense_model_is_counted_as_by_hand():
 
 
 def test_a_sparse_model_is_counted_as_by_hand():
-    counts = accounting.count(SMALL, ROUTER, length=LENGTH)
+    counts = accounting.count(describe(SMALL, ROUTER), LENGTH)
     shared = 4 * ATTENTION + 2 * TWO_MATRICES + ROUTERS
     total = EMBEDDING + NORMS + shared + 2 * 8 * TWO_MATRICES
     assert counts.total == total == 11_016_448
@@ -74,7 +75,7 @@ def test_two_experts_per_token_and_a_gate_matrix_are_counted_as_by_hand():
         SMALL, activation="geglu", moe_every=1, tie_embeddings=False
     )
     router = dataclasses.replace(ROUTER, num_selected=2, capacity_factor=1.0)
-    counts = accounting.count(model, router, length=LENGTH)
+    counts = accounting.count(describe(model, router), LENGTH)
     expert = 3 * 256 * 1024
     # The output has a matrix of its own, and all four layers have routers.
     shared = 4 * ATTENTION + 2 * ROUTERS + EMBEDDING
@@ -89,7 +90,7 @@ def test_spare_slots_are_executed_but_are_not_the_models_work():
     dropless = dataclasses.replace(ROUTER, capacity_factor=0.0)
     tight = dataclasses.replace(ROUTER, capacity_factor=1.0)
     some, most, none = (
-        accounting.count(SMALL, router, length=LENGTH)
+        accounting.count(describe(SMALL, router), LENGTH)
         for router in (ROUTER, dropless, tight)
     )
     assert none.executed_forward_flops_per_token == none.forward_flops_per_token
@@ -108,7 +109,7 @@ def test_shared_experts_and_dense_layers_below_are_counted_as_by_hand():
         shared_expert_mlp_dim=512,
     )
     router = dataclasses.replace(ROUTER, num_selected=3, capacity_factor=1.0)
-    counts = accounting.count(model, router, length=LENGTH)
+    counts = accounting.count(describe(model, router), LENGTH)
     expert = 3 * 256 * 1024  # of which a shared one is half
     dense = 4 * ATTENTION + expert + 3 * (expert // 2 + 256 * 8)
     assert counts.total == EMBEDDING + NORMS + dense + 3 * 8 * expert
@@ -122,8 +123,8 @@ def test_biases_are_parameters_but_no_products(activation):
     model = dataclasses.replace(SMALL, activation=activation)
     biased = dataclasses.replace(model, mlp_biases=True, expert_biases=True)
     router = dataclasses.replace(ROUTER, selection_bias=True)
-    without = accounting.count(model, ROUTER, length=LENGTH)
-    counts = accounting.count(biased, router, length=LENGTH)
+    without = accounting.count(describe(model, ROUTER), LENGTH)
+    counts = accounting.count(describe(biased, router), LENGTH)
     for name in ("forward_flops_per_token", "executed_forward_flops_per_token"):
         assert getattr(counts, name) == getattr(without, name)
     biases = 256 + 1024 * (2 if activation == "swiglu" else 1)
@@ -142,9 +143,9 @@ def test_biases_positions_and_norms_of_gpt3_are_no_products():
         attention_biases=True,
         mlp_biases=True,
     )
-    counts = accounting.count(model, ROUTER, length=LENGTH)
+    counts = accounting.count(describe(model, ROUTER), LENGTH)
     plain = accounting.count(
-        dataclasses.replace(SMALL, moe_every=0), ROUTER, length=LENGTH
+        describe(dataclasses.replace(SMALL, moe_every=0), ROUTER), LENGTH
     )
     assert counts.forward_flops_per_token == plain.forward_flops_per_token
     assert counts.positions == 512 * 256
@@ -157,9 +158,9 @@ def test_biases_positions_and_norms_of_gpt3_are_no_products():
 
 def test_heads_that_share_keys_save_products_but_no_scores():
     model = dataclasses.replace(SMALL, moe_every=0, num_kv_heads=1)
-    counts = accounting.count(model, ROUTER, length=LENGTH)
+    counts = accounting.count(describe(model, ROUTER), LENGTH)
     plain = accounting.count(
-        dataclasses.replace(SMALL, moe_every=0), ROUTER, length=LENGTH
+        describe(dataclasses.replace(SMALL, moe_every=0), ROUTER), LENGTH
     )
     # Keys and values of one head instead of four, in each of four layers.
     saved = 4 * 2 * 256 * (4 - 1) * 64
@@ -172,8 +173,8 @@ def test_heads_that_share_keys_save_products_but_no_scores():
 )
 def test_tables_of_distances_are_parameters_but_no_products(positions, tables):
     model = dataclasses.replace(SMALL, positions=positions, relative_buckets=32)
-    counts = accounting.count(model, ROUTER, length=LENGTH)
-    without = accounting.count(SMALL, ROUTER, length=LENGTH)
+    counts = accounting.count(describe(model, ROUTER), LENGTH)
+    without = accounting.count(describe(SMALL, ROUTER), LENGTH)
     assert counts.total == without.total + tables * 32 * 4
     assert counts.forward_flops_per_token == without.forward_flops_per_token
 
@@ -182,14 +183,14 @@ def test_experts_unlike_the_dense_layers_are_counted_as_by_hand():
     model = dataclasses.replace(
         SMALL, activation="geglu", expert_activation="gelu", moe_position="first"
     )
-    counts = accounting.count(model, ROUTER, length=LENGTH)
+    counts = accounting.count(describe(model, ROUTER), LENGTH)
     shared = 4 * ATTENTION + 2 * 3 * 256 * 1024 + ROUTERS
     assert counts.total == EMBEDDING + NORMS + shared + 2 * 8 * TWO_MATRICES
     assert counts.expert_products == 2 * TWO_MATRICES, "one in each sparse layer"
 
 
 def test_a_token_sees_half_of_a_sequence_on_average():
-    counts = accounting.count(SMALL, ROUTER, length=LENGTH)
+    counts = accounting.count(describe(SMALL, ROUTER), LENGTH)
     # 1 + 2 + ... + 256 pairs of 256 · 256.
     assert counts.causal_scores == ATTENDING * (257 * 128) // (256 * 256)
     whole, causal = (counts.model_flops_per_token(causal=c) for c in (False, True))
@@ -199,7 +200,7 @@ def test_a_token_sees_half_of_a_sequence_on_average():
 
 def test_a_token_of_a_window_sees_no_further():
     model = dataclasses.replace(SMALL, attention_windows=(64, 0))
-    counts = accounting.count(model, ROUTER, length=LENGTH)
+    counts = accounting.count(describe(model, ROUTER), LENGTH)
     # Two of four layers: 64 of 256 keys; of a sequence 1 + 2 + ... + 64 pairs, and 64
     # for each of the 192 other tokens.
     assert counts.scores == ATTENDING // 2 + ATTENDING // 2 * 64 // 256
@@ -210,7 +211,7 @@ def test_a_token_of_a_window_sees_no_further():
 
 def test_what_is_executed_depends_on_padding_on_drops_and_on_remat():
     router = dataclasses.replace(ROUTER, num_selected=2)
-    counts = accounting.count(SMALL, router, length=LENGTH)
+    counts = accounting.count(describe(SMALL, router), LENGTH)
     assert (counts.chosen, counts.slots) == (2, 2.5)  # 2 · 1.25
     experts = 2 * counts.expert_products  # operations of one row in both layers
     others = counts.forward_flops_per_token - 2 * experts
@@ -229,12 +230,12 @@ def test_experts_that_choose_are_counted_by_what_a_token_meets_on_average():
     router = dataclasses.replace(
         ROUTER, family="expert_choice", num_selected=2, capacity_factor=1.0
     )
-    counts = accounting.count(SMALL, router, length=LENGTH)
+    counts = accounting.count(describe(SMALL, router), LENGTH)
     two = dataclasses.replace(ROUTER, num_selected=2, capacity_factor=1.0)
-    assert counts == accounting.count(SMALL, two, length=LENGTH)
+    assert counts == accounting.count(describe(SMALL, two), LENGTH)
     # 8 experts take 256 · 2 · 1.25 / 8 = 80 of 256 tokens: 2.5 experts for each.
     more = dataclasses.replace(router, capacity_factor=1.25)
-    extra = accounting.count(SMALL, more, length=LENGTH).active - counts.active
+    extra = accounting.count(describe(SMALL, more), LENGTH).active - counts.active
     assert extra == 2 * TWO_MATRICES // 2
 
 
@@ -279,7 +280,7 @@ def test_xla_counts_the_same_operations(capacity_factor):
     router = RouterSettings(
         num_selected=2, group_size=64, capacity_factor=capacity_factor or 1.0
     )
-    counts = accounting.count(model, router, length=64)
+    counts = accounting.count(describe(model, router), 64)
     measured = xla_flops_per_token(model, router)
     # XLA also counts norms, softmax and masks: 0.6 to 0.8 % here.
     assert 1.0 < measured / counts.executed_forward_flops_per_token < 1.02

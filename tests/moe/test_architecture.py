@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from moe import architecture
-from moe.layers import Stack
+from moe.layers import Layers, Stack
 from moe.settings import ModelSettings, RouterSettings
 
 pytestmark = pytest.mark.fast
@@ -16,9 +16,12 @@ MODEL = ModelSettings(
 ROUTER = RouterSettings()
 
 
+def layers_of(**changes) -> Layers:
+    return architecture.describe(dataclasses.replace(MODEL, **changes), ROUTER)
+
+
 def stack_of(**changes) -> Stack:
-    model = dataclasses.replace(MODEL, **changes)
-    return architecture.describe(model, ROUTER).decoder
+    return layers_of(**changes).decoder
 
 
 def written(stack: Stack) -> str:
@@ -49,20 +52,79 @@ def test_layers_repeat_in_these_segments(changes, segments):
 
 
 def test_sparse_layers_are_told_by_their_numbers():
-    (place,) = stack_of(moe_every=2, first_dense_layers=3).sparse()
+    (place,) = layers_of(moe_every=2, first_dense_layers=3).sparse()
     assert (place.segment, place.block, list(place.numbers)) == (1, 1, [4, 6])
     assert place.sublayer.settings.router == ROUTER
-    assert not list(stack_of(moe_every=0).sparse())
+    assert not list(layers_of(moe_every=0).sparse())
 
 
 def test_a_pyramid_has_a_segment_for_each_number_of_experts():
-    stack = stack_of(
+    layers = layers_of(
         moe_every=2, num_layers=8, num_experts=16, experts_per_layer=(4, 4, 16, 16)
     )
-    assert written(stack) == "2(ds) 2(ds)"
-    experts = [p.sublayer.settings.num_experts for p in stack.sparse()]
+    assert written(layers.decoder) == "2(ds) 2(ds)"
+    experts = [p.sublayer.settings.num_experts for p in layers.sparse()]
     assert experts == [4, 16]
-    assert stack.sparse_order == (), "they are in the order of the layers"
+    assert layers.sparse_order == (), "they are in the order of the layers"
+
+
+def test_two_stacks_are_made_of_the_words_of_both():
+    router = dataclasses.replace(ROUTER, family="expert_choice")
+    model = dataclasses.replace(
+        MODEL,
+        shape="encoder_decoder",
+        num_layers=2,
+        num_encoder_layers=6,
+        moe_every=2,
+        encoder_moe_every=3,
+        num_experts=8,
+        experts_per_layer=(4, 8, 2),
+        positions="relative",
+    )
+    assert architecture.problems(model) == []
+    layers = architecture.describe(model, ROUTER, router)
+    assert list(layers.stacks) == ["encoder", "decoder"]
+    assert layers.scored == "decoder"
+    assert written(layers.encoder) == "1(dds) 1(dds)"
+    assert written(layers.decoder) == "1(ds)"
+    sparse = [(p.stack, p.sublayer.settings) for p in layers.sparse()]
+    assert [(name, s.num_experts) for name, s in sparse] == [
+        ("encoder", 4),
+        ("encoder", 8),
+        ("decoder", 2),
+    ]
+    assert [s.router.family for _, s in sparse] == ["expert_choice"] * 2 + [
+        "token_choice"
+    ]
+    heads = layers.encoder.settings("heads") + layers.decoder.settings("heads")
+    assert [s.causal for s in heads] == [False] * 6 + [True] * 2
+    assert [s.positions.two_sided for s in heads] == [True] * 6 + [False] * 2
+    assert len(layers.decoder.settings("cross")) == 2
+    assert not layers.encoder.settings("cross")
+    more = {"num_layers": 8, "experts_per_layer": (4, 8, 2, 2, 2, 2)}
+    short = architecture.shortened(dataclasses.replace(model, **more))
+    assert (short.num_encoder_layers, short.encoder_moe_every) == (6, 3)
+    assert (short.num_layers, short.experts_per_layer) == (4, (4, 8, 2, 2))
+
+
+def test_faults_of_an_encoder_are_called_by_its_own_macros():
+    model = dataclasses.replace(MODEL, shape="encoder_decoder", moe_every=7)
+    model = dataclasses.replace(model, num_encoder_layers=5, encoder_moe_every=2)
+    (found,) = architecture.problems(model)
+    assert found.startswith(
+        "NUM_ENCODER_LAYERS = 5 is not a multiple of ENCODER_MOE_EVERY = 2"
+    )
+
+
+def test_an_encoder_alone_sees_all_and_may_be_normalised_after():
+    layers = layers_of(shape="encoder", norm="layer", norm_place="after")
+    assert layers.decoder is None
+    assert layers.scored == "encoder"
+    assert layers.encoder.norm is None
+    (s, *_) = layers.settings("heads")
+    assert not s.causal
+    (block, *_) = layers.encoder.layers
+    assert {each.norm.place for each in block} == {"after"}
 
 
 @pytest.mark.parametrize(

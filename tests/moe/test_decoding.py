@@ -279,7 +279,7 @@ def test_rows_are_continued_whatever_the_lengths_of_the_others(seed):
 def test_padding_before_a_prompt_takes_no_slot_of_an_expert(monkeypatch):
     masks = []
 
-    def noting(model, params, id_BL, mask_BL, start, first_B, memories, **_):
+    def noting(model, params, id_BL, mask_BL, start, first_B, memories, source, **_):
         masks.append(mask_BL)
         return np.zeros((B, 1, V)), memories
 

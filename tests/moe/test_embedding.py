@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding
 
 from moe.model.embedding import look_up
 from moe.model.execution import Execution
-from moe.model.head import score_targets
+from moe.model.head import Head, score_targets
 from moe.settings import ExecutionSettings
 from partitioning import rules
 from partitioning.mesh import make_mesh
@@ -97,7 +97,9 @@ def on_grid(name: str) -> dict[str, np.ndarray]:
         out_specs=stream,
     )
     scored = grid.run(
-        lambda head, x_BLM, target: score_targets(head, x_BLM, target, execution),
+        lambda head, x_BLM, target: score_targets(
+            Head(head, None), x_BLM, target, execution
+        ),
         in_specs=(rules.spec(["embed", "vocab"], table), tokens, tokens),
         out_specs=tokens,
     )

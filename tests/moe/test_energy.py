@@ -158,7 +158,7 @@ def test_operations_per_token_are_twice_the_active_parameters_and_scores(
     name, twice_active, with_scores
 ):
     settings = gin_files.read([f"runs/{name}.gin"]).settings
-    counts = accounting.count(settings.model, settings.router, settings.data.length)
+    counts = accounting.count(settings.layers, settings.data.length)
     assert 2 * counts.active / BILLION == pytest.approx(twice_active, abs=0.5)
     operations = counts.model_flops_per_token(causal=True)
     assert operations / BILLION == pytest.approx(with_scores, abs=0.5)

@@ -7,6 +7,7 @@ import pytest
 
 from launch import gin_files
 from moe import accounting
+from moe.architecture import describe
 from moe.routing.capacity import mean_choices
 from moe.settings import ModelSettings, RouterSettings
 
@@ -178,5 +179,5 @@ def test_every_model_of_a_paper_is_in_the_table():
 @pytest.mark.fast
 @pytest.mark.parametrize("name", TOTALS)
 def test_the_model_that_is_built_has_as_many(name):
-    counts = accounting.count(*sizes(name), length=1024)
+    counts = accounting.count(describe(*sizes(name)), 1024)
     assert (counts.total, counts.active) == by_hand(*sizes(name))

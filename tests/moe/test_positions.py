@@ -30,7 +30,8 @@ def bucket_in_words(distance: int, num_buckets: int, max_distance: int) -> int:
 
 def test_buckets_of_t5_as_worked_out_by_hand():
     assert len(EDGES) == 32
-    bucket = bucket_of(np.arange(-3, 300), 32, 128)
+    settings = PositionSettings("distance", buckets=32, max_distance=128)
+    bucket = bucket_of(np.arange(-3, 300), settings)
     for distance in range(-3, 300):
         expected = sum(edge <= distance for edge in EDGES) - 1
         assert bucket[distance + 3] == max(expected, 0), distance
@@ -41,10 +42,26 @@ def test_buckets_of_t5_as_worked_out_by_hand():
 )
 def test_buckets_agree_with_a_loop(num_buckets, max_distance):
     distances = range(-2, 2 * max_distance)
-    bucket = bucket_of(np.array(distances), num_buckets, max_distance)
+    settings = PositionSettings(
+        "distance", buckets=num_buckets, max_distance=max_distance
+    )
+    bucket = bucket_of(np.array(distances), settings)
     expected = [bucket_in_words(d, num_buckets, max_distance) for d in distances]
     np.testing.assert_array_equal(bucket, expected)
     assert set(expected) == set(range(num_buckets))
+
+
+@pytest.mark.parametrize(("num_buckets", "max_distance"), [(32, 128), (8, 16), (6, 9)])
+def test_two_sided_buckets_are_half_for_each_side(num_buckets, max_distance):
+    distances = range(-2 * max_distance, 2 * max_distance)
+    settings = PositionSettings("distance", "", num_buckets, max_distance, True)
+    half = num_buckets // 2
+    for distance in distances:
+        expected = bucket_in_words(abs(distance), half, max_distance)
+        expected += half if distance < 0 else 0  # a key that follows its query
+        assert bucket_of(np.array(distance), settings) == expected
+    # As T5X numbers them: its distances are the key's place less the query's.
+    assert bucket_of(np.array([1, 0, -1]), settings).tolist() == [1, 0, half + 1]
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The body that all kinds of attention share: remember, expand, ask, mix."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ from moe.model.attention import blocks, kernel_method, whole
 from moe.model.attention.scoring import Scoring
 from moe.model.execution import Execution
 from moe.model.products import product
-from moe.model.view import View
+from moe.model.view import Source, View
 
 OUTPUT_NAME = "attention_output"  # kept by remat, so that no sum over devices repeats
 
@@ -43,8 +44,9 @@ def attend(
     memory: Memory | None,
     settings: Any,
     execution: Execution,
+    source: Source | None = None,
 ) -> tuple[jax.Array, Memory | None]:
-    """Attends within each segment to the tokens before and the token itself.
+    """Attends within each segment, to the tokens themselves or to others.
 
     Args:
         kind: what is remembered, and what is asked.
@@ -55,20 +57,27 @@ def attend(
         memory: what is left of the tokens before; None in training and scoring.
         settings: record of the kind.
         execution: blocks, and the mesh.
+        source: another stack's tokens, which are seen instead.
     Returns:
-        y_BLM, and the memory with the new tokens in it.
+        y_BLM, and the memory with the new tokens in it, or the source.
     """
     grid = execution.grid
     x_BLM = grid.enter(x_BLM)
     query_BLND = kind.ask(w, x_BLM, view.position_BL, settings)
-    fresh = kind.remember(w, x_BLM, view.position_BL, settings)
-    if memory is not None and view.start is not None:
-        start = view.start
-        memory = {
-            name: lax.dynamic_update_slice_in_dim(memory[name], new, start, 1)
-            for name, new in fresh.items()
-        }
-    key_BTUD, value_BTUX = kind.expand(w, fresh if memory is None else memory, settings)
+    if source is not None:
+        view = dataclasses.replace(view, keys=source.keys)
+    told_BTM = x_BLM if source is None else source.x_BTM
+    if told_BTM is None:  # the source is remembered
+        held = memory
+    else:
+        held = fresh = kind.remember(w, told_BTM, view.position_BL, settings)
+        if source is None and memory is not None and view.start is not None:
+            start = view.start
+            held = {
+                name: lax.dynamic_update_slice_in_dim(memory[name], new, start, 1)
+                for name, new in fresh.items()
+            }
+    key_BTUD, value_BTUX = kind.expand(w, held, settings)
     # As far as tokens of a row are apart, and what pads the last block.
     reach = key_BTUD.shape[1] * grid.size("context")
     reach += execution.settings.attention_block
@@ -78,7 +87,7 @@ def attend(
     y_BLM = checkpoint_name(y_BLM, OUTPUT_NAME)
     if "output_bias" in w:
         y_BLM += w["output_bias"].astype(y_BLM.dtype)
-    return y_BLM, memory
+    return y_BLM, None if memory is None else held
 
 
 def mix(
@@ -97,7 +106,8 @@ def mix(
         from moe.model.attention import kernel
 
         return kernel.attend(query_BLND, key_BTUD, value_BTUX, *who, method=method)
-    if view.start is None and grid.size("context") > 1:
+    cut = view.start is None and not execution.tokens_replicated
+    if cut and grid.size("context") > 1:
         if grid.partition.context_attention == "ring":
             ring = blocks.Ring("context", grid.size("context"))
             block = block or key_BTUD.shape[1]
@@ -132,7 +142,8 @@ def _kernel(
         length=query_BLND.shape[1],
         width=query_BLND.shape[-1],
         value_width=value_BTUX.shape[-1],
-        whole=execution.grid.size("context") == 1,
+        # A token of the same row is seen by itself, as kernels need it.
+        whole=view.keys is view.queries and execution.grid.size("context") == 1,
         bias=scoring.bias is not None,
         prefix=view.queries.prefix_BL is not None,
         sink=scoring.sink_N is not None,

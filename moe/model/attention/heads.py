@@ -83,7 +83,7 @@ def _expand(
 def _scoring(w: Weights, view: View, reach: int, s: HeadsSettings) -> Scoring:
     table = view.distance_table if s.shares_bias else w.get("distance")
     bias = None if table is None else bias_of(table, reach, s.positions)
-    return Scoring(s.scale, s.window, bias=bias)
+    return Scoring(s.scale, s.window, bias=bias, causal=s.causal)
 
 
 def _turned(x_BLND: jax.Array, position_BL: jax.Array, s: HeadsSettings) -> jax.Array:

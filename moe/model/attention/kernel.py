@@ -49,7 +49,7 @@ def attend(
     assert scoring.sink_N is None
     assert not scoring.cap
     # The mask says it all. These only skip blocks, and a prefix sees those they skip.
-    causal, window = queries.prefix_BL is None, scoring.window
+    causal, window = scoring.causal and queries.prefix_BL is None, scoring.window
     return jax.nn.dot_product_attention(
         query_BLND,
         key_BLUD,
@@ -71,13 +71,13 @@ def _splash(
     scoring: Scoring,
     method: Kernel,
 ) -> jax.Array:
-    """Causal blocks, of which those beyond a window are skipped."""
+    """Blocks, of which those that nothing sees are skipped."""
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     _, L, N, _ = query_BLND.shape
     tokens = block(method, L)
     back = scoring.window - 1 if scoring.window else None
-    seen = splash.LocalMask((L, L), (back, 0), offset=0)
+    seen = splash.LocalMask((L, L), (back, 0 if scoring.causal else back), offset=0)
     sizes = splash.BlockSizes(
         block_q=tokens,
         block_kv=tokens,

@@ -42,7 +42,7 @@ def pick(
         length: tokens of a row, queries and keys.
         width: D.
         value_width: X.
-        whole: whether a device has all of a row, from its first token on.
+        whole: whether a device has all of a row, and its tokens see one another.
         bias: whether scores have a bias by distance.
         prefix: whether tokens of a prefix see one another.
         sink: whether every softmax has a score that no key has.
@@ -51,7 +51,7 @@ def pick(
     if platform == "cpu":
         return None, "kernels are for TPU and GPU"
     obstacles: dict[str, Any] = {
-        "rows are cut over devices": not whole,
+        "rows are cut over devices, or see those of another stack": not whole,
         "no kernel takes a bias by distance with its gradient": bias,
     }
     taken: Kernel

@@ -22,7 +22,9 @@ class Who:
     prefix_BL: jax.Array | None = None
 
 
-def visible(queries: Who, keys: Who, window: int = 0) -> jax.Array:
+def visible(
+    queries: Who, keys: Who, window: int = 0, *, causal: bool = True
+) -> jax.Array:
     """Returns visible_BLT: a query sees itself, the past, and its own prefix whole.
 
     Args:
@@ -30,10 +32,11 @@ def visible(queries: Who, keys: Who, window: int = 0) -> jax.Array:
         keys: who the keys are.
         window: places, a query's own among them, that it sees back, and in its prefix
             ahead; 0 sets no bound.
+        causal: whether it does not see what follows; else all of its segment.
     Raises:
         ValueError: queries or keys have prefixes, and the others have not.
     """
-    seen_BLT = (queries.place_L[:, None] >= keys.place_L)[None]
+    seen_BLT = (queries.place_L[:, None] >= keys.place_L)[None] | (not causal)
     if (queries.prefix_BL is None) != (keys.prefix_BL is None):
         raise ValueError("give prefix_BL of both queries and keys, or of neither")
     if queries.prefix_BL is not None and keys.prefix_BL is not None:

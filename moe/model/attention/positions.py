@@ -78,26 +78,28 @@ def bias_of(table: jax.Array, reach: int, settings: PositionSettings) -> Bias:
         reach: tokens of a row, and so many more as blocks of it may reach beyond.
         settings: the distance from which on all share the last bucket.
     """
-    bucket_Z = bucket_of(np.arange(-reach, reach), len(table), settings.max_distance)
+    bucket_Z = bucket_of(np.arange(-reach, reach), settings)
     one_hot = jax.nn.one_hot(bucket_Z, len(table), dtype=jnp.float32)
     return Bias((one_hot @ table.astype(jnp.float32)).T)
 
 
-def bucket_of(distance: np.ndarray, num_buckets: int, max_distance: int) -> np.ndarray:
-    """Returns the bucket of each distance into the past, as T5 does.
+def bucket_of(distance: np.ndarray, settings: PositionSettings) -> np.ndarray:
+    """Returns the bucket of each distance, as T5 does.
 
-    arXiv:1910.10683, section 2.1. The first half of the buckets hold one distance each.
-    The others widen in proportion to the distance, up to `max_distance`, and the last
-    holds all beyond.
+    arXiv:1910.10683, section 2.1. The first half of the buckets of a side hold one
+    distance each. The others widen in proportion to the distance, up to `max_distance`,
+    and the last holds all beyond.
 
     Args:
-        distance: the query's position less the key's; the future is bucket 0.
-        num_buckets: all of them for the past, as the model is causal.
-        max_distance: end of the logarithmic half.
+        distance: the query's position less the key's. Keys ahead have the second half
+            of the buckets if these are two-sided, and else bucket 0.
+        settings: number of buckets, and the end of the logarithmic half.
     """
-    exact = num_buckets // 2
-    past = np.maximum(distance, 0)
-    share = np.log(np.maximum(past, 1) / exact) / np.log(max_distance / exact)
+    number = settings.buckets // (2 if settings.two_sided else 1)
+    exact = number // 2
+    past = np.abs(distance) if settings.two_sided else np.maximum(distance, 0)
+    share = np.log(np.maximum(past, 1) / exact) / np.log(settings.max_distance / exact)
     # A distance on an edge belongs to the bucket that begins there, however it rounds.
-    wide = (share * (num_buckets - exact) + 1e-12).astype(int)
-    return np.where(past < exact, past, np.minimum(exact + wide, num_buckets - 1))
+    wide = (share * (number - exact) + 1e-12).astype(int)
+    bucket = np.where(past < exact, past, np.minimum(exact + wide, number - 1))
+    return bucket + number * (settings.two_sided & (distance < 0))

@@ -27,6 +27,7 @@ class Scoring:
         bias: added after that; None without.
         sink_N: score of each head that no key has, in every softmax (arXiv:2309.17453,
             section 3.3, as one learned number); None without.
+        causal: whether a query sees nothing that follows it.
     """
 
     scale: float = dataclasses.field(metadata={"static": True})
@@ -34,10 +35,11 @@ class Scoring:
     cap: float = dataclasses.field(default=0.0, metadata={"static": True})
     bias: Bias | None = None
     sink_N: jax.Array | None = None
+    causal: bool = dataclasses.field(default=True, metadata={"static": True})
 
     def visible(self, queries: Who, keys: Who) -> jax.Array:
         """Returns visible_BLT."""
-        return visible(queries, keys, self.window)
+        return visible(queries, keys, self.window, causal=self.causal)
 
 
 def products(query_BLUnD: jax.Array, key_BTUD: jax.Array) -> jax.Array:

@@ -1,5 +1,6 @@
 """The feed-forward that every token visits."""
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -10,8 +11,16 @@ from moe.model.products import product
 from moe.model.view import View
 from moe.settings import DenseSettings
 
-GATED = {"geglu": jax.nn.gelu, "swiglu": jax.nn.silu}  # arXiv:2002.05202
-PLAIN = {"relu": jax.nn.relu, "gelu": jax.nn.gelu}
+Activation = Callable[[jax.Array], jax.Array]
+GATED: dict[str, Activation] = {
+    "geglu": jax.nn.gelu,
+    "swiglu": jax.nn.silu,
+}  # arXiv:2002.05202
+PLAIN: dict[str, Activation] = {
+    "relu": jax.nn.relu,
+    "gelu": jax.nn.gelu,
+    "gelu_exact": functools.partial(jax.nn.gelu, approximate=False),
+}
 
 Weights = dict[str, jax.Array]
 

@@ -1,0 +1,36 @@
+"""Attention of a decoder's tokens to the encoder's output (arXiv:1706.03762, 3.2.3).
+
+A token sees all of its own segment on the other side, wherever it stands.
+"""
+
+import jax
+
+from moe.model.attention import heads
+from moe.model.attention.attend import Memory, Weights, attend
+from moe.model.execution import Execution
+from moe.model.parameters import Spec
+from moe.model.view import View
+from moe.settings import HeadsSettings
+
+specs = heads.specs
+
+
+def memory(s: HeadsSettings) -> dict[str, Spec]:
+    """Describes what drawing keeps of a token of the encoder."""
+    return heads.memory(s)
+
+
+def apply(
+    w: Weights,
+    x_BLM: jax.Array,
+    view: View,
+    memory: Memory | None,
+    s: HeadsSettings,
+    key: jax.Array | None,
+    number: jax.Array,
+    execution: Execution,
+) -> tuple[jax.Array, Memory | None, None]:
+    """Attends to the view's source; what is remembered of it never changes."""
+    del key, number
+    given = w, x_BLM, view, memory, s, execution
+    return *attend(heads.KIND, *given, source=view.source), None

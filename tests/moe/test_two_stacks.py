@@ -1,0 +1,300 @@
+"""An encoder and a decoder, and an encoder alone, compared with loops; on every mesh.
+
+The oracle is written token by token, head by head, in float64.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe.model import inventory
+from moe.model.build import build
+from moe.settings import ExecutionSettings, ModelSettings, RouterSettings
+from moe.testing import MESHES
+from moe.testing.whole_arrays import forward
+from partitioning.mesh import make_mesh
+
+B, T, L, M, V, E = 4, 16, 8, 8, 24, 4
+TWO = ModelSettings(
+    shape="encoder_decoder",
+    vocab_size=V,
+    num_layers=2,
+    num_encoder_layers=2,
+    model_dim=M,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=4,
+    mlp_dim=12,
+    activation="geglu",
+    num_experts=E,
+    expert_mlp_dim=8,
+    positions="relative",
+    relative_buckets=8,
+    relative_max_distance=12,
+    tie_embeddings=True,
+)
+BERT = dataclasses.replace(
+    TWO,
+    shape="encoder",
+    num_encoder_layers=None,
+    activation="gelu_exact",
+    positions="learned",
+    max_positions=T,
+    norm="layer",
+    norm_place="after",
+    norm_epsilon=1e-3,
+    mlp_biases=True,
+    attention_biases=True,
+    token_types=2,
+    embedding_norm=True,
+    output_transform=True,
+    output_bias=True,
+)
+MODELS = {"two": TWO, "bert": BERT}
+# Nothing drops, and each token's expert is its own choice, whatever groups there are.
+ROUTER = RouterSettings(group_size=4, capacity_factor=0.0)
+EXECUTION = ExecutionSettings(dtype="float32", attention_block=0)
+
+
+@functools.cache
+def model_of(name: str, mesh: str = "d1", block: int = 0):
+    execution = dataclasses.replace(EXECUTION, attention_block=block)
+    return build(MODELS[name], ROUTER, execution, make_mesh(MESHES[mesh]))
+
+
+@functools.cache
+def params_of(name: str):
+    """Parameters, moved a little so that no bias is zero and no scale one."""
+    params = inventory.draw(model_of(name).layers, jax.random.key(1), "float32")
+    draw = np.random.default_rng(2)
+    return jax.tree.map(
+        lambda x: np.asarray(x) + 0.1 * draw.normal(size=x.shape).astype(np.float32),
+        params,
+    )
+
+
+def side(name: str, length: int, draw) -> dict[str, np.ndarray]:
+    """Packed rows: segments of several lengths, then padding."""
+    segment, position = np.zeros((2, B, length), np.int32)
+    for row in range(B):
+        cuts = np.sort(draw.choice(np.arange(1, length), 2, replace=False))
+        for number, (a, b) in enumerate(zip([0, *cuts[:1]], cuts, strict=True)):
+            segment[row, a:b] = number + 1
+            position[row, a:b] = np.arange(b - a)
+    tokens = draw.integers(1, V, (B, length)) * (segment > 0)
+    return {
+        f"{name}_input_tokens": tokens.astype(np.int32),
+        f"{name}_segment_ids": segment,
+        f"{name}_positions": position,
+    }
+
+
+@functools.cache
+def batch_of(name: str):
+    draw = np.random.default_rng(0)
+    if name == "bert":
+        types = draw.integers(0, 2, (B, T)).astype(np.int32)
+        return side("encoder", T, draw) | {"encoder_token_types": types}
+    return side("encoder", T, draw) | side("decoder", L, draw)
+
+
+# ------------------------------------------------------------------------- the oracle
+
+
+def normalised(w, x, settings):
+    x = np.asarray(x, np.float64)
+    if settings.norm == "layer":
+        x = x - np.mean(x)
+    epsilon = settings.norm_epsilon or 1e-6
+    x = x / math.sqrt(np.mean(x * x) + epsilon) * w["scale"]
+    return x + w["bias"] if settings.norm == "layer" else x
+
+
+def gelu(x, exact):
+    if exact:
+        return x * 0.5 * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
+    return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+def bucket(distance, two_sided, buckets=8, most=12):
+    """The query's place less the key's; T5's words, one number at a time."""
+    base = 0
+    if two_sided:
+        buckets //= 2
+        base, distance = (buckets if distance < 0 else 0), abs(distance)
+    distance, exact = max(distance, 0), buckets // 2
+    if distance < exact:
+        return base + distance
+    share = math.log(distance / exact) / math.log(most / exact)
+    return base + min(exact + int(share * (buckets - exact) + 1e-12), buckets - 1)
+
+
+def attended(w, x_LM, segment_L, y_TM, segment_T, *, causal, table, settings):
+    """Each token of x looks at each of y that it may see; zero where there is none."""
+    shared_by, out = settings.num_heads // settings.num_kv_heads, np.zeros_like(x_LM)
+    query, key, value = (
+        np.einsum("lm,mnd->lnd", source, w[name]) + w.get(f"{name}_bias", 0)
+        for source, name in ((x_LM, "query"), (y_TM, "key"), (y_TM, "value"))
+    )
+    for i in range(len(x_LM)):
+        seen = [
+            j
+            for j in range(len(y_TM))
+            if segment_L[i] == segment_T[j] and (not causal or j <= i)
+        ]
+        mixed = np.zeros((settings.num_heads, settings.head_dim))
+        for n in range(settings.num_heads if seen else 0):
+            scores = np.array(
+                [query[i, n] @ key[j, n // shared_by] / 2.0 for j in seen]  # √D
+            )
+            if table is not None:
+                scores += [table[bucket(i - j, not causal), n] for j in seen]
+            weights = np.exp(scores - scores.max())
+            weights /= weights.sum()
+            for weight, j in zip(weights, seen, strict=True):
+                mixed[n] += weight * value[j, n // shared_by]
+        out[i] = np.einsum("nd,ndm->m", mixed, w["output"]) + w.get("output_bias", 0)
+    return out
+
+
+def fed(w, x_M, settings):
+    """A feed-forward, gated or not."""
+    up = np.tensordot(x_M, w["up"], 1) + w.get("up_bias", 0)
+    if settings.activation == "geglu":
+        hidden = gelu(up[0], False) * up[1]
+    else:
+        hidden = gelu(up, True)
+    return hidden @ w["down"] + w.get("down_bias", 0)
+
+
+def routed(w, x_M, settings):
+    """The best expert, weighed by its probability (Switch)."""
+    logits = x_M @ w["router"]
+    probability = np.exp(logits - logits.max()) / np.sum(np.exp(logits - logits.max()))
+    best = int(np.argmax(logits))
+    own = {name: array[best] for name, array in w["experts"].items()}
+    return probability[best] * fed(own, x_M, settings)
+
+
+def layer_in_loops(w, x, segment_L, stack, table, source, settings):
+    """Attention, maybe to the source, and a feed-forward or experts."""
+    after = settings.norm_place == "after"
+    for kind in ("attention", "cross", "dense", "sparse"):
+        if kind not in w:
+            continue
+
+        def norm(x, own=w[kind]["norm"]):
+            return np.stack([normalised(own, token, settings) for token in x])
+
+        given = x if after else norm(x)
+        if kind in ("attention", "cross"):
+            y = attended(
+                *(w[kind], given, segment_L),
+                *((given, segment_L) if kind == "attention" else source),
+                causal=kind == "attention" and stack == "decoder",
+                table=table if kind == "attention" else None,
+                settings=settings,
+            )
+        else:
+            apply = fed if kind == "dense" else routed
+            y = np.stack([apply(w[kind], token, settings) for token in given])
+            if kind == "sparse":
+                y = y * (segment_L > 0)[:, None]
+        x = norm(x + y) if after else x + y
+    return x
+
+
+def stack_in_loops(stack, params, row, source, settings):
+    """The output of a stack for one row, normalised: a dense layer and a sparse one."""
+    segment_L = row[f"{stack}_segment_ids"]
+    x = params["embedding"][row[f"{stack}_input_tokens"]] * math.sqrt(M)
+    if "positions" in params:
+        x = x + params["positions"][row["encoder_positions"]]
+        x = x + params["token_types"][row["encoder_token_types"]]
+        w = params["embedding_norm"]
+        x = np.stack([normalised(w, token, settings) for token in x])
+    for block in params[stack]["layers"][0]:
+        w = jax.tree.map(lambda array: array[0], block)
+        table = params[stack].get("distance")
+        x = layer_in_loops(w, x, segment_L, stack, table, source, settings)
+    if "norm" in params[stack]:
+        own = params[stack]["norm"]
+        x = np.stack([normalised(own, token, settings) for token in x])
+    return x, segment_L
+
+
+def in_loops(name: str, params, batch) -> np.ndarray:
+    """Logits of each row."""
+    settings, logits = MODELS[name], []
+    params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
+    for number in range(B):
+        row = {feature: array[number] for feature, array in batch.items()}
+        source = None
+        for stack in ("encoder", "decoder"):
+            if stack in params:
+                source = stack_in_loops(stack, params, row, source, settings)
+        x, _ = source
+        if "transform" in params:
+            w = params["transform"]
+            x = gelu(x @ w["kernel"] + w["bias"], True)
+            x = np.stack([normalised(w["norm"], token, settings) for token in x])
+        logits.append(x @ params["embedding"].T + params.get("output_bias", 0))
+    return np.stack(logits)
+
+
+# -------------------------------------------------------------------------- the tests
+
+
+@functools.cache
+def logits_of(name: str, mesh: str = "d1", block: int = 0):
+    model = model_of(name, mesh, block)
+    return np.asarray(
+        jax.jit(lambda p, b: forward(model, p, b, jnp.arange(B))[0])(
+            params_of(name), batch_of(name)
+        )
+    )
+
+
+def scored(name: str) -> np.ndarray:
+    stack = "decoder" if name == "two" else "encoder"
+    return batch_of(name)[f"{stack}_segment_ids"] > 0
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_agree_with_loops(name):
+    expected = in_loops(name, params_of(name), batch_of(name))
+    np.testing.assert_allclose(
+        logits_of(name)[scored(name)], expected[scored(name)], atol=3e-5
+    )
+    assert np.std(expected[scored(name)]) > 0.3
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_blocks_of_attention_change_nothing(name):
+    np.testing.assert_allclose(
+        logits_of(name, block=3)[scored(name)], logits_of(name)[scored(name)], atol=2e-5
+    )
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_other_segments_and_padding_change_nothing_bit_for_bit(name):
+    batch, draw = dict(batch_of(name)), np.random.default_rng(3)
+    kept = {}
+    for stack in ("encoder", "decoder"):
+        if f"{stack}_segment_ids" in batch:
+            segment = batch[f"{stack}_segment_ids"]
+            other = draw.integers(1, V, segment.shape).astype(np.int32)
+            tokens = batch[f"{stack}_input_tokens"]
+            batch[f"{stack}_input_tokens"] = np.where(segment == 1, tokens, other)
+            kept = segment == 1
+    model = model_of(name)
+    logits = jax.jit(lambda p, b: forward(model, p, b, jnp.arange(B))[0])(
+        params_of(name), batch
+    )
+    np.testing.assert_array_equal(np.asarray(logits)[kept], logits_of(name)[kept])
+    assert np.any(np.asarray(logits)[~kept] != logits_of(name)[~kept])

@@ -60,9 +60,11 @@ class Run:
 
     def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes of a batch, to compile against."""
-        shape = (self.settings.train.batch_size, self.settings.data.length)
-        array = jax.ShapeDtypeStruct(shape, "int32", sharding=self.batch_sharding)
-        return dict.fromkeys(objectives.features(self.settings.data), array)
+        B = self.settings.train.batch_size
+        return {
+            name: jax.ShapeDtypeStruct((B, L), "int32", sharding=self.batch_sharding)
+            for name, L in objectives.features(self.settings.data).items()
+        }
 
     def placed_shapes(self) -> TrainState:
         """Shapes of the state with their places, to compile or restore against."""
@@ -77,11 +79,16 @@ class Run:
         """Whether a step may bring more rows than ROW_BUDGET makes room for."""
         settings, execution = self.settings, self.learner.model.execution
         cuts = settings.mesh.batch_shards * settings.mesh.context * settings.mesh.model
-        tokens = settings.train.batch_size * settings.data.length
-        of_device = tokens // cuts // settings.train.microbatches
+        rows = settings.train.batch_size // settings.train.microbatches
         return any(
-            exchange_of(s, execution, of_device, train=True)[-1].num_rounds > 1
-            for s in settings.layers.decoder.settings("sparse")
+            exchange_of(
+                place.sublayer.settings,
+                execution,
+                rows * settings.length_of(place.stack) // cuts,
+                train=True,
+            )[-1].num_rounds
+            > 1
+            for place in settings.layers.sparse()
         )
 
     def compile_train_step(
@@ -158,6 +165,7 @@ def assemble(
             settings.execution,
             mesh,
             settings.partition,
+            settings.encoder_router,
         ),
         optimizer=optimizer,
         schedule=make_schedule(settings.optimizer, settings.train.train_steps),

@@ -19,12 +19,13 @@ ROW = ("batch", "length")
 BY_HEAD = (*ROW, "heads", "head_dim")
 
 
-def method_of(run: Run, s: HeadsSettings) -> tuple[Kernel | None, str]:
+def method_of(run: Run, s: HeadsSettings, length: int) -> tuple[Kernel | None, str]:
     """Returns the kernel that attends in training and scoring, and why; None if none.
 
     Args:
         run: its devices, and its settings.
         s: kind of layer.
+        length: tokens of its rows.
     """
     settings, device = run.settings, run.mesh.devices.flat[0]
     return kernel_method.of_heads(
@@ -32,10 +33,20 @@ def method_of(run: Run, s: HeadsSettings) -> tuple[Kernel | None, str]:
         settings.execution,
         device.platform,
         device.device_kind,
-        length=settings.data.length,
+        length=length,
         whole=settings.mesh.context == 1,
         prefix=settings.data.prefix_attention == "bidirectional",
     )
+
+
+def kinds(run: Run) -> list[tuple[HeadsSettings, int]]:
+    """Returns each kind of layer that attends to its own tokens, and their number."""
+    found = [
+        (s, run.settings.length_of(name))
+        for name, stack in run.settings.layers.stacks.items()
+        for s in stack.settings("heads")
+    ]
+    return list(dict.fromkeys(found))
 
 
 def results(run: Run) -> Iterator[tuple[Kernel, Any, Any]]:
@@ -46,19 +57,19 @@ def results(run: Run) -> Iterator[tuple[Kernel, Any, Any]]:
     Yields:
         The kernel, then output and gradients by name: its own, and the oracle's.
     """
-    for s in dict.fromkeys(run.settings.layers.decoder.settings("heads")):
-        method, _ = method_of(run, s)
+    for s, length in kinds(run):
+        method, _ = method_of(run, s, length)
         if method is not None:
-            arguments = _draw(run, s, method)
+            arguments = _draw(run, s, method, length)
             ours, oracle = (
                 _attended(run, s, each, arguments) for each in (method, None)
             )
             yield method, ours, oracle
 
 
-def _draw(run: Run, s: HeadsSettings, method: Kernel) -> tuple[Any, ...]:
+def _draw(run: Run, s: HeadsSettings, method: Kernel, length: int) -> tuple[Any, ...]:
     """Queries, keys, values, gradients of the output; and who they are."""
-    length, mesh = run.settings.data.length, run.settings.mesh
+    mesh = run.settings.mesh
     B, L = mesh.batch_shards, min(length, 2 * kernel_method.block(method, length))
     prefix = run.settings.data.prefix_attention == "bidirectional"
     heads = (s.num_heads, s.kv_heads, s.kv_heads, s.num_heads)
@@ -88,7 +99,7 @@ def _attended(
     """Output, and the gradients of queries, keys and values."""
     grid = run.learner.model.grid
     has_prefix = run.settings.data.prefix_attention == "bidirectional"
-    scoring = Scoring(s.scale, s.window)
+    scoring = Scoring(s.scale, s.window, causal=s.causal)
 
     def on_device(
         query: Any, key: Any, value: Any, d_mixed: Any, segment: Any, prefix: Any

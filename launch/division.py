@@ -1,6 +1,6 @@
 """What must divide over the mesh. Read before jax: standard library only."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from moe import architecture
 from moe.settings import (
@@ -16,10 +16,9 @@ def problems(
     mesh: MeshSettings,
     partition: PartitionSettings,
     model: ModelSettings,
-    router: RouterSettings,
+    routers: Mapping[str, tuple[RouterSettings, int]],
     execution: ExecutionSettings,
     train: TrainSettings,
-    length: int,
 ) -> list[str]:
     """Lists sizes that do not divide over the mesh axes they are cut over.
 
@@ -27,14 +26,15 @@ def problems(
         mesh: every axis is at least 1.
         partition: what is cut over them.
         model: of heads, widths, vocabulary and experts.
-        router: of groups.
+        routers: of groups, and tokens of a row, of each stack, by the macro of the
+            groups' size.
         execution: pieces of the vocabulary.
         train: of the batch.
-        length: L, tokens of a row.
     """
     found = []
     sparse = architecture.has_experts(model)
-    group_rows = router.group_rows if sparse else 1
+    group_rows = max(router.group_rows for router, _ in routers.values())
+    group_rows = group_rows if sparse else 1
     multiple = mesh.batch_shards * train.microbatches * group_rows
     axes = named(mesh, BATCH_AXES)
     shards = f"{mesh.batch_shards} batch shards ({axes})" if axes else "1 batch shard"
@@ -51,7 +51,8 @@ def problems(
         for number in sorted(numbers)
         if number >= 1 and number % mesh.expert
     ]
-    found += _sequence_problems(mesh, partition, model, router, length)
+    for macro, (router, length) in routers.items():
+        found += _sequence_problems(mesh, partition, model, macro, router, length)
     if mesh.model > 1:
         found += _model_axis_problems(mesh.model, partition, model, execution)
     return found + _full_sharding_problems(mesh, partition, model)
@@ -61,6 +62,7 @@ def _sequence_problems(
     mesh: MeshSettings,
     partition: PartitionSettings,
     model: ModelSettings,
+    macro: str,
     router: RouterSettings,
     length: int,
 ) -> list[str]:
@@ -87,7 +89,7 @@ def _sequence_problems(
     below = [size for size in fitting if size <= router.group_size][-2:]
     of_each = f", cut over GROUP_ROWS = {rows} rows," if rows > 1 else ""
     return [
-        f"GROUP_SIZE = {router.group_size}{of_each} does not divide the {piece} tokens "
+        f"{macro} = {router.group_size}{of_each} does not divide the {piece} tokens "
         f"of a row of {length} that each device of {axes} routes: use "
         f"{_choice(below)}, or make an axis smaller"
     ]

@@ -73,9 +73,9 @@ def facts(
 ) -> list[tuple[str, str]]:
     """Says in a few lines what the run is, and of its data if they are there."""
     settings = config.settings
-    model, router, train = settings.model, settings.router, settings.train
+    model, train = settings.model, settings.train
     counts = count(settings.layers, settings.data.length, settings.data.encoder_length)
-    tokens = train.batch_size * settings.data.length
+    tokens = train.batch_size * settings.data.tokens_per_row
     lines = [
         ("parameters", f"{counts.total:,} total, {counts.active:,} active per token"),
         (
@@ -134,7 +134,7 @@ def data_facts(settings: Settings, store: TokenStore | None) -> list[tuple[str, 
 
 def sparse_facts(settings: Settings, mesh: jax.sharding.Mesh) -> list[tuple[str, str]]:
     """Router, transport, capacity, and what to expect of them."""
-    each = settings.layers.decoder.settings("sparse")
+    each = settings.layers.settings("sparse")
     s = max(each, key=lambda s: s.num_experts)
     router, E, S = s.router, s.num_experts, s.router.group_size
     lines = [("router", _describe_router(settings))]
@@ -205,15 +205,16 @@ def computed_for_few(router: RouterSettings, num_experts: int, taken: str) -> st
 def _describe_attention(run: Run) -> str:
     """Says by what tokens attend, kind of layer by kind, and why."""
     settings = run.settings
-    block, length = settings.execution.attention_block, settings.data.length
-    without = f"in blocks of {block}" if 0 < block <= length else "with all scores held"
-    if settings.mesh.context > 1:
-        without = f"{settings.partition.context_attention} over the context axis"
-    taken = [
-        attention_check.method_of(run, s)
-        for s in settings.layers.decoder.settings("heads")
-    ]
-    return "; ".join(dict.fromkeys(f"{way or without} ({why})" for way, why in taken))
+    block, found = settings.execution.attention_block, []
+    for s, length in attention_check.kinds(run):
+        way: str = "with all scores held"
+        if settings.mesh.context > 1:
+            way = f"{settings.partition.context_attention} over the context axis"
+        elif 0 < block <= length:
+            way = f"in blocks of {block}"
+        kernel, why = attention_check.method_of(run, s, length)
+        found.append(f"{kernel or way} ({why})")
+    return "; ".join(dict.fromkeys(found))
 
 
 def _describe_products(

@@ -147,7 +147,7 @@ def heldout(
             tally.add(nats_BL, int(sums.weight), document_BL)
         totals |= tally.totals(task)
     assert merged is not None  # a store never holds an empty split
-    order = run.settings.layers.decoder.sparse_order
+    order = run.settings.layers.sparse_order
     _, metrics = losses.total(
         jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), merged),
         run.settings.loss,

@@ -21,7 +21,7 @@ def place_batch(
     Args:
         read: `read(index, start, stop)` gives rows [start, stop) of the batch.
         index: which batch.
-        shape: of the global batch, (B, L).
+        shape: of the global batch, (B, L); other features may have another L.
         sharding: cuts its first dimension.
     """
     rows = functools.lru_cache(maxsize=None)(functools.partial(read, index))
@@ -35,9 +35,11 @@ def place_batch(
     start, stop, _ = own[0].indices(shape[0])
     return {
         feature: jax.make_array_from_callback(
-            shape, sharding, functools.partial(piece, feature=feature)
+            (shape[0], array.shape[1]),
+            sharding,
+            functools.partial(piece, feature=feature),
         )
-        for feature in rows(start, stop)
+        for feature, array in rows(start, stop).items()
     }
 
 

@@ -39,11 +39,24 @@ _WHAT_TO_GIVE = {
 
 
 class Knob(NamedTuple):
-    """A macro, its final value, and the place that set it."""
+    """A macro, its final value, and the place that set it.
+
+    Attributes:
+        macro: its name.
+        value: what it comes to.
+        origin: file and line, or the command line.
+        same_as: the macro whose value it takes, unless told otherwise; "" for none.
+    """
 
     macro: str
     value: Any
     origin: str
+    same_as: str = ""
+
+    @property
+    def text(self) -> str:
+        """Gin text of the value."""
+        return f"%{self.same_as}" if self.same_as else repr(self.value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +106,7 @@ def _operative(knobs: Iterable[Knob], where: str) -> str:
     lines = [f"# Every knob of this run, as read from {where!r}."]
     lines += [
         # A file's name cannot add a line of its own.
-        f"{knob.macro} = {knob.value!r}  # {' '.join(knob.origin.split())}"
+        f"{knob.macro} = {knob.text}  # {' '.join(knob.origin.split())}"
         for knob in knobs
     ]
     return "\n".join(lines) + "\n"
@@ -336,10 +349,12 @@ class _Reader:
         still be checked; what they would say of a stand-in is left out.
         """
         values, missing = self._resolved()
-        fields = {}
+        fields, said = {}, set()
         for setting, macro in self._bound.items():
-            kind = annotation(setting)
+            kind, given = annotation(setting), self._assigned[macro].value
             try:
+                if isinstance(given, MacroUse) and given.name in said:
+                    values.pop(macro, None)  # its fault is that of the other
                 fields[setting] = fit(values[macro], kind)
                 if macro in _WHAT_TO_GIVE and not fields[setting].strip():
                     raise ValueError(f"is empty: give {_WHAT_TO_GIVE[macro]}")
@@ -350,6 +365,7 @@ class _Reader:
                 fields[setting] = self._stand_in(macro, kind)
                 given, origin = values.pop(macro), self._assigned[macro].origin
                 self.problems.append(f"{origin}: {macro} = {given!r} {error}")
+                said.add(macro)
         settings = fill(fields)
         if not self._lost_a_file:
             if missing:
@@ -366,7 +382,7 @@ class _Reader:
                 if unknown.isdisjoint(_MACRO.findall(problem))
             ]
         knobs = tuple(
-            Knob(macro, values[macro], assigned.origin)
+            Knob(macro, values[macro], assigned.origin, self._followed(macro))
             for macro, assigned in self._assigned.items()
             if macro in values
         )
@@ -409,4 +425,16 @@ class _Reader:
 
     def _stand_in(self, macro: str, kind: Any) -> Any:
         default = self._default[macro].value
-        return stand_in(kind) if default == REQUIRED else fit(default, kind)
+        if default == REQUIRED:
+            return stand_in(kind)
+        if isinstance(default, MacroUse):
+            return self._stand_in(default.name, kind)
+        return fit(default, kind)
+
+    def _followed(self, macro: str) -> str:
+        """The macro that this one takes its value from, if it is left as it was."""
+        default = self._default[macro].value
+        follows = isinstance(default, MacroUse) and default != REQUIRED
+        return (
+            default.name if follows and self._assigned[macro].value == default else ""
+        )

@@ -118,7 +118,7 @@ def _told(wrong: Comparison, where: str) -> list[str]:
 
 def compare(run: Run) -> list[Comparison]:
     """Runs a layer of each kind on one small batch, and measures how far it is off."""
-    kinds = dict.fromkeys(run.settings.layers.decoder.settings("sparse"))
+    kinds = dict.fromkeys(run.settings.layers.settings("sparse"))
     found = []
     for s in kinds:
         which = f" of {s.num_experts} experts" if len(kinds) > 1 else ""

@@ -119,6 +119,7 @@ class Settings:
     partition: PartitionSettings
     model: ModelSettings
     router: RouterSettings
+    encoder_router: RouterSettings
     execution: ExecutionSettings
     loss: LossSettings
     optimizer: OptimizerSettings
@@ -132,24 +133,30 @@ class Settings:
     @property
     def layers(self) -> Layers:
         """What the model's words mean for each layer."""
-        return architecture.describe(self.model, self.router)
+        return architecture.describe(self.model, self.router, self.encoder_router)
+
+    def length_of(self, stack: str) -> int:
+        """Returns the tokens of a row that go through a stack."""
+        beside = stack == "encoder" and self.data.layout == "encoder_decoder"
+        return self.data.encoder_length if beside else self.data.length
 
 
 def problems(settings: Settings) -> list[str]:
     """Lists every rule that the settings break, in each record and between them."""
     # Where there is no length, which is a problem of its own, one that fits any group.
-    length = settings.data.length
-    if length < 1:
-        length = max(settings.router.group_size, 1)
+    data, router = settings.data, settings.router
+    length = data.length if data.length > 0 else max(router.group_size, 1)
     return [
         *partitioning.settings.problems(settings.mesh),
         *moe.constraints.problems(
             settings.model,
-            settings.router,
+            router,
             settings.execution,
             settings.loss,
             settings.train,
             length=length,
+            encoder_router=settings.encoder_router,
+            encoder_length=data.encoder_length,
         ),
         *tasks.settings.problems(settings.data, settings.mixture, settings.filters),
         *_range_problems(settings),
@@ -316,15 +323,19 @@ def _size_problems(settings: Settings) -> list[str]:
         )
     if min(dataclasses.astuple(mesh)) < 1:
         return found  # a problem of its own
-    length = max(data.length, 1)
+    routers = {"GROUP_SIZE": (settings.router, data.length)}
+    if model.shape == "encoder_decoder":
+        routers["ENCODER_GROUP_SIZE"] = (settings.encoder_router, data.encoder_length)
     return found + division.problems(
         mesh,
         settings.partition,
         model,
-        settings.router,
+        {
+            macro: (router, max(length, 1))
+            for macro, (router, length) in routers.items()
+        },
         settings.execution,
         train,
-        length,
     )
 
 

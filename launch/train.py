@@ -267,7 +267,7 @@ def _finish(
             checkpoint=checkpoint,
             command=" ".join(["switchyard", *sys.argv[1:]]),
             manifest=saving.fingerprints(store.manifest) | {"jax": jax.__version__},
-            tokens_per_step=settings.train.batch_size * settings.data.length,
+            tokens_per_step=settings.train.batch_size * settings.data.tokens_per_row,
         )
     _print_scores(final, store)
     if sample:

@@ -6,7 +6,6 @@ Flat words become the records of `moe/layers.py`. Standard library only.
 import dataclasses
 import functools
 import itertools
-from typing import Any
 
 from moe.layers import Block, Layers, Segment, Stack, Sublayer
 from moe.settings import (
@@ -27,17 +26,18 @@ def sides(model: ModelSettings) -> dict[str, ModelSettings]:
     """Returns the words of each stack as if it were alone, by its name."""
     if model.shape != "encoder_decoder":
         return {model.shape: model}
-    layers, period = model.num_encoder_layers, model.encoder_moe_every
+    period = model.encoder_moe_every
     encoder = dataclasses.replace(
         model,
         shape="encoder",
-        num_layers=model.num_layers if layers is None else layers,
-        moe_every=model.moe_every if period is None else period,
+        num_layers=model.num_encoder_layers or model.num_layers,
+        moe_every=model.moe_every if period < 0 else period,
     )
+    decoder = dataclasses.replace(model, shape="decoder")
     each, number = model.experts_per_layer, len(_sparse_layers(encoder))
     return {
         "encoder": dataclasses.replace(encoder, experts_per_layer=each[:number]),
-        "decoder": dataclasses.replace(model, experts_per_layer=each[number:]),
+        "decoder": dataclasses.replace(decoder, experts_per_layer=each[number:]),
     }
 
 
@@ -124,11 +124,14 @@ def shortened(model: ModelSettings) -> ModelSettings:
     short = {name: _shortened(side) for name, side in sides(model).items()}
     experts = tuple(n for side in short.values() for n in side.experts_per_layer)
     *other, last = short.values()
-    changes: dict[str, Any] = {"shape": model.shape, "experts_per_layer": experts}
-    for encoder in other:
-        changes["num_encoder_layers"] = encoder.num_layers
-        changes["encoder_moe_every"] = encoder.moe_every
-    return dataclasses.replace(last, **changes)
+    encoder = other[0] if other else last
+    return dataclasses.replace(
+        last,
+        shape=model.shape,
+        experts_per_layer=experts,
+        num_encoder_layers=encoder.num_layers,
+        encoder_moe_every=encoder.moe_every,
+    )
 
 
 def _shortened(side: ModelSettings) -> ModelSettings:
@@ -270,12 +273,12 @@ def _experts(side: ModelSettings) -> dict[int, int]:
     return dict(zip(layers, each, strict=False))
 
 
-def _sparse_layers(side: ModelSettings) -> list[int]:
+def _sparse_layers(side: ModelSettings) -> range:
     """Numbers of the sparse layers of a stack."""
     if side.moe_every <= 0:
-        return []
+        return range(0)
     place = 0 if side.moe_position == "first" else side.moe_every - 1
-    return list(range(side.first_dense_layers + place, side.num_layers, side.moe_every))
+    return range(side.first_dense_layers + place, side.num_layers, side.moe_every)
 
 
 def _heads(side: ModelSettings, layer: int) -> HeadsSettings:

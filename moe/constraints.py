@@ -5,6 +5,7 @@ the rule, and the macro to change.
 """
 
 import dataclasses
+import re
 
 from moe import architecture
 from moe.dispatch.auto import PADDED
@@ -26,6 +27,8 @@ def problems(
     train: TrainSettings,
     *,
     length: int,
+    encoder_router: RouterSettings | None = None,
+    encoder_length: int = 0,
 ) -> list[str]:
     """Lists the rules that the settings break.
 
@@ -36,6 +39,8 @@ def problems(
         loss: weights of the losses.
         train: batch and length of the run.
         length: L, tokens of a sequence.
+        encoder_router: how those of the encoder beside a decoder choose.
+        encoder_length: tokens of a sequence there.
     """
     positive = {
         "VOCAB_SIZE": model.vocab_size,
@@ -49,7 +54,15 @@ def problems(
         "TRAIN_STEPS": train.train_steps,
     }
     found = [f"{m} = {x}: must be at least 1" for m, x in positive.items() if x < 1]
-    found += _attention_problems(model, length)
+    found += _attention_problems(model, max(length, encoder_length))
+    found += _shape_problems(model)
+    if model.shape != "encoder_decoder" and encoder_router is not None:
+        found += [
+            f"ENCODER_{macro} = {getattr(encoder_router, field)!r} means nothing to "
+            f"ARCHITECTURE = {model.shape!r}: leave it out"
+            for macro, field in _ENCODERS_OWN.items()
+            if getattr(encoder_router, field) != getattr(router, field)
+        ]
     found += _fraction_problems({"DROPOUT_RATE": model.dropout})
     if model.init_scale <= 0:
         found.append(f"INIT_SCALE = {model.init_scale}: must be above 0")
@@ -57,23 +70,88 @@ def problems(
     found += architecture.problems(model)
     if architecture.has_experts(model):
         found += _expert_problems(model, execution)
-        numbers = {model.num_experts, *model.experts_per_layer}
-        for number in sorted(numbers, reverse=True):
-            layer = dataclasses.replace(model, num_experts=number)
-            of_layer = [
-                *_number_problems(layer, router),
-                *_family_problems(layer, router, loss),
-                *_capacity_problems(layer, router, length),
-            ]
-            told = f"NUM_EXPERTS = {number}", architecture.told(model, number)
-            of_layer = [line.replace(*told) for line in of_layer]
-            found += [line for line in of_layer if line not in found]
+        chosen = {"decoder": (router, length), "encoder": (router, length)}
+        if model.shape == "encoder_decoder" and encoder_router is not None:
+            chosen["encoder"] = encoder_router, encoder_length
+        for name, side in architecture.sides(model).items():
+            beside = name == "encoder" != model.shape
+            for line in _sparse_problems(side, *chosen[name], loss):
+                said = _OWN_WORD.sub(r"ENCODER_\1", line) if beside else line
+                found += [said] if said not in found else []
+    return found
+
+
+# Macros that have another of their own for the encoder beside a decoder.
+_ENCODERS_OWN = {
+    "ROUTER": "family",
+    "ROUTER_SCORES": "scores",
+    "ROUTER_BIAS": "selection_bias",
+    "NUM_SELECTED_EXPERTS": "num_selected",
+    "RENORMALIZE_GATES": "renormalize",
+    "EXPERT_CHOICE_CAP": "max_experts_per_token",
+    "SLOT_ORDER": "slot_order",
+    "OVERFLOW": "overflow",
+    "GROUP_SIZE": "group_size",
+    "TRAIN_CAPACITY_FACTOR": "capacity_factor",
+    "EVAL_CAPACITY_FACTOR": "eval_capacity_factor",
+    "MIN_EXPERT_CAPACITY": "min_capacity",
+}
+_OWN_WORD = re.compile(rf"\b({'|'.join(_ENCODERS_OWN)})\b")
+
+
+def _sparse_problems(
+    side: ModelSettings, router: RouterSettings, length: int, loss: LossSettings
+) -> list[str]:
+    """What is wrong with the sparse layers of one stack."""
+    found = []
+    if not architecture.has_experts(side):
+        return []
+    for number in sorted(side.experts_per_layer or {side.num_experts}, reverse=True):
+        layer = dataclasses.replace(side, num_experts=number)
+        of_layer = [
+            *_number_problems(layer, router),
+            *_family_problems(layer, router, loss),
+            *_capacity_problems(layer, router, length),
+        ]
+        told = f"NUM_EXPERTS = {number}", architecture.told(side, number)
+        found += [line.replace(*told) for line in of_layer]
+    if side.shape != "encoder":
         found += [
             f"{leak}. A causal decoder would learn from the future: choose another, or "
             "set ALLOW_FUTURE_LEAK = True to go on all the same"
             for leak in leaks(router)
             if not router.allow_future_leak
         ]
+    return found
+
+
+def _shape_problems(model: ModelSettings) -> list[str]:
+    """Settings of two stacks, where there is one; and of a norm after each sublayer."""
+    found = []
+    if model.shape != "encoder_decoder":
+        unused = {
+            "NUM_ENCODER_LAYERS": (model.num_encoder_layers, model.num_layers),
+            "ENCODER_MOE_EVERY": (model.encoder_moe_every, model.moe_every),
+        }
+        found += [
+            f"{macro} = {value} means nothing to ARCHITECTURE = {model.shape!r}: leave "
+            "it out"
+            for macro, (value, same) in unused.items()
+            if value not in (0, -1, same)
+        ]
+    if model.num_encoder_layers < 0:
+        found.append(
+            f"NUM_ENCODER_LAYERS = {model.num_encoder_layers}: must be at least 1"
+        )
+    if model.norm_epsilon < 0:
+        found.append(f"NORM_EPSILON = {model.norm_epsilon}: cannot be negative")
+    if model.token_types < 0:
+        found.append(f"TOKEN_TYPES = {model.token_types}: cannot be negative")
+    if model.relative_buckets % 2 and model.shape != "decoder":
+        found.append(
+            f"RELATIVE_BUCKETS = {model.relative_buckets}: an encoder has half of them "
+            "for each side; use an even number"
+        )
     return found
 
 

@@ -57,8 +57,8 @@ class Batches:
     shuffle: bool = True
 
     @property
-    def features(self) -> tuple[str, ...]:
-        """Names of what a batch holds."""
+    def features(self) -> dict[str, int]:
+        """L of what a batch holds, by name."""
         return objectives.features(self.tasks[0].data)
 
     @property
@@ -113,8 +113,10 @@ class Batches:
         _check(data_index, start, stop, self.batch_size)
         first = data_index * self.batch_size
         number, k = self.mixture.assign(first + start, first + stop)
-        shape = (stop - start, self.length)
-        batch = {name: np.zeros(shape, np.int32) for name in self.features}
+        batch = {
+            name: np.zeros((stop - start, length), np.int32)
+            for name, length in self.features.items()
+        }
         for which in np.unique(number):
             task, place = self.tasks[which], np.flatnonzero(number == which)
             epochs, index = np.divmod(k[place], task.num_rows)
@@ -153,8 +155,8 @@ class HeldoutBatches:
     seed: int = 0
 
     @property
-    def features(self) -> tuple[str, ...]:
-        """Names of what a batch holds."""
+    def features(self) -> dict[str, int]:
+        """L of what a batch holds, by name."""
         return objectives.features(self.task.data)
 
     @property

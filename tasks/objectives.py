@@ -22,11 +22,24 @@ FEATURES = (
 )
 
 
-def features(data: DataSettings) -> tuple[str, ...]:
-    """Returns the names of what a batch holds, each int32[B, L]."""
+ENCODER_FEATURES = (
+    "encoder_input_tokens",
+    "encoder_segment_ids",
+    "encoder_positions",
+)
+
+
+def features(data: DataSettings) -> dict[str, int]:
+    """Returns L of what a batch holds, int32[B, L] each, by name."""
+    if data.layout == "encoder":
+        names = tuple(name.replace("decoder", "encoder") for name in FEATURES)
+        return dict.fromkeys(names, data.length)
+    found = dict.fromkeys(FEATURES, data.length)
+    if data.layout == "encoder_decoder":
+        found |= dict.fromkeys(ENCODER_FEATURES, data.encoder_length)
     if data.prefix_attention == "bidirectional":
-        return (*FEATURES, "decoder_causal_attention")
-    return FEATURES
+        found["decoder_causal_attention"] = data.length
+    return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,6 +151,28 @@ def encoder_decoder(inputs: Rows, targets: Rows) -> dict[str, np.ndarray]:
     real_BL, segment_BL, position_BL = _packed(inputs)
     return decoder(targets) | {
         "encoder_input_tokens": np.where(real_BL, inputs.tokens_BL, 0).astype(np.int32),
+        "encoder_segment_ids": segment_BL,
+        "encoder_positions": position_BL,
+    }
+
+
+def encoder(rows: Rows, read_BL: np.ndarray) -> dict[str, np.ndarray]:
+    """Returns the features of an encoder alone.
+
+    The layout is that of SeqIO's `EncoderFeatureConverter` with packing, but for the
+    weights: SeqIO's are 1 where the mask is read, these where a token is predicted.
+
+    Args:
+        rows: what stands there; tokens that are not predicted are given.
+        read_BL: int[B, L], what is read in their place.
+    Returns:
+        int32[B, L] under names as those of `decoder`.
+    """
+    real_BL, segment_BL, position_BL = _packed(rows)
+    return {
+        "encoder_target_tokens": np.where(real_BL, rows.tokens_BL, 0).astype(np.int32),
+        "encoder_input_tokens": np.where(real_BL, read_BL, 0).astype(np.int32),
+        "encoder_loss_weights": (real_BL & ~rows.given_BL).astype(np.int32),
         "encoder_segment_ids": segment_BL,
         "encoder_positions": position_BL,
     }

@@ -6,7 +6,7 @@ import itertools
 
 import numpy as np
 
-from tasks import denoising, objectives, packing
+from tasks import denoising, masked_tokens, objectives, packing
 from tasks.draws import name_key
 from tasks.errors import StoreError
 from tasks.settings import DENOISING, DataSettings
@@ -63,7 +63,8 @@ class TaskRows:
             + sum(denoising.lengths(last, denoiser))
             for denoiser in self.corruption.denoisers
         ]
-        return 1.0 - sum(each) / len(each) / (self.num_rows * self.data.length)
+        positions = self.num_rows * self.data.tokens_per_row
+        return 1.0 - sum(each) / len(each) / positions
 
     @property
     def truncation(self) -> packing.Truncation:
@@ -80,6 +81,16 @@ class TaskRows:
         words = self.part.vocabulary
         return denoising.corruption(
             self.data, words.size, words.extra_ids, words.eos_id
+        )
+
+    @functools.cached_property
+    def masking(self) -> masked_tokens.Masking | None:
+        """How single tokens are masked, if they are."""
+        if self.data.objective != "masked_lm":
+            return None
+        words = self.part.vocabulary
+        return masked_tokens.Masking(
+            self.data.noise_density, words.size, words.extra_ids, words.eos_id
         )
 
     @functools.cached_property
@@ -117,11 +128,15 @@ class TaskRows:
             epochs: int64[B]; a row draws anew in each.
             seed: of the draws.
         Returns:
-            int32[B, L] under each name in `objectives.features(data)`.
+            int32[B, L] under each name in `objectives.features(data)`, each with its L.
         """
-        laid_out, _ = self._lay_out(rows, epochs, seed)
+        (*inputs, targets), read_BL, _ = self._lay_out(rows, epochs, seed)
+        if inputs:
+            return objectives.encoder_decoder(inputs[0], targets)
+        if read_BL is not None:
+            return objectives.encoder(targets, read_BL)
         return objectives.decoder(
-            laid_out, bidirectional=self.data.prefix_attention == "bidirectional"
+            targets, bidirectional=self.data.prefix_attention == "bidirectional"
         )
 
     def documents(self, rows: np.ndarray, epochs: np.ndarray, seed: int) -> np.ndarray:
@@ -130,10 +145,10 @@ class TaskRows:
         A sentinel is of the document of the first token that it stands for, and the
         end of corrupted targets of that of the last.
         """
-        laid_out, sources = self._lay_out(rows, epochs, seed)
+        (*_, targets), _, sources = self._lay_out(rows, epochs, seed)
         place_L = np.arange(self.data.length)
-        predicted_BL = place_L < laid_out.num_tokens_B[:, None]
-        predicted_BL &= ~laid_out.given_BL
+        predicted_BL = place_L < targets.num_tokens_B[:, None]
+        predicted_BL &= ~targets.given_BL
         ends = self._offsets["targets"][1:]
         document_BL = np.full(predicted_BL.shape, -1, np.int64)
         document_BL[predicted_BL] = np.searchsorted(ends, sources, side="right")
@@ -141,10 +156,15 @@ class TaskRows:
 
     def _lay_out(
         self, rows: np.ndarray, epochs: np.ndarray, seed: int
-    ) -> tuple[objectives.Rows, np.ndarray]:
-        """Rows, and where their predicted tokens, in order, are in stored targets."""
+    ) -> tuple[tuple[objectives.Rows, ...], np.ndarray | None, np.ndarray]:
+        """Rows of each side, the predicted last; what is read; and where it is from.
+
+        What is read in place of the tokens is None if they are read themselves. The
+        last says where predicted tokens, in order, are in stored targets.
+        """
         if self.data.objective == "seq2seq":
-            return self._lay_out_pairs(rows)
+            pairs, sources = self._pairs_of(rows)
+            return self._sides(pairs), None, sources
         bounds = [self.index.bounds(int(row)) for row in rows]
         ranges = self.part.read(
             "targets", [b[0] for b in bounds], [b[-1] for b in bounds]
@@ -154,8 +174,43 @@ class TaskRows:
             for epoch, row in zip(epochs, rows, strict=True)
         ]
         if self.corruption is not None:
-            return self._lay_out_corrupted(bounds, ranges, keys)
-        return self._lay_out_text(bounds, ranges, keys)
+            pairs, sources = self._corrupted(bounds, ranges, keys)
+            return self._sides(pairs), None, sources
+        laid_out, sources = self._lay_out_text(bounds, ranges, keys)
+        if self.masking is None:
+            return (laid_out,), None, sources
+        return self._masked(laid_out, bounds, ranges, keys)
+
+    def _sides(
+        self, pairs: list[list[tuple[np.ndarray, np.ndarray]]]
+    ) -> tuple[objectives.Rows, ...]:
+        """Inputs and targets in one row, or in a row each."""
+        if self.data.layout == "decoder":
+            return (objectives.joined(pairs, self.data.length),)
+        lengths = self.data.encoder_length, self.data.length
+        return tuple(
+            objectives.rows_of([[pair[side] for pair in row] for row in pairs], length)
+            for side, length in enumerate(lengths)
+        )
+
+    def _masked(
+        self,
+        laid_out: objectives.Rows,
+        bounds: list[np.ndarray],
+        ranges: list[np.ndarray],
+        keys: list[tuple[int, int, int, int]],
+    ) -> tuple[tuple[objectives.Rows, ...], np.ndarray, np.ndarray]:
+        """Rows of which some tokens are predicted, and what is read in their place."""
+        assert self.masking is not None
+        read_BL, given_BL = laid_out.tokens_BL.copy(), laid_out.given_BL.copy()
+        sources = []
+        for row, (bound, tokens) in enumerate(zip(bounds, ranges, strict=True)):
+            read, chosen = self.masking(tokens, *keys[row])
+            read_BL[row, : len(tokens)] = read
+            given_BL[row, : len(tokens)] = ~chosen
+            sources.append(bound[0] + np.flatnonzero(chosen))
+        predicted = dataclasses.replace(laid_out, given_BL=given_BL)
+        return (predicted,), read_BL, _concatenate(sources)
 
     def _lay_out_text(
         self,
@@ -181,13 +236,13 @@ class TaskRows:
         laid_out = objectives.Rows(tokens_BL, begins_BL, num_tokens_B, given_BL)
         return laid_out, _concatenate(sources)
 
-    def _lay_out_corrupted(
+    def _corrupted(
         self,
         bounds: list[np.ndarray],
         ranges: list[np.ndarray],
         keys: list[tuple[int, int, int, int]],
-    ) -> tuple[objectives.Rows, np.ndarray]:
-        """Rows of one pair: the corrupted tokens, and those that were masked."""
+    ) -> tuple[list[list[tuple[np.ndarray, np.ndarray]]], np.ndarray]:
+        """One pair of each row: the corrupted tokens, and those that were masked."""
         assert self.corruption is not None
         corrupted = [
             self.corruption(tokens, *key)
@@ -197,10 +252,12 @@ class TaskRows:
             bound[0] + row.sources for bound, row in zip(bounds, corrupted, strict=True)
         ]
         pairs = [[(row.inputs, row.targets)] for row in corrupted]
-        return objectives.joined(pairs, self.data.length), _concatenate(sources)
+        return pairs, _concatenate(sources)
 
-    def _lay_out_pairs(self, rows: np.ndarray) -> tuple[objectives.Rows, np.ndarray]:
-        """Rows of stored inputs, each with the stored targets that belong to it."""
+    def _pairs_of(
+        self, rows: np.ndarray
+    ) -> tuple[list[list[tuple[np.ndarray, np.ndarray]]], np.ndarray]:
+        """Stored inputs of each row, each with the targets that belong to it."""
         assert isinstance(self.index, packing.Pack)
         first, last = self.index.rows[rows], self.index.rows[rows + 1]
         inputs = self._trimmed("inputs", first, last)
@@ -214,7 +271,7 @@ class TaskRows:
         pairs = [
             list(zip(*row, strict=True)) for row in zip(inputs, targets, strict=True)
         ]
-        return objectives.joined(pairs, self.data.length), _concatenate(sources)
+        return pairs, _concatenate(sources)
 
     def _trimmed(
         self, feature: str, first: np.ndarray, last: np.ndarray
@@ -231,10 +288,11 @@ class TaskRows:
 
     def _pairs(self) -> packing.Pack:
         """The pack index of pairs."""
-        lengths = self.data.task_feature_lengths
+        lengths, joined = self.data.task_feature_lengths, self.data.layout == "decoder"
         key = f"pairs-{lengths['inputs']}-{lengths['targets']}"
+        key += "" if joined else "-apart"
         index = self.part.pack(
-            key, lambda: packing.pack_pairs(self._offsets, lengths, joined=True)
+            key, lambda: packing.pack_pairs(self._offsets, lengths, joined=joined)
         )
         documents = self.part.num_documents
         found = packing.faults(index)

@@ -6,6 +6,8 @@ from typing import Literal
 
 # Objectives that corrupt the stored stream themselves, and so need sentinels.
 DENOISING = ("span_corruption", "ul2")
+# Of text without inputs of its own.
+TEXT_ONLY = ("causal_lm", "prefix_lm", "masked_lm")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,11 +22,13 @@ class DataSettings:
             for text, `{"inputs": 512, "targets": 114}` where inputs are given.
         store_dir: where the prepared tokens are: a folder, `gs://` or `s3://`.
         objective: what a row asks the model to predict.
-        packing: how "causal_lm" cuts text into rows. "next_fit" keeps a document's
-            pieces whole; "stream" cuts the stored stream every L tokens.
+        layout: whose features a batch has: a "decoder"'s, in whose rows targets follow
+            their inputs; an "encoder_decoder"'s, with a row for each; an "encoder"'s.
+        packing: how "causal_lm" and "masked_lm" cut text into rows. "next_fit" keeps a
+            document's pieces whole; "stream" cuts the stored stream every L tokens.
         prefix_attention: whether the tokens that are given, and not predicted, see
             one another whole ("bidirectional") or only those before them ("causal").
-        noise_density: fraction of tokens that "span_corruption" masks.
+        noise_density: fraction of tokens that "span_corruption" and "masked_lm" mask.
         mean_noise_span_length: of its spans, in tokens.
         vocabulary: "bytes", "sentencepiece" (trained on the train split when the
             store is prepared), the path of a SentencePiece model or of a Hugging Face
@@ -50,8 +54,9 @@ class DataSettings:
     task_feature_lengths: Mapping[str, int]
     store_dir: str
     objective: Literal[
-        "causal_lm", "prefix_lm", "span_corruption", "ul2", "seq2seq"
+        "causal_lm", "prefix_lm", "span_corruption", "ul2", "seq2seq", "masked_lm"
     ] = "causal_lm"
+    layout: Literal["decoder", "encoder_decoder", "encoder"] = "decoder"
     packing: Literal["next_fit", "stream"] = "next_fit"
     prefix_attention: Literal["causal", "bidirectional"] = "causal"
     noise_density: float = 0.15
@@ -69,7 +74,19 @@ class DataSettings:
 
     @property
     def length(self) -> int:
-        """L, tokens per row: inputs and targets stand in one row."""
+        """L, tokens of a row that is scored: a decoder alone has inputs in it too."""
+        if self.layout == "encoder_decoder":
+            return int(self.task_feature_lengths.get("targets", 0))
+        return self.tokens_per_row
+
+    @property
+    def encoder_length(self) -> int:
+        """Tokens of a row of the encoder beside a decoder; 0 without."""
+        return self.tokens_per_row - self.length
+
+    @property
+    def tokens_per_row(self) -> int:
+        """Tokens of a row on both sides."""
         return sum(map(int, self.task_feature_lengths.values()))
 
 
@@ -130,6 +147,7 @@ def problems(
     """Lists the rules that the settings break, before any file is looked at."""
     return [
         *_length_problems(data),
+        *_layout_problems(data),
         *_vocabulary_problems(data),
         *_split_problems(data),
         *_mixture_problems(mixture or MixtureSettings()),
@@ -140,7 +158,7 @@ def problems(
 def _length_problems(data: DataSettings) -> list[str]:
     """Which features an objective needs, and how long."""
     lengths = dict(data.task_feature_lengths)
-    text_only = data.objective in ("causal_lm", "prefix_lm")
+    text_only = data.objective in TEXT_ONLY
     wanted = {"targets"} if text_only else {"inputs", "targets"}
     example = "{'targets': 256}" if text_only else "{'inputs': 512, 'targets': 114}"
     found = []
@@ -152,16 +170,37 @@ def _length_problems(data: DataSettings) -> list[str]:
             f"{' and '.join(map(repr, sorted(wanted)))}, each of at least 2 tokens, "
             f"such as {example}"
         )
-    if data.packing == "stream" and data.objective != "causal_lm":
+    if data.packing == "stream" and data.objective not in ("causal_lm", "masked_lm"):
         found.append(
-            "PACKING = 'stream' is for OBJECTIVE = 'causal_lm', and would be ignored "
-            f"with {data.objective!r}: set it to 'next_fit'"
+            "PACKING = 'stream' is for OBJECTIVE = 'causal_lm' and 'masked_lm', and "
+            f"would be ignored with {data.objective!r}: set it to 'next_fit'"
         )
     found += _noise_problems(data)
     if data.objective == "causal_lm" and data.prefix_attention != "causal":
         found.append(
             "PREFIX_ATTENTION = 'bidirectional' has no prefix to act on with "
             "OBJECTIVE = 'causal_lm': set it to 'causal'"
+        )
+    return found
+
+
+def _layout_problems(data: DataSettings) -> list[str]:
+    """Which objectives suit which shape of model."""
+    suits = {
+        "decoder": ("causal_lm", "prefix_lm", *DENOISING, "seq2seq"),
+        "encoder_decoder": (*DENOISING, "seq2seq"),
+        "encoder": ("masked_lm",),
+    }[data.layout]
+    found = []
+    if data.objective not in suits:
+        found.append(
+            f"OBJECTIVE = {data.objective!r} is not for ARCHITECTURE = "
+            f"{data.layout!r}, which can have {', '.join(map(repr, suits))}"
+        )
+    if data.layout != "decoder" and data.prefix_attention != "causal":
+        found.append(
+            "PREFIX_ATTENTION = 'bidirectional' means nothing to ARCHITECTURE = "
+            f"{data.layout!r}, whose encoder sees all: set it to 'causal'"
         )
     return found
 
@@ -174,17 +213,20 @@ def _noise_problems(data: DataSettings) -> list[str]:
         found.append(f"NOISE_DENSITY = {density}: must be in (0, 1)")
     if length < 1:
         found.append(f"MEAN_NOISE_SPAN_LENGTH = {length}: must be at least 1")
-    if data.objective != "span_corruption":
-        default = {field.name: field.default for field in dataclasses.fields(data)}
-        found += [
-            f"{macro} = {value} means nothing to OBJECTIVE = {data.objective!r}, only "
-            f"to 'span_corruption': leave it at {default[field]}"
-            for macro, field, value in (
-                ("NOISE_DENSITY", "noise_density", density),
-                ("MEAN_NOISE_SPAN_LENGTH", "mean_noise_span_length", length),
+    default = {field.name: field.default for field in dataclasses.fields(data)}
+    for macro, field, value, owners in (
+        ("NOISE_DENSITY", "noise_density", density, ("span_corruption", "masked_lm")),
+        (
+            *("MEAN_NOISE_SPAN_LENGTH", "mean_noise_span_length", length),
+            ("span_corruption",),
+        ),
+    ):
+        if data.objective not in owners and value != default[field]:
+            found.append(
+                f"{macro} = {value} means nothing to OBJECTIVE = {data.objective!r}, "
+                f"only to {' and '.join(map(repr, owners))}: leave it at "
+                f"{default[field]}"
             )
-            if value != default[field]
-        ]
     return found
 
 
@@ -201,6 +243,11 @@ def _vocabulary_problems(data: DataSettings) -> list[str]:
         found.append(
             f"OBJECTIVE = {data.objective!r} marks masked spans with sentinels, and "
             f"EXTRA_IDS = {data.extra_ids} has none: T5 has 100"
+        )
+    if data.objective == "masked_lm" and data.extra_ids < 1:
+        found.append(
+            "OBJECTIVE = 'masked_lm' puts the last of EXTRA_IDS in the place of masked "
+            f"tokens, and EXTRA_IDS = {data.extra_ids} has none: set it to 1"
         )
     return found
 

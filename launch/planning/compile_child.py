@@ -168,7 +168,7 @@ def _compile_evaluation(run: "Run", record: Compiled) -> Evaluation:
     compiled, compiling = _compiled(lowered)
     memory = compiled.memory_analysis()
     transport, mesh = "", run.mesh
-    for s in run.settings.layers.decoder.settings("sparse")[:1]:
+    for s in run.settings.layers.settings("sparse")[:1]:
         transport, _ = auto.transport_for(
             run.settings.execution.transport,
             s,

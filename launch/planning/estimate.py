@@ -161,7 +161,7 @@ def estimate(
         peak_seconds=model_flops / (settings.mesh.num_devices * device.peak_flops),
         network=_network_seconds(settings, topology, sent),
         network_source="estimated" if collectives is None else "compiled",
-        tokens=settings.train.batch_size * settings.data.length,
+        tokens=settings.train.batch_size * settings.data.tokens_per_row,
         model_flops=model_flops,
         num_devices=settings.mesh.num_devices,
         peak_flops=device.peak_flops,

@@ -56,7 +56,7 @@ def changed(settings: Settings, knobs: Mapping[str, Any]) -> Settings:
 def reconfigured(config: ResolvedConfig, knobs: Mapping[str, Any]) -> ResolvedConfig:
     """Returns a configuration with these knobs; its gin text says so too."""
     kept = tuple(
-        knob._replace(value=knobs[knob.macro], origin="plan")
+        knob._replace(value=knobs[knob.macro], origin="plan", same_as="")
         if knob.macro in knobs
         else knob
         for knob in config.knobs
@@ -64,7 +64,7 @@ def reconfigured(config: ResolvedConfig, knobs: Mapping[str, Any]) -> ResolvedCo
     return ResolvedConfig(
         settings=changed(config.settings, knobs),
         knobs=kept,
-        operative="".join(f"{knob.macro} = {knob.value!r}\n" for knob in kept),
+        operative="".join(f"{knob.macro} = {knob.text}\n" for knob in kept),
         where=config.where,
     )
 

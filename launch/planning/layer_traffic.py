@@ -47,13 +47,13 @@ def attention(sizes: Local) -> list[Flow]:
     ring = sizes.settings.partition.context_attention == "ring"
     # The steps of a ring are made again on the way back, whatever the layer keeps.
     round_again = sizes.settings.train.microbatches if ring else 0
-    rows = sizes.rows * sizes.settings.data.length
     found = []
     for block, layers in sizes.stack.kinds_of_layers.items():
         kind = "sparse" if of_kind(block, "sparse") else "dense"
-        for s in of_kind(block, "heads"):
+        for a in sizes.attentions(block):
             purpose = f"attention of {kind} layers"
             found.append(_cut_layers(sizes, purpose, block, layers, last=False))
+            s, rows = a.settings, sizes.rows * a.keys
             kept = rows * sizes.cut_heads(s.kv_heads)
             found.append(
                 flow_of(

@@ -97,11 +97,29 @@ class Weight:
 
 
 @dataclasses.dataclass(frozen=True)
+class Attention:
+    """Attention of a layer: to a stack's own tokens, or to the other stack's.
+
+    Attributes:
+        settings: record of it.
+        keys: tokens of a row that are asked.
+        key_tokens: this chip's, of all its rows.
+        crosses: whether they are the other stack's.
+    """
+
+    settings: HeadsSettings
+    keys: int
+    key_tokens: int
+    crosses: bool
+
+
+@dataclasses.dataclass(frozen=True)
 class Local:
-    """Sizes on one chip, of one microbatch.
+    """Sizes on one chip, of one microbatch and one stack.
 
     Attributes:
         settings: of the run.
+        name: name of the stack.
         chip: its name, or the platform where any of its chips will do; it decides the
             transport.
         rows: b, sequences.
@@ -112,6 +130,7 @@ class Local:
     """
 
     settings: Settings
+    name: str
     chip: str
     rows: int
     length: int
@@ -151,8 +170,25 @@ class Local:
 
     @property
     def stack(self) -> Stack:
-        """The layers of the model."""
-        return self.settings.layers.decoder
+        """Its layers."""
+        return self.settings.layers.stacks[self.name]
+
+    @property
+    def row_length(self) -> int:
+        """L, tokens of a whole row."""
+        return self.settings.length_of(self.name)
+
+    def attentions(self, block: Block) -> list[Attention]:
+        """Returns what attends in a layer."""
+        found = [
+            Attention(s, self.row_length, self.tokens, False)
+            for s in of_kind(block, "heads")
+        ]
+        for s in of_kind(block, "cross"):
+            other = self.settings.data.encoder_length
+            here = -(-other // self.settings.mesh.context)
+            found.append(Attention(s, other, self.rows * here, True))
+        return found
 
     def remat(self, block: Block) -> str:
         """Returns what the backward pass of a layer keeps."""
@@ -210,22 +246,21 @@ class Local:
         cut = self.settings.partition.expert_tensor_parallel
         return self.settings.mesh.model if cut else 1
 
-    def attention_kernel(self, s: HeadsSettings) -> kernel_method.Kernel | None:
+    def attention_kernel(self, a: Attention) -> kernel_method.Kernel | None:
         """Returns the kernel that attends in training and scoring, if any does."""
-        data = self.settings.data
         return kernel_method.of_heads(
-            s,
+            a.settings,
             self.settings.execution,
             self.platform,
             self.chip,
-            length=data.length,
-            whole=self.settings.mesh.context == 1,
-            prefix=data.prefix_attention == "bidirectional",
+            length=self.row_length,
+            whole=self.settings.mesh.context == 1 and not a.crosses,
+            prefix=self.settings.data.prefix_attention == "bidirectional",
         )[0]
 
-    def attention_block(self, s: HeadsSettings) -> int:
+    def attention_block(self, a: Attention) -> int:
         """Returns tokens of a block of attention; 0 where scores are held whole."""
-        kernel, length = self.attention_kernel(s), self.settings.data.length
+        kernel, length = self.attention_kernel(a), a.keys
         if kernel is not None:
             return kernel_method.block(kernel, length)
         block = self.settings.execution.attention_block
@@ -252,13 +287,25 @@ def pair(s: DenseSettings) -> int:
     return 2 if s.activation in GATED else 1
 
 
-def local(settings: Settings, chip: str) -> Local:
-    """Cuts the batch of a run by its mesh and its microbatches; see `Local`."""
-    mesh = settings.mesh
+def sides(settings: Settings, chip: str) -> list[Local]:
+    """Cuts the batch of a run for each of its stacks; the last is the scored one."""
+    return [local(settings, chip, name) for name in settings.layers.stacks]
+
+
+def local(settings: Settings, chip: str, name: str = "") -> Local:
+    """Cuts the batch of a run by its mesh and its microbatches; see `Local`.
+
+    Args:
+        settings: of the run.
+        chip: its name, or the platform.
+        name: name of a stack; "" takes the one that is scored.
+    """
+    mesh, name = settings.mesh, name or settings.layers.scored
     shards = mesh.batch_shards * settings.train.microbatches
-    length = -(-settings.data.length // mesh.context)
+    length = -(-settings.length_of(name) // mesh.context)
     return Local(
         settings=settings,
+        name=name,
         chip=chip,
         rows=-(-settings.train.batch_size // shards),
         length=length,
@@ -318,13 +365,13 @@ def _state(
 
 
 def by_block(
-    parameters: tuple[Weight, ...], stack: Stack
+    parameters: tuple[Weight, ...], name: str, stack: Stack
 ) -> list[tuple[Block, list[Weight]]]:
-    """Groups the parameters that are used together, layer by layer."""
+    """Groups a stack's parameters that are used together, layer by layer."""
     found: dict[tuple[int, int], list[Weight]] = {}
     for weight in parameters:
         names = weight.path.split("/")
-        if names[:2] == ["decoder", "layers"]:
+        if names[:2] == [name, "layers"]:
             found.setdefault((int(names[2]), int(names[3])), []).append(weight)
     return [
         (stack.segments[segment].blocks[block], weights)

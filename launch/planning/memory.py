@@ -12,14 +12,14 @@ experts; v part of the vocabulary; d bytes of an activation.
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from launch.planning import local
-from launch.planning.local import BYTES, FLOAT32, Local, Weight
+from launch.planning.local import BYTES, FLOAT32, Attention, Local, Weight
 from launch.settings import Settings
 from moe.layers import Block, of_kind
 from moe.routing.capacity import capacity
-from moe.settings import DenseSettings, HeadsSettings, SparseSettings
+from moe.settings import DenseSettings, SparseSettings
 from tasks import objectives
 
 # How often something is in memory at once, where the compiler decides. Few, so that
@@ -98,8 +98,8 @@ def predict(settings: Settings, chip: str = "tpu") -> MemoryPlan:
         settings: of the run; its mesh says how many chips there are.
         chip: its name, or the platform. TPUs pad small arrays, and transports differ.
     """
-    sizes = local.local(settings, chip)
-    platform = sizes.platform
+    sides = local.sides(settings, chip)
+    platform = sides[-1].platform
     parameters, others = local.weights(settings)
     held = {True: 0, False: 0}
     for weight in others:
@@ -111,7 +111,7 @@ def predict(settings: Settings, chip: str = "tpu") -> MemoryPlan:
         counters=held[False],
         batch=_batch(settings, platform),
         host=held[True] if away else 0,
-        moments=_moments(sizes, parameters, others),
+        moments=_moments(sides, parameters, others),
     )
 
 
@@ -125,43 +125,61 @@ def _kept(weight: Weight, platform: str) -> int:
 def _batch(settings: Settings, platform: str) -> int:
     """int32 features [B / shards, L / context], and the number of the batch."""
     rows = -(-settings.train.batch_size // settings.mesh.batch_shards)
-    shape = (rows, -(-settings.data.length // settings.mesh.context))
     tiled = platform == "tpu"
-    one = local.tiled_bytes(shape, 4) if tiled else math.prod(shape) * 4
-    index = local.tiled_bytes((), 4) if tiled else 4
-    return len(objectives.features(settings.data)) * one + index
+    found = local.tiled_bytes((), 4) if tiled else 4
+    for length in objectives.features(settings.data).values():
+        shape = (rows, -(-length // settings.mesh.context))
+        found += local.tiled_bytes(shape, 4) if tiled else math.prod(shape) * 4
+    return found
 
 
 # ------------------------------------------------------------ during the step
 
 
 def _moments(
-    sizes: Local, parameters: tuple[Weight, ...], others: tuple[Weight, ...]
+    sides: list[Local], parameters: tuple[Weight, ...], others: tuple[Weight, ...]
 ) -> dict[str, dict[str, int]]:
-    """What each part of the step holds beyond state and batch."""
-    settings = sizes.settings
+    """What each part of the step holds beyond state and batch.
+
+    Of two stacks both have kept their activations when the backward pass begins.
+    """
+    *_, scored = sides
+    settings = scored.settings
     gradients = sum(_gradient(weight, settings) for weight in parameters)
     many = settings.train.microbatches > 1
     # The scan over layers stacks its gradients before they are added to those so far.
     in_backward = gradients * (2 if many else 1)
-    activations = saved(sizes)
+    activations = sum(map(saved, sides))
     found: dict[str, dict[str, int]] = {
         "logits": {
             "gradients": gradients if many else 0,
             "activations": activations,
-            **_logits(sizes, parameters),
+            **_logits(scored, parameters),
         },
         "optimizer": {
             "gradients": gradients,
             "optimizer temporaries": _update(settings, parameters, others),
         },
     }
+    common = {"gradients": in_backward, "activations": activations}
+    for sizes in sides:
+        for name, layer in _layers(sizes, parameters):
+            held = common | layer
+            if sum(held.values()) > sum(found.get(name, {}).values()):
+                found[name] = held
+    scoring = [dataclasses.replace(sizes, train=False) for sizes in sides]
+    return found | _evaluation(scoring, parameters)
+
+
+def _layers(
+    sizes: Local, parameters: tuple[Weight, ...]
+) -> Iterator[tuple[str, dict[str, int]]]:
+    """What each part of each kind of layer needs beside."""
     for block in sizes.stack.kinds_of_layers:
         kind = "sparse layer" if of_kind(block, "sparse") else "dense layer"
         used = _weights_in_use(sizes, parameters, block)
-        common = {"gradients": in_backward, "activations": activations}
         again = {"recomputed": _recomputed(sizes, block), "weights": used}
-        parts = [("attention", _attention(sizes, s)) for s in of_kind(block, "heads")]
+        parts = [("attention", _attention(sizes, a)) for a in sizes.attentions(block)]
         parts += [
             ("feed-forward", _feed_forward(sizes, s)) for s in of_kind(block, "dense")
         ]
@@ -169,17 +187,14 @@ def _moments(
             ("feed-forward", _experts(sizes, s)) for s in of_kind(block, "sparse")
         ]
         for part, own in parts:
-            layer = {
-                name: int(LAYERS_AT_ONCE * size) for name, size in (again | own).items()
-            }
-            name, held = f"{part} of a {kind}", common | layer
-            if sum(held.values()) > sum(found.get(name, {}).values()):
-                found[name] = held
-    return found | _evaluation(dataclasses.replace(sizes, train=False), parameters)
+            yield (
+                f"{part} of a {kind}",
+                {n: int(LAYERS_AT_ONCE * size) for n, size in (again | own).items()},
+            )
 
 
 def _evaluation(
-    sizes: Local, parameters: tuple[Weight, ...]
+    sides: list[Local], parameters: tuple[Weight, ...]
 ) -> dict[str, dict[str, int]]:
     """What a sparse layer holds in the scoring of a microbatch.
 
@@ -190,6 +205,7 @@ def _evaluation(
     found = [
         {"weights": int(LAYERS_AT_ONCE * _weights_in_use(sizes, parameters, block))}
         | _experts(sizes, s)
+        for sizes in sides
         for block in sizes.stack.kinds_of_layers
         for s in of_kind(block, "sparse")
     ]
@@ -254,7 +270,7 @@ def _minimal(sizes: Local, block: Block) -> int:
     `model`), as much returned, R·pair·f·d inside the experts.
     """
     M, d, T = sizes.stack.width, sizes.dtype_bytes, sizes.tokens
-    found = sum(T * (_projected(sizes, s) + M) * d for s in of_kind(block, "heads"))
+    found = sum(_projected(sizes, a) + T * M for a in sizes.attentions(block)) * d
     found += sum(T * _hidden(sizes, s) * d for s in of_kind(block, "dense"))
     return found + sum(_minimal_of_experts(sizes, s) for s in of_kind(block, "sparse"))
 
@@ -283,11 +299,12 @@ def _rest(sizes: Local, block: Block) -> int:
     """
     M, d, T = sizes.stack.width, sizes.dtype_bytes, sizes.tokens
     found = len(block) * (sizes.residual_tokens * M * (FLOAT32 + d) + T * M * d)
-    for s in of_kind(block, "heads"):
+    for a in sizes.attentions(block):
+        s = a.settings
         heads, kv_heads = sizes.cut_heads(s.num_heads), sizes.cut_heads(s.kv_heads)
-        found += T * (2 * heads + kv_heads) * s.head_dim * d
-        if not sizes.attention_block(s):
-            scores = sizes.rows * heads * sizes.length * sizes.settings.data.length
+        found += (2 * T * heads + a.key_tokens * kv_heads) * s.head_dim * d
+        if not sizes.attention_block(a):
+            scores = sizes.rows * heads * sizes.length * a.keys
             found += scores * (FLOAT32 + d)
     for s in of_kind(block, "dense"):
         found += T * sizes.cut_width(s) * d
@@ -310,7 +327,7 @@ def _weights_in_use(sizes: Local, parameters: tuple[Weight, ...], block: Block) 
     """
     execution = sizes.settings.execution
     found = []
-    for other, weights in local.by_block(parameters, sizes.stack):
+    for other, weights in local.by_block(parameters, sizes.name, sizes.stack):
         if other != block:
             continue
         used = largest = 0
@@ -326,26 +343,27 @@ def _weights_in_use(sizes: Local, parameters: tuple[Weight, ...], block: Block) 
     return max(found, default=0)
 
 
-def _attention(sizes: Local, s: HeadsSettings) -> dict[str, int]:
+def _attention(sizes: Local, a: Attention) -> dict[str, int]:
     """Heads and their gradients, keys of all of a sequence, one block of scores."""
-    d, T = sizes.dtype_bytes, sizes.tokens
-    M, D, L = sizes.stack.width, s.head_dim, sizes.settings.data.length
+    s, d, T = a.settings, sizes.dtype_bytes, sizes.tokens
+    M, D, L = sizes.stack.width, s.head_dim, a.keys
     heads, kv_heads = sizes.cut_heads(s.num_heads), sizes.cut_heads(s.kv_heads)
-    # T·(2n + 2u)·D·d twice: queries, keys, values and what they are mixed to.
-    work = ACTIVATIONS_AT_ONCE * T * (2 * heads + 2 * kv_heads) * D * d
+    # (T·2n + T'·2u)·D·d twice: queries, keys, values and what they are mixed to.
+    mixed = T * 2 * heads + a.key_tokens * 2 * kv_heads
+    work = ACTIVATIONS_AT_ONCE * mixed * D * d
     if sizes.settings.mesh.context > 1:  # b·L·2u·D·d, and its gradient
         whole = sizes.settings.partition.context_attention == "all_gather"
-        seen = L if whole else 2 * sizes.length
-        work += ACTIVATIONS_AT_ONCE * sizes.rows * seen * 2 * kv_heads * D * d
+        seen = sizes.rows * L if whole else 2 * a.key_tokens
+        work += ACTIVATIONS_AT_ONCE * seen * 2 * kv_heads * D * d
     # T·M·d of gathered input and its gradient; the norm's, in float32.
     work += ACTIVATIONS_AT_ONCE * (T * M * d + sizes.residual_tokens * M * FLOAT32)
-    kernel = sizes.attention_kernel(s)
+    kernel = sizes.attention_kernel(a)
     if kernel == "splash":  # it writes what scores add up to 128 times over
         return {"attention": work, "scores": sizes.rows * heads * L * 128 * FLOAT32}
     if kernel == "cudnn":  # its mask
         return {"attention": work, "scores": sizes.rows * L * L * BYTES["bfloat16"]}
     queries, keys = sizes.length, L
-    if block := sizes.attention_block(s):
+    if block := sizes.attention_block(a):
         queries, keys = min(block, queries), block
     scores = SCORES_AT_ONCE * sizes.rows * heads * queries * keys * FLOAT32
     return {"attention": work, "scores": scores}
@@ -404,10 +422,11 @@ def _logits(sizes: Local, parameters: tuple[Weight, ...]) -> dict[str, int]:
     return {"logits": kept, "weights": in_use, "attention": stream}
 
 
-def _projected(sizes: Local, s: HeadsSettings) -> int:
-    """(n + 2u)·D, elements per token of queries, keys and values."""
+def _projected(sizes: Local, a: Attention) -> int:
+    """(T·n + T'·2u)·D, elements of queries, and of keys and values of T' tokens."""
+    s = a.settings
     heads, kv_heads = sizes.cut_heads(s.num_heads), sizes.cut_heads(s.kv_heads)
-    return (heads + 2 * kv_heads) * s.head_dim
+    return (sizes.tokens * heads + a.key_tokens * 2 * kv_heads) * s.head_dim
 
 
 def _hidden(sizes: Local, s: DenseSettings) -> int:

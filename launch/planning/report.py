@@ -91,7 +91,7 @@ class Plan:
     @property
     def transports(self) -> dict[str, tuple[str, str]]:
         """How rows travel in training and in evaluation, and why; {} if dense."""
-        sparse = self.settings.layers.decoder.settings("sparse")
+        sparse = self.settings.layers.settings("sparse")
         if not sparse:
             return {}
         sizes = local.local(self.settings, self.topology.chip.name)

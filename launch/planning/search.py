@@ -140,7 +140,7 @@ def least_bytes(settings: Settings, topology: Topology) -> int:
 def meshes(settings: Settings, topology: Topology) -> Iterator[MeshSettings]:
     """Yields every mesh of the topology's devices that this run could have."""
     left = topology.num_devices // topology.num_slices
-    sparse = settings.layers.decoder.settings("sparse")
+    sparse = settings.layers.settings("sparse")
     experts = math.gcd(*(s.num_experts for s in sparse)) or 1
     contexts = (
         [c for c in _powers(LARGEST_CONTEXT_AXIS) if settings.data.length // c >= 1024]
@@ -232,7 +232,7 @@ def _travelling(
 ) -> Iterator[Candidate]:
     """The same with other transports, where there is a choice."""
     settings = one.settings
-    sparse = settings.layers.decoder.settings("sparse")
+    sparse = settings.layers.settings("sparse")
     if settings.mesh.expert == 1 or not sparse:
         return
     if settings.execution.transport != "auto" or not all(

@@ -90,5 +90,5 @@ def _dropped(settings: Settings, load: float) -> float:
         wanted = float(mean_choices(router, E)) * router.group_size / E * load
         return max(0.0, 1 - slots / wanted)
 
-    layers = set(settings.layers.decoder.settings("sparse"))
+    layers = set(settings.layers.settings("sparse"))
     return max(map(dropped, layers), default=0.0)

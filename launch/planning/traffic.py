@@ -41,15 +41,15 @@ def flows(
         fastest_first: the mesh axes by bandwidth, which decides over which of several
             most bytes go; see `topologies.fastest_first`.
     """
-    sizes = local.local(settings, chip)
+    *_, scored = sides = local.sides(settings, chip)
     parameters, _ = local.weights(settings, fastest_first)
     found = [
-        *_weights(sizes, parameters),
-        *_gradients(sizes, parameters),
-        *_tables(sizes, parameters),
-        *layer_traffic.attention(sizes),
-        *layer_traffic.feed_forwards(sizes),
-        *layer_traffic.experts(sizes),
+        *_weights(scored, parameters),
+        *_gradients(scored, parameters),
+        *(flow for sizes in sides for flow in _tables(sizes, parameters)),
+        *(flow for sizes in sides for flow in layer_traffic.attention(sizes)),
+        *(flow for sizes in sides for flow in layer_traffic.feed_forwards(sizes)),
+        *(flow for sizes in sides for flow in layer_traffic.experts(sizes)),
     ]
     kept = (flow for flow in found if flow.sent_bytes)
     return tuple(sorted(kept, key=lambda flow: -flow.sent_bytes))
@@ -159,6 +159,7 @@ def _tables(sizes: Local, parameters: tuple[Weight, ...]) -> list[Flow]:
     passes = forward_passes(sizes)
     both = passes + sizes.settings.train.microbatches
     stream = sizes.tokens * model.model_dim * d
+    scored = sizes.name == sizes.settings.layers.scored
     found = [
         flow_of(
             sizes,
@@ -187,7 +188,7 @@ def _tables(sizes: Local, parameters: tuple[Weight, ...]) -> list[Flow]:
         ),
         flow_of(
             sizes,
-            "activations for logits",
+            "activations for logits" if scored else "activations for the decoder",
             ("model",),
             stream,
             both if cuts_sequence(sizes) else 0,
@@ -197,7 +198,7 @@ def _tables(sizes: Local, parameters: tuple[Weight, ...]) -> list[Flow]:
             sizes,
             "softmax over the vocabulary",
             ("model",),
-            sizes.tokens * FLOAT32,
+            sizes.tokens * FLOAT32 if scored else 0,
             2 * (5 * passes + 2 * sizes.settings.train.microbatches),
             "5 float32 sums or maxima per token forward, 2 backward",
         ),

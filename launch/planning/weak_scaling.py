@@ -157,7 +157,7 @@ def _growing(results: Mapping[str, Compiled | Failure]) -> list[str]:
             lines.append(f"| {point.topology} | {_failed(found)}")
             continue
         model, router = point.config.settings.model, point.config.settings.router
-        layers = point.config.settings.layers.decoder
+        layers = point.config.settings.layers
         E, sparse = model.num_experts, len(layers.settings("sparse"))
         slots = capacity(router, E, train=True)
         drops = of_router(router, E) or 0.0

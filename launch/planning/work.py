@@ -9,11 +9,11 @@ import functools
 
 from launch.planning import local
 from launch.planning.flow import forward_passes, repeats
-from launch.planning.local import BYTES, FLOAT32, Local
+from launch.planning.local import BYTES, FLOAT32, Attention, Local
 from launch.settings import Settings
 from moe.layers import Block, of_kind
 from moe.routing.capacity import mean_choices
-from moe.settings import DenseSettings, HeadsSettings, SparseSettings
+from moe.settings import DenseSettings, SparseSettings
 
 # A float32 product of highest precision is so many of bfloat16 on a TPU.
 HIGHEST_PRECISION = 6
@@ -53,23 +53,23 @@ def parts(settings: Settings, chip: str, load: float = 1.0) -> tuple[Part, ...]:
         load: rows of the busiest chip's experts, over the mean. Slots of fixed
             capacity are computed whether they are full or not.
     """
-    sizes = local.local(settings, chip)
-    found = [_projections(sizes), _scores(sizes)]
-    for name, kind in (
-        ("feed-forward", _dense),
-        ("router", _router),
-        ("experts", functools.partial(_experts, load=load)),
-        ("rows in and out", functools.partial(_rows, load=load)),
-        ("shared experts", _shared),
-    ):
-        of_layers = [
-            part
-            for block, layers in sizes.stack.kinds_of_layers.items()
-            for part in kind(sizes, block, layers)
-        ]
-        if of_layers:
-            found.append(_joined(name, of_layers))
-    return (*found, _head(sizes), _stream(sizes), _optimizer(settings))
+    found: dict[str, list[Part]] = {}
+    for sizes in local.sides(settings, chip):
+        for name, kind in (
+            ("attention projections", _projections),
+            ("attention scores", _scores),
+            ("feed-forward", _dense),
+            ("router", _router),
+            ("experts", functools.partial(_experts, load=load)),
+            ("rows in and out", functools.partial(_rows, load=load)),
+            ("shared experts", _shared),
+        ):
+            for block, layers in sizes.stack.kinds_of_layers.items():
+                found.setdefault(name, []).extend(kind(sizes, block, layers))
+        found.setdefault("norms and sums", []).append(_stream(sizes))
+    found["logits"] = [_head(sizes)]
+    joined = [_joined(name, parts) for name, parts in found.items() if parts]
+    return (*joined, _optimizer(settings))
 
 
 def _product(
@@ -117,56 +117,61 @@ def _joined(name: str, found: list[Part]) -> Part:
     )
 
 
-def _projections(sizes: Local) -> Part:
-    """[T, M] × [M, (n + 2u)·D] and back."""
+def _projections(sizes: Local, block: Block, layers: int) -> list[Part]:
+    """[T, M] × [M, (n + 2u)·D] and back; keys and values may be of other tokens."""
     M, found = sizes.stack.width, []
-    for block, layers in sizes.stack.kinds_of_layers.items():
-        again = repeats(sizes, block, kept_by=("none", "minimal"))
-        for s in of_kind(block, "heads"):
-            heads, kv_heads = sizes.cut_heads(s.num_heads), sizes.cut_heads(s.kv_heads)
-            inward, outward = (heads + 2 * kv_heads) * s.head_dim, heads * s.head_dim
-            for k, n in ((M, inward), (outward, M)):
-                shape = (sizes.tokens, k, n)
-                found.append(_product(sizes, "", shape, number=layers, again=again))
-    return _joined("attention projections", found)
+    again = repeats(sizes, block, kept_by=("none", "minimal"))
+    for a in sizes.attentions(block):
+        heads = sizes.cut_heads(a.settings.num_heads)
+        kv_heads = sizes.cut_heads(a.settings.kv_heads)
+        inward, outward = (
+            2 * kv_heads * a.settings.head_dim,
+            heads * a.settings.head_dim,
+        )
+        shapes = [(a.key_tokens, M, inward), (sizes.tokens, M, outward)]
+        if not a.crosses:
+            shapes = [(sizes.tokens, M, inward + outward)]
+        for shape in (*shapes, (sizes.tokens, outward, M)):
+            found.append(_product(sizes, "", shape, number=layers, again=again))
+    return found
 
 
-def _scores(sizes: Local) -> Part:
+def _scores(sizes: Local, block: Block, layers: int) -> list[Part]:
     """4·T·L·n·D per layer, of blocks that are not skipped.
 
     With `context`, of the chip that has the ends of sequences, which sees most. Remat
     makes them again, and blocks once more. Kernels touch no memory for scores.
     """
-    settings, L = sizes.settings, sizes.settings.data.length
-    microbatches = settings.train.microbatches
+    microbatches = sizes.settings.train.microbatches
     found = []
-    for block, layers in sizes.stack.kinds_of_layers.items():
-        for s in of_kind(block, "heads"):
-            kernel = sizes.attention_kernel(s)
-            kept = ("none",) if kernel is None else ("none", "minimal")
-            runs = forward_passes(sizes) + 2 * microbatches
-            runs += microbatches if sizes.attention_block(s) else 0
-            runs += repeats(sizes, block, kept_by=kept)
-            pairs = layers * sizes.tokens * sizes.cut_heads(s.num_heads)
-            seen = pairs * _keys_seen(sizes, s)
-            touched = 0 if kernel else seen * BYTES_PER_SCORE * runs
-            found.append(
-                Part(
-                    "",
-                    model_flops=4 * pairs * s.reach(L) * s.head_dim * microbatches,
-                    flops=4 * seen * s.head_dim * runs,
-                    touched_bytes=touched,
-                )
+    for a in sizes.attentions(block):
+        s, kernel = a.settings, sizes.attention_kernel(a)
+        kept = ("none",) if kernel is None else ("none", "minimal")
+        runs = forward_passes(sizes) + 2 * microbatches
+        runs += microbatches if sizes.attention_block(a) else 0
+        runs += repeats(sizes, block, kept_by=kept)
+        pairs = layers * sizes.tokens * sizes.cut_heads(s.num_heads)
+        seen = pairs * _keys_seen(sizes, a)
+        found.append(
+            Part(
+                "",
+                model_flops=4 * pairs * s.reach(a.keys) * s.head_dim * microbatches,
+                flops=4 * seen * s.head_dim * runs,
+                touched_bytes=0 if kernel else seen * BYTES_PER_SCORE * runs,
             )
-    return _joined("attention scores", found)
+        )
+    return found
 
 
-def _keys_seen(sizes: Local, s: HeadsSettings) -> float:
+def _keys_seen(sizes: Local, a: Attention) -> float:
     """Keys that a query is compared with: all, or those of blocks not skipped."""
-    settings, L = sizes.settings, sizes.settings.data.length
-    size = sizes.attention_block(s)
-    if not size or settings.data.prefix_attention == "bidirectional":
+    s, L, size = a.settings, a.keys, sizes.attention_block(a)
+    if not size or sizes.settings.data.prefix_attention == "bidirectional":
         return L
+    if not s.causal:
+        blocks = -(-L // size)
+        back = -(-(s.window - 1) // size) if s.window else blocks
+        return L * min(2 * back + 1, blocks) / blocks
     keys, queries = -(-L // size), -(-sizes.length // size)
     back = -(-(s.reach(L) - 1) // size)  # blocks before the query's own
     seen = [min(block, back) + 1 for block in range(keys - queries, keys)]

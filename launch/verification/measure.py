@@ -140,7 +140,7 @@ class Bench:
             after, metrics = compiled(state, batch, zero)
         after, metrics = jax.device_get((after, metrics))
         if "router/load" in metrics:  # without the experts that a layer has not
-            experts = architecture.experts_of(settings.model).values()
+            experts = architecture.experts_of(settings.model)
             rows = zip(metrics["router/load"], experts, strict=True)
             metrics["router/load"] = np.concatenate([row[:n] for row, n in rows])
         kept: Recorded = after.opt_state
@@ -153,7 +153,8 @@ class Bench:
         model = dataclasses.replace(model, execution=execution)
 
         def decide(params: Any, batch: Any) -> Any:
-            row_B = jnp.arange(len(batch["decoder_target_tokens"]), dtype=jnp.int32)
+            rows = len(batch[f"{model.layers.scored}_target_tokens"])
+            row_B = jnp.arange(rows, dtype=jnp.int32)
             _, steps_key = jax.random.split(jax.random.key(seed))
             key = jax.random.fold_in(steps_key, 0)
             logits_BLV, sums = forward(model, params, batch, row_B, key)

@@ -9,7 +9,7 @@ import importlib.resources
 import itertools
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import moe.constraints
@@ -27,6 +27,9 @@ from moe.settings import (
 from partitioning.settings import MeshSettings, PartitionSettings
 
 _FACTORED = 128  # the least width of which Optax's Adafactor factors the moments
+_RECORDS = (
+    *("model", "router", "encoder_router", "execution", "optimizer", "train", "data"),
+)
 # Short rows then reach every bucket of a relative position.
 _NEAR: dict[str, Any] = {"relative_buckets": 8, "relative_max_distance": 12}
 
@@ -126,6 +129,8 @@ def shrink(
             candidate.loss,
             candidate.train,
             length=candidate.data.length,
+            encoder_router=candidate.encoder_router,
+            encoder_length=candidate.data.encoder_length,
         )
         if not problems:
             chosen = tuple(
@@ -144,7 +149,7 @@ def _candidates(
     """Small settings, the smallest first, and the padding of their rows."""
     router = settings.router
     divides = [_common(small, "expert")]
-    if router.family == "prototypes":
+    if "prototypes" in (router.family, settings.encoder_router.family):
         divides.append(_prototypes(router))
     divides.append(min(router.num_expert_groups, 4))
     multiple = math.lcm(*divides)
@@ -174,14 +179,21 @@ def _sized(
     if architecture.has_experts(settings.model):
         shards *= _group_rows(settings.router)
     names = list(settings.data.task_feature_lengths)
-    lengths = dict.fromkeys(names, length // len(names))
-    lengths[names[0]] += length - sum(lengths.values())
+    if settings.data.layout == "encoder_decoder":  # of other lengths
+        pieces = _common(small, "context", "model")
+        lengths = {"inputs": length + group_size * pieces, "targets": length}
+    else:
+        lengths = dict.fromkeys(names, length // len(names))
+        lengths[names[0]] += length - sum(lengths.values())
+    data = dataclasses.replace(settings.data, task_feature_lengths=lengths)
+    of_stacks = {"scored": data.length, "beside": data.encoder_length}
     return dataclasses.replace(
         settings,
         platform=PlatformSettings("cpu"),
         mesh=MeshSettings(),
-        model=_model(settings, small, num_experts, divides, length),
-        router=_router(settings, num_experts, group_size),
+        model=_model(settings, small, num_experts, divides, of_stacks),
+        router=_router(settings.router, num_experts, group_size),
+        encoder_router=_router(settings.encoder_router, num_experts, group_size),
         execution=_execution(settings, small, length),
         optimizer=_optimizer(settings.optimizer),
         train=dataclasses.replace(
@@ -189,7 +201,7 @@ def _sized(
             batch_size=_multiple(shards, 16),
             microbatches=microbatches,
         ),
-        data=dataclasses.replace(settings.data, task_feature_lengths=lengths),
+        data=data,
     )
 
 
@@ -198,10 +210,11 @@ def _model(
     small: Sequence[MeshSettings],
     num_experts: int,
     divides: int,
-    length: int,
+    lengths: Mapping[str, int],
 ) -> ModelSettings:
     """Two periods of narrow layers; `divides` does so to every number of experts."""
     model = architecture.shortened(settings.model)
+    length = lengths["scored"]
     cut = _common(small, "model")
     whole = _common(small, "data", "context", "expert", "model")
     least = _FACTORED if settings.optimizer.name == "adafactor" else 16
@@ -224,7 +237,7 @@ def _model(
         ),
         mlp_dim=_multiple(cut, max(least, 24)),
         **(_NEAR if model.positions.startswith("relative") else {}),
-        max_positions=length if learned else model.max_positions,
+        max_positions=max(lengths.values()) if learned else model.max_positions,
         num_experts=num_experts if sparse else model.num_experts,
         experts_per_layer=tuple(
             _multiple(divides, num_experts * number // max(model.experts_per_layer))
@@ -259,7 +272,7 @@ def _execution(
 def _transport(settings: Settings, mesh: MeshSettings) -> str:
     """The transport that the run takes on its own devices, not on simulated ones."""
     has_ragged = settings.platform.name != "cpu"
-    for s in settings.layers.decoder.settings("sparse")[:1]:
+    for s in settings.layers.settings("sparse")[:1]:
         return auto.transport_for(
             settings.execution.transport, s, mesh.expert, has_ragged, train=True
         )[0]
@@ -274,9 +287,10 @@ def _group_rows(router: RouterSettings) -> int:
     return min(router.group_rows, 2)
 
 
-def _router(settings: Settings, num_experts: int, group_size: int) -> RouterSettings:
+def _router(
+    router: RouterSettings, num_experts: int, group_size: int
+) -> RouterSettings:
     """The same router over fewer experts and smaller groups."""
-    router = settings.router
     groups = min(router.num_expert_groups, 4)
     selected = -(-router.num_selected_groups * groups // router.num_expert_groups)
     return dataclasses.replace(
@@ -319,7 +333,7 @@ def _changes(before: Settings, after: Settings) -> tuple[Change, ...]:
     """Every setting that differs, by the macro that sets it."""
     macros = _macros()
     found = []
-    for record in ("model", "router", "execution", "optimizer", "train", "data"):
+    for record in _RECORDS:
         old, new = getattr(before, record), getattr(after, record)
         for field in dataclasses.fields(old):
             values = getattr(old, field.name), getattr(new, field.name)

@@ -18,7 +18,7 @@ class ModelSettings:
             output too (arXiv:1706.03762).
         vocab_size: V, rows of the embedding; at least the vocabulary's size.
         num_layers: layers of a stack, dense and sparse.
-        num_encoder_layers: those of the encoder beside a decoder; None: as many.
+        num_encoder_layers: those of the encoder beside a decoder; 0: as many.
         model_dim: M.
         num_heads: N.
         head_dim: D.
@@ -48,7 +48,7 @@ class ModelSettings:
         first_dense_layers: layers at the bottom that are dense (DeepSeek-V3: 3).
         moe_every: above the first dense layers, every n-th layer is sparse; 0 makes
             every layer dense.
-        encoder_moe_every: the same of the encoder beside a decoder; None: as there.
+        encoder_moe_every: the same of the encoder beside a decoder; -1: as there.
         moe_position: which layer of such a period: its "last", or its "first".
         num_experts: E.
         experts_per_layer: E of each sparse layer from the bottom up, the encoder's
@@ -80,7 +80,7 @@ class ModelSettings:
     head_dim: int
     mlp_dim: int
     shape: Literal["decoder", "encoder_decoder", "encoder"] = "decoder"
-    num_encoder_layers: int | None = None
+    num_encoder_layers: int = 0
     activation: Literal["relu", "gelu", "gelu_exact", "geglu", "swiglu"] = "gelu"
     mlp_biases: bool = False
     num_kv_heads: int = 0
@@ -101,7 +101,7 @@ class ModelSettings:
     expert_biases: bool = False
     first_dense_layers: int = 0
     moe_every: int = 2
-    encoder_moe_every: int | None = None
+    encoder_moe_every: int = -1
     moe_position: Literal["last", "first"] = "last"
     num_experts: int = 8
     experts_per_layer: tuple[int, ...] = ()

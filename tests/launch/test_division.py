@@ -33,10 +33,9 @@ def faults(mesh, model=MODEL, length=128, router=GROUPS, vocab_chunks=1, **parti
         MeshSettings(**mesh),
         PartitionSettings(**partition),
         model,
-        router,
+        {"GROUP_SIZE": (router, length)},
         ExecutionSettings(vocab_chunks=vocab_chunks),
         TrainSettings(batch_size=32),
-        length,
     )
 
 

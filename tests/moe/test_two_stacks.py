@@ -41,7 +41,7 @@ TWO = ModelSettings(
 BERT = dataclasses.replace(
     TWO,
     shape="encoder",
-    num_encoder_layers=None,
+    num_encoder_layers=0,
     activation="gelu_exact",
     positions="learned",
     max_positions=T,

@@ -74,6 +74,6 @@ def test_an_encoder_and_a_decoder_by_hand():
 
 
 def test_features_are_those_of_the_settings():
-    assert features(settings("seq2seq")) == FEATURES
+    assert tuple(features(settings("seq2seq"))) == FEATURES
     both = features(settings("seq2seq", prefix_attention="bidirectional"))
-    assert both == (*FEATURES, "decoder_causal_attention")
+    assert tuple(both) == (*FEATURES, "decoder_causal_attention")

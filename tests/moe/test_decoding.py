@@ -11,7 +11,8 @@ import pytest
 from moe import architecture
 from moe.model import decoding, inventory, parameters, transformer
 from moe.model.build import build
-from moe.model.decoding import NEVER, empty_memories, extend, generate, keep_likely
+from moe.model.decoding import NEVER, generate, keep_likely
+from moe.model.memories import empty_memories, extend
 from moe.settings import ExecutionSettings, ModelSettings, RouterSettings
 from moe.testing import MESHES
 from moe.testing.jaxprs import equations

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe.model import inventory
+from moe.model import beam, decoding, inventory
 from moe.model.build import build
+from moe.model.memories import Encoded
 from moe.settings import ExecutionSettings, ModelSettings, RouterSettings
 from moe.testing import MESHES
 from moe.testing.whole_arrays import forward
@@ -298,3 +299,122 @@ def test_other_segments_and_padding_change_nothing_bit_for_bit(name):
     )
     np.testing.assert_array_equal(np.asarray(logits)[kept], logits_of(name)[kept])
     assert np.any(np.asarray(logits)[~kept] != logits_of(name)[~kept])
+
+
+# ---------------------------------------------------------------------------- drawing
+
+EOS, TOKENS, ALPHA = 6, 6, 0.7
+LENGTHS = np.array([T, 11, 1, 7], np.int32)
+
+
+@functools.cache
+def given():
+    """What the encoder reads: rows of different lengths, padded with anything."""
+    return np.random.default_rng(5).integers(1, V, (B, T)).astype(np.int32)
+
+
+def encoded() -> Encoded:
+    return Encoded(jnp.asarray(LENGTHS), jnp.asarray(given()))
+
+
+@functools.cache
+def whole_model():
+    model = model_of("two")
+    return jax.jit(
+        lambda p, b: jax.nn.log_softmax(forward(model, p, b, jnp.arange(B))[0])
+    )
+
+
+def log_probabilities(drawn_BL: np.ndarray) -> np.ndarray:
+    """Of every next token, by the whole model at once; [B, L, V]."""
+    real = (np.arange(T) < LENGTHS[:, None]).astype(np.int32)
+    shifted = np.zeros((B, L), np.int32)
+    shifted[:, 1:] = drawn_BL[:, : L - 1]
+    batch = {
+        "encoder_input_tokens": given() * real,
+        "encoder_segment_ids": real,
+        "encoder_positions": np.arange(T, dtype=np.int32) * real,
+        "decoder_input_tokens": shifted,
+        "decoder_segment_ids": np.ones((B, L), np.int32),
+        "decoder_positions": np.tile(np.arange(L, dtype=np.int32), (B, 1)),
+    }
+    return np.asarray(whole_model()(params_of("two"), batch))
+
+
+NOTHING = jnp.zeros((B, 1), jnp.int32), jnp.zeros(B, jnp.int32)
+
+
+@pytest.mark.parametrize("mesh", ["d1", "d2e2m2"])
+def test_greedy_tokens_are_those_of_the_whole_model(mesh):
+    draw = functools.partial(
+        decoding.generate,
+        model_of("two", mesh),
+        num_tokens=TOKENS,
+        vocabulary_size=V,
+        temperature=0.0,
+    )
+    drawn = np.asarray(
+        jax.jit(draw)(params_of("two"), *NOTHING, jax.random.key(0), encoded())
+    )
+    padded = np.pad(drawn, ((0, 0), (0, L - TOKENS)))
+    log_p = log_probabilities(padded)[:, :TOKENS].copy()
+    log_p[..., 0] = -np.inf
+    np.testing.assert_array_equal(drawn, log_p.argmax(-1))
+    assert len(np.unique(drawn, axis=0)) > 1, "inputs matter"
+
+
+def beams_in_loops(K: int) -> tuple[list[list[int]], list[float]]:
+    """The best continuation of each row, hypothesis by hypothesis."""
+    going = [[(0.0, [])] for _ in range(B)]
+    ended: list[list[tuple[float, list[int]]]] = [[] for _ in range(B)]
+    for _ in range(TOKENS):
+        found: list[list[tuple[float, list[int]]]] = [[] for _ in range(B)]
+        for k in range(max(len(row) for row in going)):
+            drawn = np.zeros((B, L), np.int32)
+            for b, row in enumerate(going):
+                ids = row[min(k, len(row) - 1)][1]
+                drawn[b, : len(ids)] = ids
+            log_p = log_probabilities(drawn)
+            for b, row in enumerate(going):
+                if k < len(row):
+                    total, ids = row[k]
+                    found[b] += [
+                        (total + float(log_p[b, len(ids), v]), [*ids, v])
+                        for v in range(1, V)
+                    ]
+        for b in range(B):
+            best = sorted(found[b], key=lambda one: -one[0])[: 2 * K]
+            ended[b] += [
+                (total / ((5 + len(ids)) / 6) ** ALPHA, ids)
+                for total, ids in best
+                if ids[-1] == EOS
+            ]
+            ended[b] = sorted(ended[b], key=lambda one: -one[0])[:K]
+            going[b] = [one for one in best if one[1][-1] != EOS][:K]
+    chosen = []
+    for b in range(B):
+        cut_off = [(t / ((5 + TOKENS) / 6) ** ALPHA, ids) for t, ids in going[b]]
+        chosen.append((ended[b] or cut_off)[0])
+    return [ids for _, ids in chosen], [score for score, _ in chosen]
+
+
+@pytest.mark.parametrize("mesh", ["d1", "d2e2m2"])
+def test_beams_are_those_of_loops_over_hypotheses(mesh):
+    K = 3
+    search = functools.partial(
+        beam.search,
+        model_of("two", mesh),
+        num_beams=K,
+        num_tokens=TOKENS,
+        vocabulary_size=V,
+        length_penalty=ALPHA,
+        eos_id=EOS,
+    )
+    tokens_BKT, score_BK = jax.jit(search)(params_of("two"), *NOTHING, encoded())
+    expected, scores = beams_in_loops(K)
+    for b in range(B):
+        ids = [*expected[b], *[0] * (TOKENS - len(expected[b]))]
+        assert np.asarray(tokens_BKT)[b, 0].tolist() == ids
+    np.testing.assert_allclose(score_BK[:, 0], scores, atol=2e-5)
+    assert any(ids[-1] == EOS for ids in expected)
+    assert (np.diff(np.asarray(score_BK), axis=1) <= 0).all()

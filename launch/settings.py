@@ -100,6 +100,9 @@ class SampleSettings:
         top_k: draw from the k likeliest tokens; 0 from all.
         top_p: draw from the smallest set of this probability; 1 from all.
         seed: of the draws.
+        num_beams: hypotheses of beam search, which takes the place of drawing; 1 draws.
+        length_penalty: of beams: their log-probabilities are compared over
+            ((5 + length) / 6) to this power.
     """
 
     prompt: str = ""
@@ -108,6 +111,8 @@ class SampleSettings:
     top_k: int = 0
     top_p: float = 0.95
     seed: int = 0
+    num_beams: int = 1
+    length_penalty: float = 0.6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,6 +184,7 @@ def _range_problems(settings: Settings) -> list[str]:
         "LOG_PERIOD": loop.log_period_steps,
         "MAX_SKIPPED_STEPS": loop.max_skipped_steps,
         "SAMPLE_TOKENS": sample.num_tokens,
+        "NUM_BEAMS": sample.num_beams,
         "JOIN_TIMEOUT": platform.join_timeout_seconds,
         "HEARTBEAT_TIMEOUT": platform.heartbeat_timeout_seconds,
     }
@@ -197,6 +203,7 @@ def _range_problems(settings: Settings) -> list[str]:
         "NUM_PROCESSES": platform.num_processes,
         "SAMPLE_TEMPERATURE": sample.temperature,
         "SAMPLE_TOP_K": sample.top_k,
+        "LENGTH_PENALTY": sample.length_penalty,
     }
     positive = {
         "LEARNING_RATE": optimizer.learning_rate,

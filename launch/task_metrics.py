@@ -1,6 +1,7 @@
 """The Tasks' own metric functions, on what a model predicts for held-out examples."""
 
 import contextlib
+import dataclasses
 import functools
 import json
 import zlib
@@ -12,15 +13,14 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from launch.assemble import Run
+from launch.continuing import continuation, padded, until_end
 from launch.terminal import waiting
-from moe.model import decoding
 from moe.training.losses import Sums
 from partitioning import rules
 from tasks import files, objectives, scoring
 from tasks.errors import StoreError
 from tasks.scoring import ScoredTask
 from tasks.store import TokenStore
-from tasks.vocabularies import Vocabulary
 
 EvalStep = Callable[[Any, Any], tuple[Sums, jax.Array]]
 Waiting = Callable[[str], contextlib.AbstractContextManager]
@@ -120,59 +120,44 @@ class TaskMetrics:
         """Log-likelihood of each example's targets, given its inputs."""
         data, rows = self._run.settings.data, self._run.settings.train.batch_size
         eval_step, scores = self.eval_step(), []
-        bidirectional = data.prefix_attention == "bidirectional"
         for some in _cut(list(zip(task.inputs, task.targets, strict=True)), rows):
             pairs = [[pair] for pair in some] + [[]] * (rows - len(some))
-            batch = objectives.decoder(
-                objectives.joined(pairs, data.length), bidirectional=bidirectional
-            )
+            batch = objectives.of_pairs(pairs, data)
             placed = {k: self._place(v, ("batch", "length")) for k, v in batch.items()}
             _, nats_BL = jax.device_get(eval_step(params, placed))
             scores.append(-nats_BL[: len(some)].sum(axis=1, dtype=np.float64))
         return np.concatenate(scores)
 
     def _predictions(self, params: Any, task: ScoredTask) -> list[list[int]]:
-        """The likeliest token, one after the other, up to an end."""
+        """The likeliest token, one after the other, up to an end; or the best beam."""
         settings, vocabulary = self._run.settings, self._store.vocabulary
         room = settings.data.task_feature_lengths["inputs"]
         rows = settings.train.batch_size // settings.train.microbatches
         found: list[list[int]] = []
         for some in _cut(task.inputs, rows):
-            prompt_BL = np.zeros((rows, room), np.int32)
             length_B = np.full(rows, -1, np.int32)
-            for row, ids in enumerate(some):
-                prompt_BL[row, : len(ids)] = ids
-                length_B[row] = len(ids)
-            token_BT = self._draw(
+            length_B[: len(some)] = [len(ids) for ids in some]
+            prompts = [*some, *[()] * (rows - len(some))]
+            token_BT = self._follow(
                 params,
-                self._place(prompt_BL, ("batch", None)),
+                self._place(padded(prompts, room), ("batch", None)),
                 self._place(length_B, ("batch",)),
+                jax.random.key(0),  # nothing is drawn at random
             )
             drawn = np.asarray(jax.device_get(token_BT))[: len(some)].tolist()
             found += [until_end(ids, vocabulary) for ids in drawn]
         return found
 
     @functools.cached_property
-    def _draw(self) -> Callable[..., jax.Array]:
-        """Greedy decoding; compiled at the first call."""
-        settings, vocabulary = self._run.settings, self._store.vocabulary
-
-        def draw(params: Any, prompt_BL: jax.Array, length_B: jax.Array) -> jax.Array:
-            return decoding.generate(
-                self._run.learner.model,
-                params,
-                prompt_BL,
-                length_B,
-                jax.random.key(0),  # nothing is drawn at random
-                num_tokens=settings.data.task_feature_lengths["targets"],
-                vocabulary_size=vocabulary.size,
-                temperature=0.0,
-                first_id=int(vocabulary.has_padding),
-                eos_id=vocabulary.eos_id,
-                whole_prompt=settings.data.prefix_attention == "bidirectional",
-            )
-
-        return jax.jit(draw, out_shardings=rules.replicated(self._run.mesh))
+    def _follow(self) -> Callable[..., jax.Array]:
+        """Greedy decoding, or beam search; compiled at the first call."""
+        settings = self._run.settings
+        return continuation(
+            self._run,
+            self._store.vocabulary,
+            dataclasses.replace(settings.sample, temperature=0.0),
+            settings.data.task_feature_lengths["targets"],
+        )
 
     def _place(self, array: np.ndarray, axes: tuple[str | None, ...]) -> jax.Array:
         """Puts an array, whole on every host, on the devices."""
@@ -201,12 +186,6 @@ def predictions_path(run: Run, task: str, step: int) -> str:
     folder = files.join(run.settings.loop.model_dir, "predictions")
     name = task.replace("/", "_").replace(":", "_")
     return files.join(folder, f"{name}-{step}.jsonl")
-
-
-def until_end(ids: Sequence[int], vocabulary: Vocabulary) -> list[int]:
-    """Cuts off the first end of a sequence, and what follows."""
-    ids = list(ids)
-    return ids[: ids.index(vocabulary.eos_id)] if vocabulary.eos_id in ids else ids
 
 
 def _cut(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:

@@ -73,7 +73,10 @@ Continues a text with a checkpoint of a run.
 
   switchyard generate --model_dir=runs/demo --prompt='def main(' --num_tokens=64
   switchyard generate --model_dir=runs/demo --prompt='import ' --temperature=0
+  switchyard generate --model_dir=runs/demo_span --prompt='def <extra_id_0>(self):'
 
+A model that has learnt to fill in masked spans is asked with <extra_id_0>, <extra_id_1>
+and so on in their places; what it says of each stands there in the answer.
 The run's own config.gin is read first; files, knobs and options given here override it.
 What is not given is taken from its SAMPLE_ knobs. Only the text goes to standard
 output.
@@ -337,6 +340,7 @@ SAMPLE_KNOBS = {
     "top_k": ("SAMPLE_TOP_K", "draw from the k likeliest tokens; 0: from all"),
     "top_p": ("SAMPLE_TOP_P", "draw from the smallest set of this probability"),
     "seed": ("SAMPLE_SEED", "of the draws"),
+    "num_beams": ("NUM_BEAMS", "hypotheses of beam search, instead of draws; 1: draw"),
 }
 
 

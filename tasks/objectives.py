@@ -156,6 +156,35 @@ def encoder_decoder(inputs: Rows, targets: Rows) -> dict[str, np.ndarray]:
     }
 
 
+def sides(
+    pairs: Sequence[Sequence[tuple[np.ndarray, np.ndarray]]], data: DataSettings
+) -> tuple[Rows, ...]:
+    """Returns inputs and targets in one row, or in a row each; the targets last.
+
+    Args:
+        pairs: the inputs and targets of each row, neither of them empty where they
+            have rows of their own: segments are counted on each side.
+        data: whose rows they are, and their lengths.
+    """
+    if data.layout == "decoder":
+        return (joined(pairs, data.length),)
+    lengths = data.encoder_length, data.length
+    return tuple(
+        rows_of([[pair[side] for pair in row] for row in pairs], length)
+        for side, length in enumerate(lengths)
+    )
+
+
+def of_pairs(
+    pairs: Sequence[Sequence[tuple[np.ndarray, np.ndarray]]], data: DataSettings
+) -> dict[str, np.ndarray]:
+    """Returns the features of inputs and targets; see `sides`."""
+    *inputs, targets = sides(pairs, data)
+    if inputs:
+        return encoder_decoder(inputs[0], targets)
+    return decoder(targets, bidirectional=data.prefix_attention == "bidirectional")
+
+
 def encoder(rows: Rows, read_BL: np.ndarray) -> dict[str, np.ndarray]:
     """Returns the features of an encoder alone.
 

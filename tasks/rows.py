@@ -164,7 +164,7 @@ class TaskRows:
         """
         if self.data.objective == "seq2seq":
             pairs, sources = self._pairs_of(rows)
-            return self._sides(pairs), None, sources
+            return objectives.sides(pairs, self.data), None, sources
         bounds = [self.index.bounds(int(row)) for row in rows]
         ranges = self.part.read(
             "targets", [b[0] for b in bounds], [b[-1] for b in bounds]
@@ -175,23 +175,11 @@ class TaskRows:
         ]
         if self.corruption is not None:
             pairs, sources = self._corrupted(bounds, ranges, keys)
-            return self._sides(pairs), None, sources
+            return objectives.sides(pairs, self.data), None, sources
         laid_out, sources = self._lay_out_text(bounds, ranges, keys)
         if self.masking is None:
             return (laid_out,), None, sources
         return self._masked(laid_out, bounds, ranges, keys)
-
-    def _sides(
-        self, pairs: list[list[tuple[np.ndarray, np.ndarray]]]
-    ) -> tuple[objectives.Rows, ...]:
-        """Inputs and targets in one row, or in a row each."""
-        if self.data.layout == "decoder":
-            return (objectives.joined(pairs, self.data.length),)
-        lengths = self.data.encoder_length, self.data.length
-        return tuple(
-            objectives.rows_of([[pair[side] for pair in row] for row in pairs], length)
-            for side, length in enumerate(lengths)
-        )
 
     def _masked(
         self,

@@ -18,7 +18,7 @@ import scored_for_tests as scored
 from commands import ROOT, Place
 from scored_for_tests import LANGUAGES, LENGTHS, SPLITS, TASKS, B, L
 
-from launch import evaluate, task_metrics
+from launch import continuing, evaluate, task_metrics
 from moe.testing.whole_arrays import forward
 from tasks import scoring
 from tasks.errors import StoreError
@@ -184,9 +184,9 @@ def test_every_example_is_predicted_and_scored_as_if_it_were_alone(tmp_path, sta
 
 def test_a_prediction_stops_before_its_first_end():
     ids = scored.Vocabulary()
-    assert task_metrics.until_end([5, 6, 1, 7, 1], ids) == [5, 6]
-    assert task_metrics.until_end([1, 5], ids) == []
-    assert task_metrics.until_end(np.array([5, 6]), ids) == [5, 6]
+    assert continuing.until_end([5, 6, 1, 7, 1], ids) == [5, 6]
+    assert continuing.until_end([1, 5], ids) == []
+    assert continuing.until_end(np.array([5, 6]), ids) == [5, 6]
 
 
 def test_a_fault_in_reading_is_raised_by_every_process(tmp_path, monkeypatch):

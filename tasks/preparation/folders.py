@@ -14,6 +14,7 @@ from tasks.manifest import MANIFEST
 from tasks.preparation.plan import PLAN
 from tasks.store import is_there, split_path
 
+_LOCK = ".__lock"  # what TensorStore names it
 _OF_VOCABULARIES = {"vocabulary.json", "vocabulary.model", "tokenizer.json"}
 _OF_STORES = {MANIFEST, "quality.png", *_OF_VOCABULARIES}
 _OF_PREPARATIONS = {PLAN, "lock", "parts", "assembly", "signatures", "duplicates"}
@@ -54,11 +55,16 @@ def _refuse_others(folder: str, others: set[str]) -> None:
 
 
 def _entries(folder: str) -> set[str]:
-    """What lies directly in a folder."""
+    """What lies directly in a folder.
+
+    Of a writer that was killed TensorStore's lock is left beside a file, and goes by
+    the file's name here; whoever writes the file next takes it.
+    """
     if not files.is_local(folder):
         return {name.partition("/")[0] for name in files.names(folder)}
     path = Path(folder)
-    return {entry.name for entry in path.iterdir()} if path.is_dir() else set()
+    names = (entry.name for entry in path.iterdir()) if path.is_dir() else ()
+    return {name.removesuffix(_LOCK) for name in names}
 
 
 def _folders_of(store_dir: str) -> set[str]:

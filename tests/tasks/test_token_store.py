@@ -219,6 +219,9 @@ def test_what_is_no_store_is_left_alone(tmp_path):
 @pytest.mark.fast
 def test_a_store_with_something_else_in_it_is_left_alone(own_store, tmp_path):
     work = str(tmp_path / "store.preparing")
+    # As a writer leaves it that is killed before its file is whole.
+    Path(work).mkdir()
+    (Path(work) / "plan.json.__lock").touch()
     folders.refuse_what_is_no_store(str(own_store), work)
     (own_store / "thesis.txt").write_text("years of work")
     with pytest.raises(StoreError, match=r"not of a store \('thesis.txt'\)"):
@@ -229,7 +232,6 @@ def test_a_store_with_something_else_in_it_is_left_alone(own_store, tmp_path):
     (other / "app.js").write_text("")
     with pytest.raises(StoreError, match=r"\('app.js'\), and would be deleted"):
         folders.refuse_what_is_no_store(str(other), work)
-    Path(work).mkdir()
     Path(work, "mine.txt").write_text("")
     with pytest.raises(StoreError, match=r"store.preparing holds .*\('mine.txt'\)"):
         folders.refuse_what_is_no_store(str(tmp_path / "store"), work)

@@ -109,7 +109,13 @@ class Row:
 def run_names() -> list[str]:
     """Returns the runs of the repository that are a model of their own."""
     files = sorted((_ROOT / "configs" / "runs").glob("*.gin"))
-    return [file.stem for file in files if not file.stem.endswith("_base")]
+    return [file.stem for file in files if not is_shared(file)]
+
+
+def is_shared(file: Path) -> bool:
+    """Whether a configuration is only what others include, as its first lines say."""
+    header, _, _ = file.read_text(encoding="utf-8").partition("\n\n")
+    return " by itself." in header.replace("\n# ", " ")
 
 
 def rows() -> list[tuple[str, int]]:

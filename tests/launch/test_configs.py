@@ -10,6 +10,7 @@ from launch import cli, gin_files, verbs
 from launch.assemble import assemble
 from launch.checkpoints import named_arrays
 from launch.gin_files import _configs as configs_folder
+from launch.planning.ladder import is_shared
 from launch.settings import Settings
 from moe.accounting import Counts, count
 from partitioning.settings import MeshSettings
@@ -19,7 +20,7 @@ HEADERS = sorted(
     str(path.relative_to(configs_folder()))
     for folder in ("models", "runs")
     for path in (configs_folder() / folder).glob("*.gin")
-    if not path.stem.endswith("_base")
+    if not is_shared(path)
 )
 SMALL = [name for name in HEADERS if re.search("/(demo|tiny)", name)]
 # Models of papers, each in models/ with a run of its name.
@@ -104,7 +105,7 @@ def test_a_model_of_a_paper_says_where_it_is_from_and_what_differs(name):
 def test_a_run_of_a_paper_takes_as_many_tokens_as_it_says(name):
     settings = settings_of(name)
     train = settings.train
-    tokens = train.train_steps * train.batch_size * settings.data.length
+    tokens = train.train_steps * train.batch_size * settings.data.tokens_per_row
     text = (configs_folder() / name).read_text(encoding="utf-8").replace("\n# ", " ")
     assert f" {tokens:,} tokens" in text
     assert settings.mesh == MeshSettings(), "a hardware file sets the mesh"

@@ -14,15 +14,20 @@ import jax
 import pytest
 
 from launch import gin_files
+from launch.planning.ladder import is_shared
 from launch.settings import PlatformSettings, problems
 from launch.verification import examine, meshes
 from launch.verification.shrink import shrink
 
 CONFIGS = Path(str(importlib.resources.files("configs")))
+# Sizes of one family shrink to the same: one of each is enough.
+LIKE = ("t5_small", "t5_base", "t5_3b", "t5_11b", "t5_1_1_small", "t5_1_1_base")
+LIKE += ("t5_1_1_large", "t5_1_1_xl", "switch_base_8", "switch_base_16", "bert_large")
+LIKE += ("switch_base_32", "switch_base_64", "switch_base_256", "switch_large")
 RUNS = sorted(
     path.stem
     for path in (CONFIGS / "runs").glob("*.gin")
-    if not path.stem.endswith("_base")
+    if not is_shared(path) and path.stem not in LIKE
 )
 # Groups small enough for rows that are cut in four; a few knobs of placement each.
 MESHES = {
@@ -45,7 +50,8 @@ def read(run: str, mesh: str):
         f"BATCH_SIZE={max(settings.train.batch_size, 16)}",
     ]
     if settings.model.moe_every:
-        knobs.append("GROUP_SIZE=16")
+        knobs += ["GROUP_SIZE=16", "GROUP_ROWS=1"]
+        knobs += ["ENCODER_GROUP_SIZE=16"] if settings.data.encoder_length else []
     return gin_files.read([f"runs/{run}.gin"], knobs)
 
 

@@ -6,6 +6,7 @@ import functools
 import pytest
 
 from launch import gin_files
+from launch.planning.ladder import is_shared
 from moe import accounting
 from moe.architecture import describe
 from moe.routing.capacity import mean_choices
@@ -16,7 +17,8 @@ BILLION, MILLION = 10**9, 10**6
 # Published and computed parameters. Where a source gives three digits the two should
 # agree to a percent; the reasons of those that do not stand below. GLaM: arXiv:
 # 2112.06905, table 4; GPT-3: arXiv:2005.14165, table D.1; M6-T: arXiv:2105.15082 and
-# 2110.03888; Mixtral: arXiv:2401.04088; Switch-C: arXiv:2101.03961, table 9.
+# 2110.03888; Mixtral: arXiv:2401.04088; Switch: arXiv:2101.03961, tables 7 and 9; T5:
+# arXiv:1910.10683, section 3.7; BERT: arXiv:1810.04805, section 3.
 TOTALS = {
     "glam_0_1b": (130 * MILLION, 137_846_016),
     "glam_0_1b_64e": (1.9 * BILLION, 1_907_612_928),
@@ -47,13 +49,41 @@ TOTALS = {
     "mixtral_8x7b": (46.7 * BILLION, 46_702_792_704),
     "mixtral_8x22b": (141 * BILLION, 140_630_071_296),
     "switch_c_decoder": (1_571 * BILLION, 1_571_120_173_984),
+    "t5_small": (60 * MILLION, 60_506_624),
+    "t5_base": (220 * MILLION, 222_903_552),
+    "t5_large": (770 * MILLION, 737_668_096),
+    "t5_3b": (2.8 * BILLION, 2_851_598_336),
+    "t5_11b": (11 * BILLION, 11_307_321_344),
+    "t5_1_1_xxl": (11.1 * BILLION, 11_135_332_352),
+    "switch_base_16": (1.1 * BILLION, 1_072_397_568),
+    "switch_base_32": (2 * BILLION, 1_978_514_688),
+    "switch_base_64": (3.8 * BILLION, 3_790_748_928),
+    "switch_base_128": (7.41 * BILLION, 7_415_217_408),
+    "switch_base_256": (14.7 * BILLION, 14_664_154_368),
+    "switch_large": (26 * BILLION, 26_309_291_008),
+    "switch_xxl": (395 * BILLION, 394_675_073_024),
+    "switch_c": (1_571 * BILLION, 1_571_375_798_688),
+    "bert_base": (110 * MILLION, 109_514_298),
+    "bert_large": (340 * MILLION, 335_174_458),
 }
+# Of which no number was published, or none was read.
+UNPUBLISHED = {"t5_1_1_small", "t5_1_1_base", "t5_1_1_large", "t5_1_1_xl"}
+UNPUBLISHED |= {"switch_base_8"}
 UNLIKE = {
     "glam_0_1b": (6.0, "12 M² less than a vocabulary of 32,000 needs; unexplained"),
     "glam_1_7b": (-1.4, "two digits are published"),
     "glam_1_7b_32e": (-30.2, "20B does not follow from the sizes: a misprint"),
     "glam_64b_64e": (-3.2, "1.2T rounds 1.162T"),
     "m6_t_1b": (-1.0, "two digits are published"),
+    "t5_small": (0.8, "two digits are published"),
+    "t5_base": (1.3, "two digits are published"),
+    "t5_large": (-4.2, "770M counts the embedding twice; Switch's paper has 739M"),
+    "t5_3b": (1.8, "two digits are published"),
+    "t5_11b": (2.8, "two digits are published"),
+    "switch_base_16": (-2.5, "two digits are published"),
+    "switch_base_32": (-1.1, "one digit is published"),
+    "switch_large": (1.2, "two digits are published"),
+    "bert_large": (-1.4, "two digits are published"),
 }
 # Of a token, where a paper says it.
 ACTIVE = {
@@ -79,15 +109,22 @@ def by_hand(model: ModelSettings, router: RouterSettings) -> tuple[int, int]:
     """Total and active parameters, as a sum over the parts of a model."""
     M, N, D, F = model.model_dim, model.num_heads, model.head_dim, model.mlp_dim
     U, V, E = model.num_kv_heads or N, model.vocab_size, model.num_experts
-    layers = model.num_layers
-    sparse = layers // model.moe_every if model.moe_every else 0
+    sides = [(model.num_layers, model.moe_every)]
+    if model.shape == "encoder_decoder":
+        sides.append((model.num_encoder_layers, model.encoder_moe_every))
+    layers = sum(number for number, _ in sides)
+    sparse = sum(number // every for number, every in sides if every)
+    crosses = model.num_layers if model.shape == "encoder_decoder" else 0
 
     # Query and output, key and value; a bias beside each of the four products.
     attention = 2 * M * N * D + 2 * M * U * D
     if model.attention_biases:
         attention += N * D + 2 * U * D + M
-    # Two in each layer and the last one; a layer norm has a bias beside its scale.
-    norms = (2 * layers + 1) * M * (2 if model.norm == "layer" else 1)
+    # Two in each layer, three where it looks across, and the last one of each stack; a
+    # layer norm has a bias beside its scale.
+    last = len(sides) if model.norm_place == "before" else 0
+    last += model.embedding_norm + model.output_transform
+    norms = (2 * layers + crosses + last) * M * (2 if model.norm == "layer" else 1)
     # A gate has a matrix of its own.
     up = 2 if model.activation in ("geglu", "swiglu") else 1
     dense = (up + 1) * M * F
@@ -102,12 +139,14 @@ def by_hand(model: ModelSettings, router: RouterSettings) -> tuple[int, int]:
     positions = {
         "rotary": 0,
         "learned": model.max_positions * M,
-        "relative": model.relative_buckets * N,
+        "relative": len(sides) * model.relative_buckets * N,
         "relative_per_layer": layers * model.relative_buckets * N,
     }[model.positions]
     vocabulary = V * M * (1 if model.tie_embeddings else 2)
 
-    all_tokens = vocabulary + positions + norms + layers * attention
+    vocabulary += model.token_types * M + V * model.output_bias
+    vocabulary += (M * M + M) * model.output_transform
+    all_tokens = vocabulary + positions + norms + (layers + crosses) * attention
     all_tokens += (layers - sparse) * dense + sparse * M * E  # routers have no bias
     visited = int(mean_choices(router, E))
     return all_tokens + sparse * E * expert, all_tokens + sparse * visited * expert
@@ -129,6 +168,21 @@ def test_the_largest_glam_is_the_sum_that_its_paper_describes():
         all_tokens + 32 * 2 * expert,
     )
     assert all_tokens + 32 * 64 * expert == 1_161_756_418_048
+
+
+@pytest.mark.fast
+def test_switch_c_is_the_sum_that_its_paper_describes():
+    # M = 2,080, 32 heads of 64, 15 layers on each side, 2,048 experts in all of them.
+    attention = 4 * 2_080 * 2_048  # 15 in the encoder, 30 in the decoder
+    expert = 2 * 2_080 * 6_144
+    rest = 2 * 32_128 * 2_080  # the output has a matrix of its own
+    rest += 45 * attention + 30 * 2_080 * 2_048  # routers
+    rest += 2 * 32 * 32  # two tables of 32 buckets and 32 heads
+    rest += (2 * 15 + 3 * 15 + 2) * 2_080  # norms
+    assert by_hand(*sizes("switch_c")) == (
+        rest + 30 * 2_048 * expert,
+        rest + 30 * expert,
+    )
 
 
 @pytest.mark.fast
@@ -172,12 +226,13 @@ def test_published_parameters_are_ours_or_it_is_said_why_not(name):
 def test_every_model_of_a_paper_is_in_the_table():
     folder = gin_files._configs() / "runs"
     names = {path.stem for path in folder.glob("*.gin")}
-    runs = {name for name in names if not name.endswith("_base")}
-    assert runs - {"demo", "tiny"} == set(TOTALS)
+    runs = {name for name in names if not is_shared(folder / f"{name}.gin")}
+    small = {"demo", "demo_span", "demo_bert", "tiny"}
+    assert runs - small == set(TOTALS) | UNPUBLISHED
 
 
 @pytest.mark.fast
-@pytest.mark.parametrize("name", TOTALS)
+@pytest.mark.parametrize("name", [*TOTALS, *sorted(UNPUBLISHED)])
 def test_the_model_that_is_built_has_as_many(name):
     counts = accounting.count(describe(*sizes(name)), 1024)
     assert (counts.total, counts.active) == by_hand(*sizes(name))

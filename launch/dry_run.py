@@ -108,7 +108,9 @@ def data_facts(settings: Settings, store: TokenStore | None) -> list[tuple[str, 
     data = settings.data
     each = ", ".join(f"{name} {n}" for name, n in data.task_feature_lengths.items())
     words = f"{data.objective}, rows of {data.length:,} tokens ({each})"
-    if data.objective == "causal_lm":
+    if data.layout == "encoder_decoder":
+        words = f"{data.objective}, rows of {each} tokens"
+    if data.objective in ("causal_lm", "masked_lm"):
         words += f", packing {data.packing}"
     if data.prefix_attention == "bidirectional":
         words += ", what is given sees itself whole"
@@ -133,11 +135,27 @@ def data_facts(settings: Settings, store: TokenStore | None) -> list[tuple[str, 
 
 
 def sparse_facts(settings: Settings, mesh: jax.sharding.Mesh) -> list[tuple[str, str]]:
-    """Router, transport, capacity, and what to expect of them."""
-    each = settings.layers.settings("sparse")
+    """Router, transport, capacity, and what to expect of them, of each stack."""
+    stacks, lines = settings.layers.stacks, []
+    for name, stack in stacks.items():
+        if each := stack.settings("sparse"):
+            side = f"{name}: " if len(stacks) > 1 else ""
+            facts = _stack_facts(settings, mesh, each, causal=name == "decoder")
+            lines += [(f"{side}{what}", words) for what, words in facts]
+    return lines
+
+
+def _stack_facts(
+    settings: Settings,
+    mesh: jax.sharding.Mesh,
+    each: list[SparseSettings],
+    *,
+    causal: bool,
+) -> list[tuple[str, str]]:
+    """What `sparse_facts` says of one stack, whose sparse layers are given."""
     s = max(each, key=lambda s: s.num_experts)
     router, E, S = s.router, s.num_experts, s.router.group_size
-    lines = [("router", _describe_router(settings))]
+    lines = [("router", _describe_router(settings, router, causal=causal))]
     if any(other != s for other in each):
         numbers = ", ".join(str(other.num_experts) for other in each)
         lines.append(("experts", f"{numbers} by layer; the rest is of layers with {E}"))
@@ -180,7 +198,7 @@ def sparse_facts(settings: Settings, mesh: jax.sharding.Mesh) -> list[tuple[str,
             f"{'nothing drops' if heldout == S else heldout}",
         )
     )
-    if router.slot_order == "choice_major" and router.num_choices(E) > 1:
+    if causal and router.slot_order == "choice_major" and router.num_choices(E) > 1:
         lines.append(("slot order", "choice by choice: drops depend on later tokens"))
     drops = expected_drops.of_router(router, E)
     if drops is not None:
@@ -234,9 +252,11 @@ def _describe_products(
     return f"{method} ({why})"
 
 
-def _describe_router(settings: Settings) -> str:
+def _describe_router(
+    settings: Settings, router: RouterSettings, *, causal: bool
+) -> str:
     """Names the router, and says which losses it has no use for."""
-    router, loss = settings.router, settings.loss
+    loss = settings.loss
     words = {
         "token_choice": f"top-{router.num_selected} of {settings.model.num_experts} by "
         f"{router.scores}",
@@ -260,7 +280,7 @@ def _describe_router(settings: Settings) -> str:
         "a random second expert": router.second_policy == "random",
         f"jitter {router.jitter:g}": router.jitter > 0,
         f"noise {router.logit_noise:g} / E": router.logit_noise > 0,
-        "sees later tokens (ALLOW_FUTURE_LEAK)": bool(leaks(router)),
+        "sees later tokens (ALLOW_FUTURE_LEAK)": causal and bool(leaks(router)),
     }
     words = ", ".join([words, *(name for name, there in extras.items() if there)])
     if router.family == "hashed" and (loss.balance_weight or loss.router_z_weight):

@@ -114,11 +114,32 @@ def _examples(store: TokenStore, batches: Batches, number: int) -> list[Text]:
 
 
 def _row(features: dict[str, np.ndarray], store: TokenStore) -> Text:
-    """One row as text: what is given, what is predicted, and where pieces begin."""
-    target_L = features["decoder_target_tokens"]
-    weight_L = features["decoder_loss_weights"]
-    segment_L = features["decoder_segment_ids"]
+    """One row as text: what is given, what is predicted, and where pieces begin.
+
+    Of an encoder-decoder both sides; of an encoder what is read and, after an arrow,
+    what is predicted in its place.
+    """
     text = Text()
+    if "decoder_target_tokens" not in features:
+        _append(text, features, "encoder", store)
+        return text
+    if "encoder_input_tokens" in features:
+        _append(text, features, "encoder", store)
+        text.append(" → ", style=_BOUNDARY)
+    _append(text, features, "decoder", store)
+    return text
+
+
+def _append(
+    text: Text, features: dict[str, np.ndarray], side: str, store: TokenStore
+) -> None:
+    """Adds the row of one side."""
+    read_L, segment_L = (
+        features[f"{side}_{name}"] for name in ("input_tokens", "segment_ids")
+    )
+    target_L = features.get(f"{side}_target_tokens", read_L)
+    weight_L = features.get(f"{side}_loss_weights", np.zeros_like(read_L))
+    masked = side == "encoder" and weight_L.any()
     real_L = segment_L > 0
     change_L = np.diff(segment_L, prepend=0) != 0
     cuts = np.flatnonzero(change_L | (np.diff(weight_L, prepend=-1) != 0))
@@ -130,10 +151,12 @@ def _row(features: dict[str, np.ndarray], store: TokenStore) -> Text:
             text.append("│", style=_BOUNDARY)
         words = readable(target_L[start:stop], store.vocabulary)
         if weight_L[start]:
+            if masked:
+                read = readable(read_L[start:stop], store.vocabulary)
+                text.append(f"{read}→", style=_GIVEN)
             text.append(words, style=_PREDICTED)
         else:  # marked, because a file or a pipe shows no style
             text.append(f"‹{words}›", style=_GIVEN)
-    return text
 
 
 def readable(ids: np.ndarray, vocabulary: Vocabulary) -> str:

@@ -196,6 +196,7 @@ def _range_problems(settings: Settings) -> list[str]:
         "IMPORTANCE_LOSS_FACTOR": loss.importance_weight,
         "LOAD_LOSS_FACTOR": loss.load_weight,
         "Z_LOSS": loss.z_weight,
+        "LOSS_NORMALIZING_FACTOR": loss.normalizing_factor,
         "WARMUP_STEPS": optimizer.warmup_steps,
         "WEIGHT_DECAY": optimizer.weight_decay,
         "CLIP_NORM": optimizer.clip_norm,
@@ -215,6 +216,7 @@ def _range_problems(settings: Settings) -> list[str]:
         "BETA1": (optimizer.b1, "[0, 1)"),
         "BETA2": (optimizer.b2, "[0, 1)"),
         "SAMPLE_TOP_P": (sample.top_p, "(0, 1]"),
+        "LABEL_SMOOTHING": (loss.label_smoothing, "[0, 1)"),
     }
     int32 = {"SAMPLE_TOKENS": sample.num_tokens, "SAMPLE_TOP_K": sample.top_k}
     seeds = {

@@ -26,11 +26,13 @@ class TargetScores:
         log_z_BL: logarithm of the softmax's normaliser.
         target_logit_BL: logit of the target.
         likeliest_BL: int32, id of the largest logit, the first of equals.
+        logit_sum_BL: sum of all logits; None unless it was asked for.
     """
 
     log_z_BL: jax.Array
     target_logit_BL: jax.Array
     likeliest_BL: jax.Array
+    logit_sum_BL: jax.Array | None = None
 
 
 class Head(NamedTuple):
@@ -50,6 +52,8 @@ def score_targets(
     x_BLM: jax.Array,
     target_BL: jax.Array,
     execution: Execution,
+    *,
+    with_sum: bool = False,
 ) -> TargetScores:
     """Forms logits, piece by piece of the vocabulary, and keeps what losses need.
 
@@ -58,6 +62,7 @@ def score_targets(
         x_BLM: normalised activations, the same on all of `model`.
         target_BL: int32.
         execution: pieces of the vocabulary, types, and the mesh.
+        with_sum: whether all logits are added up too.
     """
     grid, chunks = execution.grid, execution.settings.vocab_chunks
     width = head.matrix_mv.shape[1] // chunks
@@ -76,6 +81,7 @@ def score_targets(
             target_logit_BL,
             jnp.max(fixed_BLV, axis=-1),
             id_V[0] + jnp.argmax(fixed_BLV, axis=-1),
+            *((jnp.sum(logits_BLV, axis=-1),) if with_sum else ()),
         )
 
     policies = jax.checkpoint_policies
@@ -95,7 +101,7 @@ def score_targets(
             None,
             (pieces, jnp.arange(chunks)),
         )
-    log_z_ZBL, target_logit_ZBL, most_ZBL, id_ZBL = parts
+    log_z_ZBL, target_logit_ZBL, most_ZBL, id_ZBL, *more = parts
     log_z_BL = jax.nn.logsumexp(log_z_ZBL, axis=0)
     target_logit_BL = jnp.sum(target_logit_ZBL, axis=0)
     most_BL = jnp.max(most_ZBL, axis=0)
@@ -108,7 +114,8 @@ def score_targets(
         target_logit_BL = grid.sum(target_logit_BL, ["model"])
         is_most_BL = most_BL == grid.max(most_BL, ["model"])
         id_BL = -grid.max(-jnp.where(is_most_BL, id_BL, none), ["model"])
-    return TargetScores(log_z_BL, target_logit_BL, id_BL)
+    sums = [grid.sum(jnp.sum(sum_ZBL, axis=0), ["model"]) for sum_ZBL in more]
+    return TargetScores(log_z_BL, target_logit_BL, id_BL, *sums)
 
 
 def logits_of(head: Head, x_BLM: jax.Array, execution: Execution) -> jax.Array:

@@ -29,6 +29,10 @@ class LossSettings:
             the noise were drawn again; needs noisy logits.
         router_z_weight: weight of the router z-loss (arXiv:2202.08906, eq. 5).
         z_weight: weight of (log Z)² of the output softmax.
+        label_smoothing: probability that the other tokens of the vocabulary share in
+            what is learnt (arXiv:1512.00567, section 7); reported losses have none.
+        normalizing_factor: what the sums of cross-entropy and z-loss are divided by in
+            what is learnt, as T5X does; 0 takes the number of target tokens.
     """
 
     balance_weight: float = 1e-2
@@ -39,6 +43,8 @@ class LossSettings:
     load_weight: float = 0.0
     router_z_weight: float = 1e-3
     z_weight: float = 0.0
+    label_smoothing: float = 0.0
+    normalizing_factor: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)

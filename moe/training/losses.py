@@ -7,6 +7,7 @@ divides.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -62,6 +63,7 @@ class Sums:
         z: summed squared log of the output softmax's normaliser.
         correct: target tokens that were the likeliest.
         weight: target tokens.
+        learnt: cross-entropy with smoothed labels, summed; without smoothing the same.
         router: totals of each sparse sublayer of each segment, whose number of experts
             may differ; empty in a dense model.
     """
@@ -70,6 +72,7 @@ class Sums:
     z: jax.Array
     correct: jax.Array
     weight: jax.Array
+    learnt: jax.Array
     router: tuple[RouterTotals, ...]
 
 
@@ -81,6 +84,7 @@ def sums(
     settings: LossSettings,
     join_sequence: Callable[[jax.Array], jax.Array] = lambda x: x,
     *,
+    vocab_size: int = 0,
     group_rows: Sequence[int] = (),
 ) -> Sums:
     """Sums up a batch, a microbatch, or one device's part of it.
@@ -92,6 +96,7 @@ def sums(
         router: sums of each sparse sublayer, per layer and group.
         settings: which balance loss is formed.
         join_sequence: adds up over the devices that a sequence is cut over.
+        vocab_size: V, for smoothed labels.
         group_rows: rows of a group of each sparse sublayer; () if all have 1.
     """
     weight_BL = weight_BL.astype(jnp.float32)
@@ -100,13 +105,34 @@ def sums(
         router_totals(each, len(target_BL), settings, join_sequence, group_rows=rows)
         for each, rows in zip(router, group_rows or [1] * len(router), strict=True)
     )
+    nats_BL = log_z_BL - scores.target_logit_BL
+    learnt_BL = smoothed(nats_BL, scores, settings.label_smoothing, vocab_size)
     return Sums(
-        cross_entropy=jnp.sum(weight_BL * (log_z_BL - scores.target_logit_BL)),
+        cross_entropy=jnp.sum(weight_BL * nats_BL),
         z=jnp.sum(weight_BL * log_z_BL**2),
         correct=jnp.sum(weight_BL * (scores.likeliest_BL == target_BL)),
         weight=jnp.sum(weight_BL),
+        learnt=jnp.sum(weight_BL * learnt_BL),
         router=totals,
     )
+
+
+def smoothed(
+    nats_BL: jax.Array, scores: TargetScores, smoothing: float, vocab_size: int
+) -> jax.Array:
+    """Cross-entropy of labels of which the other tokens have a share, less its least.
+
+    The target has 1 - α, each of the V - 1 others α / (V - 1). The entropy of these
+    labels is taken off, so that 0 is perfect, as in T5X.
+    """
+    if not smoothing:
+        return nats_BL
+    assert scores.logit_sum_BL is not None
+    others = vocab_size - 1
+    own, other = 1 - smoothing, smoothing / others
+    rest_BL = others * scores.log_z_BL - scores.logit_sum_BL + scores.target_logit_BL
+    least = -own * math.log(own) - others * other * math.log(other)
+    return own * nats_BL + other * rest_BL - least
 
 
 def over_devices(sums: Sums, grid: Grid) -> Sums:
@@ -222,7 +248,8 @@ def total(
     """
     cross_entropy = _mean(sums.cross_entropy, sums.weight)
     z = _mean(sums.z, sums.weight)
-    value = cross_entropy + settings.z_weight * z
+    by = settings.normalizing_factor or sums.weight
+    value = _mean(sums.learnt + settings.z_weight * sums.z, jnp.asarray(by))
     metrics = {
         "loss/nats_per_token": cross_entropy,
         "loss/output_z": z,

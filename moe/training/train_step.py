@@ -182,7 +182,10 @@ def batch_sums(
         target_BL = piece[f"{scored}_target_tokens"]
         weight_BL = piece[f"{scored}_loss_weights"]
         head = projection(params, model.layers.embedding)
-        scores = score_targets(head, x_BLM, target_BL, model.execution)
+        scores = score_targets(
+            *(head, x_BLM, target_BL, model.execution),
+            with_sum=learner.loss.label_smoothing > 0,
+        )
         add_up = functools.partial(model.grid.sum, axes=("context", "model"))
         sums = losses.sums(
             scores,
@@ -191,6 +194,7 @@ def batch_sums(
             router,
             learner.loss,
             add_up,
+            vocab_size=model.layers.embedding.vocab_size,
             group_rows=[s.router.group_rows for s in sparse],
         )
         nats_BL = jax.lax.stop_gradient(scores.log_z_BL - scores.target_logit_BL)

@@ -636,7 +636,7 @@ def formed():
                 for scope, given in scopes.items()
             },
             "totals": {
-                name: losses.total(Sums(zero, zero, zero, zero, (two_layers,)), given)
+                name: losses.total(Sums(*[zero] * 5, (two_layers,)), given)
                 for name, given in settings.items()
             },
             "unevenness": losses.squared_variation(sum_PE),

@@ -234,5 +234,5 @@ def test_every_model_of_a_paper_is_in_the_table():
 @pytest.mark.fast
 @pytest.mark.parametrize("name", [*TOTALS, *sorted(UNPUBLISHED)])
 def test_the_model_that_is_built_has_as_many(name):
-    counts = accounting.count(describe(*sizes(name)), 1024)
+    counts = accounting.count(describe(*sizes(name)), 1024, 512)
     assert (counts.total, counts.active) == by_hand(*sizes(name))

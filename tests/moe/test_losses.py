@@ -258,7 +258,7 @@ def test_router_losses_are_means_over_tokens_and_a_sum_or_mean_over_layers(over_
         load_weight=0.3,
         over_layers=over_layers,
     )
-    value, metrics = form_total(Sums(*[np.zeros(())] * 4, (router,)), settings)
+    value, metrics = form_total(Sums(*[np.zeros(())] * 5, (router,)), settings)
     # z: 2 / 4 and 6 / 4. Balance: 4 / 4 and 8 / 4. Importance: (2/3) / 2², and 0 where
     # experts weigh alike; load: 0 and (8/3) / 4². Metrics show the mean over layers.
     importance, load = [1 / 6, 0], [0, 1 / 6]
@@ -276,7 +276,7 @@ def test_router_losses_are_means_over_tokens_and_a_sum_or_mean_over_layers(over_
 @pytest.mark.fast
 def test_losses_that_are_switched_off_are_no_metrics():
     metrics = jax.eval_shape(
-        lambda: losses.total(Sums(*[jnp.zeros(())] * 4, (totals(),)), LossSettings())[1]
+        lambda: losses.total(Sums(*[jnp.zeros(())] * 5, (totals(),)), LossSettings())[1]
     )
     assert {name for name in metrics if name.startswith("loss/")} == {
         "loss/total",
@@ -302,6 +302,29 @@ def test_cross_entropy_z_and_accuracy_are_weighted_means_over_targets():
     np.testing.assert_allclose(metrics["loss/nats_per_token"], cross_entropy, rtol=1e-6)
     np.testing.assert_allclose(metrics["accuracy/fraction"], accuracy, rtol=1e-6)
     np.testing.assert_allclose(value, cross_entropy + 0.25 * z, rtol=1e-6)
+
+
+def test_smoothed_labels_and_a_normalizing_factor_agree_with_loops():
+    p, alpha, factor = problem(), 0.1, 7.0
+    settings = LossSettings(label_smoothing=alpha, normalizing_factor=factor)
+    logits = p["logits"].astype(np.float64)
+    V = logits.shape[-1]
+    expected = 0.0
+    for place in np.ndindex(p["target"].shape):
+        row = logits[place]
+        log_p = row - np.log(np.sum(np.exp(row)))
+        label = np.full(V, alpha / (V - 1))
+        label[p["target"][place]] = 1 - alpha
+        divergence = np.sum(label * (np.log(label) - log_p))
+        expected += p["weight"][place] * divergence / factor
+    scores = scores_of(p["logits"], p["target"])
+    scores = dataclasses.replace(scores, logit_sum_BL=p["logits"].sum(-1))
+    sums = losses.sums(scores, p["target"], p["weight"], (), settings, vocab_size=V)
+    value, metrics = form_total(sums, settings)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    plain = form_total(dataclasses.replace(sums_of(p), router=()), LossSettings())[1]
+    for name in ("loss/nats_per_token", "accuracy/fraction"):
+        np.testing.assert_allclose(metrics[name], plain[name], rtol=1e-6)
 
 
 def test_targets_of_weight_zero_change_nothing():
@@ -428,7 +451,7 @@ def test_layers_of_different_experts_are_all_accounted_for_in_their_order():
     # The layer of four experts lies between the others.
     settings = LossSettings(balance_weight=0.0, router_z_weight=1.0)
     value, metrics = losses.total(
-        Sums(*[jnp.zeros(())] * 4, router), settings, (0, 2, 1)
+        Sums(*[jnp.zeros(())] * 5, router), settings, (0, 2, 1)
     )
     assert value == 1 + 3 + 2
     nan = np.nan

@@ -6,9 +6,7 @@ SeqIO begins a new row after every max(length) examples, full or not; there are 
 import numpy as np
 from memory_store import MemorySplit, MemoryStore, documents, settings
 
-from tasks import packing
 from tasks.batches import training
-from tasks.objectives import encoder_decoder, rows_of
 from tasks.settings import MixtureSettings
 
 LENGTHS = {"inputs": 31, "targets": 24}
@@ -24,16 +22,24 @@ def examples() -> dict[str, list[np.ndarray]]:
 
 def converted(name: str, lengths: dict[str, int], **options) -> dict[str, np.ndarray]:
     """All rows that a converter of SeqIO makes of the examples."""
+    columns = {feature: examples()[feature] for feature in lengths}
+    rows = [
+        dict(zip(columns, row, strict=True))
+        for row in zip(*columns.values(), strict=True)
+    ]
+    return converter_of(rows, lengths, name, **options)
+
+
+def converter_of(
+    rows: list[dict[str, np.ndarray]], lengths: dict[str, int], name: str, **options
+) -> dict[str, np.ndarray]:
+    """All rows that a converter of SeqIO makes of given examples."""
     import seqio
     import tensorflow as tf
 
-    columns = {feature: examples()[feature] for feature in lengths}
     dataset = tf.data.Dataset.from_generator(
-        lambda: (
-            dict(zip(columns, row, strict=True))
-            for row in zip(*columns.values(), strict=True)
-        ),
-        output_signature={f: tf.TensorSpec((None,), tf.int32) for f in columns},
+        lambda: iter(rows),
+        output_signature={f: tf.TensorSpec((None,), tf.int32) for f in lengths},
     )
     dataset = seqio.utils.trim_dataset(dataset, lengths, set(lengths))
     converter = getattr(seqio, name)(pack=True, **options)
@@ -72,18 +78,33 @@ def test_packed_pairs_of_a_decoder_are_those_of_seqio():
 
 
 def test_packed_pairs_of_encoder_and_decoder_are_those_of_seqio():
-    part = MemorySplit(examples())
-    offsets = {feature: part.offsets(feature) for feature in LENGTHS}
-    index = packing.pack_pairs(offsets, LENGTHS, joined=False)
-    sides = [
-        rows_of(
-            [
-                [piece[:length] for piece in part.documents[feature][a:b]]
-                for a, b in zip(index.rows, index.rows[1:], strict=False)
-            ],
-            length,
-        )
-        for feature, length in LENGTHS.items()
+    ours = all_rows("seq2seq", LENGTHS, layout="encoder_decoder")
+    assert_equal(ours, converted("EncDecFeatureConverter", LENGTHS))
+
+
+def test_masked_rows_are_those_of_seqio_but_for_tokens_that_are_not_masked():
+    length = {"targets": 30}
+    ours = all_rows("masked_lm", length, layout="encoder")
+    text = all_rows("causal_lm", length)
+    for name in ("target_tokens", "segment_ids", "positions"):
+        np.testing.assert_array_equal(ours[f"encoder_{name}"], text[f"decoder_{name}"])
+    # SeqIO is given what is read, and tells the predicted by the mask alone.
+    mask = int(ours["encoder_input_tokens"].max())
+    rows = [
+        {
+            "inputs": ours["encoder_input_tokens"][row][own],
+            "targets": ours["encoder_target_tokens"][row][own],
+        }
+        for row, segments in enumerate(ours["encoder_segment_ids"])
+        for own in (segments == number for number in range(1, segments.max() + 1))
     ]
-    assert_equal(encoder_decoder(*sides), converted("EncDecFeatureConverter", LENGTHS))
-    assert packing.truncation(offsets, LENGTHS).examples > 0
+    theirs = converter_of(
+        rows,
+        {"inputs": 30, "targets": 30},
+        "EncoderFeatureConverter",
+        mask_id=mask,
+    )
+    read, weight = ours["encoder_input_tokens"], theirs.pop("encoder_loss_weights")
+    np.testing.assert_array_equal(weight, read == mask)
+    assert (ours.pop("encoder_loss_weights") >= weight).all()
+    assert_equal(ours, theirs)

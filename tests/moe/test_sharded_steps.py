@@ -65,11 +65,23 @@ MODELS = {
         max_positions=L,
     ),
 }
+# An encoder and a decoder, with routers of their own.
+MODELS["two"] = dataclasses.replace(
+    BASE,
+    shape="encoder_decoder",
+    num_layers=2,
+    num_encoder_layers=4,
+    activation="geglu",
+    positions="relative",
+    tie_embeddings=True,
+    dropout=0.1,
+)
 EXECUTIONS = {
     "biased": ExecutionSettings(
         dtype="float32", transport="all_to_all", vocab_chunks=2
     ),
     "plain": ExecutionSettings(dtype="float32", transport="ragged", attention_block=4),
+    "two": ExecutionSettings(dtype="float32", transport="all_to_all", vocab_chunks=2),
 }
 ROUTERS = {
     "biased": RouterSettings(
@@ -92,6 +104,19 @@ ROUTERS = {
         capacity_factor=1.0,
     ),
 }
+ROUTERS["two"] = dataclasses.replace(
+    ROUTERS["plain"], renormalize="before_drop", group_size=2
+)
+ENCODER_ROUTER = RouterSettings(
+    num_selected=2,
+    jitter=0.05,
+    selection_bias=True,
+    slot_order="batch_priority",
+    group_size=8,
+    group_rows=2,
+    min_capacity=1,
+    capacity_factor=1.0,
+)
 LOSSES = {
     "biased": LossSettings(
         balance_weight=0.1, balance_scope="sequence", router_z_weight=0.01
@@ -101,6 +126,9 @@ LOSSES = {
         balance_scope="global",
         importance_weight=0.1,
         z_weight=1e-3,
+    ),
+    "two": LossSettings(
+        balance_weight=0.1, router_z_weight=0.01, z_weight=1e-3, label_smoothing=0.1
     ),
 }
 # A large eps keeps the update from being a mere sign of the gradient.
@@ -139,6 +167,9 @@ CASES = {
     "d2e2m2-fsdp": case(
         "biased", {"data": 2, "expert": 2, "model": 2}, fsdp="data_expert"
     ),
+    "c2e2m2-ring-fsdp-two": case(
+        "two", {"context": 2, "expert": 2, "model": 2}, 2, fsdp="data", **RING
+    ),
 }
 SLOW = {
     "d2c2m2-ring-fsdp-x2": case(
@@ -153,6 +184,12 @@ SLOW = {
     ),
     "d2c2m2-ring-fsdp-x2-plain": case(
         "plain", {"data": 2, "context": 2, "model": 2}, 2, fsdp="data", **RING
+    ),
+    "d2e2m2-no_sp-two": case(
+        "two", {"data": 2, "expert": 2, "model": 2}, fsdp="data_expert", **NO_SP
+    ),
+    "r2c2e2-two": case(
+        "two", {"replica": 2, "context": 2, "expert": 2}, remat="full", fsdp="optimizer"
     ),
     "c4m2-ring": case("biased", {"context": 4, "model": 2}, **RING),
     "m8": case("biased", {"model": 8}),
@@ -199,6 +236,17 @@ def make_batch() -> dict[str, np.ndarray]:
         "decoder_positions": position,
         "decoder_causal_attention": (position < 3) & (segment > 0),
     }
+    # Inputs of another length, whose documents are those of the targets.
+    segment = np.repeat([[1] * 9 + [2] * 19 + [0] * 4], B, 0)
+    segment[-1] = 0
+    position = np.tile(np.r_[0:9, 0:19, 0:4], (B, 1))
+    batch |= {
+        "encoder_input_tokens": np.where(
+            segment > 0, rng.integers(2, V, (B, 2 * L)), 0
+        ),
+        "encoder_segment_ids": segment,
+        "encoder_positions": position,
+    }
     return {name: array.astype(np.int32) for name, array in batch.items()}
 
 
@@ -206,7 +254,7 @@ def learner_of(case: Case) -> Learner:
     execution = dataclasses.replace(EXECUTIONS[case.model], remat=case.remat)
     named = MODELS[case.model], ROUTERS[case.model]
     mesh = make_mesh(case.mesh)
-    model = build(*named, execution, mesh, case.partition)
+    model = build(*named, execution, mesh, case.partition, ENCODER_ROUTER)
     return Learner(
         model=model,
         optimizer=make_optimizer(OPTIMIZER, 100, model.specs),
@@ -252,7 +300,12 @@ def step(case: Case) -> tuple[TrainState, dict]:
         out_shardings=(places, None),
     )
     with jax.set_mesh(mesh):
-        return jax.device_get(run(state, make_batch(), np.int32(0)))
+        batch = {
+            name: array
+            for name, array in make_batch().items()
+            if name.partition("_")[0] in model.layers.stacks
+        }
+        return jax.device_get(run(state, batch, np.int32(0)))
 
 
 @functools.cache
@@ -315,7 +368,7 @@ def test_the_order_of_gathers_changes_places_and_no_number(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "model", ["biased", pytest.param("plain", marks=pytest.mark.slow)]
+    "model", ["biased", "two", pytest.param("plain", marks=pytest.mark.slow)]
 )
 def test_every_parameter_learns_but_those_that_a_softmax_does_not_see(model):
     state, _ = on_one_device(model)
@@ -326,4 +379,27 @@ def test_every_parameter_learns_but_those_that_a_softmax_does_not_see(model):
         for path, moment in jax.tree.leaves_with_path(adam.mu)
         if np.abs(moment).max() < 1e-6 * most
     }
-    assert idle == {"biased": {"key_bias"}, "plain": {"selection_bias"}}[model]
+    of_models = {"biased": {"key_bias"}, "plain": {"selection_bias"}}
+    assert idle == of_models.get(model, {"selection_bias"})
+
+
+def test_both_stacks_are_balanced_and_their_biases_moved():
+    state, metrics = on_one_device("two")
+    before = start("two").params
+    for stack in ("encoder", "decoder"):
+        moved = [
+            np.abs(block["sparse"]["selection_bias"] - old["sparse"]["selection_bias"])
+            for segment, others in zip(
+                state.params[stack]["layers"], before[stack]["layers"], strict=True
+            )
+            for block, old in zip(segment, others, strict=True)
+            if "sparse" in block
+        ]
+        # Each expert's, by one step up or down.
+        np.testing.assert_allclose(np.concatenate(moved), 1e-3, atol=1e-6)
+    # Two layers of the encoder, and the decoder's one.
+    assert metrics["router/load"].shape == (3, 8)
+    np.testing.assert_allclose(metrics["router/load"].sum(axis=1), 1, rtol=1e-5)
+    tokens = [28 * (B - 1), 28 * (B - 1), 13 * (B - 1)]
+    choices = metrics["ledger/routed_choices"] - metrics["ledger/padding_choices"]
+    np.testing.assert_array_equal(choices, [2 * n for n in tokens])

@@ -37,9 +37,9 @@ def visible(
         ValueError: queries or keys have prefixes, and the others have not.
     """
     seen_BLT = (queries.place_L[:, None] >= keys.place_L)[None] | (not causal)
-    if (queries.prefix_BL is None) != (keys.prefix_BL is None):
+    if causal and (queries.prefix_BL is None) != (keys.prefix_BL is None):
         raise ValueError("give prefix_BL of both queries and keys, or of neither")
-    if queries.prefix_BL is not None and keys.prefix_BL is not None:
+    if causal and queries.prefix_BL is not None and keys.prefix_BL is not None:
         in_prefix_BLT = queries.prefix_BL[:, :, None] > 0
         seen_BLT |= in_prefix_BLT & (keys.prefix_BL[:, None, :] > 0)
     if window:

@@ -14,6 +14,7 @@ import numpy as np
 import optax
 
 from launch import evaluate
+from launch.settings import SampleSettings
 from launch.task_metrics import TaskMetrics
 from moe import architecture
 from moe.model import inventory, transformer
@@ -226,6 +227,7 @@ def make_run(mesh: str, model_dir, data: DataSettings = DATA):
         loss=LossSettings(),
         train=types.SimpleNamespace(batch_size=B, microbatches=1, seed=0),
         loop=types.SimpleNamespace(model_dir=str(model_dir)),
+        sample=SampleSettings(),
     )
     return types.SimpleNamespace(
         settings=settings,

@@ -15,6 +15,7 @@ from base_gin import (
 
 from launch import gin_files
 from launch.errors import ConfigError
+from launch.planning.ladder import is_shared
 
 pytestmark = pytest.mark.fast
 
@@ -27,7 +28,7 @@ LEAVES = sorted(
 WHOLE = [
     name
     for name in LEAVES
-    if not name.endswith("_base.gin") or name == "models/demo_base.gin"
+    if not is_shared(CONFIGS / name) or name == "models/demo_base.gin"
 ]
 TINY = "runs/tiny.gin"
 
@@ -90,6 +91,8 @@ def test_every_config_is_read_without_a_fault(name):
     run = name
     if not name.startswith("runs/"):
         run = "runs/glam_64b_64e.gin" if large else "runs/demo.gin"
+        own = name.replace("models/", "runs/")
+        run = own if own != name and own in LEAVES else run
     config = gin_files.read([run] if run == name else [run, name])
     assert config.settings.train.batch_size >= 1
     assert config.where.endswith(name)
@@ -114,7 +117,7 @@ def test_files_of_one_kind_replace_all_that_another_sets(folder):
             if f"configs/{folder}/" in knob.origin
         }
         for name in LEAVES
-        if re.match("models/demo_(?!base)|hardware/cpu", name)
+        if re.match("models/demo_(switch|glam|dense)|hardware/cpu", name)
         and name.startswith(folder)
     }
     assert len(runs) >= 3

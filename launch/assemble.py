@@ -17,8 +17,9 @@ from moe.model.exchange import exchange_of
 from moe.training import new_state
 from moe.training.losses import Sums
 from moe.training.optimizer import make_optimizer, make_schedule
+from moe.training.scoring import eval_step, in_rounds
 from moe.training.train_state import TrainState
-from moe.training.train_step import Learner, eval_step, in_rounds, train_step
+from moe.training.train_step import Learner, train_step
 from partitioning import placement, rules
 from partitioning.mesh import describe, make_mesh
 from tasks import objectives

@@ -16,8 +16,9 @@ from moe import architecture
 from moe.routing.assignment import Trace
 from moe.testing.whole_arrays import forward
 from moe.training import new_state
+from moe.training.scoring import eval_step
 from moe.training.train_state import TrainState
-from moe.training.train_step import Learner, eval_step, train_step
+from moe.training.train_step import Learner, train_step
 from partitioning import rules
 
 # Of a step of gradient descent: its clipped gradient is half as long as the gradient,

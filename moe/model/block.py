@@ -14,12 +14,7 @@ from moe.model.feed_forward import dense
 from moe.model.view import View
 
 # Kinds of sublayers. Each is a file with `specs`, `memory` and `apply`.
-KINDS: dict[str, Any] = {
-    "heads": heads,
-    "cross": cross,
-    "dense": dense,
-    "sparse": sparse,
-}
+KINDS: Any = {"heads": heads, "cross": cross, "dense": dense, "sparse": sparse}
 
 OF_SOURCE = ("cross",)  # of them, those that remember the other stack's tokens
 

@@ -64,10 +64,9 @@ def hidden(
     Args:
         model: the static description.
         params: this device's pieces of what `inventory.draw` returns.
-        batch: this device's cut, of each stack, of `decoder_input_tokens`,
-            `decoder_positions`, `decoder_segment_ids`, and `decoder_causal_attention`
-            if it has prefixes, 1 on their tokens; or of `encoder_input_tokens` and so
-            on.
+        batch: this device's cut of SeqIO's features: for each stack, such as "decoder",
+            `decoder_input_tokens`, `decoder_positions`, `decoder_segment_ids`, and
+            `decoder_causal_attention` if it has prefixes, 1 on their tokens.
         row_B: int32, global row number of each sequence; names its random draws.
         key: PRNG key of this step; None outside training, where nothing is drawn and no
             token dropped unless `eval_capacity_factor` says so.
@@ -89,9 +88,8 @@ def hidden(
         )
         distance_table = params[name].get("distance")
         seen = view.of_stream(stream, distance_table, model.execution, source)
-        x_BLM, _, more = through_layers(
-            model, name, params, stream.id_BL, seen, None, key
-        )
+        given = params, stream.id_BL, seen, None, key
+        x_BLM, _, more = through_layers(model, name, *given)
         sums += more
         source = Source(seen.keys, x_BLM)
     return x_BLM, sums
@@ -127,9 +125,8 @@ def through_layers(
         key = jax.random.fold_in(key, _OTHER_STACK)
     s, execution = model.layers.embedding, model.execution
     x_BLM = embedding.embed(params, id_BL, seen.position_BL, seen.type_BL, s, execution)
-    x_BLM, memories, sums = stack.run(
-        layers, own, x_BLM, seen, memories, key, execution
-    )
+    given = seen, memories, key, execution
+    x_BLM, memories, sums = stack.run(layers, own, x_BLM, *given)
     x_BLM = x_BLM[:, -1:] if last_only else x_BLM
     if layers.norm is not None:
         x_BLM = norms.normalise(own["norm"], x_BLM, layers.norm)

@@ -56,7 +56,7 @@ def train_step(
     Steps may be launched ahead of their predecessors' metrics, since a step that
     cannot be taken returns the state as it was: one whose batch is not the state's
     next, and one whose experts got more rows than their budget. The caller then takes
-    the latter again with `in_rounds(learner)`, and all those after it.
+    the latter again with `scoring.in_rounds(learner)`, and all those after it.
 
     A step whose loss or gradient is not finite leaves parameters and optimizer as
     they were; it is counted, and its batch is passed over.
@@ -129,27 +129,6 @@ def train_step(
         "state/skipped_in_a_row": new_state.skipped_in_a_row,
     }
     return new_state, metrics
-
-
-def in_rounds(learner: Learner) -> Learner:
-    """Returns the learner whose steps always fit, in rounds of the row budget."""
-    execution = dataclasses.replace(learner.model.execution, in_rounds=True)
-    model = dataclasses.replace(learner.model, execution=execution)
-    return dataclasses.replace(learner, model=model)
-
-
-def eval_step(
-    params: Any, batch: Batch, learner: Learner
-) -> tuple[losses.Sums, jax.Array]:
-    """Scores one batch: nothing is drawn, and by default nothing is dropped.
-
-    It is computed in the microbatches of training, so that it needs no more memory
-    than a step, and in rounds, so that whatever comes finds room.
-
-    Returns:
-        The sums of the batch, and nats_BL; see `batch_sums`.
-    """
-    return batch_sums(params, batch, None, in_rounds(learner))
 
 
 def batch_sums(

@@ -26,7 +26,8 @@ from moe.settings import (
     RouterSettings,
 )
 from moe.testing import MESHES
-from moe.training.train_step import Learner, eval_step
+from moe.training.scoring import eval_step
+from moe.training.train_step import Learner
 from partitioning import rules
 from partitioning.mesh import make_mesh
 from tasks import scoring

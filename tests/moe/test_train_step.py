@@ -21,7 +21,8 @@ from moe.settings import (
 from moe.testing import MESHES
 from moe.training import losses, new_state
 from moe.training.optimizer import make_optimizer, make_schedule
-from moe.training.train_step import Learner, batch_sums, eval_step, train_step
+from moe.training.scoring import eval_step
+from moe.training.train_step import Learner, batch_sums, train_step
 from partitioning import rules
 from partitioning.mesh import make_mesh
 

@@ -40,6 +40,7 @@ _PROGRAM = ("moe", "partitioning", "launch/assemble.py", "launch/planning/hlo.py
 CHIP_OF = {
     "glam": "v4",
     "switch": "v4",
+    "t5": "v4",
     "m6": "v4",
     "wudao": "v5p",
     "mixtral": "v5p",

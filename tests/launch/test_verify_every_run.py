@@ -50,7 +50,7 @@ def read(run: str, mesh: str):
         f"BATCH_SIZE={max(settings.train.batch_size, 16)}",
     ]
     if settings.model.moe_every:
-        knobs += ["GROUP_SIZE=16", "GROUP_ROWS=1"]
+        knobs += [f"GROUP_SIZE={min(16, settings.data.length // 4)}", "GROUP_ROWS=1"]
         knobs += ["ENCODER_GROUP_SIZE=16"] if settings.data.encoder_length else []
     return gin_files.read([f"runs/{run}.gin"], knobs)
 

@@ -15,9 +15,15 @@ import pytest
 from moe.model import beam, decoding, inventory
 from moe.model.build import build
 from moe.model.memories import Encoded
-from moe.settings import ExecutionSettings, ModelSettings, RouterSettings
+from moe.settings import (
+    ExecutionSettings,
+    LossSettings,
+    ModelSettings,
+    RouterSettings,
+)
 from moe.testing import MESHES
 from moe.testing.whole_arrays import forward
+from moe.training import losses
 from partitioning.mesh import make_mesh
 
 B, T, L, M, V, E = 4, 16, 8, 8, 24, 4
@@ -174,16 +180,19 @@ def fed(w, x_M, settings):
 
 
 def routed(w, x_M, settings):
-    """The best expert, weighed by its probability (Switch)."""
+    """The best expert, weighed by its probability (Switch); and all probabilities."""
     logits = x_M @ w["router"]
     probability = np.exp(logits - logits.max()) / np.sum(np.exp(logits - logits.max()))
     best = int(np.argmax(logits))
     own = {name: array[best] for name, array in w["experts"].items()}
-    return probability[best] * fed(own, x_M, settings)
+    return probability[best] * fed(own, x_M, settings), probability
 
 
-def layer_in_loops(w, x, segment_L, stack, table, source, settings):
-    """Attention, maybe to the source, and a feed-forward or experts."""
+def layer_in_loops(w, x, segment_L, stack, table, source, settings, seen):
+    """Attention, maybe to the source, and a feed-forward or experts.
+
+    What the router makes of each real token is added to `seen` of the stack.
+    """
     after = settings.norm_place == "after"
     for kind in ("attention", "cross", "dense", "sparse"):
         if kind not in w:
@@ -201,16 +210,18 @@ def layer_in_loops(w, x, segment_L, stack, table, source, settings):
                 table=table if kind == "attention" else None,
                 settings=settings,
             )
+        elif kind == "dense":
+            y = np.stack([fed(w[kind], token, settings) for token in given])
         else:
-            apply = fed if kind == "dense" else routed
-            y = np.stack([apply(w[kind], token, settings) for token in given])
-            if kind == "sparse":
-                y = y * (segment_L > 0)[:, None]
+            y = np.zeros_like(given)
+            for place in np.flatnonzero(segment_L):
+                y[place], probability = routed(w[kind], given[place], settings)
+                seen.setdefault(stack, []).append(probability)
         x = norm(x + y) if after else x + y
     return x
 
 
-def stack_in_loops(stack, params, row, source, settings):
+def stack_in_loops(stack, params, row, source, settings, seen):
     """The output of a stack for one row, normalised: a dense layer and a sparse one."""
     segment_L = row[f"{stack}_segment_ids"]
     x = params["embedding"][row[f"{stack}_input_tokens"]] * math.sqrt(M)
@@ -222,43 +233,46 @@ def stack_in_loops(stack, params, row, source, settings):
     for block in params[stack]["layers"][0]:
         w = jax.tree.map(lambda array: array[0], block)
         table = params[stack].get("distance")
-        x = layer_in_loops(w, x, segment_L, stack, table, source, settings)
+        x = layer_in_loops(w, x, segment_L, stack, table, source, settings, seen)
     if "norm" in params[stack]:
         own = params[stack]["norm"]
         x = np.stack([normalised(own, token, settings) for token in x])
     return x, segment_L
 
 
-def in_loops(name: str, params, batch) -> np.ndarray:
-    """Logits of each row."""
-    settings, logits = MODELS[name], []
-    params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
+@functools.cache
+def in_loops(name: str) -> tuple[np.ndarray, dict]:
+    """Logits of each row; and each stack's router probabilities of each token."""
+    settings, logits, seen = MODELS[name], [], {}
+    params = jax.tree.map(lambda x: np.asarray(x, np.float64), params_of(name))
     for number in range(B):
-        row = {feature: array[number] for feature, array in batch.items()}
+        row = {feature: array[number] for feature, array in batch_of(name).items()}
         source = None
         for stack in ("encoder", "decoder"):
             if stack in params:
-                source = stack_in_loops(stack, params, row, source, settings)
+                source = stack_in_loops(stack, params, row, source, settings, seen)
         x, _ = source
         if "transform" in params:
             w = params["transform"]
             x = gelu(x @ w["kernel"] + w["bias"], True)
             x = np.stack([normalised(w["norm"], token, settings) for token in x])
         logits.append(x @ params["embedding"].T + params.get("output_bias", 0))
-    return np.stack(logits)
+    return np.stack(logits), seen
 
 
 # -------------------------------------------------------------------------- the tests
 
 
 @functools.cache
-def logits_of(name: str, mesh: str = "d1", block: int = 0):
+def outputs_of(name: str, mesh: str = "d1", block: int = 0):
     model = model_of(name, mesh, block)
-    return np.asarray(
-        jax.jit(lambda p, b: forward(model, p, b, jnp.arange(B))[0])(
-            params_of(name), batch_of(name)
-        )
+    return jax.jit(lambda p, b: forward(model, p, b, jnp.arange(B)))(
+        params_of(name), batch_of(name)
     )
+
+
+def logits_of(name: str, mesh: str = "d1", block: int = 0) -> np.ndarray:
+    return np.asarray(outputs_of(name, mesh, block)[0])
 
 
 def scored(name: str) -> np.ndarray:
@@ -268,11 +282,36 @@ def scored(name: str) -> np.ndarray:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_agree_with_loops(name):
-    expected = in_loops(name, params_of(name), batch_of(name))
+    expected, _ = in_loops(name)
     np.testing.assert_allclose(
         logits_of(name)[scored(name)], expected[scored(name)], atol=3e-5
     )
     assert np.std(expected[scored(name)]) > 0.3
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_balance_loss_is_the_mean_over_the_layers_of_both_stacks(name):
+    _, seen = in_loops(name)
+    expected = []
+    for probability_SE in map(np.stack, seen.values()):
+        first_S = np.argmax(probability_SE, axis=1)
+        expected.append(
+            E
+            * sum(np.mean(first_S == e) * probability_SE[:, e].mean() for e in range(E))
+        )
+    assert list(seen) == {"two": ["encoder", "decoder"], "bert": ["encoder"]}[name]
+    # Another mean than either stack's own: a lost stack shows.
+    assert name == "bert" or abs(expected[0] - expected[1]) > 0.01
+    settings = LossSettings(balance_scope="global", over_layers="mean")
+    zero = jnp.zeros(())
+    sums = losses.Sums(
+        **{f.name: zero for f in dataclasses.fields(losses.Sums) if f.name != "router"},
+        router=tuple(
+            losses.router_totals(sums, B, settings) for sums in outputs_of(name)[1]
+        ),
+    )
+    _, metrics = losses.total(sums, settings)
+    np.testing.assert_allclose(metrics["loss/balance"], np.mean(expected), rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", MODELS)

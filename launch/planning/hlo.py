@@ -146,8 +146,8 @@ def _outputs(instruction: Instruction, kind: str) -> Sequence[Array]:
 def product_flops(module: Module) -> float:
     """Counts operations of matrix products and convolutions in one step.
 
-    Multiply and add count as two. Grouped products in kernels of their own
-    (`ragged_dot` on a TPU) are not seen.
+    Multiply and add count as two. Products in kernels of their own (`ragged_dot` and
+    splash attention on a TPU) are not seen.
     """
     total = 0.0
     for instruction, times, _ in module.runs():

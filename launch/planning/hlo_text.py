@@ -15,6 +15,7 @@ BYTES = {
 }
 _ARRAY = re.compile(r"\b([a-z][a-z0-9]*)\[([\d,]*)\](?:\{([^}]*)\})?")
 _COMMENT = re.compile(r"/\*.*?\*/")
+_BREAK = re.compile(r'\n(?="|\}\})')  # within what a kernel of Pallas says of itself
 _HEAD = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
 _LINE = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = (.*)$")
 _OPCODE = re.compile(r" ?([a-z][\w\-]*)\(")
@@ -98,7 +99,7 @@ class Module:
         self._tables = _Frames(text)
         current: dict[str, Instruction] = {}
         name = ""
-        for line in text.splitlines():
+        for line in _BREAK.sub(" ", text).splitlines():
             if head := _HEAD.match(line):
                 name = head[2]
                 current = self.computations[name] = {}
@@ -106,6 +107,8 @@ class Module:
             elif name and (found := _instruction(line, name)):
                 current[found.name] = found
             elif line.startswith("}"):
+                # A part that was lost would count as nothing.
+                assert any(each.is_root for each in current.values()), name
                 name = ""
 
     def source(self, instruction: Instruction) -> str:

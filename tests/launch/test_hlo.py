@@ -139,7 +139,10 @@ StackFrames
   %p.2 = (s32[]{:T(128)}, f32[4,256]{1,0:T(4,128)}) parameter(0)
   %i.2 = s32[]{:T(128)} get-tuple-element(%p.2), index=0
   %x.2 = f32[4,256]{1,0:T(4,128)} get-tuple-element(%p.2), index=1
-  %a.1 = f32[4,256]{1,0:T(4,128)} all-to-all(%x.2), channel_id=1, replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0}, metadata={op_name="jit(f)/all_to_all" stack_frame_id=2}
+  %k.1 = f32[4,256]{1,0:T(4,128)} custom-call(%x.2), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"xprof_metadata":"{\\"block_q\\": 512}"
+}}, metadata={op_name="jit(f)/pallas_call" stack_frame_id=2}
+  %a.1 = f32[4,256]{1,0:T(4,128)} all-to-all(%k.1), channel_id=1, replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0}, metadata={op_name="jit(f)/all_to_all" stack_frame_id=2}
   %s.1 = f32[2,256]{1,0:T(2,128)} fusion(%a.1), kind=kCustom, calls=%all-reduce-scatter.1
   %g.1 = (f32[2,256]{1,0:T(2,128)}, f32[4,256]{1,0:T(4,128)}) all-gather-start(%s.1), replica_groups=[4,2]<=[2,4]T(1,0), dimensions={0}
   %g.2 = f32[4,256]{1,0:T(4,128)} all-gather-done(%g.1)
@@ -160,7 +163,8 @@ def test_programs_of_tpus_are_read():
     module = Module(LOOP_OF_TPU)
     found = {c.kind: c for c in hlo.collectives(module, SIZES)}
     row = 256 * 4
-    # The loop runs 6 times, by its condition; it is noted nowhere.
+    # The loop runs 6 times, by its condition; it is noted nowhere. The lines that the
+    # kernel before them breaks end nothing.
     assert {c.count for c in found.values()} == {6}
     assert found["all-to-all"].bytes == 6 * 4 * row * 3 / 4
     assert found["all-to-all"].axes == ("expert",)
@@ -174,8 +178,9 @@ def test_programs_of_tpus_are_read():
 
 def test_a_source_is_the_innermost_line_of_our_own_code():
     module = Module(LOOP_OF_TPU)
-    (line,) = (i for i, _, _ in module.runs() if i.opcode == "all-to-all")
-    assert module.source(line) == "moe/dispatch/exchange.py:28"
+    for opcode in ("all-to-all", "custom-call"):
+        (line,) = (i for i, _, _ in module.runs() if i.opcode == opcode)
+        assert module.source(line) == "moe/dispatch/exchange.py:28"
 
 
 OVERLAPPED = """

@@ -26,8 +26,8 @@ def problems(
         mesh: every axis is at least 1.
         partition: what is cut over them.
         model: of heads, widths, vocabulary and experts.
-        routers: of groups, and tokens of a row, of each stack, by the macro of the
-            groups' size.
+        routers: settings of groups, and tokens of a row, of each stack, by the macro
+            of the groups' size.
         execution: pieces of the vocabulary.
         train: of the batch.
     """

@@ -21,7 +21,7 @@ def place_batch(
     Args:
         read: `read(index, start, stop)` gives rows [start, stop) of the batch.
         index: which batch.
-        shape: of the global batch, (B, L); other features may have another L.
+        shape: shape of the global batch, (B, L); other features may have another L.
         sharding: cuts its first dimension.
     """
     rows = functools.lru_cache(maxsize=None)(functools.partial(read, index))

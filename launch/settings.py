@@ -101,8 +101,8 @@ class SampleSettings:
         top_p: draw from the smallest set of this probability; 1 from all.
         seed: of the draws.
         num_beams: hypotheses of beam search, which takes the place of drawing; 1 draws.
-        length_penalty: of beams: their log-probabilities are compared over
-            ((5 + length) / 6) to this power.
+        length_penalty: power of (5 + length) / 6, over which log-probabilities of
+            beams are compared.
     """
 
     prompt: str = ""

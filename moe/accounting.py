@@ -39,9 +39,9 @@ class Counts:
             that it chooses, or that choose it on average.
         embedding: of them, in the input embedding.
         positions: in tables of positions.
-        products: in matrix products outside the experts; a tied embedding is one. Of
-            two stacks, the mean over the tokens of both.
-        expert_products: in those of one expert of every sparse layer; likewise.
+        products: weights in matrix products outside the experts; a tied embedding is
+            one. With two stacks, the mean over the tokens of both.
+        expert_products: weights of one expert of every sparse layer; likewise.
         chosen: experts that compute a token in a sparse layer, if none is full; the
             mean over layers, by their products, where they differ.
         slots: rows of fixed capacity there, C·E / S for each token; likewise.

@@ -118,7 +118,7 @@ class Local:
     """Sizes on one chip, of one microbatch and one stack.
 
     Attributes:
-        settings: of the run.
+        settings: settings of the run.
         name: name of the stack.
         chip: its name, or the platform where any of its chips will do; it decides the
             transport.
@@ -296,7 +296,7 @@ def local(settings: Settings, chip: str, name: str = "") -> Local:
     """Cuts the batch of a run by its mesh and its microbatches; see `Local`.
 
     Args:
-        settings: of the run.
+        settings: settings of the run.
         chip: its name, or the platform.
         name: name of a stack; "" takes the one that is scored.
     """
@@ -319,7 +319,7 @@ def weights(
     """Returns all parameters, and the rest of the train state, with their places.
 
     Args:
-        settings: of the run.
+        settings: settings of the run.
         fastest_first: the mesh axes by bandwidth; only the order of `gathered_over`
             depends on it.
     """

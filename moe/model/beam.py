@@ -80,25 +80,19 @@ def search(
     def one_token(beams: _Beams) -> _Beams:
         i = beams.i
         log_p_NV = jax.nn.log_softmax(beams.logits_NV)
-        log_p_BKV = allowed(log_p_NV, first_id, vocabulary_size).reshape(B, K, -1)
-        sum_BX = (beams.sum_BK[..., None] + log_p_BKV).reshape(B, -1)
-        V = log_p_BKV.shape[-1]
-        sum_BC, choice_BC = jax.lax.top_k(sum_BX, 2 * K)
-        from_BC, token_BC = choice_BC // V, choice_BC % V
-        row_BCT = jnp.take_along_axis(beams.token_BKT, from_BC[..., None], axis=1)
-        row_BCT = row_BCT.at[:, :, i].set(token_BC)
+        log_p_NV = allowed(log_p_NV, first_id, vocabulary_size)
+        sum_BC, from_BC, token_BC = _likeliest(beams.sum_BK, log_p_NV)
+        row_BCT = _taken(beams.token_BKT, from_BC).at[:, :, i].set(token_BC)
         ends_BC = token_BC == eos_id
 
         ended_BC = jnp.where(ends_BC, penalised(sum_BC, i + 1), NEVER)
         both_BX = jnp.concatenate([beams.finished_BK, ended_BC], axis=1)
         finished_BK, place_BK = jax.lax.top_k(both_BX, K)
         all_BXT = jnp.concatenate([beams.ended_BKT, row_BCT], axis=1)
-        ended_BKT = jnp.take_along_axis(all_BXT, place_BK[..., None], axis=1)
 
         going_BC = jnp.where(ends_BC, NEVER, sum_BC)
-        sum_BK, place_BK = jax.lax.top_k(going_BC, K)
-        token_BKT = jnp.take_along_axis(row_BCT, place_BK[..., None], axis=1)
-        from_BK = jnp.take_along_axis(from_BC, place_BK, axis=1)
+        sum_BK, going_BK = jax.lax.top_k(going_BC, K)
+        token_BKT = _taken(row_BCT, going_BK)
         logits_N1V, memories = extend(
             grouped(model, 1),
             params,
@@ -106,7 +100,7 @@ def search(
             jnp.repeat(prompt_length_B >= 0, K)[:, None],
             L + 1 + i,
             first_N,
-            _taken(beams.memories, from_BK),
+            _remembered(beams.memories, _taken(from_BC, going_BK)),
             source_N,
         )
         return _Beams(
@@ -116,7 +110,7 @@ def search(
             sum_BK,
             token_BKT,
             finished_BK,
-            ended_BKT,
+            _taken(all_BXT, place_BK),
         )
 
     zeros_BKT = jnp.zeros((B, K, num_tokens), jnp.int32)
@@ -152,13 +146,30 @@ class _Beams(NamedTuple):
     ended_BKT: jax.Array
 
 
-def _taken(memories: stack.Tree, from_BK: jax.Array) -> stack.Tree:
+def _likeliest(
+    sum_BK: jax.Array, log_p_NV: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The 2K likeliest continuations: sums, the beams they continue, and tokens."""
+    (B, K), V = sum_BK.shape, log_p_NV.shape[-1]
+    sum_BX = (sum_BK[..., None] + log_p_NV.reshape(B, K, V)).reshape(B, -1)
+    sum_BC, choice_BC = jax.lax.top_k(sum_BX, 2 * K)
+    return sum_BC, choice_BC // V, choice_BC % V
+
+
+def _taken(array_BX: jax.Array, place_BK: jax.Array) -> jax.Array:
+    """What is at these places of each row; dimensions behind them come along."""
+    trailing = (1,) * (array_BX.ndim - 2)
+    return jnp.take_along_axis(
+        array_BX, place_BK.reshape(*place_BK.shape, *trailing), axis=1
+    )
+
+
+def _remembered(memories: stack.Tree, from_BK: jax.Array) -> stack.Tree:
     """Each beam's memory from the beam that it continues, within its own row."""
     B, K = from_BK.shape
 
     def one(array: jax.Array) -> jax.Array:
         by_row = array.reshape(array.shape[0], B, K, *array.shape[2:])
-        place = from_BK.reshape(1, B, K, *(1,) * (array.ndim - 2))
-        return jnp.take_along_axis(by_row, place, axis=2).reshape(array.shape)
+        return jax.vmap(_taken, (0, None))(by_row, from_BK).reshape(array.shape)
 
     return jax.tree.map(one, memories)

@@ -20,8 +20,8 @@ class Begun(NamedTuple):
     """Prompts that were read.
 
     Attributes:
-        logits_BV: of the token after each.
-        memories: with room for what is drawn.
+        logits_BV: logits of the token after each.
+        memories: what every layer keeps, with room for what is drawn.
         first_B: int32, where each row begins.
         source: what the encoder was given, now remembered; None without one.
     """
@@ -110,7 +110,7 @@ def generate(
         source: what the encoder is given; None without one.
         num_tokens: tokens to draw at most.
         vocabulary_size: ids from here on are never drawn.
-        temperature: of the softmax; 0 takes the likeliest token.
+        temperature: temperature of the softmax; 0 takes the likeliest token.
         top_k: draw from the k likeliest; 0 from all.
         top_p: draw from the smallest set that holds this probability
             (arXiv:1904.09751).

@@ -30,10 +30,11 @@ def draw(layers: Layers, key: jax.Array, param_dtype: str) -> Any:
     embedding_key, stack_key = jax.random.split(key)
     described = embedding.specs(layers.embedding)
     found = parameters.draw(described, embedding_key, param_dtype)
+    of_no_layer = len(layers.stacks[layers.scored].layers)
     for name, stack in layers.stacks.items():
         own_key = stack_key
         if name != layers.scored:
-            own_key = jax.random.fold_in(stack_key, len(stack.layers))  # of no layer
+            own_key = jax.random.fold_in(stack_key, of_no_layer)
         found[name] = _draw_stack(stack, own_key, param_dtype)
     return found
 

@@ -88,7 +88,7 @@ class Trace:
 
     Attributes:
         logits_GSE: float32, noise included.
-        slot_of_choice_GSJ: as in `Assignment`.
+        slot_of_choice_GSJ: slot of each choice, as in `Assignment`.
     """
 
     logits_GSE: jax.Array

@@ -54,17 +54,17 @@ class OptimizerSettings:
     Attributes:
         name: "adamw" (arXiv:1711.05101) or "adafactor" (arXiv:1804.04235).
         learning_rate: its peak.
-        schedule: of the updates made, which skipped steps are not; after the warm-up
-            "rsqrt" decays as 1/√step, "cosine" falls to `final_fraction` at the last
-            step, "constant" stays.
+        schedule: course after the warm-up, over the updates made, which skipped steps
+            are not: "rsqrt" decays as 1/√step, "cosine" falls to `final_fraction` at
+            the last step, "constant" stays.
         warmup_steps: linear rise, from peak / warmup_steps in the first.
         final_fraction: end of the cosine, as a fraction of the peak.
         b1: decay of the first moment; adafactor keeps one only if it is above 0.
         b2: decay of the second moment (adamw).
         eps: added to the root of the second moment (adamw).
-        weight_decay: on matrices only, times the learning rate.
+        weight_decay: decay of matrices, times the learning rate.
         clip_norm: bound of the global gradient norm; 0 does not clip.
-        moment_dtype: in which moments are kept between steps.
+        moment_dtype: dtype of the moments between steps.
         rounding: how an update reaches bfloat16 parameters: "nearest";
             "stochastic", so that updates below their precision count on average;
             "master", which keeps a float32 copy in the optimizer's state.
@@ -94,7 +94,7 @@ class TrainSettings:
         batch_size: B, sequences per step over all devices and microbatches.
         microbatches: pieces a step is computed in; the result is the same.
         train_steps: the step at which the run is complete.
-        seed: of initialisation, data order and every random draw.
+        seed: seed of initialisation, data order and every random draw.
     """
 
     batch_size: int

@@ -29,19 +29,19 @@ class RouterSettings:
         num_prototypes: Z, groups of experts each of which a token visits.
         num_expert_groups: groups of neighbouring experts, such as those of one node.
         num_selected_groups: groups that one token's choices may lie in.
-        group_score: of a group of experts: its best score ("max", DeepSeek-V2) or the
+        group_score: score of a group of experts: its best ("max", DeepSeek-V2) or the
             sum of its two best ("top2_sum", DeepSeek-V3).
         max_experts_per_token: cap of expert choice; 0 sets none.
         sinkhorn_iterations: row and column scalings of the Sinkhorn router.
-        hash_seed: of the hash router's table.
+        hash_seed: seed of the hash router's table.
         jitter: multiply the router's input by U(1 - jitter, 1 + jitter), in training.
         logit_noise: standard deviation of noise on the logits, times 1/E, in training
             (V-MoE, arXiv:2106.05974: 1).
         selection_bias: give each expert a bias on its score, for selection only, that
             evens out loads without a loss (arXiv:2408.15664).
         bias_update_rate: its step after each batch: 1e-3 there; 0 freezes it.
-        logit_dtype: of the product that makes logits; probabilities and losses are
-            float32.
+        logit_dtype: dtype of the product that makes logits; probabilities and losses
+            are float32.
         slot_order: "token_major" fills slots token by token, so that no later token
             can evict an earlier one; "choice_major" fills all first choices first;
             "batch_priority" does so by falling gate (V-MoE).

@@ -17,7 +17,7 @@ class NormSettings:
     Attributes:
         kind: "rms" (arXiv:1910.07467), or "layer" (arXiv:1607.06450), which has a bias.
         epsilon: added to the mean square.
-        place: of a sublayer's norm, "before" it or "after" the sum with its input.
+        place: "before" a sublayer or "after" the sum with its input.
     """
 
     kind: Literal["rms", "layer"] = "rms"

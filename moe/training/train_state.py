@@ -19,7 +19,7 @@ class TrainState:
         skipped_steps: int32, steps whose gradients were not finite.
         skipped_in_a_row: int32, the last of them that came one after the other.
         params: pure dict of arrays of `param_dtype`; selection biases are float32.
-        opt_state: of the optimizer.
+        opt_state: what the optimizer keeps.
     """
 
     step: Leaf

@@ -8,16 +8,11 @@ import jax
 from moe.model.attention import heads
 from moe.model.attention.attend import Memory, Weights, attend
 from moe.model.execution import Execution
-from moe.model.parameters import Spec
 from moe.model.view import View
 from moe.settings import HeadsSettings
 
 specs = heads.specs
-
-
-def memory(s: HeadsSettings) -> dict[str, Spec]:
-    """Describes what drawing keeps of a token of the encoder."""
-    return heads.memory(s)
+memory = heads.memory  # of a token of the encoder
 
 
 def apply(

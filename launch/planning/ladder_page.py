@@ -44,7 +44,8 @@ is that of the train step or of evaluation, whichever is larger; evaluation's ha
 whole state, which stays where it is. Sent is
 what one device sends in a step as compiled, over the least of
 `launch/planning/traffic.py`; TFLOPs are those of products in the compiled program, over
-what `launch/planning/work.py` says is executed. Days, MFU and MWh are **estimated**, by
+what `launch/planning/work.py` says is executed; what kernels multiply (experts over
+sorted rows, attention by splash) is in the second alone. Days, MFU and MWh are **estimated**, by
 the roofline of `launch/planning/estimate.py`: from the step if all sending hides to the
 step if none does, for the tokens of the run, with a PUE of {pue}. XLA's own seconds are
 not shown: it counts loops once. Compiling: seconds of this machine (2 cores, shared

@@ -41,15 +41,15 @@ _NOTES = """\
 Predicted is the arithmetic of `launch/planning/memory.py`, in GiB of one device, and
 the error is predicted over compiled. Arguments are the state and the batch. The total
 is that of the train step or of evaluation, whichever is larger; evaluation's has the
-whole state, which stays where it is. Sent is
-what one device sends in a step as compiled, over the least of
-`launch/planning/traffic.py`; TFLOPs are those of products in the compiled program, over
-what `launch/planning/work.py` says is executed; what kernels multiply (experts over
-sorted rows, attention by splash) is in the second alone. Days, MFU and MWh are **estimated**, by
-the roofline of `launch/planning/estimate.py`: from the step if all sending hides to the
-step if none does, for the tokens of the run, with a PUE of {pue}. XLA's own seconds are
-not shown: it counts loops once. Compiling: seconds of this machine (2 cores, shared
-with other work) and memory of the compiler's process.
+whole state, which stays where it is. Sent is what one device sends in a step as
+compiled, over the least of `launch/planning/traffic.py`; TFLOPs are those of products
+in the compiled program, over what `launch/planning/work.py` says is executed; what
+kernels multiply (experts over sorted rows, attention by splash) is in the second
+alone. Days, MFU and MWh are **estimated**, by the roofline of
+`launch/planning/estimate.py`: from the step if all sending hides to the step if none
+does, for the tokens of the run, with a PUE of {pue}. XLA's own seconds are not shown:
+it counts loops once. Compiling: seconds of this machine (2 cores, shared with other
+work) and memory of the compiler's process.
 """
 
 

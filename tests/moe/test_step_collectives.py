@@ -54,6 +54,7 @@ SPARSE = ModelSettings(
     num_experts=E,
     expert_mlp_dim=F,
 )
+TWO = dataclasses.replace(SPARSE, shape="encoder_decoder", num_encoder_layers=LAYERS)
 EXECUTION = ExecutionSettings(transport="all_to_all", dtype="bfloat16")
 ROUTER = RouterSettings(num_selected=2, group_size=4, min_capacity=1)
 KINDS = (
@@ -85,8 +86,12 @@ def compiled(
     places = jax.tree.map(
         lambda spec: rules.sharding(grid.mesh, spec.axes, table), learner.model.specs
     )
-    tokens = jax.ShapeDtypeStruct((B, L), np.int32)
-    batch = {f"decoder_{name}": tokens for name in TOKENS}
+    batch = {
+        f"{stack}_{name}": jax.ShapeDtypeStruct((B, length), np.int32)
+        for stack, length in (("decoder", L), ("encoder", 2 * L))
+        for name in TOKENS
+        if stack in learner.model.layers.stacks
+    }
 
     def loss(params, batch):
         sums, _ = batch_sums(params, batch, jax.random.key(0), learner)
@@ -221,6 +226,25 @@ GOLDENS = {
         PartitionSettings(context_attention="ring"),
         layer={"collective-permute context": 9 + 3 + 9 + 2 * 4},
         step={},
+    ),
+    # A layer of each: three attentions, of which one asks the encoder, and two of
+    # experts. The encoder's output is made whole over `model` once, not in each layer.
+    "two_stacks": Golden(
+        TWO,
+        MeshSettings(context=2, expert=2, model=2),
+        PartitionSettings(),
+        layer={
+            "all-to-all expert": 2 * (2 + 2),
+            "all-gather context": 3 * (2 + 2),
+            "reduce-scatter context": 3 * 2,
+            "all-gather model": 3 * 3 + 2 * 2,
+            "reduce-scatter model": 3 * 2 + 2 * 2,
+        },
+        step={
+            "all-gather context": 2,  # segments of each stack
+            "all-gather model": 2 + 2,  # out of each stack; gradients of two embeddings
+            "reduce-scatter model": 2 + 2,
+        },
     ),
     "one_device": Golden(SPARSE, MeshSettings(), PartitionSettings(), {}, {}),
 }

@@ -54,9 +54,10 @@ lint: $(ready)  ## check format, lint and types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: $(ready)  ## time the train step, the sparse layer, and making tokens
+bench: $(ready)  ## time the train step, the sparse layer, drawing, and making tokens
 	$(BIN)/python -m benchmarks.train_step
 	$(BIN)/python -m benchmarks.moe_layer
+	$(BIN)/python -m benchmarks.drawing
 	$(BIN)/python -m benchmarks.prepare
 
 # uv does not read pip's settings: for an index of your own set UV_DEFAULT_INDEX.

@@ -11,6 +11,10 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 # The words that make each small, and what it then prints.
 SMALL = {
+    "drawing": (
+        ["--repeats=1", "--beams", "2", "--tokens=2", "--gin.NUM_LAYERS=2"],
+        ["ms/token", "greedy", "2 beams"],
+    ),
     "mixtral": (
         ["--steps=1", "--gin.NUM_LAYERS=1"],
         ["switchyard", "÷ theirs", "sparse layers", "attention", "clip and AdamW"],

@@ -182,7 +182,7 @@ def _compile_evaluation(run: "Run", record: Compiled) -> Evaluation:
         lowering_seconds=lowering,
         compiling_seconds=compiling,
         argument_bytes=memory.argument_size_in_bytes,
-        temp_bytes=memory.temp_size_in_bytes,
+        temp_bytes=_between(memory),
         kept_bytes=kept,
         total_bytes=_total(memory) + kept,
     )
@@ -200,14 +200,18 @@ def _compiled(lowered: Any) -> tuple[Any, float]:
 
 
 def _total(memory: Any) -> int:
-    """All that a program has on a device, what arguments and results share once."""
-    return (
-        memory.argument_size_in_bytes
-        + memory.output_size_in_bytes
-        - memory.alias_size_in_bytes
-        + memory.temp_size_in_bytes
-        + memory.generated_code_size_in_bytes
-    )
+    """All that a program has on a device, and the program itself.
+
+    The peak is what the compiler holds against the chip's memory. Its figure of
+    temporaries is not: on TPU the results and the core's own memory are in it too.
+    """
+    return memory.peak_memory_in_bytes + memory.generated_code_size_in_bytes
+
+
+def _between(memory: Any) -> int:
+    """What is neither an argument nor a result, at its most."""
+    kept = memory.argument_size_in_bytes + memory.output_size_in_bytes
+    return memory.peak_memory_in_bytes - kept + memory.alias_size_in_bytes
 
 
 def describe(topology: Topology) -> Sequence["jax.Device"]:
@@ -282,7 +286,7 @@ def _measure(
         argument_bytes=memory.argument_size_in_bytes,
         output_bytes=memory.output_size_in_bytes,
         alias_bytes=memory.alias_size_in_bytes,
-        temp_bytes=memory.temp_size_in_bytes,
+        temp_bytes=_between(memory),
         code_bytes=memory.generated_code_size_in_bytes,
         total_bytes=total,
         host_bytes=memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes,

@@ -16,8 +16,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from launch import gin_files
-from launch.environment import prepare_environment
+from launch.config import reader
+from launch.config.platform import prepare_environment
 
 RUN = "configs/runs/demo_span.gin"
 ONE_DEVICE = ["MESH_DATA=1", "MESH_EXPERT=1", "SIMULATED_DEVICES=1"]
@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="timed runs of each")
     options, rest = parser.parse_known_args()
     bindings = [word.removeprefix("--gin.") for word in rest]
-    config = gin_files.read([RUN], [*ONE_DEVICE, *bindings])
+    config = reader.read([RUN], [*ONE_DEVICE, *bindings])
     prepare_environment(config.settings.platform)
 
     import jax
@@ -67,7 +67,7 @@ def main() -> None:
 class Drawing:
     """The model, its parameters, and prompts of random tokens."""
 
-    def __init__(self, config: gin_files.ResolvedConfig, num_tokens: int) -> None:
+    def __init__(self, config: reader.ResolvedConfig, num_tokens: int) -> None:
         from launch.assemble import assemble
 
         self._run = assemble(config)

@@ -19,8 +19,8 @@ from collections.abc import Callable
 from typing import Any
 
 from benchmarks.train_step import matmul_gflops, prepare_step
-from launch import gin_files
-from launch.environment import prepare_environment
+from launch.config import reader
+from launch.config.platform import prepare_environment
 from moe.layers import Sublayer
 
 RUN = "configs/runs/demo.gin"
@@ -57,7 +57,7 @@ def main() -> None:
     options, rest = parser.parse_known_args()
     bindings = [f"{macro}={value!r}" for macro, value in MIXTRAL.items()]
     bindings += [word.removeprefix("--gin.") for word in rest]
-    config = gin_files.read([RUN, HARDWARE], bindings)
+    config = reader.read([RUN, HARDWARE], bindings)
     prepare_environment(config.settings.platform)
     torch_step = prepare_torch_step(config)
 
@@ -93,7 +93,7 @@ def timed(step: Callable[[], None]) -> float:
     return time.perf_counter() - began
 
 
-def prepare_torch_step(config: gin_files.ResolvedConfig) -> Callable[[], None] | None:
+def prepare_torch_step(config: reader.ResolvedConfig) -> Callable[[], None] | None:
     """The public model of the same sizes, with PyTorch's own AdamW; None without it."""
     missing = [
         name for name in ("torch", "transformers") if not importlib.util.find_spec(name)
@@ -140,7 +140,7 @@ def prepare_torch_step(config: gin_files.ResolvedConfig) -> Callable[[], None] |
     return once
 
 
-def prepare_parts(config: gin_files.ResolvedConfig) -> dict[str, Callable[[], None]]:
+def prepare_parts(config: reader.ResolvedConfig) -> dict[str, Callable[[], None]]:
     """Forward and backward of all layers' parts, one by one, and the optimizer."""
     import jax
     import jax.numpy as jnp
@@ -209,7 +209,7 @@ def prepare_parts(config: gin_files.ResolvedConfig) -> dict[str, Callable[[], No
 
 
 def report(
-    config: gin_files.ResolvedConfig,
+    config: reader.ResolvedConfig,
     seconds: dict[str, list[float]],
     cpu_seconds: dict[str, list[float]],
     gflops: float,

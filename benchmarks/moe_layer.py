@@ -17,8 +17,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from launch.environment import prepare_environment
-from launch.settings import PlatformSettings
+from launch.config.platform import prepare_environment
+from launch.config.settings import PlatformSettings
 
 
 @dataclasses.dataclass(frozen=True)

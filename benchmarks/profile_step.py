@@ -18,8 +18,8 @@ import time
 
 from benchmarks.mixtral import HARDWARE, MIXTRAL, RUN, timed
 from benchmarks.train_step import matmul_gflops, prepare_step
-from launch import gin_files
-from launch.environment import prepare_environment
+from launch.config import reader
+from launch.config.platform import prepare_environment
 
 
 def main() -> None:
@@ -29,7 +29,7 @@ def main() -> None:
     options, rest = parser.parse_known_args()
     bindings = [f"{macro}={value!r}" for macro, value in MIXTRAL.items()]
     bindings += [word.removeprefix("--gin.") for word in rest]
-    config = gin_files.read([RUN, HARDWARE], bindings)
+    config = reader.read([RUN, HARDWARE], bindings)
     prepare_environment(config.settings.platform)
 
     import jax

@@ -13,8 +13,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from launch import gin_files
-from launch.environment import prepare_environment
+from launch.config import reader
+from launch.config.platform import prepare_environment
 
 RUN = "configs/runs/demo.gin"
 MODELS = {
@@ -32,7 +32,7 @@ def main() -> None:
     options, rest = parser.parse_known_args()
     bindings = [word.removeprefix("--gin.") for word in rest]
     configs = {
-        (model, mesh): gin_files.read([RUN, path], [*changes, *bindings])
+        (model, mesh): reader.read([RUN, path], [*changes, *bindings])
         for mesh, changes in (("demo mesh", []), ("one device", ONE_DEVICE))
         for model, path in MODELS.items()
     }
@@ -56,7 +56,7 @@ def main() -> None:
     report(configs, seconds, statistics.median(gflops))
 
 
-def prepare_step(config: gin_files.ResolvedConfig) -> Callable[[], None]:
+def prepare_step(config: reader.ResolvedConfig) -> Callable[[], None]:
     """Compiles and warms up one train step on random tokens."""
     import jax
     import numpy as np
@@ -105,7 +105,7 @@ def matmul_gflops(jax: Any) -> float:
 
 
 def report(
-    configs: dict[Any, gin_files.ResolvedConfig],
+    configs: dict[Any, reader.ResolvedConfig],
     seconds: dict[Any, list[float]],
     gflops: float,
 ) -> None:

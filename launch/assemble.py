@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 
 import jax
 
+from launch.config.reader import ResolvedConfig
+from launch.config.settings import Settings
 from launch.errors import ConfigError
-from launch.gin_files import ResolvedConfig
-from launch.settings import Settings
 from moe import architecture
 from moe.dispatch import auto
 from moe.model import inventory

@@ -22,8 +22,8 @@ import orbax.checkpoint as ocp
 
 from launch import distributed
 from launch.assemble import Run
+from launch.config.settings import Settings
 from launch.errors import UserError
-from launch.settings import Settings
 from moe.training.train_state import TrainState
 from tasks.manifest import Manifest as StoreManifest
 

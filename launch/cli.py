@@ -26,9 +26,9 @@ from launch.errors import (
 from launch.verbs import ABOUT, EXAMPLES, SAMPLE_KNOBS, VERBS, Parser, Verb
 
 if TYPE_CHECKING:
+    from launch.config.reader import ResolvedConfig
+    from launch.config.settings import PlatformSettings, Settings
     from launch.distributed import Job
-    from launch.gin_files import ResolvedConfig
-    from launch.settings import PlatformSettings, Settings
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -100,7 +100,7 @@ def _before_jax(
     platform: "PlatformSettings", options: argparse.Namespace
 ) -> tuple["Job | None", list[str]]:
     """Sets the environment of jax, and finds out whether others run this job too."""
-    from launch.environment import prepare_environment
+    from launch.config.platform import prepare_environment
 
     if getattr(options, "dry_run", False):
         platform = _alone(platform)
@@ -185,7 +185,7 @@ def _read_config(
     options: argparse.Namespace, bindings: Sequence[str]
 ) -> "ResolvedConfig":
     """Reads the gin files of a command, and those of the run it is about."""
-    from launch import gin_files
+    from launch.config import reader
 
     files, knobs = list(options.gin_file), list(bindings)
     if (model_dir := getattr(options, "model_dir", None)) is not None:
@@ -214,7 +214,7 @@ def _read_config(
             "no configuration: give --gin_file=FILE, such as "
             "--gin_file=configs/runs/demo.gin"
         )
-    return gin_files.read(files, knobs)
+    return reader.read(files, knobs)
 
 
 def _runs_beside(folder: Path) -> str:

@@ -5,7 +5,7 @@
 says what it makes of them under the XLA_FLAGS of the environment. The compilers of
 jaxlib 0.10.2 and 0.12.0.1 are wrong by default: what they hand to the YNN library in
 one piece, a product and what is done with it, comes back as if read from elsewhere.
-`launch.environment.CPU_FLAG` hands it nothing.
+`launch.config.platform.CPU_FLAG` hands it nothing.
 """
 
 import functools
@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import jaxlib
 import numpy as np
 
-from launch.environment import CPU_FLAG
+from launch.config.platform import CPU_FLAG
 from launch.errors import EXIT_DONE, EXIT_USER_ERROR, UserError
 
 TOLERANCE = 1e-4  # float32 rounds these sums by 3e-6 of the largest value

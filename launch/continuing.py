@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from launch.assemble import Run
-from launch.settings import SampleSettings, Settings
+from launch.config.settings import SampleSettings, Settings
 from moe.model import beam, decoding
 from moe.model.memories import Encoded
 from partitioning import rules

@@ -18,11 +18,11 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TextIO, TypeVar
 
 from launch import roll_call
+from launch.config.reader import ResolvedConfig
+from launch.config.settings import PlatformSettings
 from launch.ending import WEEK_MILLISECONDS, Bell, client
 from launch.errors import ConfigError
-from launch.gin_files import ResolvedConfig
 from launch.roll_call import ProcessError
-from launch.settings import PlatformSettings
 
 T = TypeVar("T")
 Work = Callable[[], int]

@@ -9,10 +9,10 @@ from rich.table import Table
 
 from launch import attention_check, prepare
 from launch.assemble import Run, assemble
+from launch.config.reader import ResolvedConfig
+from launch.config.settings import Settings
 from launch.errors import EXIT_DONE
-from launch.gin_files import ResolvedConfig
 from launch.inspection import cut_words
-from launch.settings import Settings
 from launch.terminal import compact
 from moe import architecture, expected_drops
 from moe.accounting import count

@@ -15,9 +15,9 @@ import numpy as np
 from launch import dry_run, prepare
 from launch.assemble import Run
 from launch.checkpoints import Checkpoints
+from launch.config.reader import ResolvedConfig
 from launch.errors import EXIT_DONE
 from launch.feed import Feed
-from launch.gin_files import ResolvedConfig
 from launch.task_metrics import EvalStep, TaskMetrics
 from launch.terminal import waiting
 from launch.trained import restored

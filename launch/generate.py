@@ -8,10 +8,10 @@ import jax
 import numpy as np
 
 from launch.assemble import Run
+from launch.config.reader import ResolvedConfig
+from launch.config.settings import Settings
 from launch.continuing import answers, continuation, padded, until_end
 from launch.errors import EXIT_DONE, UserError
-from launch.gin_files import ResolvedConfig
-from launch.settings import Settings
 from launch.terminal import waiting
 from launch.trained import restored
 from partitioning import rules

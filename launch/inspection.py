@@ -5,8 +5,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from launch.config.settings import Settings
 from launch.prepare import training_batches
-from launch.settings import Settings
 from launch.terminal import is_utf8, legible
 from tasks.batches import Batches
 from tasks.store import Split, TokenStore

@@ -20,6 +20,7 @@ import numpy as np
 from launch import distributed
 from launch.assemble import Run
 from launch.checkpoints import Checkpoints
+from launch.config.settings import LoopSettings
 from launch.errors import (
     EXIT_DONE,
     EXIT_INTERRUPTED,
@@ -29,7 +30,6 @@ from launch.errors import (
 )
 from launch.feed import Feed
 from launch.progress import TrainProgress
-from launch.settings import LoopSettings
 from launch.writers import MetricWriter, NoMetrics
 from moe.training.train_state import TrainState
 from tasks.batches import Batches

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from launch.environment import CPU_FLAG, append_flags, uses_cpu
+from launch.config import edit
+from launch.config.platform import CPU_FLAG, append_flags, uses_cpu
+from launch.config.reader import ResolvedConfig
+from launch.config.settings import problems as problems_of_settings
 from launch.errors import EXIT_DONE, EXIT_USER_ERROR, ConfigError, UserError
-from launch.gin_files import ResolvedConfig
 from launch.planning import compile as planned_compile
-from launch.planning import knobs
 from launch.planning.records import Compiled, Failure
 from launch.planning.topologies import Topology, parse, problems
-from launch.settings import problems as problems_of_settings
 from launch.verification.meshes import parse as parse_mesh
 from partitioning.settings import MeshSettings
 
@@ -49,7 +49,7 @@ def main(config: ResolvedConfig, options: argparse.Namespace) -> int:
     from launch.planning import page, report, table
 
     console = Console(width=None if Console().is_terminal else _WIDTH)
-    config = knobs.moved(config, topology)
+    config = edit.moved(config, topology)
     _refuse_what_never_fits(config, topology)
     found: tuple[search.Candidate, ...] = ()
     compiled: Compiled | Failure | None = None
@@ -108,7 +108,7 @@ def _on_its_mesh(
         mesh, faults = parse_mesh(asked)
         if faults:
             raise ConfigError("--mesh", faults)
-        config = knobs.reconfigured(config, knobs.mesh_knobs(mesh))
+        config = edit.reconfigured(config, edit.mesh_knobs(mesh))
     mesh = config.settings.mesh
     found = problems(topology, mesh)
     if not found:
@@ -195,7 +195,7 @@ def _searched(
     number = options.compile_best if topology.chip.kind == "tpu" else 0
     results = []
     for one in search.best_meshes(found, number if options.compile else 0):
-        result = _compile(knobs.reconfigured(config, one.knobs), topology, options)
+        result = _compile(edit.reconfigured(config, one.knobs), topology, options)
         results.append((one, result))
         predicted = f"predicted {one.plan.total / _GIB:.2f}"
         words = f"compiled {search.told(one.knobs)}: {_in_short(result)}, {predicted}"
@@ -205,7 +205,7 @@ def _searched(
         best, compiled = fitting[0]
     elif results:
         best, compiled = results[0]
-    chosen = knobs.reconfigured(config, best.knobs)
+    chosen = edit.reconfigured(config, best.knobs)
     if options.output:
         text = search.hardware_text(config.where, topology, best, compiled)
         Path(options.output).write_text(text, encoding="utf-8")

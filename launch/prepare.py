@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 
 from launch import progress
+from launch.config.reader import ResolvedConfig
+from launch.config.settings import Settings
 from launch.errors import EXIT_DONE, ConfigError, UsageError
-from launch.gin_files import ResolvedConfig
-from launch.settings import Settings
 from tasks import batches, vocabularies
 from tasks.batches import Batches
 from tasks.manifest import Manifest

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from launch.config.reader import ResolvedConfig
 from launch.errors import EXIT_DONE, UsageError
-from launch.gin_files import ResolvedConfig
 from launch.terminal import waiting
 from tasks.errors import StoreError
 from tasks.quality.label_noise import Example, Ranking, rank, write

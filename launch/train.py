@@ -27,8 +27,8 @@ from launch import (
 )
 from launch.assemble import Run, assemble
 from launch.checkpoints import Checkpoints
+from launch.config.reader import ResolvedConfig
 from launch.errors import EXIT_DONE, EXIT_NON_FINITE, UserError
-from launch.gin_files import ResolvedConfig
 from launch.inspection import cut_words
 from launch.programs import Programs
 from launch.progress import TrainProgress

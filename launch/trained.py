@@ -11,7 +11,7 @@ import jax
 from launch import compiler_check, prepare
 from launch.assemble import Run, assemble
 from launch.checkpoints import Checkpoints
-from launch.gin_files import ResolvedConfig
+from launch.config.reader import ResolvedConfig
 from launch.terminal import waiting
 from tasks.store import TokenStore
 

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from launch.config.reader import ResolvedConfig
+from launch.config.settings import PlatformSettings, problems
 from launch.errors import EXIT_DONE, EXIT_USER_ERROR, ConfigError, UsageError
-from launch.gin_files import ResolvedConfig
-from launch.settings import PlatformSettings, problems
 from launch.verification import meshes
 from launch.verification.shrink import Shrunk, shrink
 from partitioning.settings import MeshSettings

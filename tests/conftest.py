@@ -3,7 +3,7 @@
 import os
 import zlib
 
-from launch.environment import CPU_FLAG
+from launch.config.platform import CPU_FLAG
 
 # Before jax starts: half the compile time for slower code, also in the processes that
 # tests start. The demo's test takes the flags that users get.

@@ -87,7 +87,7 @@ def test_only_one_file_imports_gin():
         for where, imported in imports_in(folder)
         if imported.package == "gin"
     }
-    assert users <= {"launch/gin_syntax.py"}
+    assert users <= {"launch/config/syntax.py"}
 
 
 @pytest.mark.parametrize("folder", ["moe", "partitioning", "launch"])

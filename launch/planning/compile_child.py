@@ -17,14 +17,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launch import gin_files
-from launch.environment import prepare_environment
+from launch.config import reader
+from launch.config.platform import prepare_environment
+from launch.config.settings import PlatformSettings
 from launch.errors import ConfigError, is_user_error
 from launch.planning.compile import out_of_memory
 from launch.planning.hlo import Buffer
 from launch.planning.records import Compiled, Evaluation, Failure, to_json
 from launch.planning.topologies import Topology, parse, problems
-from launch.settings import PlatformSettings
 
 if TYPE_CHECKING:
     import jax
@@ -119,7 +119,7 @@ def _compile(
     config_file: Path, topology: Topology, hlo_file: str
 ) -> tuple["Run", Compiled]:
     """Compiles the train step."""
-    config = gin_files.read([str(config_file)])
+    config = reader.read([str(config_file)])
     config = dataclasses.replace(config, where="the configuration to plan")
     if found := problems(topology, config.settings.mesh):
         raise ConfigError(config.where, found)

@@ -10,9 +10,9 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
+from launch.config.settings import Settings
 from launch.planning import flow, local, traffic, work
 from launch.planning.topologies import Topology, axis_bandwidth, fastest_first
-from launch.settings import Settings
 
 Source = Literal["measured", "compiled", "estimated"]
 # Of the peak, what large products reach by themselves. 0.6 lies in the middle of what

@@ -18,10 +18,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from launch import gin_files
+from launch.config import edit, reader
+from launch.config.reader import ResolvedConfig
 from launch.errors import EXIT_INTERRUPTED
-from launch.gin_files import ResolvedConfig
-from launch.planning import knobs, memory, records, search
+from launch.planning import memory, records, search
 from launch.planning.compile import compile_step
 from launch.planning.records import Compiled, Failure
 from launch.planning.topologies import Topology, parse, standard
@@ -135,7 +135,7 @@ def rows() -> list[tuple[str, int]]:
 def read(name: str) -> ResolvedConfig:
     """Reads a run, with what the ladder has to change in it."""
     bindings = [f"{macro}={value!r}" for macro, value in CHANGED.get(name, {}).items()]
-    return gin_files.read([f"configs/runs/{name}.gin"], bindings)
+    return reader.read([f"configs/runs/{name}.gin"], bindings)
 
 
 def chip_of(name: str) -> str:
@@ -171,8 +171,8 @@ def candidates(
     for other in slices_of(name):
         before = []
         if known is not None and known.compiled and str(other) == str(known.topology):
-            knobs = known.attempts[-1].knobs
-            before.append(search.candidate(config.settings, other, knobs))
+            chosen = known.attempts[-1].knobs
+            before.append(search.candidate(config.settings, other, chosen))
         found = search.search(config.settings, other)
         best = search.best_meshes(found, ATTEMPTS_PER_SLICE)
         tried = {search.told(one.knobs): one for one in (*before, *best)}
@@ -194,14 +194,14 @@ def climb(name: str, parameters: int, *, time_limit_s: float, memory_gib: float)
     """Compiles a row until something fits."""
     config = read(name)
     current = fingerprint(config)  # of what is compiled, should a file change meanwhile
-    moved = knobs.moved(config, slices_of(name)[0])
+    moved = edit.moved(config, slices_of(name)[0])
     attempts: list[Attempt] = []
     compiled = None
     for place, one in candidates(name, moved):
         told = search.told(one.knobs)
         print(f"{name}: {place} {told}", flush=True)
         result = compile_step(
-            knobs.reconfigured(moved, one.knobs).operative,
+            edit.reconfigured(moved, one.knobs).operative,
             place,
             time_limit_s=time_limit_s,
             memory_limit_bytes=int(memory_gib * 2**30),
@@ -321,7 +321,7 @@ def load(name: str, folder: Path = FOLDER) -> Row | None:
 def planned(row: Row) -> tuple[ResolvedConfig, memory.MemoryPlan]:
     """Returns a row's configuration as it was compiled, and today's prediction."""
     chosen = row.attempts[-1].knobs
-    config = knobs.reconfigured(knobs.moved(read(row.name), row.topology), chosen)
+    config = edit.reconfigured(edit.moved(read(row.name), row.topology), chosen)
     return config, memory.predict(config.settings, row.topology.chip.name)
 
 

@@ -8,11 +8,11 @@ import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from launch.config.settings import problems
 from launch.planning import estimate, ladder, report, search
 from launch.planning.ladder import Row
 from launch.planning.records import Compiled, Evaluation
 from launch.planning.report import GIB
-from launch.settings import problems
 from launch.terminal import compact
 
 FILE = Path(__file__).resolve().parents[2] / "docs" / "ladder.md"

@@ -10,8 +10,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from launch.config.settings import Settings
 from launch.planning.chips import CHIPS
-from launch.settings import Settings
 from moe.dispatch import auto
 from moe.dispatch.room import Room, room_for
 from moe.layers import Block, Layers, Stack, of_kind, with_routers

@@ -14,9 +14,9 @@ import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 
+from launch.config.settings import Settings
 from launch.planning import local
 from launch.planning.local import BYTES, FLOAT32, Attention, Local, Weight
-from launch.settings import Settings
 from moe.layers import Block, of_kind
 from moe.routing.capacity import capacity
 from moe.settings import DenseSettings, SparseSettings

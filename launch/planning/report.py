@@ -10,13 +10,13 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from launch.gin_files import ResolvedConfig
+from launch.config.reader import ResolvedConfig
+from launch.config.settings import Settings
 from launch.planning import estimate, local, memory, sensitivity, traffic, work
 from launch.planning.estimate import Estimate, Figure
 from launch.planning.records import Compiled, Failure
 from launch.planning.search import Candidate, told
 from launch.planning.topologies import Topology, fastest_first, warnings
-from launch.settings import Settings
 from moe import architecture, energy, expected_drops
 from moe.accounting import Counts, count
 

@@ -10,12 +10,12 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from launch.config.edit import changed, hardware_file
+from launch.config.settings import Settings, problems
 from launch.errors import UserError
 from launch.planning import estimate, memory
-from launch.planning.knobs import changed, hardware_file
 from launch.planning.records import Compiled, Failure
 from launch.planning.topologies import Topology, standard, warnings
-from launch.settings import Settings, problems
 from moe import architecture
 from moe.routing.capacity import never_drops
 from partitioning.settings import AXES, MeshSettings

@@ -3,9 +3,9 @@
 import dataclasses
 from collections.abc import Sequence
 
+from launch.config.settings import Settings
 from launch.planning.estimate import ATTAINABLE, Estimate, estimate
 from launch.planning.topologies import Topology
-from launch.settings import Settings
 from moe.routing.capacity import capacity, mean_choices
 from moe.settings import SparseSettings
 

@@ -13,6 +13,7 @@ are counted so too: only the part that one chip is left with crosses the slow ne
 import math
 from collections.abc import Iterable, Sequence
 
+from launch.config.settings import Settings
 from launch.planning import layer_traffic, local
 from launch.planning.flow import (
     EXCHANGE,
@@ -24,7 +25,6 @@ from launch.planning.flow import (
     joins,
 )
 from launch.planning.local import BYTES, FLOAT32, Local, Weight
-from launch.settings import Settings
 from partitioning.settings import FASTEST_FIRST
 
 

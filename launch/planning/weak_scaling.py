@@ -16,9 +16,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from launch import gin_files
-from launch.gin_files import ResolvedConfig
-from launch.planning import knobs, traffic
+from launch.config import edit, reader
+from launch.config.reader import ResolvedConfig
+from launch.planning import traffic
 from launch.planning.compile import compile_step
 from launch.planning.records import Compiled, Failure, from_json, to_json
 from launch.planning.topologies import Topology, parse
@@ -80,8 +80,8 @@ def _point(ladder: str, topology: Topology) -> Point:
         "BATCH_SIZE": chips,
     }
     bindings = [f"{macro}={value!r}" for macro, value in chosen.items()]
-    config = gin_files.read(["configs/runs/glam_0_1b_64e.gin"], bindings)
-    return Point(ladder, topology, knobs.moved(config, topology))
+    config = reader.read(["configs/runs/glam_0_1b_64e.gin"], bindings)
+    return Point(ladder, topology, edit.moved(config, topology))
 
 
 # --------------------------------------------------------------------------- the page

@@ -7,10 +7,10 @@ by memory, attention's projections by arithmetic.
 import dataclasses
 import functools
 
+from launch.config.settings import Settings
 from launch.planning import local
 from launch.planning.flow import forward_passes, repeats
 from launch.planning.local import BYTES, FLOAT32, Attention, Local
-from launch.settings import Settings
 from moe.layers import Block, of_kind
 from moe.routing.capacity import mean_choices
 from moe.settings import DenseSettings, SparseSettings

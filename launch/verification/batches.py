@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from launch.settings import Settings
+from launch.config.settings import Settings
 from tasks import objectives
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from launch.gin_files import ResolvedConfig
-from launch.settings import Settings
+from launch.config.reader import ResolvedConfig
+from launch.config.settings import Settings
 from launch.verification import batches, compare, measure, weights
 from launch.verification.compare import Row
 from launch.verification.measure import Bench, Decisions, Evaluation, Start, Step

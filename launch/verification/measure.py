@@ -10,8 +10,8 @@ import numpy as np
 import optax
 
 from launch.assemble import Run, assemble
-from launch.gin_files import ResolvedConfig
-from launch.settings import Settings
+from launch.config.reader import ResolvedConfig
+from launch.config.settings import Settings
 from moe import architecture
 from moe.routing.assignment import Trace
 from moe.testing.whole_arrays import forward

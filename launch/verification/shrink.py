@@ -13,8 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import moe.constraints
+from launch.config.settings import PlatformSettings, Settings
 from launch.errors import ConfigError
-from launch.settings import PlatformSettings, Settings
 from launch.verification import meshes
 from moe import architecture
 from moe.dispatch import auto

@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from launch.config.reader import ResolvedConfig
 from launch.errors import ConfigError
-from launch.gin_files import ResolvedConfig
 from launch.terminal import duration
 from launch.verification.compare import Row
 from launch.verification.examine import Verdict, differing

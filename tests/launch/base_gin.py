@@ -6,7 +6,7 @@ import typing
 from pathlib import Path
 
 import configs
-from launch.settings import Settings
+from launch.config.settings import Settings
 
 CONFIGS = Path(configs.__file__).parent
 BASE = (CONFIGS / "base.gin").read_text(encoding="utf-8")

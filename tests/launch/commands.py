@@ -142,7 +142,7 @@ def inline(*words: str | Path) -> Done:
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
     ):
-        patch.setattr("launch.environment.prepare_environment", lambda platform: [])
+        patch.setattr("launch.config.platform.prepare_environment", lambda platform: [])
         code = cli.main([str(word) for word in words])
     return Done(code, out.getvalue(), err.getvalue())
 

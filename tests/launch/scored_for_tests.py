@@ -14,7 +14,7 @@ import numpy as np
 import optax
 
 from launch import evaluate
-from launch.settings import SampleSettings
+from launch.config.settings import SampleSettings
 from launch.task_metrics import TaskMetrics
 from moe import architecture
 from moe.model import inventory, transformer

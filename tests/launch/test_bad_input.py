@@ -11,9 +11,9 @@ import commands
 import pytest
 from commands import TINY, Done, inline
 
-from launch import gin_files
 from launch.assemble import Run
 from launch.checkpoints import Checkpoints
+from launch.config import reader
 from launch.generate import SampleError, encode_prompt
 from launch.train import ModelDirError, owned
 from tasks import vocabularies
@@ -249,7 +249,7 @@ def test_a_sample_beyond_the_learned_positions_is_said_before_anything_is_compil
 )
 def test_a_prompt_and_what_follows_need_a_position_each(changes, remedy):
     learned = ["POSITIONS=learned", "MAX_POSITIONS=64", "MODEL_DIR=unused"]
-    settings = gin_files.read(["runs/tiny.gin"], learned).settings
+    settings = reader.read(["runs/tiny.gin"], learned).settings
     sample = dataclasses.replace(settings.sample, **changes)
     settings = dataclasses.replace(settings, sample=sample)
     vocabulary = vocabularies.ByteVocabulary()

@@ -19,9 +19,10 @@ import numpy as np
 import pytest
 from test_checkpoints import DATA
 
-from launch import checkpoints, gin_files
+from launch import checkpoints
 from launch.assemble import Run, assemble
 from launch.checkpoints import FORMAT, CheckpointError, Checkpoints, named_arrays
+from launch.config import reader
 
 KNOBS = (
     "BATCH_SIZE=16 EMBED_DIM=8 MLP_DIM=8 EXPERT_MLP_DIM=8 NUM_HEADS=2 HEAD_DIM=4 "
@@ -35,7 +36,7 @@ STEP = 7
 
 def a_run(*knobs: str) -> Run:
     given = [*KNOBS.split(), "SIMULATED_DEVICES=8", *knobs]
-    return assemble(gin_files.read(["runs/tiny.gin"], given))
+    return assemble(reader.read(["runs/tiny.gin"], given))
 
 
 def known_state(run: Run):

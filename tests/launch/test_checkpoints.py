@@ -14,9 +14,10 @@ import jax
 import numpy as np
 import pytest
 
-from launch import checkpoints, gin_files
+from launch import checkpoints
 from launch.assemble import Run, assemble
 from launch.checkpoints import CheckpointError, Checkpoints, named_arrays
+from launch.config import reader
 from tasks.manifest import Manifest, SplitManifest, TaskManifest
 
 # After a save that failed TensorStore calls event loops that Orbax has closed.
@@ -48,7 +49,7 @@ def tiny(*bindings: str) -> Run:
     """The tiny run, on a mesh and with changes of one's own."""
     knobs = ["BATCH_SIZE=16", "SIMULATED_DEVICES=8", "TIE_EMBEDDINGS=False"]
     knobs += bindings
-    return assemble(gin_files.read(["runs/tiny.gin"], knobs))
+    return assemble(reader.read(["runs/tiny.gin"], knobs))
 
 
 def random_state(run: Run, step: int = 3):

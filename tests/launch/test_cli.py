@@ -12,9 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from launch import cli, environment, errors, gin_files, verbs
-from launch.environment import CPU_FLAG
-from launch.settings import PlatformSettings
+from launch import cli, errors, verbs
+from launch.config import platform as environment
+from launch.config import reader
+from launch.config.platform import CPU_FLAG
+from launch.config.settings import PlatformSettings
 from tasks.errors import StoreError
 
 pytestmark = pytest.mark.fast
@@ -91,7 +93,7 @@ def run_folder(tmp_path):
     """A folder as `train` leaves it, moved since to another place."""
     folder = tmp_path / "moved"
     folder.mkdir()
-    config = gin_files.read(["runs/tiny.gin"], ["TRAIN_STEPS=33"])
+    config = reader.read(["runs/tiny.gin"], ["TRAIN_STEPS=33"])
     (folder / "config.gin").write_text(config.operative)
     return folder
 

@@ -12,7 +12,7 @@ import pytest
 
 from launch import compiler_check
 from launch.compiler_check import CompilerCheckError
-from launch.environment import CPU_FLAG
+from launch.config.platform import CPU_FLAG
 
 ROOT = Path(__file__).resolve().parents[2]
 WRONG = f"{CPU_FLAG}LIBRARY_FUSION_TYPE_DOT,LIBRARY_FUSION_TYPE_REDUCE"

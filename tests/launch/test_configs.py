@@ -6,12 +6,13 @@ import shlex
 
 import pytest
 
-from launch import cli, gin_files, verbs
+from launch import cli, verbs
 from launch.assemble import assemble
 from launch.checkpoints import named_arrays
-from launch.gin_files import _configs as configs_folder
+from launch.config import reader
+from launch.config.reader import _configs as configs_folder
+from launch.config.settings import Settings
 from launch.planning.ladder import is_shared
-from launch.settings import Settings
 from moe.accounting import Counts, count
 from partitioning.settings import MeshSettings
 
@@ -44,13 +45,13 @@ def files_of(name: str) -> list[str]:
 
 
 def settings_of(name: str) -> Settings:
-    return gin_files.read(files_of(name)).settings
+    return reader.read(files_of(name)).settings
 
 
 @functools.cache
 def counts_of(files: tuple[str, ...]) -> Counts:
     """A model and its run have the same sizes: they are counted once."""
-    settings = gin_files.read(files).settings
+    settings = reader.read(files).settings
     return count(settings.layers, settings.data.length, settings.data.encoder_length)
 
 
@@ -126,7 +127,7 @@ def test_the_commands_of_headers_train_in_folders_of_their_own():
 @pytest.mark.fast
 @pytest.mark.parametrize("name", HARDWARE)
 def test_a_hardware_file_has_the_mesh_of_its_name(name):
-    settings = gin_files.read([RUN, f"hardware/{name}.gin"]).settings
+    settings = reader.read([RUN, f"hardware/{name}.gin"]).settings
     told = re.fullmatch(r"cpu(\d+)(?:_d(\d+)e(\d+))?", name)
     assert told
     devices, data, expert = (int(number or 1) for number in told.groups())
@@ -139,7 +140,7 @@ def test_a_hardware_file_has_the_mesh_of_its_name(name):
     [*((name, HARDWARE[-1]) for name in SOME), *((RUN, h) for h in HARDWARE)],
 )
 def test_models_fit_their_meshes(name, hardware):
-    run = assemble(gin_files.read([*files_of(name), f"hardware/{hardware}.gin"]))
+    run = assemble(reader.read([*files_of(name), f"hardware/{hardware}.gin"]))
     assert run.mesh.size == run.settings.mesh.num_devices
     experts = [
         (array.shape[1], sharding.shard_shape(array.shape)[1])

@@ -3,14 +3,14 @@
 import jax
 import pytest
 
-from launch import gin_files
 from launch.assemble import assemble
+from launch.config import reader
 
 
 def lowered_lines(num_layers: int) -> int:
     mesh = ["SIMULATED_DEVICES=4", "MESH_DATA=2", "MESH_EXPERT=2"]
     knobs = [f"NUM_LAYERS={num_layers}", *mesh]
-    run = assemble(gin_files.read(["runs/tiny.gin"], knobs))
+    run = assemble(reader.read(["runs/tiny.gin"], knobs))
     with jax.set_mesh(run.mesh):
         return run.lower_train_step().as_text().count("\n")
 

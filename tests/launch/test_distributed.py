@@ -3,11 +3,11 @@
 import pytest
 
 from launch import distributed
+from launch.config.settings import PlatformSettings
 from launch.distributed import Job
 from launch.ending import _outcome
 from launch.errors import EXIT_LOST_PROCESS
 from launch.roll_call import ProcessError
-from launch.settings import PlatformSettings
 from tasks.errors import StoreError
 
 pytestmark = pytest.mark.fast

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from launch.division import problems
+from launch.config.division import problems
 from moe.settings import (
     ExecutionSettings,
     ModelSettings,

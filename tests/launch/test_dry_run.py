@@ -2,7 +2,7 @@
 
 import pytest
 
-from launch import gin_files
+from launch.config import reader
 from launch.dry_run import sparse_facts
 from moe.testing import MESHES
 from partitioning.mesh import make_mesh
@@ -11,7 +11,7 @@ pytestmark = pytest.mark.fast
 
 
 def test_a_run_with_two_slots_per_expert_says_what_it_drops_and_computes():
-    settings = gin_files.read(["runs/switch_c_decoder.gin"]).settings
+    settings = reader.read(["runs/switch_c_decoder.gin"]).settings
     facts = dict(sparse_facts(settings, make_mesh(MESHES["e8"])))
     assert facts["expected drops"].startswith("10.4%")
     assert facts["few slots"].startswith("2 per expert and group")
@@ -22,7 +22,7 @@ def test_a_run_with_two_slots_per_expert_says_what_it_drops_and_computes():
 
 
 def test_a_run_whose_experts_have_many_slots_is_not_warned():
-    settings = gin_files.read(["runs/glam_64b_64e.gin"]).settings
+    settings = reader.read(["runs/glam_64b_64e.gin"]).settings
     facts = dict(sparse_facts(settings, make_mesh(MESHES["e8"])))
     # 64 experts share 2,048 choices: 32 slots, as many as an even load.
     assert facts["capacity"].startswith("32 slots per expert in groups of 1024 tokens")
@@ -31,17 +31,17 @@ def test_a_run_whose_experts_have_many_slots_is_not_warned():
 
 
 def test_a_dropless_run_expects_no_drops():
-    settings = gin_files.read(["runs/mixtral_8x7b.gin"]).settings
+    settings = reader.read(["runs/mixtral_8x7b.gin"]).settings
     facts = dict(sparse_facts(settings, make_mesh(MESHES["d1"])))
     assert facts["capacity"].startswith("nothing drops")
     assert "expected drops" not in facts
 
 
 def test_a_run_over_sorted_rows_says_how_its_experts_are_computed():
-    settings = gin_files.read(["runs/mixtral_8x7b.gin"]).settings
+    settings = reader.read(["runs/mixtral_8x7b.gin"]).settings
     facts = dict(sparse_facts(settings, make_mesh(MESHES["d1"])))
     assert facts["expert products"] == "blocked (loops over the experts that have rows)"
-    padded = gin_files.read(["runs/glam_64b_64e.gin"], ["EVAL_CAPACITY_FACTOR = 2.0"])
+    padded = reader.read(["runs/glam_64b_64e.gin"], ["EVAL_CAPACITY_FACTOR = 2.0"])
     facts = dict(sparse_facts(padded.settings, make_mesh(MESHES["e8"])))
     assert facts["transport"].startswith("all_to_all")
     assert "expert products" not in facts
@@ -49,7 +49,7 @@ def test_a_run_over_sorted_rows_says_how_its_experts_are_computed():
 
 def test_a_run_whose_layers_differ_is_described_by_its_largest():
     changes = ["EXPERTS_PER_LAYER = (16, 16, 32, 64)", "NUM_LAYERS = 8"]
-    settings = gin_files.read(["runs/glam_64b_64e.gin"], changes).settings
+    settings = reader.read(["runs/glam_64b_64e.gin"], changes).settings
     facts = dict(sparse_facts(settings, make_mesh(MESHES["e8"])))
     assert facts["experts"].startswith("16, 16, 32, 64 by layer")
     assert facts["capacity"].startswith("32 slots per expert")

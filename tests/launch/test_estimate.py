@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from launch import gin_files
+from launch.config import reader
 from launch.planning import estimate, sensitivity, topologies, work
 from launch.planning.chips import CHIPS
 from launch.planning.estimate import Estimate, Figure, PartTime
@@ -16,7 +16,7 @@ TINY = "runs/tiny.gin"
 
 def settings_of(*bindings, name=TINY):
     devices = ("SIMULATED_DEVICES=16",) if name == TINY else ()
-    return gin_files.read([name], [*devices, *bindings]).settings
+    return reader.read([name], [*devices, *bindings]).settings
 
 
 @pytest.mark.fast

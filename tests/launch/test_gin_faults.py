@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from base_gin import CONFIGS, bindings_of_base, fields_of_settings, macros_of_base
 
-from launch import gin_files
+from launch.config import reader
 from launch.errors import ConfigError
 
 pytestmark = pytest.mark.fast
@@ -18,7 +18,7 @@ TINY = "runs/tiny.gin"
 def problems_of(files, *bindings) -> list[str]:
     """The faults of a configuration; it fails if there are none."""
     with pytest.raises(ConfigError) as raised:
-        gin_files.read([files] if isinstance(files, str) else files, bindings)
+        reader.read([files] if isinstance(files, str) else files, bindings)
     return list(raised.value.problems)
 
 
@@ -274,7 +274,7 @@ def test_a_file_that_is_not_gin_is_refused_without_its_content(leaf):
 
 def test_every_fault_is_in_one_error():
     with pytest.raises(ConfigError) as raised:
-        gin_files.read(
+        reader.read(
             [TINY],
             [
                 *("NUM_EXPRTS=8", "SEED='x'", "NUM_EXPERTS=6", "MESH_EXPERT=4"),
@@ -421,7 +421,7 @@ def test_a_broken_rule_is_told_with_numbers(bindings, problem):
 
 def test_a_dense_model_has_no_experts_to_divide():
     bindings = ["MOE_EVERY=0", "NUM_EXPERTS=3", "MESH_EXPERT=2", "SIMULATED_DEVICES=2"]
-    assert gin_files.read([TINY], bindings).settings.mesh.expert == 2
+    assert reader.read([TINY], bindings).settings.mesh.expert == 2
 
 
 @pytest.mark.parametrize("number", [0, -1, 10**9])
@@ -434,7 +434,7 @@ def test_no_number_breaks_the_rules_themselves(number):
     assert len(numeric) > 40
     for macro in numeric:
         with contextlib.suppress(ConfigError):
-            gin_files.read([TINY], [f"{macro}={number}"])
+            reader.read([TINY], [f"{macro}={number}"])
 
 
 def test_a_negative_size_is_always_refused_by_name():
@@ -459,4 +459,4 @@ def test_a_negative_size_is_always_refused_by_name():
 )
 def test_precision_and_offload_that_would_do_nothing_are_refused(binding, said):
     with pytest.raises(ConfigError, match=re.escape(said)):
-        gin_files.read(["runs/tiny.gin"], [binding])
+        reader.read(["runs/tiny.gin"], [binding])

@@ -13,7 +13,7 @@ from base_gin import (
     macros_of_base,
 )
 
-from launch import gin_files
+from launch.config import reader
 from launch.errors import ConfigError
 from launch.planning.ladder import is_shared
 
@@ -55,7 +55,7 @@ def test_base_has_no_macro_without_a_binding_and_no_binding_without_a_macro():
 def test_defaults_of_base_are_those_of_the_records():
     values = {
         knob.macro: (knob.value, knob.origin)
-        for knob in gin_files.read([TINY]).knobs
+        for knob in reader.read([TINY]).knobs
         if "(default)" in knob.origin and not knob.same_as
     }
     fields = fields_of_settings()
@@ -93,7 +93,7 @@ def test_every_config_is_read_without_a_fault(name):
         run = "runs/glam_64b_64e.gin" if large else "runs/demo.gin"
         own = name.replace("models/", "runs/")
         run = own if own != name and own in LEAVES else run
-    config = gin_files.read([run] if run == name else [run, name])
+    config = reader.read([run] if run == name else [run, name])
     assert config.settings.train.batch_size >= 1
     assert config.where.endswith(name)
 
@@ -113,7 +113,7 @@ def test_files_of_one_kind_replace_all_that_another_sets(folder):
     runs = {
         name: {
             knob.macro
-            for knob in gin_files.read(["runs/demo.gin", name]).knobs
+            for knob in reader.read(["runs/demo.gin", name]).knobs
             if f"configs/{folder}/" in knob.origin
         }
         for name in LEAVES
@@ -126,7 +126,7 @@ def test_files_of_one_kind_replace_all_that_another_sets(folder):
     for name in runs:
         origins = {
             knob.origin.partition(":")[0]
-            for knob in gin_files.read(["runs/demo.gin", name]).knobs
+            for knob in reader.read(["runs/demo.gin", name]).knobs
         }
         others = {f"configs/{other}" for other in runs if other != name}
         assert not origins & others
@@ -134,7 +134,7 @@ def test_files_of_one_kind_replace_all_that_another_sets(folder):
 
 def test_the_demo_models_take_the_same_arithmetic_per_token():
     def expert_width(name):
-        settings = gin_files.read(["runs/demo.gin", f"models/{name}.gin"]).settings
+        settings = reader.read(["runs/demo.gin", f"models/{name}.gin"]).settings
         if not settings.model.moe_every:
             return settings.model.mlp_dim
         return settings.model.expert_mlp_dim * settings.router.num_selected
@@ -144,7 +144,7 @@ def test_the_demo_models_take_the_same_arithmetic_per_token():
 
 
 def test_the_demo_is_what_it_says():
-    settings = gin_files.read(["runs/demo.gin"]).settings
+    settings = reader.read(["runs/demo.gin"]).settings
     assert settings.mesh.num_devices == settings.platform.simulated_devices == 4
     assert settings.model.num_experts == 8
     assert settings.router.num_selected == 1
@@ -153,7 +153,7 @@ def test_the_demo_is_what_it_says():
 
 
 def test_a_leaf_in_another_directory_includes_installed_files(leaf):
-    config = gin_files.read([leaf("NUM_LAYERS = 4", name="deep/er/mine.gin")])
+    config = reader.read([leaf("NUM_LAYERS = 4", name="deep/er/mine.gin")])
     assert config.settings.model.num_layers == 4
     assert config.settings.model.model_dim == 32
     assert knob(config, "NUM_LAYERS").origin == "deep/er/mine.gin:2"
@@ -162,29 +162,29 @@ def test_a_leaf_in_another_directory_includes_installed_files(leaf):
 
 def test_a_file_is_sought_here_then_beside_its_includer_then_in_configs(leaf):
     main = leaf("", name="a/main.gin", include="runs/tiny.gin")
-    assert gin_files.read([main]).settings.train.seed == 0
+    assert reader.read([main]).settings.train.seed == 0
     leaf("SEED = 2", name="a/runs/tiny.gin", include="configs/runs/tiny.gin")
-    assert gin_files.read([main]).settings.train.seed == 2
+    assert reader.read([main]).settings.train.seed == 2
     leaf("SEED = 1", name="runs/tiny.gin", include="configs/runs/tiny.gin")
-    assert gin_files.read([main]).settings.train.seed == 1
+    assert reader.read([main]).settings.train.seed == 1
 
 
 def test_what_is_later_wins_and_its_origin_is_told(leaf):
     first = leaf("SEED = 1", "LEARNING_RATE = 1")
     second = leaf("SEED = 2", name="second.gin", include="")
-    config = gin_files.read([first, second], ["SEED=3"])
+    config = reader.read([first, second], ["SEED=3"])
     assert config.settings.train.seed == 3
     assert knob(config, "SEED").origin == "--gin.SEED"
-    config = gin_files.read([first, second])
+    config = reader.read([first, second])
     assert knob(config, "SEED") == ("SEED", 2, "second.gin:1", "")
-    assert gin_files.read([second, first]).settings.train.seed == 1
+    assert reader.read([second, first]).settings.train.seed == 1
     line = BASE.splitlines().index("MICROBATCHES = 1") + 1
     assert knob(config, "MICROBATCHES").origin == f"configs/base.gin:{line} (default)"
     assert config.where == "mine.gin, second.gin"
 
 
 def test_an_integer_stands_for_a_number_and_a_list_for_a_tuple(leaf):
-    settings = gin_files.read(
+    settings = reader.read(
         [leaf("LEARNING_RATE = 1", 'XLA_FLAGS = ["--a=1", "--b"]')]
     ).settings
     assert isinstance(settings.optimizer.learning_rate, float)
@@ -192,7 +192,7 @@ def test_an_integer_stands_for_a_number_and_a_list_for_a_tuple(leaf):
 
 
 def test_a_macro_may_be_another_one_even_inside_a_dict(leaf):
-    config = gin_files.read(
+    config = reader.read(
         [leaf("GROUP_SIZE = 32", "TASK_FEATURE_LENGTHS = {'targets': %GROUP_SIZE}")],
         ["SAMPLE_SEED=%GROUP_SIZE", "GROUP_SIZE=128"],
     )
@@ -212,7 +212,7 @@ def test_a_macro_may_be_another_one_even_inside_a_dict(leaf):
     ],
 )
 def test_text_on_the_command_line_needs_no_quotes(binding, value):
-    assert gin_files.read([TINY], [binding]).settings.loop.model_dir == value
+    assert reader.read([TINY], [binding]).settings.loop.model_dir == value
 
 
 # ------------------------------------------------------------------- round trip
@@ -220,24 +220,24 @@ def test_text_on_the_command_line_needs_no_quotes(binding, value):
 
 def test_operative_text_reads_back_as_the_same_settings(leaf):
     text = 'tab\t "quote" \\ line\nSEED = 7\u2028 %SEED é'
-    config = gin_files.read(
+    config = reader.read(
         [leaf('XLA_FLAGS = ("--a",)', "LEARNING_RATE = 1e-5", "SHUFFLE = False")],
         [f"SAMPLE_PROMPT={text!r}", "SAMPLE_SEED=%SAMPLE_TOKENS"],
     )
     assert config.settings.sample.prompt == text
     Path("config.gin").write_text(config.operative, encoding="utf-8")
-    again = gin_files.read(["config.gin"])
+    again = reader.read(["config.gin"])
     assert again.settings == config.settings
     assert [k[:2] for k in again.knobs] == [k[:2] for k in config.knobs]
     assert len(config.knobs) == len(macros_of_base())
     # It depends on no default, and so not on the version of base.gin.
     assert not any("(default)" in k.origin for k in again.knobs)
-    assert gin_files.read(["config.gin"], ["SEED=5"]).settings.train.seed == 5
+    assert reader.read(["config.gin"], ["SEED=5"]).settings.train.seed == 5
 
 
 def test_reading_leaves_nothing_behind():
-    before = gin_files.read([TINY])
-    gin_files.read(["runs/demo.gin"], ["SEED=9"])
+    before = reader.read([TINY])
+    reader.read(["runs/demo.gin"], ["SEED=9"])
     with pytest.raises(ConfigError):
-        gin_files.read([TINY], ["SEED='x'"])
-    assert gin_files.read([TINY]) == before
+        reader.read([TINY], ["SEED='x'"])
+    assert reader.read([TINY]) == before

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from launch import gin_files
-from launch.environment import CPU_FLAG
-from launch.settings import Settings
+from launch.config import reader
+from launch.config.platform import CPU_FLAG
+from launch.config.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
 COMPILER = Path(sys.prefix, "tpu-compiler")
@@ -26,7 +26,7 @@ FITS = ["NUM_EXPERTS=64", "BATCH_SIZE=4096"]
 
 
 def settings_of(path: Path) -> Settings:
-    return gin_files.read(["runs/tiny.gin", str(path)], FITS).settings
+    return reader.read(["runs/tiny.gin", str(path)], FITS).settings
 
 
 def named(*prefixes: str) -> list:

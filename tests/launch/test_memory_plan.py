@@ -6,8 +6,8 @@ import math
 import jax
 import pytest
 
-from launch import gin_files
 from launch.assemble import assemble
+from launch.config import reader
 from launch.planning import local, memory
 
 GIB = 2**30
@@ -18,7 +18,7 @@ TINY = "runs/tiny.gin"
 
 def settings_of(*bindings, name=TINY):
     devices = ("SIMULATED_DEVICES=8",) if name == TINY else ()
-    return gin_files.read([name], [*devices, *bindings]).settings
+    return reader.read([name], [*devices, *bindings]).settings
 
 
 TPU = ("PLATFORM='tpu'", "SIMULATED_DEVICES=0")
@@ -42,7 +42,7 @@ MESHES = {
 
 @pytest.mark.parametrize("mesh", MESHES)
 def test_arguments_are_those_of_the_assembled_run_to_the_byte(mesh):
-    config = gin_files.read([TINY], [*MESHES[mesh], "SIMULATED_DEVICES=8"])
+    config = reader.read([TINY], [*MESHES[mesh], "SIMULATED_DEVICES=8"])
     run = assemble(config)
     state = sum(
         math.prod(place.shard_shape(array.shape)) * array.dtype.itemsize

@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 
-from launch import gin_files
-from launch.planning import knobs, ladder, ladder_page, search
+from launch.config import edit, reader
+from launch.planning import ladder, ladder_page, search
 from launch.planning.compile import compile_step, find_compiler
 from launch.planning.hlo import Buffer, Collective
 from launch.planning.records import Compiled, Evaluation, Failure
@@ -211,8 +211,8 @@ def test_unchanged_rows_are_not_compiled_again(monkeypatch, tmp_path, capsys):
 
 
 def test_a_fingerprint_follows_every_knob():
-    one = gin_files.read(["runs/tiny.gin"])
-    other = gin_files.read(["runs/tiny.gin"], ["NUM_LAYERS=4"])
+    one = reader.read(["runs/tiny.gin"])
+    other = reader.read(["runs/tiny.gin"], ["NUM_LAYERS=4"])
     assert ladder.fingerprint(one) == ladder.fingerprint(one)
     assert ladder.fingerprint(one) != ladder.fingerprint(other)
 
@@ -239,5 +239,5 @@ def test_the_three_smallest_rows_compile_again_to_what_is_recorded(place):
 def test_what_a_row_changes_is_read_with_it():
     settings = ladder.read("m6_t_1t").settings
     assert settings.train.batch_size == 4096
-    moved = knobs.moved(ladder.read("m6_t_1t"), parse("v4:8x8x16"))
+    moved = edit.moved(ladder.read("m6_t_1t"), parse("v4:8x8x16"))
     assert search.least_bytes(moved.settings, parse("v4:8x8x16")) < 30 * GIB

@@ -4,16 +4,16 @@ import math
 
 import pytest
 
-from launch import gin_files
-from launch.planning import knobs, memory, search
+from launch.config import edit, reader
+from launch.config.settings import problems as problems_of_settings
+from launch.planning import memory, search
 from launch.planning.topologies import parse, problems, warnings
-from launch.settings import problems as problems_of_settings
 
 GIB = 2**30
 
 
 def config_for(run, topology):
-    return knobs.moved(gin_files.read([f"runs/{run}.gin"]), parse(topology))
+    return edit.moved(reader.read([f"runs/{run}.gin"]), parse(topology))
 
 
 @pytest.mark.parametrize(
@@ -34,7 +34,7 @@ def test_all_that_is_found_divides_fits_and_is_ranked(run, topology):
         assert not problems(where, one.settings.mesh)
         assert not problems_of_settings(one.settings)
         assert one.plan.total <= limit
-        assert one.settings == knobs.changed(config.settings, one.knobs)
+        assert one.settings == edit.changed(config.settings, one.knobs)
         assert one.cuts == bool(warnings(where, one.settings.mesh))
     order = [(one.cuts, one.seconds) for one in found]
     assert order == sorted(order)
@@ -79,7 +79,7 @@ def test_what_is_written_reads_back_as_what_was_found(tmp_path):
     one = search.search(config.settings, topology)[0]
     file = tmp_path / "found.gin"
     file.write_text(search.hardware_text(config.where, topology, one))
-    again = gin_files.read(["runs/m6_t_1b.gin", str(file)]).settings
+    again = reader.read(["runs/m6_t_1b.gin", str(file)]).settings
     assert again.mesh == one.settings.mesh
     assert again.partition == one.settings.partition
     assert again.model == one.settings.model
@@ -90,12 +90,12 @@ def test_what_is_written_reads_back_as_what_was_found(tmp_path):
 
 @pytest.mark.fast
 def test_changed_knobs_are_in_settings_and_text_alike(tmp_path):
-    config = gin_files.read(["runs/tiny.gin"])
+    config = reader.read(["runs/tiny.gin"])
     wanted = {"MICROBATCHES": 2, "REMAT": "full", "MESH_DATA": 2, "VOCAB_CHUNKS": 3}
-    again = knobs.reconfigured(knobs.moved(config, parse("v5e:2x2")), wanted)
+    again = edit.reconfigured(edit.moved(config, parse("v5e:2x2")), wanted)
     file = tmp_path / "again.gin"
     file.write_text(again.operative)
-    assert gin_files.read([str(file)]).settings == again.settings
+    assert reader.read([str(file)]).settings == again.settings
     # Every place that a plan may set is where the knob is bound.
-    for macro, (record, field) in knobs.PLACES.items():
+    for macro, (record, field) in edit.PLACES.items():
         assert hasattr(getattr(config.settings, record), field), macro

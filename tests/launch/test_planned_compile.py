@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from launch import gin_files
+from launch.config import reader
 from launch.planning import compile as planning
 from launch.planning.compile import compile_step, find_compiler, out_of_memory
 from launch.planning.records import (
@@ -33,7 +33,7 @@ needs_compiler = pytest.mark.skipif(
 
 
 def config(*bindings: str) -> str:
-    return gin_files.read(["runs/tiny.gin"], [*MINIATURE, *bindings]).operative
+    return reader.read(["runs/tiny.gin"], [*MINIATURE, *bindings]).operative
 
 
 @needs_compiler

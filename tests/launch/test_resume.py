@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from commands import Done, Trained
 
-from launch import gin_files
 from launch.assemble import assemble
 from launch.checkpoints import Checkpoints, named_arrays
+from launch.config import reader
 from launch.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED
 from launch.feed import place_batch
 from launch.prepare import training_batches
@@ -49,7 +49,7 @@ def manifest_of(folder: Path, step: int) -> dict:
 
 def state_of(folder: Path, step: int) -> dict[str, np.ndarray]:
     """The arrays of a checkpoint, on one device."""
-    run = assemble(gin_files.read([str(folder / "config.gin")], ["MESH_DATA=1"]))
+    run = assemble(reader.read([str(folder / "config.gin")], ["MESH_DATA=1"]))
     with Checkpoints(str(folder), keep=1, read_only=True) as saved:
         arrays = named_arrays(saved.restore(step, run))
     return {name: np.asarray(array) for name, array in arrays.items()}
@@ -196,7 +196,7 @@ def moved(source: Path, folder: Path) -> Path:
 
 def test_a_run_of_one_device_learns_the_same_on_eight(trained):
     mesh = ["SIMULATED_DEVICES=8", "MESH_DATA=4", "MESH_EXPERT=2"]
-    run = assemble(gin_files.read([str(trained.folder / "config.gin")], mesh))
+    run = assemble(reader.read([str(trained.folder / "config.gin")], mesh))
     store = open_store(trained.store)
     data, settings = run.settings.data, run.settings.train
     batches = training_batches(store, run.settings)

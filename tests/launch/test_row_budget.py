@@ -8,8 +8,9 @@ import jax
 import numpy as np
 import pytest
 
-from launch import gin_files, loop
+from launch import loop
 from launch.assemble import Run, assemble
+from launch.config import reader
 from launch.programs import Programs
 
 pytestmark = pytest.mark.timeout(600)  # the first test compiles four programs
@@ -22,7 +23,7 @@ ADVERSARY = 2  # all tokens of this batch are one and the same
 @functools.cache
 def make_run(row_budget: float) -> Run:
     return assemble(
-        gin_files.read(
+        reader.read(
             ["configs/runs/tiny.gin"],
             [
                 'MODEL_DIR="unused"',

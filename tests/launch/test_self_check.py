@@ -7,8 +7,9 @@ import re
 import jax
 import pytest
 
-from launch import gin_files, self_check
+from launch import self_check
 from launch.assemble import Run, assemble
+from launch.config import reader
 from launch.errors import UserError
 from launch.self_check import Comparison, SelfCheckError
 from moe.dispatch import all_to_all
@@ -20,7 +21,7 @@ ON_FOUR = ("SIMULATED_DEVICES=4", "MESH_DATA=2", "MESH_EXPERT=2")
 
 
 def tiny_run(*knobs: str) -> Run:
-    return assemble(gin_files.read(["runs/tiny.gin"], [*KNOBS, *knobs]))
+    return assemble(reader.read(["runs/tiny.gin"], [*KNOBS, *knobs]))
 
 
 def test_a_layer_that_is_right_passes_and_says_how_close_it_is():

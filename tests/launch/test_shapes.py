@@ -6,10 +6,11 @@ import json
 import pytest
 from commands import Place
 
-from launch import gin_files, self_check
+from launch import self_check
 from launch.assemble import assemble
+from launch.config import reader
+from launch.config.reader import ConfigError
 from launch.generate import SampleError, encode_prompt, filled
-from launch.gin_files import ConfigError
 from tasks.vocabularies import ByteVocabulary
 
 BLANKS = ByteVocabulary(extra_ids=20)
@@ -36,7 +37,7 @@ def knobs(given: dict) -> list[str]:
 
 
 def settings_of(given: dict, **sample):
-    settings = gin_files.read(["runs/tiny.gin"], knobs(given)).settings
+    settings = reader.read(["runs/tiny.gin"], knobs(given)).settings
     sample = dataclasses.replace(settings.sample, **sample)
     return dataclasses.replace(settings, sample=sample)
 
@@ -121,7 +122,7 @@ def test_an_encoder_alone_draws_nothing():
 )
 def test_what_does_not_suit_a_shape_is_said(given, said):
     with pytest.raises(ConfigError) as caught:
-        gin_files.read(["runs/tiny.gin"], knobs(given))
+        reader.read(["runs/tiny.gin"], knobs(given))
     assert said in str(caught.value)
 
 
@@ -134,7 +135,7 @@ def test_an_encoder_s_experts_choose_without_a_warning():
 
 
 def test_a_run_keeps_that_one_knob_follows_another():
-    config = gin_files.read(["runs/tiny.gin"], knobs(SPANS))
+    config = reader.read(["runs/tiny.gin"], knobs(SPANS))
     assert "ENCODER_ROUTER = %ROUTER " in config.operative
     assert "ENCODER_GROUP_SIZE = 64 " in config.operative
 
@@ -142,7 +143,7 @@ def test_a_run_keeps_that_one_knob_follows_another():
 @pytest.mark.slow
 def test_sparse_layers_of_both_stacks_are_checked():
     given = SPANS | {"ENCODER_MOE_EVERY": 1, "ENCODER_ROUTER": "expert_choice"}
-    run = assemble(gin_files.read(["runs/tiny.gin"], knobs(given)))
+    run = assemble(reader.read(["runs/tiny.gin"], knobs(given)))
     found = self_check.compare(run)
     assert len(found) == 4, "training and evaluation of two kinds"
     assert all(one.is_right for one in found)

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from launch.environment import CPU_FLAG
+from launch.config.platform import CPU_FLAG
 from tasks import batches, files
 from tasks.arrays import write_array
 from tasks.manifest import Manifest, SplitManifest, TaskManifest, write_manifest

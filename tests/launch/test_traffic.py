@@ -2,8 +2,8 @@
 
 import pytest
 
-from launch import gin_files
 from launch.assemble import assemble
+from launch.config import reader
 from launch.planning import estimate, hlo, hlo_text, local, traffic
 from partitioning.settings import AXES
 
@@ -15,7 +15,7 @@ BASE = (
 
 
 def flows_of(*bindings):
-    settings = gin_files.read([TINY], [*BASE, *bindings]).settings
+    settings = reader.read([TINY], [*BASE, *bindings]).settings
     return {flow.purpose: flow for flow in traffic.flows(settings)}
 
 
@@ -176,7 +176,7 @@ def test_a_ring_of_experts_gathers_all_tokens_and_a_ragged_exchange_only_choices
 
 @pytest.mark.fast
 def test_axes_add_up_to_all_that_is_sent():
-    settings = gin_files.read(
+    settings = reader.read(
         [TINY],
         [
             *BASE,
@@ -216,7 +216,7 @@ def test_axes_add_up_to_all_that_is_sent():
     ],
 )
 def test_a_compiled_step_sends_what_the_arithmetic_says(bindings):
-    config = gin_files.read(
+    config = reader.read(
         [TINY],
         [
             *BASE,

@@ -11,7 +11,8 @@ import jax
 import pytest
 from commands import TINY, inline
 
-from launch import evaluate, gin_files
+from launch import evaluate
+from launch.config import reader
 from launch.writers import read_metrics
 from moe.accounting import count
 from tasks.store import open_store
@@ -73,7 +74,7 @@ def last_score(folder: Path) -> dict:
 
 @pytest.fixture(scope="module")
 def config(trained):
-    return gin_files.read([str(trained.folder / "config.gin")])
+    return reader.read([str(trained.folder / "config.gin")])
 
 
 # ------------------------------------------------------------------ what a run leaves
@@ -143,7 +144,7 @@ def test_the_configuration_that_is_kept_reads_back_as_the_same_settings(
 ):
     knobs = trained.knobs(trained.folder, SAMPLE_PROMPT="def ")
     words = [w.removeprefix("--gin.") for w in knobs if w.startswith("--gin.")]
-    given = gin_files.read(["runs/tiny.gin"], words)
+    given = reader.read(["runs/tiny.gin"], words)
     assert config.settings == given.settings
     assert given.settings.loop.log_period_steps == 1
 
@@ -292,7 +293,7 @@ def test_a_dry_run_tells_all_and_compiles_and_writes_nothing(
     assert done.code == 0, done.err
     assert list(tmp_path.iterdir()) == []
     rows = [re.sub(r"[│\s]+", " ", line).strip() for line in done.out.splitlines()]
-    config = gin_files.read(["runs/tiny.gin"], ["TRAIN_CAPACITY_FACTOR=1.5"])
+    config = reader.read(["runs/tiny.gin"], ["TRAIN_CAPACITY_FACTOR=1.5"])
     assert "TRAIN_CAPACITY_FACTOR 1.5 --gin.TRAIN_CAPACITY_FACTOR" in rows
     for knob in config.knobs:
         assert any(

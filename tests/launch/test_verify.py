@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from commands import inline
 
-from launch import gin_files
+from launch.config import reader
 from launch.verification import compare, examine, meshes
 from launch.verification.compare import Row
 from launch.verification.shrink import shrink
@@ -78,7 +78,7 @@ DAILY = ("selection_bias",)
 @functools.cache
 def config(knobs: str = ""):
     given = ["NUM_LAYERS=1", "MOE_EVERY=1", *knobs.split()]
-    return gin_files.read(["runs/tiny.gin"], given)
+    return reader.read(["runs/tiny.gin"], given)
 
 
 def shrunk(knobs: str, *words: str):

@@ -13,9 +13,9 @@ from pathlib import Path
 import jax
 import pytest
 
-from launch import gin_files
+from launch.config import reader
+from launch.config.settings import PlatformSettings, problems
 from launch.planning.ladder import is_shared
-from launch.settings import PlatformSettings, problems
 from launch.verification import examine, meshes
 from launch.verification.shrink import shrink
 
@@ -43,7 +43,7 @@ def read(run: str, mesh: str):
     No run is for these meshes: its vocabulary may be odd, its batch too small for
     eight devices, its groups longer than the cuts of a row.
     """
-    settings = gin_files.read([f"runs/{run}.gin"]).settings
+    settings = reader.read([f"runs/{run}.gin"]).settings
     knobs = [
         *MESHES[mesh],
         f"VOCAB_SIZE={-(-settings.model.vocab_size // 2) * 2}",
@@ -52,7 +52,7 @@ def read(run: str, mesh: str):
     if settings.model.moe_every:
         knobs += [f"GROUP_SIZE={min(16, settings.data.length // 4)}", "GROUP_ROWS=1"]
         knobs += ["ENCODER_GROUP_SIZE=16"] if settings.data.encoder_length else []
-    return gin_files.read([f"runs/{run}.gin"], knobs)
+    return reader.read([f"runs/{run}.gin"], knobs)
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from launch import gin_files
+from launch.config import reader
 from moe import architecture
 from moe.dispatch.room import room_for
 from moe.model import parameters, sparse
@@ -54,11 +54,11 @@ def recipes(page: str) -> dict[str, str]:
 
 
 @functools.cache
-def resolved(page: str, heading: str, folder: Path) -> gin_files.ResolvedConfig:
+def resolved(page: str, heading: str, folder: Path) -> reader.ResolvedConfig:
     """A block, read on top of the smallest run."""
     path = folder / (re.sub(r"\W+", "_", heading) + ".gin")
     path.write_text(recipes(page)[heading], encoding="utf-8")
-    return gin_files.read(["configs/runs/tiny.gin", str(path)])
+    return reader.read(["configs/runs/tiny.gin", str(path)])
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from launch import gin_files
+from launch.config import reader
 from moe import accounting, energy
 
 pytestmark = pytest.mark.fast
@@ -157,7 +157,7 @@ def test_mt_nlg_used_three_tenths_of_its_gpus():
 def test_operations_per_token_are_twice_the_active_parameters_and_scores(
     name, twice_active, with_scores
 ):
-    settings = gin_files.read([f"runs/{name}.gin"]).settings
+    settings = reader.read([f"runs/{name}.gin"]).settings
     counts = accounting.count(settings.layers, settings.data.length)
     assert 2 * counts.active / BILLION == pytest.approx(twice_active, abs=0.5)
     operations = counts.model_flops_per_token(causal=True)

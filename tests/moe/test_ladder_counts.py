@@ -5,7 +5,7 @@ import functools
 
 import pytest
 
-from launch import gin_files
+from launch.config import reader
 from launch.planning.ladder import is_shared
 from moe import accounting
 from moe.architecture import describe
@@ -101,7 +101,7 @@ ACTIVE = {
 
 @functools.cache
 def sizes(name: str) -> tuple[ModelSettings, RouterSettings]:
-    settings = gin_files.read([f"runs/{name}.gin"]).settings
+    settings = reader.read([f"runs/{name}.gin"]).settings
     return settings.model, settings.router
 
 
@@ -224,7 +224,7 @@ def test_published_parameters_are_ours_or_it_is_said_why_not(name):
 
 @pytest.mark.fast
 def test_every_model_of_a_paper_is_in_the_table():
-    folder = gin_files._configs() / "runs"
+    folder = reader._configs() / "runs"
     names = {path.stem for path in folder.glob("*.gin")}
     runs = {name for name in names if not is_shared(folder / f"{name}.gin")}
     small = {"demo", "demo_span", "demo_bert", "tiny"}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.environment import CPU_FLAG
+from launch.config.platform import CPU_FLAG
 from moe.dispatch import auto
 
 SCRIPT = Path(__file__).with_name("compile_for_tpu.py")

@@ -1,6 +1,6 @@
 """Changes knobs of a configuration that has been read: settings and gin text together.
 
-Standard library only, beside `launch.gin_files`.
+Standard library only, beside `launch.config.reader`.
 """
 
 import dataclasses
@@ -9,10 +9,10 @@ import importlib.resources
 from collections.abc import Mapping
 from typing import Any
 
-from launch import gin_files
-from launch.gin_files import ResolvedConfig
+from launch.config import reader
+from launch.config.reader import ResolvedConfig
+from launch.config.settings import Settings
 from launch.planning.topologies import Topology
-from launch.settings import Settings
 from partitioning.settings import AXES, MeshSettings
 
 # Knobs that a plan may set, and the setting that each of them fills.
@@ -109,7 +109,7 @@ def flags(topology: Topology) -> dict[str, Any]:
         return {}
     # A mesh is beside the point here, and any run that can be read will do.
     uncut = [f"{macro}={size}" for macro, size in mesh_knobs(MeshSettings()).items()]
-    platform = gin_files.read(["runs/tiny.gin", name], uncut).settings.platform
+    platform = reader.read(["runs/tiny.gin", name], uncut).settings.platform
     return {
         "XLA_FLAGS": platform.xla_flags,
         "LIBTPU_INIT_ARGS": platform.libtpu_init_args,

@@ -7,7 +7,7 @@ import sys
 import zlib
 from collections.abc import Iterable, Mapping, MutableMapping
 
-from launch.settings import PlatformSettings
+from launch.config.settings import PlatformSettings
 
 # What XLA's CPU compiler hands to its YNN library in one piece comes back wrong on the
 # jaxlib 0.10.2 and 0.12.0.1 of the lock; this hands it nothing. docs/hardware.md.

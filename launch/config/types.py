@@ -6,8 +6,8 @@ import typing
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
+from launch.config.settings import Settings
 from launch.errors import is_utf8, nearest
-from launch.settings import Settings
 
 
 @functools.cache

@@ -6,7 +6,7 @@ from typing import Literal
 import moe.constraints
 import partitioning.settings
 import tasks.settings
-from launch import division
+from launch.config import division
 from moe import architecture
 from moe.layers import Layers
 from moe.settings import (
@@ -33,7 +33,7 @@ class PlatformSettings:
         name: "cpu", "cuda", "tpu", or "auto", which takes what jax finds.
         simulated_devices: CPU devices to simulate; 0 leaves the real ones.
         xla_flags: appended to XLA_FLAGS, such as ("--xla_cpu_use_xnnpack=true",); where
-            the CPU may be used, CPU_FLAG of launch/environment.py is too.
+            the CPU may be used, CPU_FLAG of launch/config/platform.py is too.
         libtpu_init_args: appended to LIBTPU_INIT_ARGS.
         compilation_cache_dir: keeps compiled steps between runs; "" keeps none, "auto"
             chooses a folder of the user's.

@@ -13,8 +13,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from launch.errors import ConfigError, is_utf8, nearest
-from launch.gin_syntax import (
+from launch.config.settings import Settings, problems
+from launch.config.syntax import (
     REQUIRED,
     Binding,
     Block,
@@ -26,8 +26,8 @@ from launch.gin_syntax import (
     parts,
     statements,
 )
-from launch.setting_types import annotation, fill, fit, is_text, stand_in
-from launch.settings import Settings, problems
+from launch.config.types import annotation, fill, fit, is_text, stand_in
+from launch.errors import ConfigError, is_utf8, nearest
 
 _BASE = "configs/base.gin"
 _MOST_FAULTS = 5  # unreadable statements in one file, before reading stops

@@ -1,0 +1,1 @@
+"""Configuration: from gin files to the records of a run."""

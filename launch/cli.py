@@ -28,7 +28,7 @@ from launch.verbs import ABOUT, EXAMPLES, SAMPLE_KNOBS, VERBS, Parser, Verb
 if TYPE_CHECKING:
     from launch.config.reader import ResolvedConfig
     from launch.config.settings import PlatformSettings, Settings
-    from launch.distributed import Job
+    from launch.job.together import Job
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -91,9 +91,9 @@ def _run(words: list[str]) -> int:
 
     if job is None:
         return work()
-    from launch import distributed
+    from launch.job import together
 
-    return distributed.run(job, work, config)
+    return together.run(job, work, config)
 
 
 def _before_jax(
@@ -107,9 +107,9 @@ def _before_jax(
     lines = prepare_environment(platform)
     if platform.num_processes == 1:
         return None, lines
-    from launch import distributed
+    from launch.job import together
 
-    job = distributed.find(platform)
+    job = together.find(platform)
     if job is not None and job.process > 0:
         options.quiet = True  # the first one speaks for all
     return job, [*lines, str(job or "one process, alone")]

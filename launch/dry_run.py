@@ -13,7 +13,7 @@ from launch.config.reader import ResolvedConfig
 from launch.config.settings import Settings
 from launch.errors import EXIT_DONE
 from launch.inspection import cut_words
-from launch.terminal import compact
+from launch.terminal.lines import compact
 from moe import architecture, expected_drops
 from moe.accounting import count
 from moe.constraints import leaks

@@ -14,13 +14,13 @@ import numpy as np
 
 from launch import dry_run, prepare
 from launch.assemble import Run
-from launch.checkpoints import Checkpoints
+from launch.checkpoints.store import Checkpoints
+from launch.checkpoints.trained import restored
 from launch.config.reader import ResolvedConfig
 from launch.errors import EXIT_DONE
 from launch.feed import Feed
 from launch.task_metrics import EvalStep, TaskMetrics
-from launch.terminal import waiting
-from launch.trained import restored
+from launch.terminal.lines import waiting
 from moe import architecture
 from moe.training import losses
 from moe.training.losses import Sums

@@ -8,12 +8,12 @@ import jax
 import numpy as np
 
 from launch.assemble import Run
+from launch.checkpoints.trained import restored
 from launch.config.reader import ResolvedConfig
 from launch.config.settings import Settings
 from launch.continuing import answers, continuation, padded, until_end
 from launch.errors import EXIT_DONE, UserError
-from launch.terminal import waiting
-from launch.trained import restored
+from launch.terminal.lines import waiting
 from partitioning import rules
 from tasks.settings import DENOISING
 from tasks.vocabularies import Vocabulary

@@ -7,7 +7,7 @@ from rich.text import Text
 
 from launch.config.settings import Settings
 from launch.prepare import training_batches
-from launch.terminal import is_utf8, legible
+from launch.terminal.lines import is_utf8, legible
 from tasks.batches import Batches
 from tasks.store import Split, TokenStore
 from tasks.vocabularies import Vocabulary

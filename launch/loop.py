@@ -17,9 +17,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from launch import distributed
 from launch.assemble import Run
-from launch.checkpoints import Checkpoints
+from launch.checkpoints.store import Checkpoints
 from launch.config.settings import LoopSettings
 from launch.errors import (
     EXIT_DONE,
@@ -29,8 +28,9 @@ from launch.errors import (
     is_user_error,
 )
 from launch.feed import Feed
-from launch.progress import TrainProgress
-from launch.writers import MetricWriter, NoMetrics
+from launch.job import together
+from launch.records.write import MetricWriter, NoMetrics
+from launch.terminal.training import TrainProgress
 from moe.training.train_state import TrainState
 from tasks.batches import Batches
 
@@ -49,7 +49,7 @@ class Signals:
     def asked(self, step: int) -> int | None:
         """The signal to stop after a step; the same in all processes of a job."""
         if jax.process_count() > 1:
-            return distributed.asked_to_stop(step)
+            return together.asked_to_stop(step)
         return self.received  # read once a step: it may come at any moment
 
 

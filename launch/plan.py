@@ -216,7 +216,7 @@ def _searched(
 def _compile(
     config: ResolvedConfig, topology: Topology, options: argparse.Namespace
 ) -> Compiled | Failure:
-    from launch.terminal import waiting
+    from launch.terminal.lines import waiting
 
     with waiting(f"compiling for {topology}", quiet=options.quiet):
         return planned_compile.compile_step(

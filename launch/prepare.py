@@ -5,10 +5,10 @@ import os
 import sys
 from pathlib import Path
 
-from launch import progress
 from launch.config.reader import ResolvedConfig
 from launch.config.settings import Settings
 from launch.errors import EXIT_DONE, ConfigError, UsageError
+from launch.terminal import training
 from tasks import batches, vocabularies
 from tasks.batches import Batches
 from tasks.manifest import Manifest
@@ -103,7 +103,7 @@ def _prepare(config: ResolvedConfig, options: argparse.Namespace) -> None:
         engine = engines.Processes(number or os.cpu_count() or 1)
     _refuse_small_embedding(config)
     try:
-        with progress.preparing(quiet=options.quiet) as report:
+        with training.preparing(quiet=options.quiet) as report:
             prepare(
                 settings.data,
                 report,
@@ -188,7 +188,7 @@ def _train_vocabulary(config: ResolvedConfig, options: argparse.Namespace) -> in
             f"{path} is there already, and stores may have been made with it: name a "
             "new file, or add --force"
         )
-    with progress.preparing(quiet=options.quiet) as report:
+    with training.preparing(quiet=options.quiet) as report:
         vocabulary, fit = train_vocabulary_of(
             data, report, allowed_modules=allowed_modules(config, options)
         )

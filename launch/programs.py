@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from launch.assemble import Run
-from launch.terminal import waiting
+from launch.terminal.lines import waiting
 
 TRAIN_STEP, EVALUATION, ROUNDS = "the train step", "evaluation", "the step in rounds"
 

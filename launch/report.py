@@ -12,9 +12,9 @@ from typing import Any, TypeGuard
 import numpy as np
 
 from launch import data_report, drawing, figures, page_parts, series
-from launch.progress import load_extremes
-from launch.terminal import compact, duration
-from launch.writers import read_metrics
+from launch.records.write import read_metrics
+from launch.terminal.lines import compact, duration
+from launch.terminal.training import load_extremes
 
 REPORT_FILE = "report.html"
 

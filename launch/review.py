@@ -8,7 +8,7 @@ from typing import Any
 
 from launch.config.reader import ResolvedConfig
 from launch.errors import EXIT_DONE, UsageError
-from launch.terminal import waiting
+from launch.terminal.lines import waiting
 from tasks.errors import StoreError
 from tasks.quality.label_noise import Example, Ranking, rank, write
 from tasks.settings import DataSettings

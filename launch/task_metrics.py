@@ -14,7 +14,7 @@ from jax.experimental import multihost_utils
 
 from launch.assemble import Run
 from launch.continuing import continuation, padded, until_end
-from launch.terminal import waiting
+from launch.terminal.lines import waiting
 from moe.training.losses import Sums
 from partitioning import rules
 from tasks import files, objectives, scoring

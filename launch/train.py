@@ -14,10 +14,8 @@ from typing import Any
 
 import jax
 
-from launch import checkpoints as saving
 from launch import (
     compiler_check,
-    distributed,
     dry_run,
     evaluate,
     generate,
@@ -26,15 +24,17 @@ from launch import (
     self_check,
 )
 from launch.assemble import Run, assemble
-from launch.checkpoints import Checkpoints
+from launch.checkpoints import store as saving
+from launch.checkpoints.store import Checkpoints
 from launch.config.reader import ResolvedConfig
 from launch.errors import EXIT_DONE, EXIT_NON_FINITE, UserError
 from launch.inspection import cut_words
+from launch.job import together
 from launch.programs import Programs
-from launch.progress import TrainProgress
+from launch.records.write import MetricWriter, NoMetrics, read_metrics
 from launch.task_metrics import EvalStep, TaskMetrics
-from launch.terminal import waiting
-from launch.writers import MetricWriter, NoMetrics, read_metrics
+from launch.terminal.lines import waiting
+from launch.terminal.training import TrainProgress
 from moe import architecture
 from moe.training.train_state import TrainState
 from tasks.batches import Batches
@@ -114,7 +114,7 @@ def _data(
     All that can be wrong with the data is said here, before anything is compiled.
     """
     settings, quiet = config.settings, options.quiet
-    store = distributed.first_alone(
+    store = together.first_alone(
         "preparing the tokens",
         functools.partial(prepare.ensure_store, config, options),
         functools.partial(prepare.open_checked, config),
@@ -122,7 +122,7 @@ def _data(
     if settings.sample.prompt:  # too long a one is not first said when all is done
         generate.encode_prompt(settings, store.vocabulary)
     batches = prepare.training_batches(store, settings)
-    if (words := cut_words(batches)) and distributed.is_first():
+    if (words := cut_words(batches)) and together.is_first():
         print(f"  data{words}", file=sys.stderr, flush=True)
     measure = TaskMetrics(
         run,
@@ -138,7 +138,7 @@ def _data(
 
 def _writer(model_dir: Path, resume_step: int | None) -> MetricWriter | NoMetrics:
     """Of several processes the first keeps the metrics, which all have."""
-    if distributed.is_first():
+    if together.is_first():
         return MetricWriter(model_dir, resume_step=resume_step)
     return NoMetrics()
 
@@ -219,7 +219,7 @@ def _already_complete(
     ]
     report = Path(loop_settings.model_dir, "report.html")
     has_report = report.exists()
-    distributed.together("looking for the report")
+    together.together("looking for the report")
     if scores and has_report:
         _print_scores(scores[-1], store)
         print(f"checkpoint    {saved.path(found)}\nreport        {report}")
@@ -253,7 +253,7 @@ def _finish(
         with waiting("drawing a sample", quiet=options.quiet):
             text = generate.continue_prompt(run, params, store.vocabulary)
         sample = {"prompt": settings.sample.prompt, "continuation": text}
-    if not distributed.is_first():
+    if not together.is_first():
         return
     checkpoint = str(saved.path(saved.require(None)))
     with waiting("writing the report", quiet=options.quiet):
@@ -314,7 +314,7 @@ def _explain(code: int, saved: Checkpoints, *, quiet: bool) -> None:
 
 def _write_config(model_dir: Path, operative: str) -> None:
     """Of several processes the first writes it."""
-    if distributed.is_first():
+    if together.is_first():
         with _writing(model_dir):
             (model_dir / "config.gin").write_text(operative, encoding="utf-8")
 
@@ -330,7 +330,7 @@ def owned(model_dir: Path) -> Iterator[None]:
             processes of this one do not share it.
     """
     with contextlib.ExitStack() as held:
-        distributed.first_alone(
+        together.first_alone(
             "locking MODEL_DIR",
             functools.partial(_lock, model_dir, held),
             functools.partial(_refuse_unshared, model_dir),

@@ -101,7 +101,7 @@ def main(config: ResolvedConfig, options: argparse.Namespace) -> int:
             SELF_CHECK is "off".
     """
     from launch import compiler_check
-    from launch.terminal import waiting
+    from launch.terminal.lines import waiting
     from launch.verification import examine, table
 
     table.refuse_what_does_not_divide(config, options.asked)

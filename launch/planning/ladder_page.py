@@ -13,7 +13,7 @@ from launch.planning import estimate, ladder, report, search
 from launch.planning.ladder import Row
 from launch.planning.records import Compiled, Evaluation
 from launch.planning.report import GIB
-from launch.terminal import compact
+from launch.terminal.lines import compact
 
 FILE = Path(__file__).resolve().parents[2] / "docs" / "ladder.md"
 

@@ -7,7 +7,7 @@ import string
 from launch import page_parts
 from launch.planning import page_figures, table
 from launch.planning.report import Plan
-from launch.terminal import compact
+from launch.terminal.lines import compact
 
 _FOOTER = """<footer>Written by <code>switchyard plan</code>. What is estimated is
 arithmetic, what is compiled was said by the compiler for chips that are not there;

@@ -17,7 +17,7 @@ from launch.planning.report import (
 from launch.planning.search import Candidate, told
 from launch.planning.sensitivity import Case
 from launch.planning.topologies import Topology
-from launch.terminal import compact
+from launch.terminal.lines import compact
 from partitioning.settings import AXES
 
 _LARGEST = 3  # buffers that are named

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from launch.config.reader import ResolvedConfig
 from launch.errors import ConfigError
-from launch.terminal import duration
+from launch.terminal.lines import duration
 from launch.verification.compare import Row
 from launch.verification.examine import Verdict, differing
 from launch.verification.meshes import describe

@@ -12,7 +12,7 @@ import pytest
 from commands import TINY, Done, inline
 
 from launch.assemble import Run
-from launch.checkpoints import Checkpoints
+from launch.checkpoints.store import Checkpoints
 from launch.config import reader
 from launch.generate import SampleError, encode_prompt
 from launch.train import ModelDirError, owned

@@ -19,9 +19,14 @@ import numpy as np
 import pytest
 from test_checkpoints import DATA
 
-from launch import checkpoints
 from launch.assemble import Run, assemble
-from launch.checkpoints import FORMAT, CheckpointError, Checkpoints, named_arrays
+from launch.checkpoints.store import (
+    FORMAT,
+    CheckpointError,
+    Checkpoints,
+    named_arrays,
+    store,
+)
 from launch.config import reader
 
 KNOBS = (
@@ -89,5 +94,5 @@ if __name__ == "__main__":
     with Checkpoints(sys.argv[1], keep=1) as written:
         run = a_run()
         state = known_state(run)
-        provenance = checkpoints.provenance("SEED = 7\n", DATA)
+        provenance = store.provenance("SEED = 7\n", DATA)
         written.save(state, run, provenance)

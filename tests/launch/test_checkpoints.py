@@ -14,9 +14,8 @@ import jax
 import numpy as np
 import pytest
 
-from launch import checkpoints
 from launch.assemble import Run, assemble
-from launch.checkpoints import CheckpointError, Checkpoints, named_arrays
+from launch.checkpoints.store import CheckpointError, Checkpoints, named_arrays, store
 from launch.config import reader
 from tasks.manifest import Manifest, SplitManifest, TaskManifest
 
@@ -78,7 +77,7 @@ def assert_bit_equal(one, other) -> None:
         np.testing.assert_array_equal(array.view("u4"), theirs[name].view("u4"), name)
 
 
-PROVENANCE = checkpoints.provenance("SEED = 7\n", DATA)
+PROVENANCE = store.provenance("SEED = 7\n", DATA)
 
 
 @pytest.fixture(scope="module")
@@ -418,7 +417,7 @@ def test_a_folder_that_is_no_checkpoint_is_said(run, saved, tmp_path, parts):
 
 def digest_of(values, sharding=None) -> int:
     array = jax.device_put(values, sharding)
-    return int(checkpoints._digests({"x": array})["x"], 16)
+    return int(store._digests({"x": array})["x"], 16)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "int32", "bfloat16", "uint8"])

@@ -228,7 +228,7 @@ def test_a_folder_that_is_no_run_is_told_with_the_runs_beside_it(capsys, run_fol
 
 
 class OwnError(errors.UserError):
-    """As launch/checkpoints.py may define one."""
+    """As launch/checkpoints/store.py may define one."""
 
 
 @pytest.mark.parametrize("error", [StoreError("no store"), OwnError("no store")])

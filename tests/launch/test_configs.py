@@ -8,7 +8,7 @@ import pytest
 
 from launch import cli, verbs
 from launch.assemble import assemble
-from launch.checkpoints import named_arrays
+from launch.checkpoints.store import named_arrays
 from launch.config import reader
 from launch.config.reader import _configs as configs_folder
 from launch.config.settings import Settings

@@ -2,12 +2,12 @@
 
 import pytest
 
-from launch import distributed
 from launch.config.settings import PlatformSettings
-from launch.distributed import Job
-from launch.ending import _outcome
 from launch.errors import EXIT_LOST_PROCESS
-from launch.roll_call import ProcessError
+from launch.job import together
+from launch.job.end import _outcome
+from launch.job.meet import ProcessError
+from launch.job.together import Job
 from tasks.errors import StoreError
 
 pytestmark = pytest.mark.fast
@@ -22,7 +22,7 @@ def two(**settings) -> PlatformSettings:
 
 
 def test_a_process_is_alone_unless_told_otherwise():
-    assert distributed.find(PlatformSettings(), {"SLURM_NTASKS": "8"}) is None
+    assert together.find(PlatformSettings(), {"SLURM_NTASKS": "8"}) is None
 
 
 @pytest.mark.parametrize(
@@ -39,12 +39,12 @@ def test_a_process_is_alone_unless_told_otherwise():
 def test_the_number_of_a_process_is_configured_exported_or_its_rank(
     settings, environ, process
 ):
-    assert distributed.find(two(**settings), environ) == Job(process, 2, ADDRESS)
+    assert together.find(two(**settings), environ) == Job(process, 2, ADDRESS)
 
 
 def test_an_exported_address_wins():
     environ = {"JAX_COORDINATOR_ADDRESS": "10.0.0.2:1", "JAX_PROCESS_ID": "0"}
-    job = distributed.find(two(), environ)
+    job = together.find(two(), environ)
     assert str(job) == "process 0 of 2, which meet at 10.0.0.2:1"
 
 
@@ -57,7 +57,7 @@ def test_slurm_is_asked_for_everything(monkeypatch):
         "SLURM_LOCALID": "0",
     }.items():
         monkeypatch.setenv(name, value)
-    job = distributed.find(PlatformSettings(num_processes=0))
+    job = together.find(PlatformSettings(num_processes=0))
     assert job is not None
     assert (job.process, job.number, job.local_devices) == (2, 3, [0])
     assert job.address.startswith("node03:")
@@ -76,7 +76,7 @@ def test_what_is_missing_is_said(settings, environ, message, monkeypatch):
     for name in ("SLURM_JOB_ID", "OMPI_MCA_orte_hnp_uri"):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(ProcessError) as caught:
-        distributed.find(two(**settings), environ)
+        together.find(two(**settings), environ)
     assert message in str(caught.value)
 
 

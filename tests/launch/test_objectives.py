@@ -24,7 +24,7 @@ import tensorstore as ts
 from commands import ROOT, Done, Place, inline
 from jax.experimental.compilation_cache import compilation_cache
 
-from launch.writers import read_metrics
+from launch.records.write import read_metrics
 from moe import architecture
 from moe.model import inventory
 from moe.model.build import build

@@ -16,7 +16,7 @@ import pytest
 from commands import Done, Trained
 
 from launch.errors import EXIT_LOST_PROCESS, EXIT_PREEMPTED
-from launch.writers import read_metrics
+from launch.records.write import read_metrics
 
 KNOBS = {
     "TRAIN_STEPS": 4,

@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from launch import roll_call
-from launch.roll_call import ProcessError
+from launch.job import meet
+from launch.job.meet import ProcessError
 
 
 def free_address() -> str:
@@ -22,7 +22,7 @@ def outcomes(processes, address=None, seconds=5.0) -> list[str]:
 
     def attend(process, number, facts) -> str:
         try:
-            lines = roll_call.call(
+            lines = meet.call(
                 address,
                 process,
                 number,
@@ -118,11 +118,11 @@ def test_strangers_are_not_counted():
 
 
 def test_process_0_listens_on_its_own_address_only():
-    assert roll_call.own_address("10.1.2.3:99") == "10.1.2.3:99"
-    assert roll_call.own_address("localhost:99") == "127.0.0.1:99"
-    host = roll_call.own_address(f"{socket.gethostname()}:99").rpartition(":")[0]
+    assert meet.own_address("10.1.2.3:99") == "10.1.2.3:99"
+    assert meet.own_address("localhost:99") == "127.0.0.1:99"
+    host = meet.own_address(f"{socket.gethostname()}:99").rpartition(":")[0]
     assert host not in ("0.0.0.0", "")
     with pytest.raises(ProcessError, match="is unknown here"):
-        roll_call.own_address("no-such-host.invalid:99")
+        meet.own_address("no-such-host.invalid:99")
     (said,) = outcomes([(0, 2, SAME)], "192.0.2.1:45671", seconds=0.5)
     assert "process 0 cannot listen on 192.0.2.1:45671" in said

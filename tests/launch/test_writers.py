@@ -7,7 +7,7 @@ import pytest
 from tensorboardX.crc32c import crc32c
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from launch.writers import MetricWriter, read_metrics
+from launch.records.write import MetricWriter, read_metrics
 
 pytestmark = pytest.mark.fast
 

@@ -10,9 +10,9 @@ import jax
 
 from launch import compiler_check, prepare
 from launch.assemble import Run, assemble
-from launch.checkpoints import Checkpoints
+from launch.checkpoints.store import Checkpoints
 from launch.config.reader import ResolvedConfig
-from launch.terminal import waiting
+from launch.terminal.lines import waiting
 from tasks.store import TokenStore
 
 

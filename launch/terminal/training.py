@@ -17,7 +17,7 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from launch.terminal import (
+from launch.terminal.lines import (
     Clock,
     compact,
     duration,

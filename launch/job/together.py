@@ -17,12 +17,12 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import TextIO, TypeVar
 
-from launch import roll_call
 from launch.config.reader import ResolvedConfig
 from launch.config.settings import PlatformSettings
-from launch.ending import WEEK_MILLISECONDS, Bell, client
 from launch.errors import ConfigError
-from launch.roll_call import ProcessError
+from launch.job import meet
+from launch.job.end import WEEK_MILLISECONDS, Bell, client
+from launch.job.meet import ProcessError
 
 T = TypeVar("T")
 Work = Callable[[], int]
@@ -198,7 +198,7 @@ def _join(job: Job, config: ResolvedConfig) -> dict[int, socket.socket]:
     bind_address = os.environ.get("JAX_COORDINATOR_BIND_ADDRESS")
     if not bind_address:
         bind_address = (
-            roll_call.own_address(job.address) if job.process == 0 else job.address
+            meet.own_address(job.address) if job.process == 0 else job.address
         )
     facts = {
         knob.macro: repr(knob.value)
@@ -207,7 +207,7 @@ def _join(job: Job, config: ResolvedConfig) -> dict[int, socket.socket]:
     }
     facts["version of switchyard"] = importlib.metadata.version("switchyard")
     facts["version of jax"] = jax.__version__
-    lines = roll_call.call(
+    lines = meet.call(
         job.address,
         job.process,
         job.number,

@@ -20,10 +20,10 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from launch import distributed
 from launch.assemble import Run
 from launch.config.settings import Settings
 from launch.errors import UserError
+from launch.job import together
 from moe.training.train_state import TrainState
 from tasks.manifest import Manifest as StoreManifest
 
@@ -51,10 +51,10 @@ class Checkpoints:
         for name in ("absl", "asyncio"):
             logging.getLogger(name).addFilter(_is_no_error)
         if not read_only:
-            if distributed.is_first():
+            if together.is_first():
                 with self._writing(self.folder):
                     self.folder.mkdir(parents=True, exist_ok=True)
-            distributed.together("making the folder of checkpoints")
+            together.together("making the folder of checkpoints")
         self._manager = ocp.CheckpointManager(
             self.folder,
             item_names=("state", "manifest"),

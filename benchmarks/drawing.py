@@ -68,7 +68,7 @@ class Drawing:
     """The model, its parameters, and prompts of random tokens."""
 
     def __init__(self, config: reader.ResolvedConfig, num_tokens: int) -> None:
-        from launch.assemble import assemble
+        from launch.run.assemble import assemble
 
         self._run = assemble(config)
         self._num_tokens = num_tokens

@@ -146,7 +146,7 @@ def prepare_parts(config: reader.ResolvedConfig) -> dict[str, Callable[[], None]
     import jax.numpy as jnp
     import optax
 
-    from launch.assemble import assemble
+    from launch.run.assemble import assemble
     from moe.model import block, parameters, view
     from moe.model.view import Stream
 

@@ -61,7 +61,7 @@ def prepare_step(config: reader.ResolvedConfig) -> Callable[[], None]:
     import jax
     import numpy as np
 
-    from launch.assemble import assemble
+    from launch.run.assemble import assemble
 
     run = assemble(config)
     with jax.set_mesh(run.mesh):

@@ -7,12 +7,13 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
-from launch import attention_check, prepare
-from launch.assemble import Run, assemble
+from launch import prepare
 from launch.config.reader import ResolvedConfig
 from launch.config.settings import Settings
+from launch.data.inspection import cut_words
 from launch.errors import EXIT_DONE
-from launch.inspection import cut_words
+from launch.run import attention_check
+from launch.run.assemble import Run, assemble
 from launch.terminal.lines import compact
 from moe import architecture, expected_drops
 from moe.accounting import count

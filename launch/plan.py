@@ -16,9 +16,9 @@ from launch.config.platform import CPU_FLAG, append_flags, uses_cpu
 from launch.config.reader import ResolvedConfig
 from launch.config.settings import problems as problems_of_settings
 from launch.errors import EXIT_DONE, EXIT_USER_ERROR, ConfigError, UserError
-from launch.planning import compile as planned_compile
-from launch.planning.records import Compiled, Failure
-from launch.planning.topologies import Topology, parse, problems
+from launch.planning.compiler import compile as planned_compile
+from launch.planning.compiler.records import Compiled, Failure
+from launch.planning.hardware.topologies import Topology, parse, problems
 from launch.verification.meshes import parse as parse_mesh
 from partitioning.settings import MeshSettings
 
@@ -46,7 +46,9 @@ def main(config: ResolvedConfig, options: argparse.Namespace) -> int:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     if uses_cpu(os.environ):
         append_flags(os.environ, "XLA_FLAGS", [CPU_FLAG])
-    from launch.planning import page, report, table
+    from launch.planning import tables
+    from launch.planning.plan import Prices, make, to_json
+    from launch.report import plan as page
 
     console = Console(width=None if Console().is_terminal else _WIDTH)
     config = edit.moved(config, topology)
@@ -59,11 +61,11 @@ def main(config: ResolvedConfig, options: argparse.Namespace) -> int:
         config = _on_its_mesh(config, topology, options.mesh)
         if options.compile:
             compiled = _compile(config, topology, options)
-    prices = report.Prices(options.pue, options.tonnes_per_mwh, options.price)
-    plan = report.make(config, topology, prices, compiled, found)
-    table.show(plan, console)
+    prices = Prices(options.pue, options.tonnes_per_mwh, options.price)
+    plan = make(config, topology, prices, compiled, found)
+    tables.show(plan, console)
     if options.json:
-        Path(options.json).write_text(report.to_json(plan), encoding="utf-8")
+        Path(options.json).write_text(to_json(plan), encoding="utf-8")
     if options.html:
         Path(options.html).write_text(page.render(plan), encoding="utf-8")
     if isinstance(compiled, Failure):
@@ -144,7 +146,7 @@ def _without_mesh(one: "search.Candidate") -> str:
 def _refuse_what_never_fits(config: ResolvedConfig, topology: Topology) -> None:
     """State and gradients that exceed the memory of all devices together."""
     from launch.planning import search
-    from launch.planning.topologies import standard
+    from launch.planning.hardware.topologies import standard
 
     usable = topology.chip.device().usable_bytes
     least = search.least_bytes(config.settings, topology)
@@ -179,7 +181,7 @@ def _searched(
     console: Console,
 ) -> tuple[ResolvedConfig, tuple["search.Candidate", ...], Compiled | Failure | None]:
     """The best that a search finds, compiled if that is asked for."""
-    from launch.planning import search, table
+    from launch.planning import search, tables
 
     found = search.search(config.settings, topology)
     if not found:
@@ -189,7 +191,7 @@ def _searched(
             f"no mesh and knobs of the search fit {config.where} on {topology} with "
             f"{1 - search.MARGIN:.0%} to spare, by arithmetic{larger}"
         )
-    console.print(table.candidates(found[:_SHOWN], topology))
+    console.print(tables.candidates(found[:_SHOWN], topology))
     best = found[0]
     compiled: Compiled | Failure | None = None
     number = options.compile_best if topology.chip.kind == "tpu" else 0

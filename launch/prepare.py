@@ -23,7 +23,7 @@ def main(config: ResolvedConfig, options: argparse.Namespace) -> int:
     settings = config.settings
     store_dir = settings.data.store_dir
     if options.inspect:
-        from launch.inspection import show  # imports this file
+        from launch.data.inspection import show
 
         show(open_checked(config), settings, options.examples)
         return EXIT_DONE

@@ -14,25 +14,19 @@ from typing import Any
 
 import jax
 
-from launch import (
-    compiler_check,
-    dry_run,
-    evaluate,
-    generate,
-    loop,
-    prepare,
-    self_check,
-)
-from launch.assemble import Run, assemble
+from launch import dry_run, prepare
 from launch.checkpoints import store as saving
 from launch.checkpoints.store import Checkpoints
 from launch.config.reader import ResolvedConfig
+from launch.data.inspection import cut_words
 from launch.errors import EXIT_DONE, EXIT_NON_FINITE, UserError
-from launch.inspection import cut_words
+from launch.evaluation import heldout, sampling
+from launch.evaluation.task_metrics import EvalStep, TaskMetrics
 from launch.job import together
-from launch.programs import Programs
 from launch.records.write import MetricWriter, NoMetrics, read_metrics
-from launch.task_metrics import EvalStep, TaskMetrics
+from launch.run import compiler_check, loop, self_check
+from launch.run.assemble import Run, assemble
+from launch.run.programs import Programs
 from launch.terminal.lines import waiting
 from launch.terminal.training import TrainProgress
 from moe import architecture
@@ -120,7 +114,7 @@ def _data(
         functools.partial(prepare.open_checked, config),
     )
     if settings.sample.prompt:  # too long a one is not first said when all is done
-        generate.encode_prompt(settings, store.vocabulary)
+        sampling.encode_prompt(settings, store.vocabulary)
     batches = prepare.training_batches(store, settings)
     if (words := cut_words(batches)) and together.is_first():
         print(f"  data{words}", file=sys.stderr, flush=True)
@@ -190,7 +184,7 @@ def _scorer(run: Run, store: TokenStore, compiled: Callable[[], EvalStep]) -> An
     """Held-out scoring."""
 
     def score(params: Any, num_batches: int) -> dict[str, Any]:
-        return evaluate.heldout(run, store, params, compiled(), num_batches)
+        return heldout.heldout(run, store, params, compiled(), num_batches)
 
     return score
 
@@ -245,13 +239,13 @@ def _finish(
     options: argparse.Namespace,
 ) -> None:
     """Draws a sample, writes the report and prints what came out."""
-    from launch.report import write_report  # imports matplotlib, which takes a second
+    from launch.report.run import write_report
 
     settings = config.settings
     sample = None
     if settings.sample.prompt:
         with waiting("drawing a sample", quiet=options.quiet):
-            text = generate.continue_prompt(run, params, store.vocabulary)
+            text = sampling.continue_prompt(run, params, store.vocabulary)
         sample = {"prompt": settings.sample.prompt, "continuation": text}
     if not together.is_first():
         return
@@ -261,7 +255,7 @@ def _finish(
             settings.loop.model_dir,
             title=f"Switchyard · {Path(settings.loop.model_dir).name}",
             facts=dry_run.facts(config, run, store),
-            baselines=evaluate.baselines(store),
+            baselines=heldout.baselines(store),
             sample=sample,
             knobs=[(k.macro, repr(k.value), k.origin) for k in config.knobs],
             checkpoint=checkpoint,
@@ -279,11 +273,11 @@ def _print_scores(final: dict[str, Any], store: TokenStore) -> None:
     """Held-out loss beside the baselines of the same text."""
     nats = final["loss/nats_per_token"]
     bits = final.get("loss/bits_per_byte")
-    by_task = "\n".join([*evaluate.by_task(final), ""])
+    by_task = "\n".join([*heldout.by_task(final), ""])
     if bits is None:  # part of the text is predicted: nothing compares with that
         print(f"\nheld out      {nats:.4f} nats per token\n{by_task}")
         return
-    known = evaluate.baselines(store)
+    known = heldout.baselines(store)
     per_token = nats / bits  # of the same tokens
     rows = [
         ("this model", nats, bits),

@@ -363,14 +363,14 @@ VERBS = {
         _EVALUATE,
         "",
         _evaluate_flags,
-        "launch.evaluate",
+        "launch.evaluation.heldout",
     ),
     "generate": Verb(
         "continue a text with a trained model",
         _GENERATE,
         "",
         _generate_flags,
-        "launch.generate",
+        "launch.evaluation.sampling",
     ),
     "verify": Verb(
         "prove that a mesh computes what one device computes",

@@ -100,7 +100,7 @@ def main(config: ResolvedConfig, options: argparse.Namespace) -> int:
         CompilerCheckError: the compiler of the CPU computes wrong numbers, unless
             SELF_CHECK is "off".
     """
-    from launch import compiler_check
+    from launch.run import compiler_check
     from launch.terminal.lines import waiting
     from launch.verification import examine, table
 

@@ -20,10 +20,10 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from launch.assemble import Run
 from launch.config.settings import Settings
 from launch.errors import UserError
 from launch.job import together
+from launch.run.assemble import Run
 from moe.training.train_state import TrainState
 from tasks.manifest import Manifest as StoreManifest
 

@@ -8,10 +8,11 @@ from typing import Any
 
 import jax
 
-from launch import compiler_check, prepare
-from launch.assemble import Run, assemble
+from launch import prepare
 from launch.checkpoints.store import Checkpoints
 from launch.config.reader import ResolvedConfig
+from launch.run import compiler_check
+from launch.run.assemble import Run, assemble
 from launch.terminal.lines import waiting
 from tasks.store import TokenStore
 

@@ -12,7 +12,7 @@ from typing import Any
 from launch.config import reader
 from launch.config.reader import ResolvedConfig
 from launch.config.settings import Settings
-from launch.planning.topologies import Topology
+from launch.planning.hardware.topologies import Topology
 from partitioning.settings import AXES, MeshSettings
 
 # Knobs that a plan may set, and the setting that each of them fills.

@@ -21,10 +21,12 @@ from typing import Any
 from launch.config import edit, reader
 from launch.config.reader import ResolvedConfig
 from launch.errors import EXIT_INTERRUPTED
-from launch.planning import memory, records, search
-from launch.planning.compile import compile_step
-from launch.planning.records import Compiled, Failure
-from launch.planning.topologies import Topology, parse, standard
+from launch.planning import search
+from launch.planning.compiler import records
+from launch.planning.compiler.compile import compile_step
+from launch.planning.compiler.records import Compiled, Failure
+from launch.planning.cost import memory
+from launch.planning.hardware.topologies import Topology, parse, standard
 from moe.accounting import count
 
 _ROOT = Path(__file__).resolve().parents[2]
@@ -32,7 +34,12 @@ FOLDER = _ROOT / "benchmarks" / "ladder"
 LEAST_PARAMETERS = 10**9
 ATTEMPTS_PER_SLICE = 3
 MOST_SLICES = 3  # that are tried
-_PROGRAM = ("moe", "partitioning", "launch/assemble.py", "launch/planning/hlo.py")
+_PROGRAM = (
+    "moe",
+    "partitioning",
+    "launch/run/assemble.py",
+    "launch/planning/compiler/hlo.py",
+)
 
 # The chip of a row, by the start of its name. GLaM was trained on v4. Switch-C had v3,
 # whose successor v4 is; M6 had V100 of 32 GB, as large as v4, of the same years. The

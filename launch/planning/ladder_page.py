@@ -9,10 +9,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from launch.config.settings import problems
-from launch.planning import estimate, ladder, report, search
+from launch.planning import ladder, search
+from launch.planning.compiler.records import Compiled, Evaluation
+from launch.planning.cost import estimate
 from launch.planning.ladder import Row
-from launch.planning.records import Compiled, Evaluation
-from launch.planning.report import GIB
+from launch.planning.plan import GIB, Prices, executed_flops, make, traffic_by_axis
 from launch.terminal.lines import compact
 
 FILE = Path(__file__).resolve().parents[2] / "docs" / "ladder.md"
@@ -38,19 +39,18 @@ large slice; Switch-C's is 2,048 instead of 1,024, two rows of a group on each c
 """
 
 _NOTES = """\
-Predicted is the arithmetic of `launch/planning/memory.py`, in GiB of one device, and
-the error is predicted over compiled. Arguments are the state and the batch. The total
-is that of the train step or of evaluation, whichever is larger; evaluation's has the
-whole state, which stays where it is. Sent is what one device sends in a step as
-compiled, over the least of `launch/planning/traffic.py`; TFLOPs are those of products
-in the compiled program, over what `launch/planning/work.py` says is executed; what
-kernels multiply (experts over sorted rows, attention by splash) is in the second
-alone. Days, MFU and MWh are **estimated**, by the roofline of
-`launch/planning/estimate.py`: from the step if all sending hides to the step if none
-does, for the tokens of the run, with a PUE of {pue}. XLA's own seconds are not shown:
-it counts loops once. Compiling: seconds of this machine (2 cores, shared with other
-work) and memory of the compiler's process.
-"""
+Predicted is the arithmetic of `launch/planning/cost/memory.py`, in GiB of one device,
+and the error is predicted over compiled. Arguments are the state and the batch. The
+total is that of the train step or of evaluation, whichever is larger; evaluation's has
+the whole state, which stays where it is. Sent is what one device sends in a step as
+compiled, over the least of `launch/planning/cost/traffic.py`; TFLOPs are those of
+products in the compiled program, over what `launch/planning/cost/work.py` says is
+executed; what kernels multiply (experts over sorted rows, attention by splash) is in
+the second alone. Days, MFU and MWh are **estimated**, by the roofline of
+`launch/planning/cost/estimate.py`: from the step if all sending hides to the step if
+none does, for the tokens of the run, with a PUE of {pue}. XLA's own seconds are not
+shown: it counts loops once. Compiling: seconds of this machine (2 cores, shared with
+other work) and memory of the compiler's process."""
 
 
 def write(file: Path = FILE) -> None:
@@ -156,10 +156,10 @@ def _work(rows: Iterable[Row]) -> str:
         config, _ = ladder.planned(row)
         found, topology = row.compiled, row.topology
         assert found is not None
-        plan = report.make(config, topology, report.Prices(), found)
-        least = sum(one.least_bytes for one in report.traffic_by_axis(plan))
+        plan = make(config, topology, Prices(), found)
+        least = sum(one.least_bytes for one in traffic_by_axis(plan))
         sent = sum(one.bytes for one in found.collectives)
-        executed = report.executed_flops(config.settings, topology)
+        executed = executed_flops(config.settings, topology)
         hidden, serial = plan.outcomes["overlapped"], plan.outcomes["serial"]
         lines.append(
             (

@@ -13,9 +13,9 @@ from typing import Any
 from launch.config.edit import changed, hardware_file
 from launch.config.settings import Settings, problems
 from launch.errors import UserError
-from launch.planning import estimate, memory
-from launch.planning.records import Compiled, Failure
-from launch.planning.topologies import Topology, standard, warnings
+from launch.planning.compiler.records import Compiled, Failure
+from launch.planning.cost import estimate, memory
+from launch.planning.hardware.topologies import Topology, standard, warnings
 from moe import architecture
 from moe.routing.capacity import never_drops
 from partitioning.settings import AXES, MeshSettings

@@ -18,10 +18,10 @@ from typing import Any
 
 from launch.config import edit, reader
 from launch.config.reader import ResolvedConfig
-from launch.planning import traffic
-from launch.planning.compile import compile_step
-from launch.planning.records import Compiled, Failure, from_json, to_json
-from launch.planning.topologies import Topology, parse
+from launch.planning.compiler.compile import compile_step
+from launch.planning.compiler.records import Compiled, Failure, from_json, to_json
+from launch.planning.cost import traffic
+from launch.planning.hardware.topologies import Topology, parse
 from moe.expected_drops import of_router
 from moe.routing.capacity import capacity
 

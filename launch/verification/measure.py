@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from launch.assemble import Run, assemble
 from launch.config.reader import ResolvedConfig
 from launch.config.settings import Settings
+from launch.run.assemble import Run, assemble
 from moe import architecture
 from moe.routing.assignment import Trace
 from moe.testing.whole_arrays import forward

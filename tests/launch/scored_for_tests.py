@@ -13,9 +13,9 @@ import jax
 import numpy as np
 import optax
 
-from launch import evaluate
 from launch.config.settings import SampleSettings
-from launch.task_metrics import TaskMetrics
+from launch.evaluation import heldout as evaluation
+from launch.evaluation.task_metrics import TaskMetrics
 from moe import architecture
 from moe.model import inventory, transformer
 from moe.model.build import build
@@ -220,7 +220,7 @@ def make_learner(mesh: str) -> Learner:
 
 
 def make_run(mesh: str, model_dir, data: DataSettings = DATA):
-    """What evaluation reads of a `launch.assemble.Run`."""
+    """What evaluation reads of a `launch.run.assemble.Run`."""
     model = model_of(mesh)
     settings = types.SimpleNamespace(
         data=data,
@@ -250,7 +250,7 @@ def compiled_eval_step(mesh: str):
 def heldout(mesh: str, data: DataSettings = DATA, num_batches: int = 0):
     run = make_run(mesh, "", data)
     with jax.set_mesh(run.mesh):
-        return evaluate.heldout(
+        return evaluation.heldout(
             run, Store(), parameters(), compiled_eval_step(mesh), num_batches
         )
 

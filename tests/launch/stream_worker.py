@@ -36,7 +36,7 @@ def main(
     import jax.numpy as jnp
     import numpy as np
 
-    from launch.feed import Feed
+    from launch.run.feed import Feed
     from partitioning import rules
     from partitioning.mesh import make_mesh
     from partitioning.settings import MeshSettings

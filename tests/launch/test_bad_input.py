@@ -11,10 +11,10 @@ import commands
 import pytest
 from commands import TINY, Done, inline
 
-from launch.assemble import Run
 from launch.checkpoints.store import Checkpoints
 from launch.config import reader
-from launch.generate import SampleError, encode_prompt
+from launch.evaluation.sampling import SampleError, encode_prompt
+from launch.run.assemble import Run
 from launch.train import ModelDirError, owned
 from tasks import vocabularies
 from tasks.manifest import read_manifest, write_manifest

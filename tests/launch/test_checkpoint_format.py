@@ -19,7 +19,6 @@ import numpy as np
 import pytest
 from test_checkpoints import DATA
 
-from launch.assemble import Run, assemble
 from launch.checkpoints.store import (
     FORMAT,
     CheckpointError,
@@ -28,6 +27,7 @@ from launch.checkpoints.store import (
     store,
 )
 from launch.config import reader
+from launch.run.assemble import Run, assemble
 
 KNOBS = (
     "BATCH_SIZE=16 EMBED_DIM=8 MLP_DIM=8 EXPERT_MLP_DIM=8 NUM_HEADS=2 HEAD_DIM=4 "

@@ -14,9 +14,9 @@ import jax
 import numpy as np
 import pytest
 
-from launch.assemble import Run, assemble
 from launch.checkpoints.store import CheckpointError, Checkpoints, named_arrays, store
 from launch.config import reader
+from launch.run.assemble import Run, assemble
 from tasks.manifest import Manifest, SplitManifest, TaskManifest
 
 # After a save that failed TensorStore calls event loops that Orbax has closed.

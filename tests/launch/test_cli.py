@@ -314,7 +314,7 @@ def test_generate_reads_the_run_where_it_is_now_and_what_overrides_it(run_folder
         "--step=20",
         "--gin.SAMPLE_TOP_K=3",
     )
-    assert given["module"] == "launch.generate"
+    assert given["module"] == "launch.evaluation.sampling"
     assert given["model_dir"] == str(run_folder)
     assert given["train_steps"] == 33
     assert given["options"]["step"] == 20
@@ -335,7 +335,7 @@ def test_evaluate_takes_the_newest_step_and_overrides(run_folder, tmp_path):
     given, _ = run_probe(
         "evaluate", f"--model_dir={run_folder}", f"--gin_file={tmp_path}/more.gin"
     )
-    assert given["module"] == "launch.evaluate"
+    assert given["module"] == "launch.evaluation.heldout"
     assert given["options"]["step"] is None
     assert given["train_steps"] == 34
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import commands
 import pytest
 
-from launch import compiler_check
-from launch.compiler_check import CompilerCheckError
 from launch.config.platform import CPU_FLAG
+from launch.run import compiler_check
+from launch.run.compiler_check import CompilerCheckError
 
 ROOT = Path(__file__).resolve().parents[2]
 WRONG = f"{CPU_FLAG}LIBRARY_FUSION_TYPE_DOT,LIBRARY_FUSION_TYPE_REDUCE"
@@ -39,7 +39,7 @@ def test_a_command_refuses_a_compiler_that_is_wrong_and_names_the_flag(tmp_path)
 def test_the_command_shows_the_fault_under_default_optimisation(flags):
     def shown(flags: str) -> subprocess.CompletedProcess:
         return subprocess.run(
-            [sys.executable, "-m", "launch.compiler_check"],
+            [sys.executable, "-m", "launch.run.compiler_check"],
             cwd=ROOT,
             env=os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": flags},
             capture_output=True,

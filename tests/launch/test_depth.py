@@ -3,8 +3,8 @@
 import jax
 import pytest
 
-from launch.assemble import assemble
 from launch.config import reader
+from launch.run.assemble import assemble
 
 
 def lowered_lines(num_layers: int) -> int:

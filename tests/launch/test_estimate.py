@@ -6,9 +6,10 @@ import math
 import pytest
 
 from launch.config import reader
-from launch.planning import estimate, sensitivity, topologies, work
-from launch.planning.chips import CHIPS
-from launch.planning.estimate import Estimate, Figure, PartTime
+from launch.planning.cost import estimate, sensitivity, work
+from launch.planning.cost.estimate import Estimate, Figure, PartTime
+from launch.planning.hardware import topologies
+from launch.planning.hardware.chips import CHIPS
 from moe.accounting import count
 
 TINY = "runs/tiny.gin"

@@ -18,7 +18,7 @@ import scored_for_tests as scored
 from commands import ROOT, Place
 from scored_for_tests import LANGUAGES, LENGTHS, SPLITS, TASKS, B, L
 
-from launch import continuing, evaluate, task_metrics
+from launch.evaluation import continuing, heldout, task_metrics
 from moe.testing.whole_arrays import forward
 from tasks import scoring
 from tasks.errors import StoreError
@@ -102,7 +102,7 @@ def test_where_not_all_text_is_predicted_there_are_no_bits_per_byte():
     found = scored.heldout("d4e2", data)
     assert not [name for name in found if "bits_per_byte" in name]
     assert found["tokens"] < SPLITS["many"].num_tokens() + SPLITS["few"].num_tokens()
-    lines = evaluate.table(found, scored.Store(), data)
+    lines = heldout.table(found, scored.Store(), data)
     assert not [line for line in lines if "byte " in line or "baseline" in line]
     assert lines[-1].split()[::2] == ["few", "–"]
 
@@ -125,7 +125,7 @@ def test_a_number_of_batches_is_of_each_task():
 
 def test_the_table_has_a_line_for_each_task_and_language():
     found = scored.heldout("d4e2")
-    lines = evaluate.table(found, scored.Store(), scored.DATA)
+    lines = heldout.table(found, scored.Store(), scored.DATA)
     assert "gzip baseline            4.0000 bits per byte" in lines
     start = lines.index("held out      nats/token  bits/byte")
     names = [line.split()[0] for line in lines[start + 1 :]]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from launch.feed import Feed, place_batch
+from launch.run.feed import Feed, place_batch
 from partitioning import rules
 from tasks import objectives
 

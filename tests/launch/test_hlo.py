@@ -8,9 +8,9 @@ from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from launch.planning import hlo
-from launch.planning.groups import groups_text, members
-from launch.planning.hlo_text import Module, arrays
+from launch.planning.compiler import hlo
+from launch.planning.compiler.groups import groups_text, members
+from launch.planning.compiler.hlo_text import Module, arrays
 from partitioning.mesh import make_mesh
 from partitioning.settings import MeshSettings
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from commands import ROOT
 
-from launch import inspection
+from launch.data import inspection
 from launch.prepare import training_batches
 from tasks.manifest import LanguageManifest, write_manifest
 from tasks.settings import MixtureSettings

@@ -6,9 +6,9 @@ import math
 import jax
 import pytest
 
-from launch.assemble import assemble
 from launch.config import reader
-from launch.planning import local, memory
+from launch.planning.cost import local, memory
+from launch.run.assemble import assemble
 
 GIB = 2**30
 # A model of two layers, the second sparse: V 384, L 64, M 32, N 2, D 16, F 64, E 4,

@@ -6,9 +6,15 @@ import json
 import pytest
 
 from launch import cli, plan
-from launch.planning import compile as planned_compile
-from launch.planning.hlo import Buffer, Collective
-from launch.planning.records import Compiled, Evaluation, Failure, from_json, to_json
+from launch.planning.compiler import compile as planned_compile
+from launch.planning.compiler.hlo import Buffer, Collective
+from launch.planning.compiler.records import (
+    Compiled,
+    Evaluation,
+    Failure,
+    from_json,
+    to_json,
+)
 
 GLAM = "--gin_file=runs/glam_64b_64e.gin"
 TINY = "--gin_file=runs/tiny.gin"

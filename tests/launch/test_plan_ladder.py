@@ -6,10 +6,10 @@ import pytest
 
 from launch.config import edit, reader
 from launch.planning import ladder, ladder_page, search
-from launch.planning.compile import compile_step, find_compiler
-from launch.planning.hlo import Buffer, Collective
-from launch.planning.records import Compiled, Evaluation, Failure
-from launch.planning.topologies import parse
+from launch.planning.compiler.compile import compile_step, find_compiler
+from launch.planning.compiler.hlo import Buffer, Collective
+from launch.planning.compiler.records import Compiled, Evaluation, Failure
+from launch.planning.hardware.topologies import parse
 
 GIB = 2**30
 FITS = Compiled(

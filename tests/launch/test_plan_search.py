@@ -6,8 +6,9 @@ import pytest
 
 from launch.config import edit, reader
 from launch.config.settings import problems as problems_of_settings
-from launch.planning import memory, search
-from launch.planning.topologies import parse, problems, warnings
+from launch.planning import search
+from launch.planning.cost import memory
+from launch.planning.hardware.topologies import parse, problems, warnings
 
 GIB = 2**30
 

@@ -7,16 +7,16 @@ from pathlib import Path
 import pytest
 
 from launch.config import reader
-from launch.planning import compile as planning
-from launch.planning.compile import compile_step, find_compiler, out_of_memory
-from launch.planning.records import (
+from launch.planning.compiler import compile as planning
+from launch.planning.compiler.compile import compile_step, find_compiler, out_of_memory
+from launch.planning.compiler.records import (
     Compiled,
     Evaluation,
     Failure,
     from_json,
     to_json,
 )
-from launch.planning.topologies import parse
+from launch.planning.hardware.topologies import parse
 
 V5E = parse("v5e:2x4")
 MINIATURE = (

@@ -7,8 +7,8 @@ import xml.etree.ElementTree
 import numpy as np
 import pytest
 
-from launch import drawing, report, series
-from launch.report import ledger, write_report
+from launch.report import drawing, run, series
+from launch.report.run import ledger, write_report
 
 LOADS = [[0.45, 0.05, 0.25, 0.25], [0.25] * 4]
 
@@ -330,11 +330,11 @@ def test_a_router_without_probabilities_has_no_figure_of_their_entropy(tmp_path)
 def test_the_speed_leaves_out_the_first_step_of_every_start():
     name = "perf/steps_since_start"
     since = [_train(s, **{name: n}) for s, n in ((1, 1), (2, 2), (3, 1), (4, 2))]
-    assert [r["step"] for r in report._steady(since)] == [2, 4]
+    assert [r["step"] for r in run._steady(since)] == [2, 4]
     sparsely = [_train(s, **{name: n}) for s, n in ((1, 1), (10, 10), (20, 5))]
-    assert [r["step"] for r in report._steady(sparsely)] == [10, 20]
+    assert [r["step"] for r in run._steady(sparsely)] == [10, 20]
     older = [_train(1), _train(2), _train(3)]
-    assert [r["step"] for r in report._steady(older)] == [2, 3]
+    assert [r["step"] for r in run._steady(older)] == [2, 3]
 
 
 def _cells(page):

@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 from commands import Done, Trained
 
-from launch.assemble import assemble
 from launch.checkpoints.store import Checkpoints, named_arrays
 from launch.config import reader
 from launch.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED
-from launch.feed import place_batch
 from launch.prepare import training_batches
 from launch.records.write import read_metrics
+from launch.run.assemble import assemble
+from launch.run.feed import place_batch
 from tasks.store import open_store
 
 

@@ -8,10 +8,10 @@ import jax
 import numpy as np
 import pytest
 
-from launch import loop
-from launch.assemble import Run, assemble
 from launch.config import reader
-from launch.programs import Programs
+from launch.run import loop
+from launch.run.assemble import Run, assemble
+from launch.run.programs import Programs
 
 pytestmark = pytest.mark.timeout(600)  # the first test compiles four programs
 

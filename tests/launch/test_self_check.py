@@ -7,11 +7,11 @@ import re
 import jax
 import pytest
 
-from launch import self_check
-from launch.assemble import Run, assemble
 from launch.config import reader
 from launch.errors import UserError
-from launch.self_check import Comparison, SelfCheckError
+from launch.run import self_check
+from launch.run.assemble import Run, assemble
+from launch.run.self_check import Comparison, SelfCheckError
 from moe.dispatch import all_to_all
 from moe.model.attention import kernel, kernel_method
 from moe.model.sparse import ROUTERS

@@ -6,11 +6,11 @@ import json
 import pytest
 from commands import Place
 
-from launch import self_check
-from launch.assemble import assemble
 from launch.config import reader
 from launch.config.reader import ConfigError
-from launch.generate import SampleError, encode_prompt, filled
+from launch.evaluation.sampling import SampleError, encode_prompt, filled
+from launch.run import self_check
+from launch.run.assemble import assemble
 from tasks.vocabularies import ByteVocabulary
 
 BLANKS = ByteVocabulary(extra_ids=20)

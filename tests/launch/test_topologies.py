@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from jax.experimental import mesh_utils
 
-from launch.planning import topologies, torus
-from launch.planning.chips import CHIPS, GIB
-from launch.planning.topologies import TopologyError, axis_bandwidth, parse
+from launch.planning.hardware import topologies, torus
+from launch.planning.hardware.chips import CHIPS, GIB
+from launch.planning.hardware.topologies import TopologyError, axis_bandwidth, parse
 from partitioning.links import fastest_first
 from partitioning.mesh import make_mesh
 from partitioning.settings import AXES, MeshSettings
@@ -183,7 +183,7 @@ def test_slices_and_nodes_meet_over_the_slow_network():
 
 def test_planning_a_topology_needs_no_jax():
     program = (
-        "import sys, launch.planning.topologies as t; t.parse('v4:8x8x16');"
+        "import sys, launch.planning.hardware.topologies as t; t.parse('v4:8x8x16');"
         "print('jax' in sys.modules)"
     )
     done = subprocess.run(

@@ -2,9 +2,10 @@
 
 import pytest
 
-from launch.assemble import assemble
 from launch.config import reader
-from launch.planning import estimate, hlo, hlo_text, local, traffic
+from launch.planning.compiler import hlo, hlo_text
+from launch.planning.cost import estimate, local, traffic
+from launch.run.assemble import assemble
 from partitioning.settings import AXES
 
 TINY = "runs/tiny.gin"  # V 384, L 64, M 32, N 2, D 16, F 64, E 4, K 1, batches of 8

@@ -11,8 +11,8 @@ import jax
 import pytest
 from commands import TINY, inline
 
-from launch import evaluate
 from launch.config import reader
+from launch.evaluation import heldout as evaluation
 from launch.records.write import read_metrics
 from moe.accounting import count
 from tasks.store import open_store
@@ -255,8 +255,8 @@ def test_evaluate_on_another_mesh_finds_the_score_of_the_run(trained, monkeypatc
         found.append(original(*args))
         return found[-1]
 
-    original = evaluate.heldout
-    monkeypatch.setattr(evaluate, "heldout", heldout)
+    original = evaluation.heldout
+    monkeypatch.setattr(evaluation, "heldout", heldout)
     done = inline(
         *("evaluate", f"--model_dir={trained.folder}"),
         *("--gin.MESH_EXPERT=2", "--gin.SIMULATED_DEVICES=2"),

@@ -13,8 +13,8 @@ import jax
 import numpy as np
 import pytest
 
-from launch.planning.groups import axes, groups_text, members
-from launch.planning.hlo_text import Instruction, Module, arrays
+from launch.planning.compiler.groups import axes, groups_text, members
+from launch.planning.compiler.hlo_text import Instruction, Module, arrays
 from moe import architecture
 from moe.model import inventory, parameters
 from moe.model.build import build

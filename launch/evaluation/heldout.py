@@ -1,0 +1,312 @@
+"""Held-out scores: each token once, the same on every mesh."""
+
+import argparse
+import dataclasses
+import functools
+import math
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from launch import dry_run, prepare
+from launch.checkpoints.store import Checkpoints
+from launch.checkpoints.trained import restored
+from launch.config.reader import ResolvedConfig
+from launch.errors import EXIT_DONE
+from launch.evaluation.task_metrics import EvalStep, TaskMetrics
+from launch.run.assemble import Run
+from launch.run.feed import Feed
+from launch.terminal.lines import waiting
+from moe import architecture
+from moe.training import losses
+from moe.training.losses import Sums
+from tasks import batches
+from tasks.settings import DataSettings
+from tasks.store import Split, TokenStore
+
+Record = dict[str, Any]
+
+
+def main(config: ResolvedConfig, options: argparse.Namespace) -> int:
+    """Scores a checkpoint on the whole held-out split, and runs the Tasks' metrics."""
+    data, during = config.settings.data, functools.partial(waiting, quiet=options.quiet)
+    with Checkpoints(config.settings.loop.model_dir, keep=1, read_only=True) as saved:
+        options.step = step = saved.require(options.step)
+    with restored(config, options) as trained:
+        run, store = trained.run, trained.store
+        if architecture.has_experts(config.settings.model) and not options.quiet:
+            for name, fact in dry_run.sparse_facts(config.settings, run.mesh):
+                print(f"  {name}: {fact}", file=sys.stderr, flush=True)
+        compiled = functools.cache(run.compile_eval_step)
+        with during("scoring the held-out split"):
+            record = heldout(run, store, trained.params, compiled(), 0)
+        print("\n".join(table(record, store, data)))
+        if not _wants_metrics(config, options):
+            return EXIT_DONE
+        metrics = TaskMetrics(
+            run,
+            store,
+            compiled,
+            allowed_modules=prepare.allowed_modules(config, options),
+            during=during,
+        )
+        measured = metrics(trained.params, step)
+    for name, value in measured.items():
+        print(f"{name:32} {value:.4f}")
+    for line in metrics.notes:
+        print(f"note: {line}")
+    for path in metrics.paths:
+        print(f"predictions  {path}")
+    return EXIT_DONE
+
+
+def _wants_metrics(config: ResolvedConfig, options: argparse.Namespace) -> bool:
+    """Whether to run the Tasks' metrics: by default where they can be run.
+
+    That is where targets are predicted from inputs, and the Tasks' code may be run.
+    """
+    if options.metrics is not None:
+        return options.metrics == "on"
+    data = config.settings.data
+    if data.objective != "seq2seq":
+        return False
+    module = data.mixture_or_task_module
+    may_run = module.startswith("tasks.") or bool(
+        prepare.allowed_modules(config, options)
+    )
+    if not may_run:
+        print(
+            f"note: the Tasks' metrics run the code of {module}: add --allow_module",
+            file=sys.stderr,
+        )
+    return may_run
+
+
+@dataclasses.dataclass(frozen=True)
+class Total:
+    """What was scored of some text; adding two merges them.
+
+    Attributes:
+        nats: summed cross-entropy.
+        tokens: that were predicted.
+        text_bytes: of UTF-8 that they stand for.
+    """
+
+    nats: float = 0.0
+    tokens: int = 0
+    text_bytes: float = 0.0
+
+    def __add__(self, other: "Total") -> "Total":
+        """Merges two totals."""
+        return Total(
+            self.nats + other.nats,
+            self.tokens + other.tokens,
+            self.text_bytes + other.text_bytes,
+        )
+
+
+def heldout(
+    run: Run,
+    store: TokenStore,
+    params: Any,
+    eval_step: EvalStep,
+    num_batches: int,
+) -> Record:
+    """Scores held-out batches of every Task and returns their metrics.
+
+    Nats are added up in float64, so that the order and number of batches do not show.
+
+    Args:
+        run: the assembled run.
+        store: the data.
+        params: on the run's mesh.
+        eval_step: compiled.
+        num_batches: of each Task; 0 scores the whole split. Bits per byte are then
+            exact, unless pairs were cut to their lengths; otherwise they use the
+            split's average of bytes per token.
+    Returns:
+        Metrics of all Tasks together, each token with the same weight, and loss of each
+        Task and each language. Bits per byte only where all text is predicted as it
+        is.
+    """
+    data = run.settings.data
+    totals: dict[str, Total] = {}
+    merged: Sums | None = None
+    for task in store.tasks:
+        part = store.split(task, data.heldout_split)
+        tally = _Tally(part)
+        for sums, nats_BL, document_BL in _scored(
+            run, store, task, params, eval_step, num_batches
+        ):
+            sums = jax.tree.map(lambda x: np.asarray(x, np.float64), sums)
+            merged = sums if merged is None else jax.tree.map(np.add, merged, sums)
+            tally.add(nats_BL, int(sums.weight), document_BL)
+        totals |= tally.totals(task)
+    assert merged is not None  # a store never holds an empty split
+    order = run.settings.layers.sparse_order
+    _, metrics = losses.total(
+        jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), merged),
+        run.settings.loss,
+        order,
+    )
+    record = {name: np.asarray(value).tolist() for name, value in metrics.items()}
+    if merged.router:
+        counts = losses.choices_per_layer(merged.router, order)
+        record |= {name: int(count_P.sum()) for name, count_P in counts.items()}
+    together = sum((totals[task] for task in store.tasks), Total())
+    for name, total in {"": together, **totals}.items():
+        record |= _losses(total, f"/{name}" if name else "", data)
+    return record | {"tokens": together.tokens}
+
+
+def _scored(
+    run: Run,
+    store: TokenStore,
+    task: str,
+    params: Any,
+    eval_step: EvalStep,
+    num_batches: int,
+) -> Iterator[tuple[Sums, np.ndarray, np.ndarray | None]]:
+    """Yields sums, nats and, where languages are known, documents of each batch."""
+    data, train = run.settings.data, run.settings.train
+    held = batches.heldout(
+        store, task, data, batch_size=train.batch_size, seed=train.seed
+    )
+    in_all = held.num_eval_batches
+    feed = Feed(
+        held.read,
+        start=0,
+        stop=min(num_batches, in_all) or in_all,
+        shape=(train.batch_size, data.length),
+        sharding=run.batch_sharding,
+    )
+    has_languages = bool(store.split(task, data.heldout_split).language_names)
+    with feed:
+        for index, batch in enumerate(feed):
+            sums, nats_BL = jax.device_get(eval_step(params, batch))
+            document_BL = None
+            if has_languages:
+                document_BL = held.documents(index, 0, train.batch_size)
+            yield sums, nats_BL, document_BL
+
+
+class _Tally:
+    """Adds up the nats of a Task, and of each of its languages."""
+
+    def __init__(self, part: Split) -> None:
+        self._split = part.manifest
+        self._language_D = part.languages()
+        number = len(part.language_names)
+        self._nats, self._tokens = 0.0, 0
+        self._nats_of = np.zeros(number)
+        self._tokens_of = np.zeros(number, np.int64)
+
+    def add(
+        self, nats_BL: np.ndarray, tokens: int, document_BL: np.ndarray | None
+    ) -> None:
+        """Adds a batch; only what is predicted has a document."""
+        self._nats += nats_BL.sum(dtype=np.float64)
+        self._tokens += tokens
+        if document_BL is None or self._language_D is None:
+            return
+        predicted_BL = document_BL >= 0
+        languages = self._language_D[document_BL[predicted_BL]]
+        number, nats = len(self._nats_of), nats_BL[predicted_BL].astype(np.float64)
+        self._nats_of += np.bincount(languages, nats, minlength=number)
+        self._tokens_of += np.bincount(languages, minlength=number)
+
+    def totals(self, task: str) -> dict[str, Total]:
+        """By the name of the Task, and by TASK/LANGUAGE."""
+        per_token = self._split.bytes_per_token if self._tokens else 0.0
+        found = {task: Total(self._nats, self._tokens, self._tokens * per_token)}
+        for (name, language), nats, tokens in zip(
+            self._split.languages.items(),
+            self._nats_of.tolist(),
+            self._tokens_of.tolist(),
+            strict=True,
+        ):
+            if tokens:
+                per_token = language.text_bytes / language.tokens
+                total = Total(nats, tokens, tokens * per_token)
+                found[f"{task}/{name or 'unknown'}"] = total
+        return found
+
+
+def _losses(total: Total, suffix: str, data: DataSettings) -> dict[str, float]:
+    if not total.tokens:
+        return {}
+    found = {f"loss/nats_per_token{suffix}": total.nats / total.tokens}
+    if predicts_text(data):
+        bits = total.nats / math.log(2)
+        found[f"loss/bits_per_byte{suffix}"] = bits / total.text_bytes
+    return found
+
+
+def predicts_text(data: DataSettings) -> bool:
+    """Whether every stored target is predicted, and so bits per byte mean something.
+
+    Denoising predicts what was masked, between sentinels, and a prefix LM what follows
+    its prefix.
+    """
+    return data.objective in ("causal_lm", "seq2seq")
+
+
+def table(record: Record, store: TokenStore, data: DataSettings) -> list[str]:
+    """Lines of held-out metrics: of all, then of each Task and language if several."""
+    lines = [
+        f"{name:24} {record[name]:.4f}"
+        for name in ("loss/nats_per_token", "loss/bits_per_byte", "accuracy/fraction")
+        if name in record
+    ]
+    lines += [
+        f"{name:24} {record[name]:,}"
+        for name in (
+            "router/dropped_fraction",
+            "router/tokens_without_expert_fraction",
+            "tokens",
+        )
+        if name in record
+    ]
+    if predicts_text(data):
+        lines += [
+            f"{name + ' baseline':24} {value:.4f} bits per byte"
+            for name, value in baselines(store).items()
+        ]
+    return [*lines, *by_task(record)]
+
+
+def by_task(record: Record) -> list[str]:
+    """Lines of held-out losses of each Task and language; none if there is one."""
+    prefix = "loss/nats_per_token/"
+    names = [name.removeprefix(prefix) for name in record if name.startswith(prefix)]
+    if len(names) < 2:
+        return []
+    width = max(len("held out"), *map(len, names))
+    lines = ["", f"{'held out':{width}}  nats/token  bits/byte"]
+    for name in names:
+        nats = record[prefix + name]
+        bits = record.get(f"loss/bits_per_byte/{name}")
+        shown = "–" if bits is None else f"{bits:.4f}"
+        lines.append(f"{name:{width}}  {nats:>10.4f}  {shown:>9}")
+    return lines
+
+
+def baselines(store: TokenStore) -> dict[str, float]:
+    """Bits per byte of the same held-out text by means that learn no network.
+
+    Of several Tasks the mean over their bytes.
+    """
+    manifest = store.manifest
+    found = {}
+    for name in ("unigram", "gzip", "xz"):
+        bits = text_bytes = 0.0
+        for task in manifest.tasks.values():
+            size = task.splits[manifest.heldout_split].text_bytes
+            bits += size * task.baselines[f"{name}_bits_per_byte"]
+            text_bytes += size
+        found[name] = bits / text_bytes
+    return found

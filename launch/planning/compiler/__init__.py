@@ -1,0 +1,1 @@
+"""What the TPU's own compiler says."""

@@ -1,0 +1,1 @@
+"""Arithmetic on memory, time and traffic."""

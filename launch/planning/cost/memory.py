@@ -1,0 +1,439 @@
+"""Predicts the bytes that one chip holds, by what they are for, without compiling.
+
+Arguments of the step (state and batch) are exact. What comes and goes during the step
+is arithmetic on the algorithm of `moe/model`, with the formula beside each line; what a
+compiler fuses, copies or prefetches is in a few factors, named below.
+
+Letters beside formulas, of one chip and one microbatch: b sequences; l tokens of each
+in attention, T = b·l in all, p·T on this chip's piece; M width; n, u heads of queries
+and of keys; D head width; f hidden width, doubled (pair) where gated; R rows of
+experts; v part of the vocabulary; d bytes of an activation.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+
+from launch.config.settings import Settings
+from launch.planning.cost import local
+from launch.planning.cost.local import BYTES, FLOAT32, Attention, Local, Weight
+from moe.layers import Block, of_kind
+from moe.routing.capacity import capacity
+from moe.settings import DenseSettings, SparseSettings
+from tasks import objectives
+
+# How often something is in memory at once, where the compiler decides. Few, so that
+# they can be measured.
+LOGITS_AT_ONCE = 2  # the logits and their gradient
+SCORES_AT_ONCE = 2  # float32: scores and a gradient; the rest is fused
+ROWS_AT_ONCE = 4  # sent, received, computed, returned; gradients take their places
+EVALUATED_ROWS_AT_ONCE = 2  # of these, where no gradient needs any again
+ROUTING_AT_ONCE = 4  # logits, probabilities, their gradient, places in the queues
+ACTIVATIONS_AT_ONCE = 2  # a product's output and its gradient
+# Of the largest gradient that is scattered: once more, in the order of its pieces.
+SCATTERED_AT_ONCE = 1
+# What a layer needs, over what is alive by the program's order: the compiler begins a
+# layer's gathers before the last one's weights and gradients are gone, and copies.
+# Measured: 1.8 for GLaM 64B/64E, 1.9 for M6-T 1T, 2.3 for GPT-3 1.3B (docs/ladder.md).
+LAYERS_AT_ONCE = 1.9
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes on one chip.
+
+    Attributes:
+        parameters: as they are kept.
+        optimizer: its state.
+        counters: the rest of the state.
+        batch: arrays of tokens.
+        host: of the optimizer's state, what is kept in the host's memory instead.
+        moments: per part of the step, what it holds beyond the arguments.
+    """
+
+    parameters: int
+    optimizer: int
+    counters: int
+    batch: int
+    host: int
+    moments: Mapping[str, Mapping[str, int]]
+
+    @property
+    def arguments(self) -> int:
+        """Of the whole step, between steps too."""
+        return self.parameters + self.optimizer + self.counters + self.batch
+
+    @property
+    def fullest(self) -> str:
+        """The part of the step that holds most."""
+        return max(self.moments, key=lambda name: sum(self.moments[name].values()))
+
+    @property
+    def temporaries(self) -> int:
+        """What comes and goes, at its most."""
+        return sum(self.moments[self.fullest].values())
+
+    @property
+    def total(self) -> int:
+        """The most that is held at once."""
+        return self.arguments + self.temporaries
+
+    @property
+    def categories(self) -> dict[str, int]:
+        """What the total is made of, largest first."""
+        found = {
+            "parameters": self.parameters,
+            "optimizer": self.optimizer,
+            "counters": self.counters,
+            "batch": self.batch,
+            **self.moments[self.fullest],
+        }
+        return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+
+def predict(settings: Settings, chip: str = "tpu") -> MemoryPlan:
+    """Predicts the memory of one chip.
+
+    Args:
+        settings: of the run; its mesh says how many chips there are.
+        chip: its name, or the platform. TPUs pad small arrays, and transports differ.
+    """
+    sides = local.sides(settings, chip)
+    platform = sides[-1].platform
+    parameters, others = local.weights(settings)
+    held = {True: 0, False: 0}
+    for weight in others:
+        held[weight.path.startswith("opt_state")] += _kept(weight, platform)
+    away = settings.optimizer.offload
+    return MemoryPlan(
+        parameters=sum(_kept(weight, platform) for weight in parameters),
+        optimizer=0 if away else held[True],
+        counters=held[False],
+        batch=_batch(settings, platform),
+        host=held[True] if away else 0,
+        moments=_moments(sides, parameters, others),
+    )
+
+
+def _kept(weight: Weight, platform: str) -> int:
+    """Bytes of an array of the state."""
+    if platform == "tpu":
+        return local.tiled_bytes(weight.local_shape, weight.itemsize)
+    return weight.local_size * weight.itemsize
+
+
+def _batch(settings: Settings, platform: str) -> int:
+    """int32 features [B / shards, L / context], and the number of the batch."""
+    rows = -(-settings.train.batch_size // settings.mesh.batch_shards)
+    tiled = platform == "tpu"
+    found = local.tiled_bytes((), 4) if tiled else 4
+    for length in objectives.features(settings.data).values():
+        shape = (rows, -(-length // settings.mesh.context))
+        found += local.tiled_bytes(shape, 4) if tiled else math.prod(shape) * 4
+    return found
+
+
+# ------------------------------------------------------------ during the step
+
+
+def _moments(
+    sides: list[Local], parameters: tuple[Weight, ...], others: tuple[Weight, ...]
+) -> dict[str, dict[str, int]]:
+    """What each part of the step holds beyond state and batch.
+
+    Of two stacks both have kept their activations when the backward pass begins.
+    """
+    *_, scored = sides
+    settings = scored.settings
+    gradients = sum(_gradient(weight, settings) for weight in parameters)
+    many = settings.train.microbatches > 1
+    # The scan over layers stacks its gradients before they are added to those so far.
+    in_backward = gradients * (2 if many else 1)
+    activations = sum(map(saved, sides))
+    found: dict[str, dict[str, int]] = {
+        "logits": {
+            "gradients": gradients if many else 0,
+            "activations": activations,
+            **_logits(scored, parameters),
+        },
+        "optimizer": {
+            "gradients": gradients,
+            "optimizer temporaries": _update(settings, parameters, others),
+        },
+    }
+    common = {"gradients": in_backward, "activations": activations}
+    for sizes in sides:
+        for name, layer in _layers(sizes, parameters):
+            held = common | layer
+            if sum(held.values()) > sum(found.get(name, {}).values()):
+                found[name] = held
+    scoring = [dataclasses.replace(sizes, train=False) for sizes in sides]
+    return found | _evaluation(scoring, parameters)
+
+
+def _layers(
+    sizes: Local, parameters: tuple[Weight, ...]
+) -> Iterator[tuple[str, dict[str, int]]]:
+    """What each part of each kind of layer needs beside."""
+    for block in sizes.stack.kinds_of_layers:
+        kind = "sparse layer" if of_kind(block, "sparse") else "dense layer"
+        used = _weights_in_use(sizes, parameters, block)
+        again = {"recomputed": _recomputed(sizes, block), "weights": used}
+        parts = [("attention", _attention(sizes, a)) for a in sizes.attentions(block)]
+        parts += [
+            ("feed-forward", _feed_forward(sizes, s)) for s in of_kind(block, "dense")
+        ]
+        parts += [
+            ("feed-forward", _experts(sizes, s)) for s in of_kind(block, "sparse")
+        ]
+        for part, own in parts:
+            yield (
+                f"{part} of a {kind}",
+                {n: int(LAYERS_AT_ONCE * size) for n, size in (again | own).items()},
+            )
+
+
+def _evaluation(
+    sides: list[Local], parameters: tuple[Weight, ...]
+) -> dict[str, dict[str, int]]:
+    """What a sparse layer holds in the scoring of a microbatch.
+
+    It has its own capacity and transport: where nothing drops, padded rows are as many
+    as tokens for every expert. All else is less than in training: there is no gradient,
+    and nothing is kept for one.
+    """
+    found = [
+        {"weights": int(LAYERS_AT_ONCE * _weights_in_use(sizes, parameters, block))}
+        | _experts(sizes, s)
+        for sizes in sides
+        for block in sizes.stack.kinds_of_layers
+        for s in of_kind(block, "sparse")
+    ]
+    if not found:
+        return {}
+    fullest = max(found, key=lambda held: sum(held.values()))
+    return {"evaluation of a sparse layer": fullest}
+
+
+def _gradient(weight: Weight, settings: Settings) -> int:
+    """Bytes of a gradient: of the parameter's type and place.
+
+    With `fsdp` "optimizer" it is whole while it is added up.
+    """
+    return weight.local_size * BYTES[settings.execution.param_dtype]
+
+
+def _update(
+    settings: Settings, parameters: tuple[Weight, ...], others: tuple[Weight, ...]
+) -> int:
+    """Adam is fused with the step it makes; Adafactor measures its updates first.
+
+    Adafactor: float32 updates, of all arrays: the compiler takes none of them before
+    the last is made. Stochastic rounding: random bits of the largest array.
+    Offloading: the moments of one array, there and back.
+    """
+    largest = max(weight.local_size for weight in parameters) * FLOAT32
+    every = sum(weight.local_size for weight in parameters) * FLOAT32
+    found = every if settings.optimizer.name == "adafactor" else 0
+    if settings.optimizer.rounding == "stochastic":
+        found += largest
+    if settings.optimizer.offload:
+        found += 2 * max(w.local_size * w.itemsize for w in others)
+    return found
+
+
+def saved(sizes: Local) -> int:
+    """Bytes of activations kept for the backward pass, of all layers."""
+    return sum(
+        layers * saved_per_layer(sizes, sizes.remat(block), block)
+        for block, layers in sizes.stack.kinds_of_layers.items()
+    )
+
+
+def saved_per_layer(sizes: Local, remat: str, block: Block) -> int:
+    """Bytes that one layer keeps under a remat policy."""
+    stream = sizes.residual_tokens * sizes.stack.width * sizes.dtype_bytes
+    if remat == "full":
+        return stream  # p·T·M·d, the layer's input
+    kept = stream + _minimal(sizes, block)
+    if remat == "minimal":
+        return kept
+    return kept + _rest(sizes, block)
+
+
+def _minimal(sizes: Local, block: Block) -> int:
+    """Products without batch dimensions, and what travelled.
+
+    T·(n + 2u)·D·d of queries, keys and values, T·M·d of the attention's output before
+    its sum over `model`, then T·pair·f·d of a dense layer; or p·T·E·4 of the router,
+    T·pair·f·d of a shared expert, R·M·d of rows dispatched (and again if gathered over
+    `model`), as much returned, R·pair·f·d inside the experts.
+    """
+    M, d, T = sizes.stack.width, sizes.dtype_bytes, sizes.tokens
+    found = sum(_projected(sizes, a) + T * M for a in sizes.attentions(block)) * d
+    found += sum(T * _hidden(sizes, s) * d for s in of_kind(block, "dense"))
+    return found + sum(_minimal_of_experts(sizes, s) for s in of_kind(block, "sparse"))
+
+
+def _minimal_of_experts(sizes: Local, s: SparseSettings) -> int:
+    """The part of the experts in `_minimal`."""
+    M, d = sizes.stack.width, sizes.dtype_bytes
+    found = sizes.piece_tokens * s.num_experts * FLOAT32
+    if s.shared is not None:
+        found += sizes.tokens * _hidden(sizes, s.shared) * d
+    rows, cut = sizes.expert_rows(s), sizes.expert_model_cut
+    if sizes.transport(s)[0] != "ring":
+        found += (rows + sizes.sent_rows(s)) * M * d
+    elif sizes.settings.mesh.expert > 1:  # tokens of the axis, and their outputs
+        found += (sizes.settings.mesh.expert + 1) * sizes.piece_tokens * M * d
+    if cut > 1:
+        found += cut * rows * M * d
+    return found + cut * rows * _expert_hidden(sizes, s) * d
+
+
+def _rest(sizes: Local, block: Block) -> int:
+    """What "none" keeps beside: norms, turned heads, scores if whole, activations.
+
+    The norms' inputs in float32 and outputs, p·T·M·(4 + d) each, gathered T·M·d each;
+    T·(2n + u)·D·d; b·n·l·L·(4 + d) unless blocked; T·f·d, or R·(M + f)·d.
+    """
+    M, d, T = sizes.stack.width, sizes.dtype_bytes, sizes.tokens
+    found = len(block) * (sizes.residual_tokens * M * (FLOAT32 + d) + T * M * d)
+    for a in sizes.attentions(block):
+        s = a.settings
+        heads, kv_heads = sizes.cut_heads(s.num_heads), sizes.cut_heads(s.kv_heads)
+        found += (2 * T * heads + a.key_tokens * kv_heads) * s.head_dim * d
+        if not sizes.attention_block(a):
+            scores = sizes.rows * heads * sizes.length * a.keys
+            found += scores * (FLOAT32 + d)
+    for s in of_kind(block, "dense"):
+        found += T * sizes.cut_width(s) * d
+    for s in of_kind(block, "sparse"):
+        rows = sizes.expert_model_cut * sizes.expert_rows(s)
+        found += rows * (M + sizes.cut_expert(s)) * d
+    return found
+
+
+def _recomputed(sizes: Local, block: Block) -> int:
+    """Under "full", what the layer before it makes again of one layer."""
+    return _minimal(sizes, block) if sizes.remat(block) == "full" else 0
+
+
+def _weights_in_use(sizes: Local, parameters: tuple[Weight, ...], block: Block) -> int:
+    """Of one layer: each matrix whole in d bytes, its gradient in `reduce_dtype`.
+
+    Evaluation has no gradients. Where nothing is gathered, the copy in d bytes alone,
+    if the types differ.
+    """
+    execution = sizes.settings.execution
+    found = []
+    for other, weights in local.by_block(parameters, sizes.name, sizes.stack):
+        if other != block:
+            continue
+        used = largest = 0
+        for weight in weights:
+            size = weight.gathered_size // weight.num_layers
+            if weight.gathered_over:
+                gradient = size * BYTES[execution.reduce_dtype] * sizes.train
+                used += size * sizes.dtype_bytes + gradient
+                largest = max(largest, gradient)
+            elif execution.dtype != execution.param_dtype:
+                used += size * sizes.dtype_bytes
+        found.append(used + SCATTERED_AT_ONCE * largest)
+    return max(found, default=0)
+
+
+def _attention(sizes: Local, a: Attention) -> dict[str, int]:
+    """Heads and their gradients, keys of all of a sequence, one block of scores."""
+    s, d, T = a.settings, sizes.dtype_bytes, sizes.tokens
+    M, D, L = sizes.stack.width, s.head_dim, a.keys
+    heads, kv_heads = sizes.cut_heads(s.num_heads), sizes.cut_heads(s.kv_heads)
+    # (T·2n + T'·2u)·D·d twice: queries, keys, values and what they are mixed to.
+    mixed = T * 2 * heads + a.key_tokens * 2 * kv_heads
+    work = ACTIVATIONS_AT_ONCE * mixed * D * d
+    if sizes.settings.mesh.context > 1:  # b·L·2u·D·d, and its gradient
+        whole = sizes.settings.partition.context_attention == "all_gather"
+        seen = sizes.rows * L if whole else 2 * a.key_tokens
+        work += ACTIVATIONS_AT_ONCE * seen * 2 * kv_heads * D * d
+    # T·M·d of gathered input and its gradient; the norm's, in float32.
+    work += ACTIVATIONS_AT_ONCE * (T * M * d + sizes.residual_tokens * M * FLOAT32)
+    kernel = sizes.attention_kernel(a)
+    if kernel == "splash":  # it writes what scores add up to 128 times over
+        return {"attention": work, "scores": sizes.rows * heads * L * 128 * FLOAT32}
+    if kernel == "cudnn":  # its mask
+        return {"attention": work, "scores": sizes.rows * L * L * BYTES["bfloat16"]}
+    queries, keys = sizes.length, L
+    if block := sizes.attention_block(a):
+        queries, keys = min(block, queries), block
+    scores = SCORES_AT_ONCE * sizes.rows * heads * queries * keys * FLOAT32
+    return {"attention": work, "scores": scores}
+
+
+def _feed_forward(sizes: Local, s: DenseSettings) -> dict[str, int]:
+    """T·(2·pair + 1)·f·d: hidden, activated, gradients; T·M·d of input and output."""
+    wide = ACTIVATIONS_AT_ONCE * _hidden(sizes, s) + sizes.cut_width(s)
+    stream = ACTIVATIONS_AT_ONCE * sizes.stack.width
+    return {"feed-forward": sizes.tokens * (wide + stream) * sizes.dtype_bytes}
+
+
+def _experts(sizes: Local, s: SparseSettings) -> dict[str, int]:
+    """Rows on their way, hidden rows and their gradients, and the router's arrays."""
+    E, M, d = s.num_experts, sizes.stack.width, sizes.dtype_bytes
+    cut, here = sizes.expert_model_cut, sizes.expert_rows(s)
+    rows = max(here, sizes.sent_rows(s))
+    buffers = (ROWS_AT_ONCE if sizes.train else EVALUATED_ROWS_AT_ONCE) * rows * M * d
+    if cut > 1:  # gathered over `model`, and their outputs before the sum
+        buffers += 2 * cut * here * M * d
+    if sizes.transport(s)[0] == "ring":  # tokens of the whole axis, and their sums
+        buffers += 2 * sizes.settings.mesh.expert * sizes.piece_tokens * M * d
+    wide = hidden = _expert_hidden(sizes, s)
+    if sizes.train:
+        wide = ACTIVATIONS_AT_ONCE * hidden + sizes.cut_expert(s)
+    choices = sizes.piece_tokens * E * FLOAT32
+    slots = capacity(s.router, E, train=sizes.train)
+    groups = -(-sizes.piece_tokens // s.router.group_size)
+    maps = groups * E * slots * 4
+    shared = 0 if s.shared is None else _hidden(sizes, s.shared)
+    return {
+        "dispatch": buffers,
+        "experts": cut * here * wide * d,
+        "routing": ROUTING_AT_ONCE * choices + maps,
+        "feed-forward": ACTIVATIONS_AT_ONCE * sizes.tokens * shared * d,
+    }
+
+
+def _logits(sizes: Local, parameters: tuple[Weight, ...]) -> dict[str, int]:
+    """One piece of the vocabulary: logits T·v·4, the table's part M·v, its gradient."""
+    embedding, T = sizes.settings.layers.embedding, sizes.tokens
+    M, chunks = embedding.width, sizes.settings.execution.vocab_chunks
+    part = -(-embedding.vocab_size // (sizes.settings.mesh.model * chunks))
+    table = next(
+        weight
+        for weight in parameters
+        if weight.path == ("embedding" if embedding.tied else "head")
+    )
+    in_use = M * part * sizes.dtype_bytes
+    if table.gathered_over:
+        in_use += M * part * BYTES[sizes.settings.execution.reduce_dtype]
+    kept = LOGITS_AT_ONCE * T * part * FLOAT32
+    if chunks == 1:  # nothing is made again, so that the gradient of the table is here
+        kept += 0 if table.gathered_over else _gradient(table, sizes.settings)
+    stream = ACTIVATIONS_AT_ONCE * T * M * (sizes.dtype_bytes + FLOAT32)
+    return {"logits": kept, "weights": in_use, "attention": stream}
+
+
+def _projected(sizes: Local, a: Attention) -> int:
+    """(T·n + T'·2u)·D, elements of queries, and of keys and values of T' tokens."""
+    s = a.settings
+    heads, kv_heads = sizes.cut_heads(s.num_heads), sizes.cut_heads(s.kv_heads)
+    return (sizes.tokens * heads + a.key_tokens * 2 * kv_heads) * s.head_dim
+
+
+def _hidden(sizes: Local, s: DenseSettings) -> int:
+    """pair·f of a dense layer cut over `model`."""
+    return local.pair(s) * sizes.cut_width(s)
+
+
+def _expert_hidden(sizes: Local, s: SparseSettings) -> int:
+    """pair·f of an expert."""
+    return local.pair(s.experts) * sizes.cut_expert(s)

@@ -47,7 +47,7 @@ tpu-compiler: $(VENV)/.tpu-compiler  ## install the TPU's compiler, for test-all
 
 # Rows whose configuration and program have not changed are kept.
 ladder: $(ready) $(VENV)/.tpu-compiler  ## compile every large model for its slice: hours; FORCE=1 keeps nothing
-	$(BIN)/python -m launch.planning.ladder $(if $(FORCE),--force)
+	$(BIN)/python -m benchmarks.ladder.compile $(if $(FORCE),--force)
 
 lint: $(ready)  ## check format, lint and types
 	$(BIN)/ruff format --check .

@@ -40,7 +40,8 @@ SMALL = {
 
 def test_no_benchmark_is_left_out():
     files = {path.stem for path in (ROOT / "benchmarks").glob("*.py")}
-    assert files - {"__init__"} == SMALL.keys()
+    # Beside what is timed, what is compiled for slices that are not here.
+    assert files - {"__init__", "weak_scaling"} == SMALL.keys()
 
 
 @pytest.fixture(scope="module")

@@ -6,12 +6,12 @@ import shlex
 
 import pytest
 
+from benchmarks.ladder.rows import is_shared
 from launch import cli, verbs
 from launch.checkpoints.store import named_arrays
 from launch.config import reader
 from launch.config.reader import _configs as configs_folder
 from launch.config.settings import Settings
-from launch.planning.ladder import is_shared
 from launch.run.assemble import assemble
 from moe.accounting import Counts, count
 from partitioning.settings import MeshSettings

@@ -13,9 +13,9 @@ from base_gin import (
     macros_of_base,
 )
 
+from benchmarks.ladder.rows import is_shared
 from launch.config import reader
 from launch.errors import ConfigError
-from launch.planning.ladder import is_shared
 
 pytestmark = pytest.mark.fast
 

@@ -4,8 +4,11 @@ import dataclasses
 
 import pytest
 
+from benchmarks.ladder import compile as ladder
+from benchmarks.ladder import page as ladder_page
+from benchmarks.ladder import rows as kept
 from launch.config import edit, reader
-from launch.planning import ladder, ladder_page, search
+from launch.planning import search
 from launch.planning.compiler.compile import compile_step, find_compiler
 from launch.planning.compiler.hlo import Buffer, Collective
 from launch.planning.compiler.records import Compiled, Evaluation, Failure
@@ -65,14 +68,14 @@ def climb(name="gpt3_1_3b"):
 
 
 def test_every_run_above_a_billion_has_a_row_and_a_chip():
-    names = [name for name, _ in ladder.rows()]
+    names = [name for name, _ in kept.rows()]
     assert {"glam_64b_64e", "switch_c_decoder", "m6_10t", "gpt3_1_3b"} <= set(names)
     assert not {"demo", "tiny", "glam_base", "gpt3_760m"} & set(names)
-    assert ladder.chip_of("glam_64b_64e") == "v4"
-    assert ladder.chip_of("gpt3_1_3b") == "v5e"
-    assert ladder.chip_of("gpt3_13b") == "v5p"
-    assert [str(s) for s in ladder.slices_of("glam_64b_64e")] == ["v4:8x8x16"]
-    assert all(ladder.slices_of(name) for name in names)
+    assert kept.chip_of("glam_64b_64e") == "v4"
+    assert kept.chip_of("gpt3_1_3b") == "v5e"
+    assert kept.chip_of("gpt3_13b") == "v5p"
+    assert [str(s) for s in kept.slices_of("glam_64b_64e")] == ["v4:8x8x16"]
+    assert all(kept.slices_of(name) for name in names)
 
 
 def test_what_is_too_large_or_refused_is_followed_by_another_mesh(monkeypatch):
@@ -138,12 +141,12 @@ def test_an_answer_that_does_not_come_ends_the_row(monkeypatch):
 def test_rows_are_kept_read_again_and_shown(monkeypatch, tmp_path):
     answers(monkeypatch, TOO_LARGE, FITS)
     row = climb()
-    ladder.save(row, tmp_path)
-    assert ladder.load(row.name, tmp_path) == row
-    assert ladder.load("another", tmp_path) is None
+    kept.save(row, tmp_path)
+    assert kept.load(row.name, tmp_path) == row
+    assert kept.load("another", tmp_path) is None
     page = ladder_page.page([row])
     assert "| `gpt3_1_3b` | 1.32B | " in page
-    config, plan = ladder.planned(row)
+    config, plan = kept.planned(row)
     assert f"| {plan.total / GIB:.2f} | 12.00 |" in page
     assert f"{100 * (plan.total / (12 * GIB) - 1):+.0f} %" in page
     assert config.settings.mesh.num_devices == row.topology.num_devices
@@ -155,10 +158,10 @@ def test_rows_are_kept_read_again_and_shown(monkeypatch, tmp_path):
 def test_a_row_shows_evaluation_and_the_larger_of_both(monkeypatch, tmp_path):
     answers(monkeypatch, BOTH_FIT)
     row = climb()
-    ladder.save(row, tmp_path)
-    assert ladder.load(row.name, tmp_path) == row
+    kept.save(row, tmp_path)
+    assert kept.load(row.name, tmp_path) == row
     page = ladder_page.page([row])
-    _, plan = ladder.planned(row)
+    _, plan = kept.planned(row)
     error = f"{100 * (plan.total / (13 * GIB) - 1):+.0f} %"
     assert f"| {plan.total / GIB:.2f} | 13.00 | {error} | 13.00 | 15.75 |" in page
     assert "Where evaluation was not compiled" not in page
@@ -178,7 +181,7 @@ def test_a_row_whose_mesh_no_longer_divides_is_not_predicted(monkeypatch):
 
 
 def test_rows_of_an_earlier_version_are_read_and_shown():
-    rows = [row for name in ladder.run_names() if (row := ladder.load(name))]
+    rows = [row for name in kept.run_names() if (row := kept.load(name))]
     assert len(rows) >= 8
     page = ladder_page.page(rows)
     for row in rows:
@@ -189,16 +192,16 @@ def test_rows_of_an_earlier_version_are_read_and_shown():
 
 
 def test_unchanged_rows_are_not_compiled_again(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(ladder, "FOLDER", tmp_path)
+    monkeypatch.setattr(kept, "FOLDER", tmp_path)
     monkeypatch.setattr(
         ladder,
         "load",
-        lambda name, folder=tmp_path, read=ladder.load: read(name, folder),
+        lambda name, folder=tmp_path, read=kept.load: read(name, folder),
     )
     monkeypatch.setattr(
         ladder,
         "save",
-        lambda row, folder=tmp_path, write=ladder.save: write(row, folder),
+        lambda row, folder=tmp_path, write=kept.save: write(row, folder),
     )
     monkeypatch.setattr(ladder_page, "write", lambda: None)
     asked = answers(monkeypatch, FITS, FITS)
@@ -213,8 +216,8 @@ def test_unchanged_rows_are_not_compiled_again(monkeypatch, tmp_path, capsys):
 def test_a_fingerprint_follows_every_knob():
     one = reader.read(["runs/tiny.gin"])
     other = reader.read(["runs/tiny.gin"], ["NUM_LAYERS=4"])
-    assert ladder.fingerprint(one) == ladder.fingerprint(one)
-    assert ladder.fingerprint(one) != ladder.fingerprint(other)
+    assert kept.fingerprint(one) == kept.fingerprint(one)
+    assert kept.fingerprint(one) != kept.fingerprint(other)
 
 
 @pytest.mark.slow
@@ -222,12 +225,12 @@ def test_a_fingerprint_follows_every_knob():
 @pytest.mark.skipif(find_compiler() is None, reason="no TPU compiler")
 @pytest.mark.parametrize("place", range(3))
 def test_the_three_smallest_rows_compile_again_to_what_is_recorded(place):
-    kept = [row for name, _ in ladder.rows() if (row := ladder.load(name))]
-    kept = [row for row in kept if row.compiled][:3]
-    if place >= len(kept):
-        pytest.skip(f"the ladder has {len(kept)} rows")
-    row = kept[place]
-    config, plan = ladder.planned(row)
+    known = [row for name, _ in kept.rows() if (row := kept.load(name))]
+    known = [row for row in known if row.compiled][:3]
+    if place >= len(known):
+        pytest.skip(f"the ladder has {len(known)} rows")
+    row = known[place]
+    config, plan = kept.planned(row)
     found = compile_step(config.operative, row.topology, time_limit_s=1700)
     assert isinstance(found, Compiled), found
     assert found.fits
@@ -237,7 +240,7 @@ def test_the_three_smallest_rows_compile_again_to_what_is_recorded(place):
 
 
 def test_what_a_row_changes_is_read_with_it():
-    settings = ladder.read("m6_t_1t").settings
+    settings = kept.read("m6_t_1t").settings
     assert settings.train.batch_size == 4096
-    moved = edit.moved(ladder.read("m6_t_1t"), parse("v4:8x8x16"))
+    moved = edit.moved(kept.read("m6_t_1t"), parse("v4:8x8x16"))
     assert search.least_bytes(moved.settings, parse("v4:8x8x16")) < 30 * GIB

@@ -13,9 +13,9 @@ from pathlib import Path
 import jax
 import pytest
 
+from benchmarks.ladder.rows import is_shared
 from launch.config import reader
 from launch.config.settings import PlatformSettings, problems
-from launch.planning.ladder import is_shared
 from launch.verification import examine, meshes
 from launch.verification.shrink import shrink
 

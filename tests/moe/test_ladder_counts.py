@@ -5,8 +5,8 @@ import functools
 
 import pytest
 
+from benchmarks.ladder.rows import is_shared
 from launch.config import reader
-from launch.planning.ladder import is_shared
 from moe import accounting
 from moe.architecture import describe
 from moe.routing.capacity import mean_choices

@@ -16,11 +16,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from launch.config import edit, reader
+from launch.config import reader
 from launch.config.reader import ResolvedConfig
 from launch.planning.compiler.compile import compile_step
 from launch.planning.compiler.records import Compiled, Failure, from_json, to_json
 from launch.planning.cost import traffic
+from launch.planning.hardware import moving
 from launch.planning.hardware.topologies import Topology, parse
 from moe.expected_drops import of_router
 from moe.routing.capacity import capacity
@@ -81,7 +82,7 @@ def _point(ladder: str, topology: Topology) -> Point:
     }
     bindings = [f"{macro}={value!r}" for macro, value in chosen.items()]
     config = reader.read(["configs/runs/glam_0_1b_64e.gin"], bindings)
-    return Point(ladder, topology, edit.moved(config, topology))
+    return Point(ladder, topology, moving.moved(config, topology))
 
 
 # --------------------------------------------------------------------------- the page

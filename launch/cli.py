@@ -1,34 +1,54 @@
 """The command line: `switchyard VERB --gin_file=FILE --gin.MACRO=VALUE`.
 
-Help needs neither gin nor jax. A verb reads its configuration, sets the environment of
-jax, and says what it is about to do; only then is its own module imported.
+Help needs neither gin nor jax. A verb's configuration is read, the environment of jax
+set, and what is about to happen said; only then does the verb import what it works
+with. What a verb is stands in its own file of `launch/commands/`.
 """
 
 import argparse
 import contextlib
 import dataclasses
-import importlib
 import importlib.metadata
 import os
 import sys
+import textwrap
+import traceback
+import types
+import typing
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NoReturn
 
+from launch import commands
+from launch.commands import Command, Options
 from launch.errors import (
+    EXIT_CODES,
     EXIT_DONE,
+    EXIT_FAULT,
     EXIT_INTERRUPTED,
     EXIT_USER_ERROR,
     UsageError,
     is_user_error,
     nearest,
 )
-from launch.verbs import ABOUT, EXAMPLES, SAMPLE_KNOBS, VERBS, Parser, Verb
 
 if TYPE_CHECKING:
     from launch.config.reader import ResolvedConfig
     from launch.config.settings import PlatformSettings, Settings
     from launch.job.together import Job
+
+_ABOUT = """\
+Switchyard trains sparse mixture-of-experts transformers in JAX.
+
+A run is described by gin files: one chooses the hardware, one the model, one the data
+and the length of training. A run lives in one folder, its MODEL_DIR.
+"""
+_EXAMPLES = """\
+examples:
+  switchyard train --gin_file=configs/runs/demo.gin
+  switchyard evaluate --model_dir=runs/demo
+  switchyard generate --model_dir=runs/demo --prompt='def main('
+
+`switchyard VERB --help` explains a verb. configs/base.gin lists every knob."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,118 +68,95 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("switchyard: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     except Exception as error:
-        if not is_user_error(error):
-            raise
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
+        if is_user_error(error):
+            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+            return EXIT_USER_ERROR
+        traceback.print_exception(error)
+        print(f"switchyard: {EXIT_CODES[EXIT_FAULT]}", file=sys.stderr)
+        return EXIT_FAULT
 
 
 def _run(words: list[str]) -> int:
-    """Reads the words, prepares the environment and calls the verb's module."""
+    """Reads the words, prepares the environment and runs the command."""
     if not words or words[0] in ("-h", "--help", "help"):
         print(_help())
         return EXIT_DONE
     if words[0] == "--version":
         print(f"switchyard {_version()}")
         return EXIT_DONE
-    name, *rest = words
-    if name not in VERBS:
-        raise UsageError(
-            f"{name!r} is not a verb{nearest(name, VERBS)}; "
-            f"the verbs are {', '.join(VERBS)}; see switchyard --help"
-        )
-    verb = VERBS[name]
-    options, bindings = _parse(name, verb, rest)
-    config = _read_config(options, bindings)
-    if verb.simulates:
-        config = importlib.import_module(verb.module).simulated(config, options)
-    lines = [_first_line(name, config, getattr(options, "topology", ""))]
-    job = None
-    if verb.uses_jax:
-        job, told = _before_jax(config.settings.platform, options)
-        lines += [f"  {line}" for line in told]
+    name, command, rest = commands.find(words)
+    options, bindings = parse(name, command, rest)
+    config = read_config(command, options, bindings)
+    on, job, told = config, None, list[str]()
+    if command.devices is not None:
+        on = command.devices(config, options)
+        job, told = _before_jax(on.settings.platform)
+    if job is not None and job.process > 0:  # the first one speaks for all
+        options = dataclasses.replace(options, quiet=True)
     if not options.quiet:
+        lines = [_first_line(name, command, on, options)]
+        lines += [f"  {line}" for line in told]
         print("\n".join(lines), file=sys.stderr, flush=True)
     # A module of the user's may lie in the working directory: `python -m launch` looks
     # there by itself, the console script does not.
     if "" not in sys.path and os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
-    module = "launch.dry_run" if getattr(options, "dry_run", False) else verb.module
-
-    def work() -> int:
-        return importlib.import_module(module).main(config, options)
-
     if job is None:
-        return work()
+        return command.run(config, options)
     from launch.job import together
 
-    return together.run(job, work, config)
+    return together.run(job, lambda: command.run(config, options), config)
 
 
-def _before_jax(
-    platform: "PlatformSettings", options: argparse.Namespace
-) -> tuple["Job | None", list[str]]:
+def _before_jax(platform: "PlatformSettings") -> tuple["Job | None", list[str]]:
     """Sets the environment of jax, and finds out whether others run this job too."""
     from launch.config.platform import prepare_environment
 
-    if getattr(options, "dry_run", False):
-        platform = _alone(platform)
     lines = prepare_environment(platform)
     if platform.num_processes == 1:
         return None, lines
     from launch.job import together
 
     job = together.find(platform)
-    if job is not None and job.process > 0:
-        options.quiet = True  # the first one speaks for all
     return job, [*lines, str(job or "one process, alone")]
-
-
-def _alone(platform: "PlatformSettings") -> "PlatformSettings":
-    """One process in place of a job's: a dry run simulates the devices of them all."""
-    together = platform.simulated_devices * max(platform.num_processes, 1)
-    return dataclasses.replace(
-        platform,
-        num_processes=1,
-        simulated_devices=together,
-        coordinator_address="",
-        process_id=-1,
-    )
 
 
 # ------------------------------------------------------------------ words and flags
 
 
-def _parse(
-    name: str, verb: Verb, words: Sequence[str]
-) -> tuple[argparse.Namespace, list[str]]:
-    """Splits the words into the verb's own options and bindings of macros."""
-    parser = Parser(
+class _Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are UsageErrors."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises what the user did wrong, instead of ending the process."""
+        raise UsageError(f"{message}; see {self.prog} --help")
+
+
+def parse(
+    name: str, command: Command, words: Sequence[str]
+) -> tuple[Options, list[str]]:
+    """Splits the words of a verb into its options and bindings of macros.
+
+    Raises:
+        UsageError: a word is neither.
+    """
+    parser = _Parser(
         prog=f"switchyard {name}",
         usage=f"switchyard {name} [OPTION=VALUE ...] [--gin.MACRO=VALUE ...]",
-        description=verb.description,
-        epilog=verb.epilog,
+        description=command.description,
+        epilog=_epilog(command),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    verb.flags(parser)
-    parser.add_argument(
-        "--gin_file",
-        action="append",
-        default=[],
-        metavar="FILE",
-        help="gin file to read; may be given several times",
-    )
-    parser.add_argument(
-        "--quiet",
-        action="store_true",
-        help="print results, warnings and errors only",
-    )
+    kinds = typing.get_type_hints(command.options)
+    fields = dataclasses.fields(command.options)
+    for field in sorted(fields, key=lambda f: f.name in Options.__dataclass_fields__):
+        _add_flag(parser, field, kinds[field.name])
     bindings = [word.removeprefix("--gin.") for word in words if _is_binding(word)]
     for binding in bindings:
         if "=" not in binding:
             raise UsageError(f"--gin.{binding} needs a value: --gin.{binding}=VALUE")
-    options, unknown = parser.parse_known_args(
+    found, unknown = parser.parse_known_args(
         [word for word in words if not _is_binding(word)]
     )
     if unknown:
@@ -171,7 +168,48 @@ def _parse(
         elif word.lstrip("-").partition("=")[0].isupper():
             hint = f"; knobs are written --gin.{word.lstrip('-')}"
         parser.error(f"{word!r} is not an option of {name}{hint}")
-    return options, bindings
+    values = {
+        key: tuple(value) if isinstance(value, list) else value
+        for key, value in vars(found).items()
+    }
+    return command.options(**values), bindings  # type: ignore[arg-type]
+
+
+def _add_flag(
+    parser: argparse.ArgumentParser, field: dataclasses.Field[Any], kind: Any
+) -> None:
+    """Adds the flag of a field of an options record."""
+    given: dict[str, Any] = {"help": field.metadata["help"]}
+    if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
+        (kind,) = (part for part in typing.get_args(kind) if part is not type(None))
+    required = field.default is dataclasses.MISSING
+    given |= {"required": True} if required else {"default": field.default}
+    if field.metadata["metavar"] or field.metadata["macro"]:
+        given["metavar"] = field.metadata["metavar"] or "X"
+    if kind is bool:
+        given["action"] = "store_true"
+    elif typing.get_origin(kind) is tuple:
+        given |= {"action": "append", "default": []}
+    elif typing.get_origin(kind) is typing.Literal:
+        given["choices"] = typing.get_args(kind)
+        given.pop("metavar", None)
+    elif kind is not str:
+        given["type"] = kind
+    parser.add_argument(f"--{field.name}", **given)
+
+
+def _epilog(command: Command) -> str:
+    codes = [f"  {code:<3} {words}" for code, words in _codes(command)]
+    parts = [command.ending.rstrip(), "\n".join(["exit codes:", *codes])]
+    return "\n\n".join(filter(None, parts))
+
+
+def _codes(command: Command) -> list[tuple[int, str]]:
+    found = []
+    for code in sorted(command.exit_codes):
+        words = command.exit_codes[code] or EXIT_CODES[code]
+        found.append((code, textwrap.fill(words, 80, subsequent_indent=" " * 6)))
+    return found
 
 
 def _is_binding(word: str) -> bool:
@@ -181,34 +219,21 @@ def _is_binding(word: str) -> bool:
 # -------------------------------------------------------------------- configuration
 
 
-def _read_config(
-    options: argparse.Namespace, bindings: Sequence[str]
+def read_config(
+    command: Command, options: Options, bindings: Sequence[str]
 ) -> "ResolvedConfig":
     """Reads the gin files of a command, and those of the run it is about."""
     from launch.config import reader
 
     files, knobs = list(options.gin_file), list(bindings)
-    if (model_dir := getattr(options, "model_dir", None)) is not None:
-        if not model_dir.strip():
-            raise UsageError(
-                "--model_dir is empty: give the folder of a run, such as "
-                f"--model_dir=runs/demo{_runs_beside(Path('runs/demo'))}"
-            )
-        written = Path(model_dir, "config.gin")
-        if not written.is_file():
-            raise UsageError(
-                f"{written} is not there: --model_dir is the folder of a run that "
-                f"`switchyard train` has started{_runs_beside(Path(model_dir))}"
-            )
-        files.insert(0, str(written))
-        knobs.append(f"MODEL_DIR={model_dir!r}")  # the folder may have been moved
-        for option, (macro, _) in SAMPLE_KNOBS.items():
-            if (value := getattr(options, option, None)) is not None:
-                # Quoted, because a prompt may hold quotes and % of its own.
-                text = repr(value) if option == "prompt" else value
-                knobs.append(f"{macro}={text}")
-    if getattr(options, "self_check", None):
-        knobs.append(f"SELF_CHECK={options.self_check!r}")
+    if command.reads is not None:
+        first, more = command.reads(options)
+        files, knobs = [*first, *files], [*knobs, *more]
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        if field.metadata["macro"] and value is not None:
+            # Quoted, because a prompt may hold quotes and % of its own.
+            knobs.append(f"{field.metadata['macro']}={value!r}")
     if not files:
         raise UsageError(
             "no configuration: give --gin_file=FILE, such as "
@@ -217,22 +242,19 @@ def _read_config(
     return reader.read(files, knobs)
 
 
-def _runs_beside(folder: Path) -> str:
-    """Names the runs that the user may have meant, to end a message with."""
-    parent = folder.absolute().parent
-    names = sorted(
-        str(folder.parent / p.parent.name) for p in parent.glob("*/config.gin")
-    )
-    return f"; runs beside it: {', '.join(names[:5])}" if names else ""
-
-
 # ---------------------------------------------------------------------- what is said
 
 
 def _help() -> str:
-    verbs = "\n".join(f"  {name:10}{verb.summary}" for name, verb in VERBS.items())
+    """All verbs, by what they are for."""
+    groups: dict[str, list[str]] = {}
+    for name, command in commands.every().items():
+        groups.setdefault(command.group, []).append(f"  {name:10}{command.summary}")
+    verbs = "\n\n".join(
+        "\n".join([f"{group}:", *lines]) for group, lines in groups.items()
+    )
     usage = "usage: switchyard VERB [--gin_file=FILE ...] [--gin.MACRO=VALUE ...]"
-    return f"{usage}\n\n{ABOUT}\nverbs:\n{verbs}\n\n{EXAMPLES}".rstrip()
+    return f"{usage}\n\n{_ABOUT}\n{verbs}\n\n{_EXAMPLES}"
 
 
 def _version() -> str:
@@ -241,16 +263,16 @@ def _version() -> str:
     return "(not installed)"
 
 
-def _first_line(name: str, config: "ResolvedConfig", topology: str) -> str:
+def _first_line(
+    name: str, command: Command, config: "ResolvedConfig", options: Options
+) -> str:
     """Says in one line what is about to happen, on what, and where to."""
     settings = config.settings
     parts = [f"switchyard {_version()}", name, config.where]
-    if topology:
-        parts.append(topology)
-    elif VERBS[name].uses_jax:
-        parts += [_describe_devices(settings), settings.loop.model_dir]
+    if command.about is not None:
+        parts += command.about(config, options)
     else:
-        parts += [settings.data.mixture_or_task_name, settings.data.store_dir]
+        parts += [_describe_devices(settings), settings.loop.model_dir]
     return " · ".join(parts)
 
 
@@ -261,9 +283,9 @@ def _describe_devices(settings: "Settings") -> str:
     large = " × ".join(f"{axis} {size}" for axis, size in axes.items() if size > 1)
     kinds = {"cpu": "CPU", "cuda": "GPU", "tpu": "TPU", "auto": ""}
     kind = f"{kinds[platform.name]} device".strip()
-    if platform.simulated_devices * max(platform.num_processes, 1) > 1:
-        kind = f"simulated {kind}"
     simulated = platform.simulated_devices * max(platform.num_processes, 1)
+    if simulated > 1:
+        kind = f"simulated {kind}"
     number = max(simulated, mesh.num_devices)
     if number == 1:
         return f"1 {kind}"

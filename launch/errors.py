@@ -4,11 +4,25 @@ import difflib
 from collections.abc import Iterable, Sequence
 
 EXIT_DONE = 0
-EXIT_USER_ERROR = 1  # a user or configuration error: do not restart
-EXIT_NON_FINITE = 17  # failed validation: do not restart
-EXIT_PREEMPTED = 42  # saved: restart me
-EXIT_LOST_PROCESS = 134  # as jax ends when a process of its job is gone: restart me
+EXIT_USER_ERROR = 1
+EXIT_NON_FINITE = 17
+EXIT_PREEMPTED = 42
+EXIT_FAULT = 70  # EX_SOFTWARE of sysexits.h
 EXIT_INTERRUPTED = 130  # the shell's own code for Ctrl-C
+EXIT_LOST_PROCESS = 134  # as jax ends when a process of its job is gone
+
+# What a supervisor needs to know of each; help and the README say the same words.
+EXIT_CODES = {
+    EXIT_DONE: "done",
+    EXIT_USER_ERROR: "an error of usage, configuration or data: do not restart",
+    EXIT_NON_FINITE: "too many steps in a row were not finite: do not restart",
+    EXIT_PREEMPTED: "preempted, and saved: restart the same command",
+    EXIT_FAULT: "a fault of Switchyard, of a library or of a machine: the same command "
+    "may be restarted",
+    EXIT_INTERRUPTED: "interrupted at the keyboard",
+    EXIT_LOST_PROCESS: "another process of the job was lost: restart the same command "
+    "for all",
+}
 
 _OURS = frozenset({"launch", "moe", "partitioning", "tasks"})
 

@@ -32,9 +32,28 @@ ARROWS = {
     "benchmarks": set(FOLDERS),
     "tests": set(FOLDERS),
 }
-SETTINGS = tuple(
-    f"{folder}/settings.py" for folder in ("moe", "partitioning", "tasks", "launch")
+# What a run's configuration is made of, and what a command line needs before jax.
+SETTINGS = (
+    "moe/layers.py",
+    "moe/settings/__init__.py",
+    "partitioning/settings.py",
+    "tasks/settings.py",
+    "launch/config/settings.py",
 )
+# Rooms of `launch`, from the ground up: each may import those before it, and of those
+# beside it, in the same line, none.
+ROOMS = (
+    ("errors",),
+    ("terminal", "config"),
+    ("job", "records"),
+    ("data",),
+    ("run",),
+    ("checkpoints",),
+    ("evaluation", "planning", "verification"),
+    ("report",),
+    ("training",),
+)
+STARTS = ("launch/cli.py", "launch/training/start.py", "launch/training/loop.py")
 # Seconds to import and 800 MB, and often missing beside an accelerator.
 HEAVY = {"seqio", "tensorflow", "tensorflow_text", "tensorflow_datasets", "apache_beam"}
 
@@ -80,6 +99,25 @@ def test_imports_between_folders_go_one_way(folder):
     ]
 
 
+def test_imports_between_rooms_go_down():
+    place = {room: floor for floor, rooms in enumerate(ROOMS) for room in rooms}
+    found = []
+    for where, imported in imports_in("launch"):
+        room = where.split("/")[1].removesuffix(".py").partition(".py:")[0]
+        other = [*imported.name.split("."), ""][1]
+        if imported.package != "launch" or room not in place or room == other:
+            continue
+        assert other in place or other == "commands", where
+        if other not in place or place[other] >= place[room]:
+            found.append(f"{where} imports {imported.name}")
+    assert not found
+
+
+def test_every_room_has_a_place():
+    there = {path.stem for path in (ROOT / "launch").iterdir() if path.stem[0] != "_"}
+    assert there - {"cli", "commands"} == {room for rooms in ROOMS for room in rooms}
+
+
 def test_only_one_file_imports_gin():
     users = {
         where.partition(":")[0]
@@ -87,7 +125,7 @@ def test_only_one_file_imports_gin():
         for where, imported in imports_in(folder)
         if imported.package == "gin"
     }
-    assert users <= {"launch/config/syntax.py"}
+    assert users == {"launch/config/syntax.py"}
 
 
 @pytest.mark.parametrize("folder", ["moe", "partitioning", "launch"])
@@ -102,45 +140,38 @@ def test_only_tasks_imports_seqio_and_tensorflow(folder):
 @pytest.mark.parametrize("name", ["__init__", "store", "batches", "objectives"])
 def test_reading_a_prepared_store_never_imports_seqio_or_tensorflow(name):
     file = ROOT / "tasks" / f"{name}.py"
-    if not file.exists():
-        return
     assert not [one for one in imports_of(file) if one.package in HEAVY]
     assert not {one.package for one in reached_from(file)} & HEAVY
 
 
-@pytest.mark.parametrize("name", ["__main__", "cli", "train", "loop"])
-def test_training_starts_without_seqio_and_tensorflow(name):
-    file = ROOT / "launch" / f"{name}.py"
-    if not file.exists():
-        return
-    assert not {one.package for one in reached_from(file)} & HEAVY
-
-
-@pytest.mark.parametrize("name", ["__main__", "cli", "train", "loop", "dry_run"])
-def test_training_starts_without_matplotlib(name):
-    # A second to import, for the report at the very end.
-    reached = {one.package for one in reached_from(ROOT / "launch" / f"{name}.py")}
-    assert "matplotlib" not in reached
+@pytest.mark.parametrize("name", STARTS)
+def test_training_starts_without_seqio_tensorflow_and_matplotlib(name):
+    # Matplotlib takes a second to import, for the report at the very end.
+    reached = {one.package for one in reached_from(ROOT / name)}
+    assert not reached & (HEAVY | {"matplotlib"})
 
 
 def test_the_report_is_what_imports_matplotlib():
-    reached = {one.package for one in reached_from(ROOT / "launch" / "report.py")}
+    reached = {one.package for one in reached_from(ROOT / "launch/report/run.py")}
     assert "matplotlib" in reached  # so that the test above could fail
 
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_settings_are_read_without_jax(name):
     # They decide on platform and simulated devices, which jax reads when imported.
-    file = ROOT / name
-    if not file.exists():
-        return
-    ours = {setting.removesuffix(".py").replace("/", ".") for setting in SETTINGS}
-    ours |= {*PACKAGES, "moe.layers"}  # `from moe import settings`
-    for imported in imports_of(file):
-        if imported.package in FOLDERS:
-            assert imported.name.rpartition(".")[0] in ours or imported.name in ours
-    foreign = {one.package for one in reached_from(file)} - set(FOLDERS)
+    foreign = {one.package for one in reached_from(ROOT / name)} - set(FOLDERS)
     assert foreign <= sys.stdlib_module_names
+
+
+@pytest.mark.parametrize(
+    "file", sorted((ROOT / "launch" / "commands").rglob("*.py")), ids=lambda f: f.stem
+)
+def test_a_verb_imports_nothing_before_it_is_called(file):
+    ours = {
+        one.name for one in imports_of(file) if one.at_top and one.package in FOLDERS
+    }
+    allowed = ("launch.commands", "launch.errors", "launch.config.reader")
+    assert all(name.startswith(allowed) for name in ours)
 
 
 @pytest.mark.parametrize("folder", PACKAGES)
@@ -237,6 +268,7 @@ def test_the_checks_of_imports_see_every_form(tmp_path):
         "def late():\n    import j\n    from importlib import import_module\n"
         "    import_module('k.l')\n"
         "class M:\n    import n\n"
+        "if TYPE_CHECKING:\n    import o\n"
     )
     seen = {(one.name, one.at_top) for one in imports_of(file)}
     assert seen == {
@@ -275,6 +307,8 @@ def imports_of(file: Path) -> tuple[Import, ...]:
             ):
                 names = [name]
         found.extend(Import(name, node.lineno, at_top) for name in names)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            return  # nothing of it runs
         function = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
         for child in ast.iter_child_nodes(node):
             visit(child, at_top and not isinstance(node, function))

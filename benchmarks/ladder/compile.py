@@ -35,6 +35,7 @@ from launch.errors import EXIT_INTERRUPTED
 from launch.planning import search
 from launch.planning.compiler.compile import compile_step
 from launch.planning.compiler.records import Compiled, Failure
+from launch.planning.hardware import moving
 from launch.planning.hardware.topologies import Topology
 
 
@@ -66,7 +67,7 @@ def climb(name: str, parameters: int, *, time_limit_s: float, memory_gib: float)
     """Compiles a row until something fits."""
     config = read(name)
     current = fingerprint(config)  # of what is compiled, should a file change meanwhile
-    moved = edit.moved(config, slices_of(name)[0])
+    moved = moving.moved(config, slices_of(name)[0])
     attempts: list[Attempt] = []
     compiled = None
     for place, one in candidates(name, moved):

@@ -12,6 +12,7 @@ from launch.config.reader import ResolvedConfig
 from launch.planning.compiler import records
 from launch.planning.compiler.records import Compiled, Failure
 from launch.planning.cost import memory
+from launch.planning.hardware import moving
 from launch.planning.hardware.topologies import Topology, parse, standard
 from moe.accounting import count
 
@@ -203,5 +204,5 @@ def load(name: str, folder: Path = FOLDER) -> Row | None:
 def planned(row: Row) -> tuple[ResolvedConfig, memory.MemoryPlan]:
     """Returns a row's configuration as it was compiled, and today's prediction."""
     chosen = row.attempts[-1].knobs
-    config = edit.reconfigured(edit.moved(read(row.name), row.topology), chosen)
+    config = edit.reconfigured(moving.moved(read(row.name), row.topology), chosen)
     return config, memory.predict(config.settings, row.topology.chip.name)

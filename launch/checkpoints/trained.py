@@ -1,6 +1,5 @@
 """A trained model of a run, ready to be scored or to draw text."""
 
-import argparse
 import contextlib
 import dataclasses
 from collections.abc import Iterator
@@ -8,9 +7,9 @@ from typing import Any
 
 import jax
 
-from launch import prepare
 from launch.checkpoints.store import Checkpoints
 from launch.config.reader import ResolvedConfig
+from launch.data import opening
 from launch.run import compiler_check
 from launch.run.assemble import Run, assemble
 from launch.terminal.lines import waiting
@@ -24,18 +23,26 @@ class Trained:
     Attributes:
         run: the assembled run.
         store: its data.
-        params: the parameters of the step asked for.
+        params: the parameters.
+        step: step they are of.
     """
 
     run: Run
     store: TokenStore
     params: Any
+    step: int
 
 
 @contextlib.contextmanager
-def restored(config: ResolvedConfig, options: argparse.Namespace) -> Iterator[Trained]:
-    """Restores the parameters of `options.step`, or of the newest checkpoint.
+def restored(
+    config: ResolvedConfig, step: int | None = None, *, quiet: bool
+) -> Iterator[Trained]:
+    """Restores the parameters of a step.
 
+    Args:
+        config: of the run.
+        step: step of the checkpoint; None takes the newest.
+        quiet: whether no progress is shown.
     Raises:
         StoreError: the store of the run is missing or damaged.
         CheckpointError: there is no such checkpoint, or it does not fit.
@@ -44,14 +51,14 @@ def restored(config: ResolvedConfig, options: argparse.Namespace) -> Iterator[Tr
     """
     if config.settings.loop.self_check == "on":
         compiler_check.check()
-    store = prepare.open_checked(config)
+    store = opening.open_checked(config)
     run = assemble(config)
     model_dir = config.settings.loop.model_dir
     with (
         jax.set_mesh(run.mesh),
         Checkpoints(model_dir, keep=1, read_only=True) as saved,
     ):
-        step = saved.require(options.step)
-        with waiting(f"restoring step {step}", quiet=options.quiet):
+        step = saved.require(step)
+        with waiting(f"restoring step {step}", quiet=quiet):
             params = saved.restore_params(step, run, store.manifest)
-        yield Trained(run, store, params)
+        yield Trained(run, store, params, step)

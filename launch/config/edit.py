@@ -4,15 +4,12 @@ Standard library only, beside `launch.config.reader`.
 """
 
 import dataclasses
-import functools
-import importlib.resources
 from collections.abc import Mapping
 from typing import Any
 
-from launch.config import reader
 from launch.config.reader import ResolvedConfig
 from launch.config.settings import Settings
-from launch.planning.hardware.topologies import Topology
+from launch.errors import nearest
 from partitioning.settings import AXES, MeshSettings
 
 # Knobs that a plan may set, and the setting that each of them fills.
@@ -35,7 +32,6 @@ PLACES: Mapping[str, tuple[str, str]] = {
     "ATTENTION_BLOCK": ("execution", "attention_block"),
     "MICROBATCHES": ("train", "microbatches"),
 }
-_PLATFORM_OF_KIND = {"tpu": "tpu", "gpu": "cuda"}
 
 
 def changed(settings: Settings, knobs: Mapping[str, Any]) -> Settings:
@@ -74,43 +70,38 @@ def mesh_knobs(mesh: MeshSettings) -> dict[str, int]:
     return {f"MESH_{axis.upper()}": getattr(mesh, axis) for axis in AXES}
 
 
-def moved(config: ResolvedConfig, topology: Topology) -> ResolvedConfig:
-    """Returns the configuration as it would run there: its own flags, or the chip's.
+def parse_mesh(text: str) -> tuple[MeshSettings, list[str]]:
+    """Reads a mesh such as "data=2,expert=4"; axes that are not named have size 1.
 
-    A plan asks nothing of this machine's devices.
+    Returns:
+        The mesh, and what is wrong with the text.
     """
-    knobs: dict[str, Any] = {
-        "PLATFORM": _PLATFORM_OF_KIND[topology.chip.kind],
-        "SIMULATED_DEVICES": 0,
-        "NUM_PROCESSES": 0,
-    }
-    platform = config.settings.platform
-    if not (platform.xla_flags or platform.libtpu_init_args):
-        knobs |= flags(topology)
-    return reconfigured(config, knobs)
+    sizes: dict[str, int] = {}
+    found = []
+    for word in filter(None, (part.strip() for part in text.split(","))):
+        axis, _, size = (part.strip() for part in word.partition("="))
+        if axis not in AXES:
+            found.append(
+                f"--mesh={text}: {axis!r} is not an axis of the mesh"
+                f"{nearest(axis, AXES)}; the axes are {', '.join(AXES)}"
+            )
+        elif axis in sizes:
+            found.append(f"--mesh={text}: {axis} is given twice")
+        elif not size.isdecimal():
+            found.append(
+                f"--mesh={text}: {word!r} has no size: write {axis}=2, and commas "
+                "between axes"
+            )
+        else:
+            sizes[axis] = int(size)
+    mesh = MeshSettings(**sizes)
+    if not sizes and not found:
+        found.append(f"--mesh={text}: names no axis: write --mesh=data=2,expert=4")
+    return mesh, found
 
 
-@functools.cache
-def hardware_file(chip_name: str) -> str:
-    """Returns the hardware file that has a chip's flags, "" if there is none."""
-    folder = importlib.resources.files("configs") / "hardware"
-    start = f"{chip_name.replace('-', '_')}_"
-    found = sorted(
-        file.name for file in folder.iterdir() if file.name.startswith(start)
-    )
-    return f"hardware/{found[0]}" if found else ""
-
-
-@functools.cache
-def flags(topology: Topology) -> dict[str, Any]:
-    """Returns the compilers' flags that the hardware file of a chip has."""
-    name = hardware_file(topology.chip.name)
-    if not name:
-        return {}
-    # A mesh is beside the point here, and any run that can be read will do.
-    uncut = [f"{macro}={size}" for macro, size in mesh_knobs(MeshSettings()).items()]
-    platform = reader.read(["runs/tiny.gin", name], uncut).settings.platform
-    return {
-        "XLA_FLAGS": platform.xla_flags,
-        "LIBTPU_INIT_ARGS": platform.libtpu_init_args,
-    }
+def describe_mesh(mesh: MeshSettings) -> str:
+    """Names the axes larger than 1: "data 2 × expert 2", or "one device"."""
+    sizes = dataclasses.asdict(mesh)
+    large = [f"{axis} {size}" for axis, size in sizes.items() if size > 1]
+    return " × ".join(large) or "one device"

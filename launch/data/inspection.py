@@ -6,7 +6,7 @@ from rich.table import Table
 from rich.text import Text
 
 from launch.config.settings import Settings
-from launch.prepare import training_batches
+from launch.data.opening import cut_words, training_batches
 from launch.terminal.lines import is_utf8, legible
 from tasks.batches import Batches
 from tasks.store import Split, TokenStore
@@ -38,18 +38,6 @@ def show(store: TokenStore, settings: Settings, num_examples: int) -> None:
     for number, text in enumerate(_examples(store, batches, num_examples)):
         example = Text.assemble((f"\nrow {number}\n", "bold"), text)
         console.print(legible(example, console))
-
-
-def cut_words(batches: Batches) -> str:
-    """Says what pairs lose that are longer than TASK_FEATURE_LENGTHS, if any do."""
-    lost = [task.truncation for task in batches.tasks]
-    examples = sum(of_task.examples for of_task in lost)
-    if not examples:
-        return ""
-    tokens = sum(sum(of_task.tokens.values()) for of_task in lost)
-    return (
-        f"; {examples:,} pairs longer than TASK_FEATURE_LENGTHS lose {tokens:,} tokens"
-    )
 
 
 def _counts(store: TokenStore, batches: Batches) -> Table:

@@ -1,10 +1,7 @@
 """Held-out scores: each token once, the same on every mesh."""
 
-import argparse
 import dataclasses
-import functools
 import math
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,16 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from launch import dry_run, prepare
-from launch.checkpoints.store import Checkpoints
-from launch.checkpoints.trained import restored
-from launch.config.reader import ResolvedConfig
-from launch.errors import EXIT_DONE
-from launch.evaluation.task_metrics import EvalStep, TaskMetrics
+from launch.evaluation.task_metrics import EvalStep
 from launch.run.assemble import Run
 from launch.run.feed import Feed
-from launch.terminal.lines import waiting
-from moe import architecture
 from moe.training import losses
 from moe.training.losses import Sums
 from tasks import batches
@@ -29,61 +19,6 @@ from tasks.settings import DataSettings
 from tasks.store import Split, TokenStore
 
 Record = dict[str, Any]
-
-
-def main(config: ResolvedConfig, options: argparse.Namespace) -> int:
-    """Scores a checkpoint on the whole held-out split, and runs the Tasks' metrics."""
-    data, during = config.settings.data, functools.partial(waiting, quiet=options.quiet)
-    with Checkpoints(config.settings.loop.model_dir, keep=1, read_only=True) as saved:
-        options.step = step = saved.require(options.step)
-    with restored(config, options) as trained:
-        run, store = trained.run, trained.store
-        if architecture.has_experts(config.settings.model) and not options.quiet:
-            for name, fact in dry_run.sparse_facts(config.settings, run.mesh):
-                print(f"  {name}: {fact}", file=sys.stderr, flush=True)
-        compiled = functools.cache(run.compile_eval_step)
-        with during("scoring the held-out split"):
-            record = heldout(run, store, trained.params, compiled(), 0)
-        print("\n".join(table(record, store, data)))
-        if not _wants_metrics(config, options):
-            return EXIT_DONE
-        metrics = TaskMetrics(
-            run,
-            store,
-            compiled,
-            allowed_modules=prepare.allowed_modules(config, options),
-            during=during,
-        )
-        measured = metrics(trained.params, step)
-    for name, value in measured.items():
-        print(f"{name:32} {value:.4f}")
-    for line in metrics.notes:
-        print(f"note: {line}")
-    for path in metrics.paths:
-        print(f"predictions  {path}")
-    return EXIT_DONE
-
-
-def _wants_metrics(config: ResolvedConfig, options: argparse.Namespace) -> bool:
-    """Whether to run the Tasks' metrics: by default where they can be run.
-
-    That is where targets are predicted from inputs, and the Tasks' code may be run.
-    """
-    if options.metrics is not None:
-        return options.metrics == "on"
-    data = config.settings.data
-    if data.objective != "seq2seq":
-        return False
-    module = data.mixture_or_task_module
-    may_run = module.startswith("tasks.") or bool(
-        prepare.allowed_modules(config, options)
-    )
-    if not may_run:
-        print(
-            f"note: the Tasks' metrics run the code of {module}: add --allow_module",
-            file=sys.stderr,
-        )
-    return may_run
 
 
 @dataclasses.dataclass(frozen=True)

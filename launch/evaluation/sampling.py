@@ -1,39 +1,21 @@
 """Text from a checkpoint."""
 
-import argparse
 import re
 from typing import Any
 
 import jax
 import numpy as np
 
-from launch.checkpoints.trained import restored
-from launch.config.reader import ResolvedConfig
 from launch.config.settings import Settings
-from launch.errors import EXIT_DONE, UserError
+from launch.errors import UserError
 from launch.evaluation.continuing import answers, continuation, padded, until_end
 from launch.run.assemble import Run
-from launch.terminal.lines import waiting
 from partitioning import rules
 from tasks.settings import DENOISING
 from tasks.vocabularies import Vocabulary
 
 _PROMPT_STEP = 64  # prompts are padded to a multiple, so that few lengths compile
 _BLANK = re.compile(r"<extra_id_(\d+)>")  # as T5 writes its sentinels
-
-
-def main(config: ResolvedConfig, options: argparse.Namespace) -> int:
-    """Prints a prompt and its continuation; nothing else goes to standard output."""
-    with restored(config, options) as trained:
-        vocabulary = trained.store.vocabulary
-        with waiting("drawing tokens", quiet=options.quiet):
-            text = continue_prompt(trained.run, trained.params, vocabulary)
-    prompt = config.settings.sample.prompt
-    if config.settings.data.objective in DENOISING:
-        print(text)
-    else:
-        print(prompt + ("\n" if answers(config.settings) else "") + text)
-    return EXIT_DONE
 
 
 class SampleError(UserError):
@@ -122,6 +104,13 @@ def continue_prompt(run: Run, params: Any, vocabulary: Vocabulary) -> str:
         return vocabulary.decode(tokens)
     whole = vocabulary.decode([*prompt, *tokens])
     return whole[len(vocabulary.decode(prompt)) :]
+
+
+def with_prompt(settings: Settings, text: str) -> str:
+    """Returns what is shown of a prompt and the text that was drawn for it."""
+    if settings.data.objective in DENOISING:
+        return text  # the prompt with its blanks filled
+    return settings.sample.prompt + ("\n" if answers(settings) else "") + text
 
 
 def filled(prompt: str, tokens: list[int], vocabulary: Vocabulary) -> str:

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -12,6 +13,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from launch.config.settings import Settings
 from launch.evaluation.continuing import continuation, padded, until_end
 from launch.run.assemble import Run
 from launch.terminal.lines import waiting
@@ -179,6 +181,32 @@ def _measure(
         lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
         files.write(path, "".join(lines).encode())
     return found
+
+
+def are_wanted(
+    asked: str | None, settings: Settings, allowed_modules: tuple[str, ...]
+) -> bool:
+    """Whether to run the Tasks' metrics: by default where they can be run.
+
+    That is where targets are predicted from inputs, and the Tasks' code may be run.
+
+    Args:
+        asked: "on" or "off"; None where nothing was asked.
+        settings: of the run.
+        allowed_modules: modules outside `tasks` that may be imported.
+    """
+    if asked is not None:
+        return asked == "on"
+    if settings.data.objective != "seq2seq":
+        return False
+    module = settings.data.mixture_or_task_module
+    may_run = module.startswith("tasks.") or bool(allowed_modules)
+    if not may_run:
+        print(
+            f"note: the Tasks' metrics run the code of {module}: add --allow_module",
+            file=sys.stderr,
+        )
+    return may_run
 
 
 def predictions_path(run: Run, task: str, step: int) -> str:

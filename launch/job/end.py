@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 from launch.errors import (
+    EXIT_FAULT,
     EXIT_INTERRUPTED,
     EXIT_LOST_PROCESS,
     EXIT_USER_ERROR,
@@ -83,7 +84,7 @@ class Bell:
         if before is None:
             before = self._tell(_outcome(self._process, error, lost=lost))
         if before["process"] == self._process:
-            if before["code"] == EXIT_USER_ERROR and not is_user_error(error):
+            if before["code"] == EXIT_FAULT:
                 traceback.print_exception(error)  # it ends with the message
             else:
                 self._say(before["message"])
@@ -185,7 +186,7 @@ def _outcome(process: int, error: BaseException, *, lost: bool) -> dict[str, Any
         message = f"another process was lost ({first[:200]}). {_AGAIN}"
         return {"process": process, "code": EXIT_LOST_PROCESS, "message": message}
     message = f"{type(error).__name__}: {first[:500]}"
-    return {"process": process, "code": EXIT_USER_ERROR, "message": message}
+    return {"process": process, "code": EXIT_FAULT, "message": message}
 
 
 def _leave(code: int) -> NoReturn:

@@ -10,11 +10,12 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from launch.config.edit import changed, hardware_file
+from launch.config.edit import changed
 from launch.config.settings import Settings, problems
 from launch.errors import UserError
 from launch.planning.compiler.records import Compiled, Failure
 from launch.planning.cost import estimate, memory
+from launch.planning.hardware.moving import hardware_file
 from launch.planning.hardware.topologies import Topology, standard, warnings
 from moe import architecture
 from moe.routing.capacity import never_drops
@@ -22,7 +23,7 @@ from partitioning.settings import AXES, MeshSettings
 
 # Of the usable memory, what a prediction may fill: compilers take more than arithmetic
 # says, or less.
-MARGIN = 0.95
+MARGIN = 0.92
 LARGEST_MODEL_AXIS = 8
 LARGEST_CONTEXT_AXIS = 32
 LONG_ROWS = 8192  # tokens, from which rows may be cut over `context`

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from launch.config.edit import describe_mesh
 from launch.config.reader import ResolvedConfig
 from launch.config.settings import Settings
 from launch.verification import batches, compare, measure, weights
 from launch.verification.compare import Row
 from launch.verification.measure import Bench, Decisions, Evaluation, Start, Step
-from launch.verification.meshes import describe
 from launch.verification.shrink import Mesh, Shrunk
 
 # What can be compared; a train step always is.
@@ -104,7 +104,7 @@ def examine(
             once = [accumulated(reference)]
     verdicts = []
     for mesh in shrunk.meshes:
-        with waiting(describe(mesh.small)):
+        with waiting(describe_mesh(mesh.small)):
             rows = on_mesh(reference, shrunk.on(mesh), shrunk.tail, parts)
         now = time.monotonic()
         verdicts.append(Verdict(mesh, (*rows, *once), now - began))

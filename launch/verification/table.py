@@ -8,12 +8,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from launch.config.edit import describe_mesh
 from launch.config.reader import ResolvedConfig
 from launch.errors import ConfigError
 from launch.terminal.lines import duration
 from launch.verification.compare import Row
 from launch.verification.examine import Verdict, differing
-from launch.verification.meshes import describe
 from launch.verification.shrink import Shrunk
 from moe import architecture
 from moe.model import inventory
@@ -43,7 +43,7 @@ class Printer:
             title_justify="left",
         )
         for mesh in shrunk.meshes:
-            table.add_row("mesh", describe(mesh.asked), describe(mesh.small))
+            table.add_row("mesh", describe_mesh(mesh.asked), describe_mesh(mesh.small))
             if architecture.has_experts(shrunk.settings.model):
                 before = shrunk.settings.execution.transport
                 table.add_row("TRANSPORT", before, mesh.transport)
@@ -62,7 +62,7 @@ class Printer:
             "may be",
             "",
             "",
-            title=f"{describe(verdict.mesh.small)} against one device",
+            title=f"{describe_mesh(verdict.mesh.small)} against one device",
             title_justify="left",
         )
         for column in table.columns[1:3]:
@@ -74,7 +74,7 @@ class Printer:
     def summary(self, verdict: Verdict) -> None:
         """One line."""
         mesh = verdict.mesh
-        what = f"{describe(mesh.asked)} (as {describe(mesh.small)})"
+        what = f"{describe_mesh(mesh.asked)} (as {describe_mesh(mesh.small)})"
         took = duration(verdict.seconds)
         wrong = differing(verdict)
         if not wrong:
@@ -117,7 +117,7 @@ def refuse_what_does_not_divide(
     for mesh in asked:
         abstract = AbstractMesh(tuple(getattr(mesh, axis) for axis in AXES), AXES)
         found += [
-            f"on {describe(mesh)}: {problem}"
+            f"on {describe_mesh(mesh)}: {problem}"
             for problem in placement.problems(abstract, shapes, state_axes, table)  # type: ignore[arg-type]
         ]
     if found:

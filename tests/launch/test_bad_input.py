@@ -15,7 +15,7 @@ from launch.checkpoints.store import Checkpoints
 from launch.config import reader
 from launch.evaluation.sampling import SampleError, encode_prompt
 from launch.run.assemble import Run
-from launch.train import ModelDirError, owned
+from launch.training.start import ModelDirError, owned
 from tasks import vocabularies
 from tasks.manifest import read_manifest, write_manifest
 

@@ -1,9 +1,11 @@
 """The command line: help, mistakes, the first line, the environment, exit codes."""
 
 import dataclasses
+import importlib
 import importlib.metadata
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -12,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from launch import cli, errors, verbs
+from launch import cli, commands, errors
 from launch.config import platform as environment
 from launch.config import reader
 from launch.config.platform import CPU_FLAG
@@ -26,13 +28,13 @@ TINY = "--gin_file=runs/tiny.gin"
 
 # Runs a command whose verbs only tell what they were given, in place of doing it.
 PROBE = """
-import json, os, sys, types
-from launch import cli, verbs
+import dataclasses, importlib, json, os, sys
+from launch import cli
 
 def probe(name):
-    def main(config, options):
+    def run(config, options):
         print(json.dumps({
-            "module": name,
+            "verb": name,
             "modules": sorted({m.partition(".")[0] for m in sys.modules}),
             "environment": {k: v for k, v in os.environ.items() if k in KEYS},
             "options": vars(options),
@@ -42,14 +44,13 @@ def probe(name):
             "sample": vars(config.settings.sample),
         }))
         return 42
-    module = types.ModuleType(name)
-    module.main = main
-    sys.modules[name] = module
+    module = importlib.import_module("launch.commands." + name)
+    module.COMMAND = dataclasses.replace(module.COMMAND, run=run)
 
 KEYS = ("JAX_PLATFORMS", "JAX_NUM_CPU_DEVICES", "XLA_FLAGS", "LIBTPU_INIT_ARGS",
         "JAX_COMPILATION_CACHE_DIR")
-for name in ("train", "evaluate", "generate", "prepare", "dry_run"):
-    probe("launch." + name)
+for name in ("train", "evaluate", "generate", "prepare"):
+    probe(name)
 sys.exit(cli.main(sys.argv[1:]))
 """
 
@@ -78,12 +79,12 @@ def run_probe(*words, cwd=ROOT, **exported):
 
 @pytest.fixture
 def stub(monkeypatch):
-    """Puts a function in place of a verb, in this process."""
+    """Puts a function in place of what a verb does, in this process."""
 
-    def put(main, verb="launch.prepare"):
-        module = types.ModuleType(verb)
-        module.main = main
-        monkeypatch.setitem(sys.modules, verb, module)
+    def put(run, verb="prepare"):
+        module = importlib.import_module(f"launch.commands.{verb}")
+        command = dataclasses.replace(module.COMMAND, run=run)
+        monkeypatch.setattr(module, "COMMAND", command)
 
     return put
 
@@ -150,36 +151,55 @@ def test_help_of_train_tells_knobs_folder_resuming_and_exit_codes(capsys):
         assert words in text
     for words in ("Resuming: ", "exit codes:", "--dry_run", "--allow_module"):
         assert words in text
-    for code in (
-        errors.EXIT_DONE,
-        errors.EXIT_USER_ERROR,
-        errors.EXIT_NON_FINITE,
-        errors.EXIT_PREEMPTED,
-        errors.EXIT_INTERRUPTED,
-    ):
+
+
+def test_the_readme_lists_the_exit_codes_of_train():
+    readme = (ROOT / "README.md").read_text()
+    for code in commands.every()["train"].exit_codes:
+        assert f"| {code} | {errors.EXIT_CODES[code]} |" in readme
+
+
+@pytest.mark.parametrize("name", commands.every())
+def test_a_verb_tells_all_of_itself(name, capsys):
+    command = commands.every()[name]
+    with pytest.raises(SystemExit) as ended:
+        cli.main([*name.split(), "--help"])
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    assert f"switchyard {name} " in text
+    for code in command.exit_codes:
         assert f"\n  {code} " in text
+    for flag in dataclasses.fields(command.options):
+        assert f"--{flag.name}" in text
+        assert flag.metadata["help"]
 
 
-def test_every_command_in_the_help_can_be_read(run_folder, monkeypatch):
-    texts = [verbs.EXAMPLES, *(verb.description for verb in verbs.VERBS.values())]
-    commands = [
+def test_the_words_of_a_help_fit_a_narrow_terminal(capsys):
+    for name, command in commands.every().items():
+        lines = [*command.description.splitlines(), *command.ending.splitlines()]
+        assert max(map(len, lines)) <= 88, name
+
+
+def test_every_command_in_the_help_can_be_read(run_folder, monkeypatch, capsys):
+    cli.main(["--help"])
+    every = commands.every().values()
+    texts = [capsys.readouterr().out, *(command.description for command in every)]
+    lines = [
         line.strip()
         for text in texts
         for line in text.replace("\\\n", " ").splitlines()
         if line.startswith("  switchyard ") and "mine.gin" not in line
     ]
-    assert len(commands) >= 9
+    assert len(lines) >= 9
     monkeypatch.chdir(ROOT)
-    for command in commands:
-        words = subprocess.run(
-            ["bash", "-c", f"printf '%s\\0' {command}"], capture_output=True, text=True
-        ).stdout.split("\0")[1:-1]
-        verb, *rest = [
+    for line in lines:
+        words = [
             f"--model_dir={run_folder}" if word.startswith("--model_dir") else word
-            for word in words
+            for word in shlex.split(line)[1:]
         ]
-        options, bindings = cli._parse(verb, verbs.VERBS[verb], rest)
-        assert cli._read_config(options, bindings).settings, command
+        name, command, rest = commands.find(words)
+        options, bindings = cli.parse(name, command, rest)
+        assert cli.read_config(command, options, bindings).settings, line
 
 
 # --------------------------------------------------------------------- mistakes
@@ -242,13 +262,16 @@ def test_errors_of_this_repository_are_shown_without_a_traceback(capsys, stub, e
     assert last == f"{type(error).__name__}: no store"
 
 
-def test_errors_of_others_keep_their_traceback(stub):
+def test_errors_of_others_keep_their_traceback_and_may_be_restarted(capsys, stub):
     def main(config, options):
         raise ValueError("a fault of ours")
 
     stub(main)
-    with pytest.raises(ValueError, match="a fault of ours"):
-        cli.main(["prepare", TINY])
+    assert cli.main(["prepare", TINY]) == errors.EXIT_FAULT == 70
+    said = capsys.readouterr().err
+    assert "Traceback" in said
+    assert "ValueError: a fault of ours" in said
+    assert "may be restarted" in said.splitlines()[-1]
 
 
 def test_an_interrupt_is_one_line_and_code_130(capsys, stub):
@@ -277,7 +300,7 @@ def test_the_first_line_and_the_environment_come_before_jax():
         f"  set XLA_FLAGS: {CPU_FLAG}",
         f"  set JAX_COMPILATION_CACHE_DIR={CACHE}",
     ]
-    assert given["module"] == "launch.train"
+    assert given["verb"] == "train"
     assert given["environment"] == {
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": "4",
@@ -298,7 +321,7 @@ def test_a_dry_run_outside_the_checkout_takes_installed_files(tmp_path):
         cwd=tmp_path,
     )
     assert shown == ""
-    assert given["module"] == "launch.dry_run"
+    assert given["options"]["dry_run"] is True
     assert given["train_steps"] == 7
     assert given["self_check"] == "off"
 
@@ -314,7 +337,7 @@ def test_generate_reads_the_run_where_it_is_now_and_what_overrides_it(run_folder
         "--step=20",
         "--gin.SAMPLE_TOP_K=3",
     )
-    assert given["module"] == "launch.evaluation.sampling"
+    assert given["verb"] == "generate"
     assert given["model_dir"] == str(run_folder)
     assert given["train_steps"] == 33
     assert given["options"]["step"] == 20
@@ -335,7 +358,7 @@ def test_evaluate_takes_the_newest_step_and_overrides(run_folder, tmp_path):
     given, _ = run_probe(
         "evaluate", f"--model_dir={run_folder}", f"--gin_file={tmp_path}/more.gin"
     )
-    assert given["module"] == "launch.evaluation.heldout"
+    assert given["verb"] == "evaluate"
     assert given["options"]["step"] is None
     assert given["train_steps"] == 34
 
@@ -450,7 +473,11 @@ def test_of_several_cpu_processes_gloo_joins_the_devices_and_a_dry_run_is_alone(
     environ: dict[str, str] = {}
     lines = environment.prepare_environment(platform, environ)
     assert "set JAX_CPU_COLLECTIVES_IMPLEMENTATION=gloo" in lines
-    alone = cli._alone(platform)
+    config = reader.read(["runs/tiny.gin"])
+    settings = dataclasses.replace(config.settings, platform=platform)
+    command, options = commands.every()["train"], types.SimpleNamespace(dry_run=True)
+    on = command.devices(dataclasses.replace(config, settings=settings), options)
+    alone = on.settings.platform
     assert (alone.num_processes, alone.simulated_devices) == (1, 6)
 
 

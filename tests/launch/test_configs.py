@@ -7,7 +7,7 @@ import shlex
 import pytest
 
 from benchmarks.ladder.rows import is_shared
-from launch import cli, verbs
+from launch import cli, commands
 from launch.checkpoints.store import named_arrays
 from launch.config import reader
 from launch.config.reader import _configs as configs_folder
@@ -84,9 +84,11 @@ def test_the_command_of_a_header_takes_all_that_its_file_sets(name, monkeypatch)
     told = re.search(r"^# Command: switchyard (.*(?:\n#     .*)*)", text, re.MULTILINE)
     assert told, "the header has no command"
     monkeypatch.chdir(configs_folder().parent)
-    verb, *words = shlex.split(told[1].replace("\n#", ""))
-    options, bindings = cli._parse(verb, verbs.VERBS[verb], words)
-    config = cli._read_config(options, bindings)
+    name_of_verb, command, words = commands.find(
+        shlex.split(told[1].replace("\n#", ""))
+    )
+    options, bindings = cli.parse(name_of_verb, command, words)
+    config = cli.read_config(command, options, bindings)
     origins = {knob.macro: knob.origin.partition(":")[0] for knob in config.knobs}
     macros = re.findall(r"^([A-Z_]+) = ", text, re.MULTILINE)
     assert macros

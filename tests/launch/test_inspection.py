@@ -11,7 +11,7 @@ import pytest
 from commands import ROOT
 
 from launch.data import inspection
-from launch.prepare import training_batches
+from launch.data.opening import training_batches
 from tasks.manifest import LanguageManifest, write_manifest
 from tasks.settings import MixtureSettings
 from tasks.store import TokenStore, open_store

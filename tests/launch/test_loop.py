@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 
-from launch.run.loop import Hooks, Launched, Steps
+from launch.training.loop import Hooks, Launched, Steps
 
 pytestmark = pytest.mark.fast
 

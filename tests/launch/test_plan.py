@@ -5,7 +5,8 @@ import json
 
 import pytest
 
-from launch import cli, plan
+from launch import cli
+from launch.planning import answer
 from launch.planning.compiler import compile as planned_compile
 from launch.planning.compiler.hlo import Buffer, Collective
 from launch.planning.compiler.records import (
@@ -324,4 +325,4 @@ def test_a_compiled_step_that_is_too_large_does_not_fit(capsys, monkeypatch):
 def test_plan_errors_are_messages():
     from launch.errors import is_user_error
 
-    assert is_user_error(plan.PlanError("so"))
+    assert is_user_error(answer.PlanError("so"))

@@ -7,11 +7,12 @@ import pytest
 from benchmarks.ladder import compile as ladder
 from benchmarks.ladder import page as ladder_page
 from benchmarks.ladder import rows as kept
-from launch.config import edit, reader
+from launch.config import reader
 from launch.planning import search
 from launch.planning.compiler.compile import compile_step, find_compiler
 from launch.planning.compiler.hlo import Buffer, Collective
 from launch.planning.compiler.records import Compiled, Evaluation, Failure
+from launch.planning.hardware import moving
 from launch.planning.hardware.topologies import parse
 
 GIB = 2**30
@@ -242,5 +243,5 @@ def test_the_three_smallest_rows_compile_again_to_what_is_recorded(place):
 def test_what_a_row_changes_is_read_with_it():
     settings = kept.read("m6_t_1t").settings
     assert settings.train.batch_size == 4096
-    moved = edit.moved(kept.read("m6_t_1t"), parse("v4:8x8x16"))
+    moved = moving.moved(kept.read("m6_t_1t"), parse("v4:8x8x16"))
     assert search.least_bytes(moved.settings, parse("v4:8x8x16")) < 30 * GIB

@@ -8,13 +8,14 @@ from launch.config import edit, reader
 from launch.config.settings import problems as problems_of_settings
 from launch.planning import search
 from launch.planning.cost import memory
+from launch.planning.hardware import moving
 from launch.planning.hardware.topologies import parse, problems, warnings
 
 GIB = 2**30
 
 
 def config_for(run, topology):
-    return edit.moved(reader.read([f"runs/{run}.gin"]), parse(topology))
+    return moving.moved(reader.read([f"runs/{run}.gin"]), parse(topology))
 
 
 @pytest.mark.parametrize(
@@ -93,7 +94,7 @@ def test_what_is_written_reads_back_as_what_was_found(tmp_path):
 def test_changed_knobs_are_in_settings_and_text_alike(tmp_path):
     config = reader.read(["runs/tiny.gin"])
     wanted = {"MICROBATCHES": 2, "REMAT": "full", "MESH_DATA": 2, "VOCAB_CHUNKS": 3}
-    again = edit.reconfigured(edit.moved(config, parse("v5e:2x2")), wanted)
+    again = edit.reconfigured(moving.moved(config, parse("v5e:2x2")), wanted)
     file = tmp_path / "again.gin"
     file.write_text(again.operative)
     assert reader.read([str(file)]).settings == again.settings

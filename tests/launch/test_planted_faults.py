@@ -12,7 +12,8 @@ import pytest
 from jax import lax
 from test_verify import DEVICES, config
 
-from launch.verification import examine, meshes
+from launch.config import edit
+from launch.verification import examine
 from launch.verification.shrink import shrink
 from moe.dispatch import all_to_all
 from moe.model import head, sparse
@@ -32,7 +33,7 @@ CLEAR = 20  # times what a quantity may differ by: no rounding does that
 
 @functools.cache
 def shrunk(partition: str):
-    asked = [meshes.parse(mesh)[0] for mesh in MESHES]
+    asked = [edit.parse_mesh(mesh)[0] for mesh in MESHES]
     settings = config(f"{KNOBS} {partition}").settings
     return shrink(settings, asked, "runs/tiny.gin", DEVICES)
 
@@ -288,7 +289,7 @@ def test_verify_names_what_a_fault_breaks(fault, monkeypatch):
 @pytest.mark.slow
 def test_verify_counts_choices_that_draws_of_a_device_flip(monkeypatch):
     knobs = f"{KNOBS} JITTER_NOISE=0.5 SECOND_EXPERT_POLICY=random"
-    asked = [meshes.parse("data=2")[0]]
+    asked = [edit.parse_mesh("data=2")[0]]
     small = shrink(config(knobs).settings, asked, "runs/tiny.gin", DEVICES)
     one = examine.Reference(config(knobs), small.on_one_device(), small.tail, 0)
     expected = one.decisions

@@ -15,8 +15,8 @@ from commands import Done, Trained
 
 from launch.checkpoints.store import Checkpoints, named_arrays
 from launch.config import reader
+from launch.data.opening import training_batches
 from launch.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED
-from launch.prepare import training_batches
 from launch.records.write import read_metrics
 from launch.run.assemble import assemble
 from launch.run.feed import place_batch

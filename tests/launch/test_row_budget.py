@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from launch.config import reader
-from launch.run import loop
 from launch.run.assemble import Run, assemble
 from launch.run.programs import Programs
+from launch.training import loop
 
 pytestmark = pytest.mark.timeout(600)  # the first test compiles four programs
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from commands import inline
 
-from launch.config import reader
+from launch.config import edit, reader
 from launch.verification import compare, examine, meshes
 from launch.verification.compare import Row
 from launch.verification.shrink import shrink
@@ -82,7 +82,7 @@ def config(knobs: str = ""):
 
 
 def shrunk(knobs: str, *words: str):
-    asked = [meshes.parse(word)[0] for word in words]
+    asked = [edit.parse_mesh(word)[0] for word in words]
     return shrink(config(knobs).settings, asked, "runs/tiny.gin", DEVICES)
 
 

@@ -14,9 +14,9 @@ import jax
 import pytest
 
 from benchmarks.ladder.rows import is_shared
-from launch.config import reader
+from launch.config import edit, reader
 from launch.config.settings import PlatformSettings, problems
-from launch.verification import examine, meshes
+from launch.verification import examine
 from launch.verification.shrink import shrink
 
 CONFIGS = Path(str(importlib.resources.files("configs")))
@@ -76,7 +76,7 @@ def passed(pytestconfig) -> Path:
 def test_the_meshes_suit_every_run(run, mesh):
     settings = read(run, mesh).settings
     on_mesh = dataclasses.replace(
-        settings, mesh=meshes.parse(mesh)[0], platform=PlatformSettings()
+        settings, mesh=edit.parse_mesh(mesh)[0], platform=PlatformSettings()
     )
     assert problems(on_mesh) == []
 
@@ -90,7 +90,7 @@ def test_every_run_is_the_same_on_a_mesh(run, mesh, passed):
     if file.exists():
         return  # with this very code
     config = read(run, mesh)
-    small = shrink(config.settings, [meshes.parse(mesh)[0]], run, 8)
+    small = shrink(config.settings, [edit.parse_mesh(mesh)[0]], run, 8)
     (verdict,) = examine.examine(config, small, parts=("decisions",))
     assert verdict.ok, examine.differing(verdict)
     rows = {row.quantity: row.difference for row in verdict.rows}

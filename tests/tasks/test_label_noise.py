@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from launch import review
+from launch.data import labels
 from launch.errors import UsageError
 from tasks import seqio_tasks
 from tasks.errors import StoreError
@@ -163,7 +163,7 @@ def command(monkeypatch, tmp_path):
             "allow_module": False,
             "quiet": True,
         }
-        return review.main(config, argparse.Namespace(**{**values, **options}))
+        return labels.main(config, argparse.Namespace(**{**values, **options}))
 
     return run
 

@@ -21,7 +21,7 @@ from launch.planning.compiler.hlo import Buffer
 from launch.planning.compiler.records import Compiled, Failure, FailureKind, from_json
 from launch.planning.hardware.topologies import Topology
 
-_PACKAGES = Path(__file__).resolve().parents[2]
+_PACKAGES = Path(__file__).resolve().parents[3]
 _WAIT_SECONDS = 0.1
 _LAST_LINES = 12
 INSTALL = (

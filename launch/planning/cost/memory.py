@@ -32,10 +32,6 @@ ROUTING_AT_ONCE = 4  # logits, probabilities, their gradient, places in the queu
 ACTIVATIONS_AT_ONCE = 2  # a product's output and its gradient
 # Of the largest gradient that is scattered: once more, in the order of its pieces.
 SCATTERED_AT_ONCE = 1
-# What a layer needs, over what is alive by the program's order: the compiler begins a
-# layer's gathers before the last one's weights and gradients are gone, and copies.
-# Measured: 1.8 for GLaM 64B/64E, 1.9 for M6-T 1T, 2.3 for GPT-3 1.3B (docs/ladder.md).
-LAYERS_AT_ONCE = 1.9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,9 +146,12 @@ def _moments(
     # The scan over layers stacks its gradients before they are added to those so far.
     in_backward = gradients * (2 if many else 1)
     activations = sum(map(saved, sides))
+    # The compiler brings weights to the products' type before it enters the loop.
+    copies = sum(_copy(weight, settings) for weight in parameters) if many else 0
     found: dict[str, dict[str, int]] = {
         "logits": {
             "gradients": gradients if many else 0,
+            "copies of weights": copies,
             "activations": activations,
             **_logits(scored, parameters),
         },
@@ -161,7 +160,11 @@ def _moments(
             "optimizer temporaries": _update(settings, parameters, others),
         },
     }
-    common = {"gradients": in_backward, "activations": activations}
+    common = {
+        "gradients": in_backward,
+        "copies of weights": copies,
+        "activations": activations,
+    }
     for sizes in sides:
         for name, layer in _layers(sizes, parameters):
             held = common | layer
@@ -187,10 +190,7 @@ def _layers(
             ("feed-forward", _experts(sizes, s)) for s in of_kind(block, "sparse")
         ]
         for part, own in parts:
-            yield (
-                f"{part} of a {kind}",
-                {n: int(LAYERS_AT_ONCE * size) for n, size in (again | own).items()},
-            )
+            yield f"{part} of a {kind}", again | own
 
 
 def _evaluation(
@@ -203,8 +203,7 @@ def _evaluation(
     and nothing is kept for one.
     """
     found = [
-        {"weights": int(LAYERS_AT_ONCE * _weights_in_use(sizes, parameters, block))}
-        | _experts(sizes, s)
+        {"weights": _weights_in_use(sizes, parameters, block)} | _experts(sizes, s)
         for sizes in sides
         for block in sizes.stack.kinds_of_layers
         for s in of_kind(block, "sparse")
@@ -213,6 +212,14 @@ def _evaluation(
         return {}
     fullest = max(found, key=lambda held: sum(held.values()))
     return {"evaluation of a sparse layer": fullest}
+
+
+def _copy(weight: Weight, settings: Settings) -> int:
+    """Bytes of a weight in the type of the products, if it is kept in another."""
+    execution = settings.execution
+    if weight.gathered_over or execution.dtype == execution.param_dtype:
+        return 0
+    return weight.local_size * BYTES[execution.dtype]
 
 
 def _gradient(weight: Weight, settings: Settings) -> int:
@@ -323,9 +330,10 @@ def _weights_in_use(sizes: Local, parameters: tuple[Weight, ...], block: Block) 
     """Of one layer: each matrix whole in d bytes, its gradient in `reduce_dtype`.
 
     Evaluation has no gradients. Where nothing is gathered, the copy in d bytes alone,
-    if the types differ.
+    unless all layers' are there.
     """
     execution = sizes.settings.execution
+    copied = sizes.train and sizes.settings.train.microbatches > 1
     found = []
     for other, weights in local.by_block(parameters, sizes.name, sizes.stack):
         if other != block:
@@ -337,8 +345,8 @@ def _weights_in_use(sizes: Local, parameters: tuple[Weight, ...], block: Block) 
                 gradient = size * BYTES[execution.reduce_dtype] * sizes.train
                 used += size * sizes.dtype_bytes + gradient
                 largest = max(largest, gradient)
-            elif execution.dtype != execution.param_dtype:
-                used += size * sizes.dtype_bytes
+            elif not copied:
+                used += _copy(weight, sizes.settings) // weight.num_layers
         found.append(used + SCATTERED_AT_ONCE * largest)
     return max(found, default=0)
 

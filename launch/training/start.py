@@ -1,6 +1,5 @@
-"""`switchyard train`: from a configuration to a trained model and its report."""
+"""From a configuration to a trained model and its report."""
 
-import argparse
 import contextlib
 import fcntl
 import functools
@@ -14,21 +13,23 @@ from typing import Any
 
 import jax
 
-from launch import dry_run, prepare
 from launch.checkpoints import store as saving
 from launch.checkpoints.store import Checkpoints
 from launch.config.reader import ResolvedConfig
-from launch.data.inspection import cut_words
+from launch.data import opening
+from launch.data.opening import cut_words
+from launch.data.preparing import ensure_store
 from launch.errors import EXIT_DONE, EXIT_NON_FINITE, UserError
 from launch.evaluation import heldout, sampling
 from launch.evaluation.task_metrics import EvalStep, TaskMetrics
 from launch.job import together
 from launch.records.write import MetricWriter, NoMetrics, read_metrics
-from launch.run import compiler_check, loop, self_check
+from launch.run import compiler_check, describe, self_check
 from launch.run.assemble import Run, assemble
 from launch.run.programs import Programs
 from launch.terminal.lines import waiting
 from launch.terminal.training import TrainProgress
+from launch.training import loop
 from moe import architecture
 from moe.training.train_state import TrainState
 from tasks.batches import Batches
@@ -39,12 +40,25 @@ class ModelDirError(UserError):
     """The folder of a run cannot be used."""
 
 
-def main(config: ResolvedConfig, options: argparse.Namespace) -> int:
-    """Trains until TRAIN_STEPS, from the newest checkpoint on if there is one."""
-    settings, quiet = config.settings, options.quiet
+def train(
+    config: ResolvedConfig,
+    *,
+    quiet: bool = False,
+    allowed_modules: tuple[str, ...] = (),
+) -> int:
+    """Trains until TRAIN_STEPS, from the newest checkpoint on if there is one.
+
+    Args:
+        config: of the run.
+        quiet: whether results, warnings and errors alone are shown.
+        allowed_modules: modules outside `tasks` that may be imported.
+    Returns:
+        The exit code.
+    """
+    settings = config.settings
     run = assemble(config)
     if architecture.has_experts(settings.model) and not quiet:
-        for name, fact in dry_run.sparse_facts(settings, run.mesh):
+        for name, fact in describe.sparse_facts(settings, run.mesh):
             print(f"  {name}: {fact}", file=sys.stderr, flush=True)
     model_dir = Path(settings.loop.model_dir)
     with (
@@ -54,10 +68,14 @@ def main(config: ResolvedConfig, options: argparse.Namespace) -> int:
         Programs(run) as programs,
     ):
         programs.during = functools.partial(waiting, quiet=quiet)
-        store, batches, measure = _data(config, run, programs, options)
+        store, batches, measure = _data(
+            config, run, programs, allowed_modules, quiet=quiet
+        )
         found = saved.latest()
         if found is not None and found >= settings.train.train_steps:
-            return _already_complete(config, run, store, saved, found, measure, options)
+            return _already_complete(
+                config, run, store, saved, found, measure, quiet=quiet
+            )
         if found is None:  # drawing cannot fail, so compiling need not wait for it
             programs.begin()
         state = _start(run, store, saved, found, quiet=quiet)
@@ -86,7 +104,7 @@ def main(config: ResolvedConfig, options: argparse.Namespace) -> int:
             writer.write(
                 {"step": settings.train.train_steps, "split": "heldout"} | final
             )
-        _finish(config, run, store, saved, state.params, final, options)
+        _finish(config, run, store, saved, state.params, final, quiet=quiet)
     return EXIT_DONE
 
 
@@ -101,28 +119,35 @@ def _check(run: Run, progress: TrainProgress, *, quiet: bool) -> None:
 
 
 def _data(
-    config: ResolvedConfig, run: Run, programs: Programs, options: argparse.Namespace
+    config: ResolvedConfig,
+    run: Run,
+    programs: Programs,
+    allowed_modules: tuple[str, ...],
+    *,
+    quiet: bool,
 ) -> tuple[TokenStore, Batches, TaskMetrics]:
     """The store, what is learnt from it, and what measures by the Tasks' metrics.
 
     All that can be wrong with the data is said here, before anything is compiled.
     """
-    settings, quiet = config.settings, options.quiet
+    settings = config.settings
     store = together.first_alone(
         "preparing the tokens",
-        functools.partial(prepare.ensure_store, config, options),
-        functools.partial(prepare.open_checked, config),
+        functools.partial(
+            ensure_store, config, allowed_modules=allowed_modules, quiet=quiet
+        ),
+        functools.partial(opening.open_checked, config),
     )
     if settings.sample.prompt:  # too long a one is not first said when all is done
         sampling.encode_prompt(settings, store.vocabulary)
-    batches = prepare.training_batches(store, settings)
+    batches = opening.training_batches(store, settings)
     if (words := cut_words(batches)) and together.is_first():
         print(f"  data{words}", file=sys.stderr, flush=True)
     measure = TaskMetrics(
         run,
         store,
         programs.evaluation,
-        allowed_modules=prepare.allowed_modules(config, options),
+        allowed_modules=allowed_modules,
         during=functools.partial(waiting, quiet=quiet),
     )
     if settings.loop.task_metrics_period_steps:
@@ -196,7 +221,8 @@ def _already_complete(
     saved: Checkpoints,
     found: int,
     measure: TaskMetrics,
-    options: argparse.Namespace,
+    *,
+    quiet: bool,
 ) -> int:
     """Says what is there; writes the report if the run ended before it could."""
     loop_settings = config.settings.loop
@@ -219,13 +245,13 @@ def _already_complete(
         print(f"checkpoint    {saved.path(found)}\nreport        {report}")
         return EXIT_DONE
     params = saved.restore_params(found, run)
-    with waiting("scoring the whole held-out split", quiet=options.quiet):
+    with waiting("scoring the whole held-out split", quiet=quiet):
         final = _scorer(run, store, measure.eval_step)(params, 0)
     if loop_settings.task_metrics_period_steps:
         final |= measure(params, found)
     with _writer(Path(loop_settings.model_dir), resume_step=None) as writer:
         writer.write({"step": found, "split": "heldout"} | final)
-    _finish(config, run, store, saved, params, final, options)
+    _finish(config, run, store, saved, params, final, quiet=quiet)
     return EXIT_DONE
 
 
@@ -236,7 +262,8 @@ def _finish(
     saved: Checkpoints,
     params: Any,
     final: dict[str, Any],
-    options: argparse.Namespace,
+    *,
+    quiet: bool,
 ) -> None:
     """Draws a sample, writes the report and prints what came out."""
     from launch.report.run import write_report
@@ -244,17 +271,17 @@ def _finish(
     settings = config.settings
     sample = None
     if settings.sample.prompt:
-        with waiting("drawing a sample", quiet=options.quiet):
+        with waiting("drawing a sample", quiet=quiet):
             text = sampling.continue_prompt(run, params, store.vocabulary)
         sample = {"prompt": settings.sample.prompt, "continuation": text}
     if not together.is_first():
         return
     checkpoint = str(saved.path(saved.require(None)))
-    with waiting("writing the report", quiet=options.quiet):
+    with waiting("writing the report", quiet=quiet):
         report = write_report(
             settings.loop.model_dir,
             title=f"Switchyard · {Path(settings.loop.model_dir).name}",
-            facts=dry_run.facts(config, run, store),
+            facts=describe.facts(config, run, store),
             baselines=heldout.baselines(store),
             sample=sample,
             knobs=[(k.macro, repr(k.value), k.origin) for k in config.knobs],

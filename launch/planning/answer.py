@@ -1,10 +1,9 @@
-"""`switchyard plan`: does a run fit, how fast could it be, what would it cost?
+"""Does a run fit, how fast could it be, what would it cost?
 
 Arithmetic alone, or with the TPU's own compiler (`--compile`); no accelerator is
 touched. docs/plan.md says how to read it.
 """
 
-import argparse
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,30 +14,40 @@ from launch.config import edit
 from launch.config.platform import CPU_FLAG, append_flags, uses_cpu
 from launch.config.reader import ResolvedConfig
 from launch.config.settings import problems as problems_of_settings
-from launch.errors import EXIT_DONE, EXIT_USER_ERROR, ConfigError, UserError
+from launch.errors import ConfigError, UserError
 from launch.planning.compiler import compile as planned_compile
 from launch.planning.compiler.records import Compiled, Failure
+from launch.planning.hardware import moving
 from launch.planning.hardware.topologies import Topology, parse, problems
-from launch.verification.meshes import parse as parse_mesh
 from partitioning.settings import MeshSettings
 
 if TYPE_CHECKING:
+    from launch.commands.plan import PlanOptions
     from launch.planning import search
+    from launch.planning.plan import Plan
 
 _GIB = 2**30
 _SHOWN = 8  # candidates of a search
-_WIDTH = 132  # where output is no terminal
 
 
 class PlanError(UserError):
     """A plan that cannot be made, or that cannot come true."""
 
 
-def main(config: ResolvedConfig, options: argparse.Namespace) -> int:
-    """Plans, and prints what was found.
+def answer(
+    config: ResolvedConfig, options: "PlanOptions", console: Console
+) -> tuple["Plan", str]:
+    """Plans.
 
+    Args:
+        config: what is planned.
+        options: of the verb.
+        console: where a search shows what it finds.
     Returns:
-        0 if the run fits, else 1.
+        The plan, and what was not compiled though that was asked for; "" if all was.
+    Raises:
+        PlanError: it cannot be planned.
+        ConfigError: it cannot be placed on that slice.
     """
     topology = parse(options.topology)
     _check_options(options, topology)
@@ -46,12 +55,9 @@ def main(config: ResolvedConfig, options: argparse.Namespace) -> int:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     if uses_cpu(os.environ):
         append_flags(os.environ, "XLA_FLAGS", [CPU_FLAG])
-    from launch.planning import tables
-    from launch.planning.plan import Prices, make, to_json
-    from launch.report import plan as page
+    from launch.planning.plan import Prices, make
 
-    console = Console(width=None if Console().is_terminal else _WIDTH)
-    config = edit.moved(config, topology)
+    config = moving.moved(config, topology)
     _refuse_what_never_fits(config, topology)
     found: tuple[search.Candidate, ...] = ()
     compiled: Compiled | Failure | None = None
@@ -63,19 +69,15 @@ def main(config: ResolvedConfig, options: argparse.Namespace) -> int:
             compiled = _compile(config, topology, options)
     prices = Prices(options.pue, options.tonnes_per_mwh, options.price)
     plan = make(config, topology, prices, compiled, found)
-    tables.show(plan, console)
-    if options.json:
-        Path(options.json).write_text(to_json(plan), encoding="utf-8")
-    if options.html:
-        Path(options.html).write_text(page.render(plan), encoding="utf-8")
+    failed = ""
     if isinstance(compiled, Failure):
-        raise PlanError(f"not compiled ({compiled.kind}): {_words(compiled)}")
-    if compiled and isinstance(failure := compiled.evaluation, Failure):
-        raise PlanError(f"evaluation not compiled ({failure.kind}): {_words(failure)}")
-    return EXIT_DONE if plan.fits else EXIT_USER_ERROR
+        failed = f"not compiled ({compiled.kind}): {_words(compiled)}"
+    elif compiled and isinstance(failure := compiled.evaluation, Failure):
+        failed = f"evaluation not compiled ({failure.kind}): {_words(failure)}"
+    return plan, failed
 
 
-def _check_options(options: argparse.Namespace, topology: Topology) -> None:
+def _check_options(options: "PlanOptions", topology: Topology) -> None:
     """Refuses options that contradict one another, or the chip."""
     if options.mesh and options.search:
         raise PlanError("--mesh says what --search looks for: give one of them")
@@ -107,7 +109,7 @@ def _on_its_mesh(
 ) -> ResolvedConfig:
     """The configuration on the mesh that was asked for, or its own."""
     if asked:
-        mesh, faults = parse_mesh(asked)
+        mesh, faults = edit.parse_mesh(asked)
         if faults:
             raise ConfigError("--mesh", faults)
         config = edit.reconfigured(config, edit.mesh_knobs(mesh))
@@ -177,7 +179,7 @@ def _refuse_what_never_fits(config: ResolvedConfig, topology: Topology) -> None:
 def _searched(
     config: ResolvedConfig,
     topology: Topology,
-    options: argparse.Namespace,
+    options: "PlanOptions",
     console: Console,
 ) -> tuple[ResolvedConfig, tuple["search.Candidate", ...], Compiled | Failure | None]:
     """The best that a search finds, compiled if that is asked for."""
@@ -216,7 +218,7 @@ def _searched(
 
 
 def _compile(
-    config: ResolvedConfig, topology: Topology, options: argparse.Namespace
+    config: ResolvedConfig, topology: Topology, options: "PlanOptions"
 ) -> Compiled | Failure:
     from launch.terminal.lines import waiting
 

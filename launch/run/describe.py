@@ -1,19 +1,15 @@
-"""`--dry_run`: everything that can be known before compiling."""
+"""What a run is, in words: for the terminal, dry runs and reports."""
 
-import argparse
 import itertools
 
 import jax
-from rich.console import Console
-from rich.table import Table
 
-from launch import prepare
 from launch.config.reader import ResolvedConfig
 from launch.config.settings import Settings
+from launch.data import opening
 from launch.data.inspection import cut_words
-from launch.errors import EXIT_DONE
 from launch.run import attention_check
-from launch.run.assemble import Run, assemble
+from launch.run.assemble import Run
 from launch.terminal.lines import compact
 from moe import architecture, expected_drops
 from moe.accounting import count
@@ -22,51 +18,10 @@ from moe.dispatch import auto
 from moe.model.feed_forward import grouped_method
 from moe.routing.capacity import capacity, mean_choices, never_drops
 from moe.settings import RouterSettings, SparseSettings
-from partitioning import placement
 from partitioning.mesh import describe
-from tasks.store import TokenStore, is_there
+from tasks.store import TokenStore
 
 _MOST_TASKS = 8  # whose shares are named
-
-
-def main(config: ResolvedConfig, options: argparse.Namespace) -> int:
-    """Prints knobs with their origin, counts, capacity, mesh, data and placement."""
-    del options
-    run = assemble(config)
-    store = None
-    if is_there(config.settings.data.store_dir):
-        store = prepare.open_checked(config)
-    console = Console(width=None if Console().is_terminal else 160)
-    knobs = Table("knob", "value", "origin", title="Knobs", title_justify="left")
-    for knob in config.knobs:
-        knobs.add_row(knob.macro, repr(knob.value), knob.origin)
-    console.print(knobs)
-
-    shown = Table(
-        "array",
-        "shape",
-        "logical axes",
-        "mesh axes",
-        "bytes per device",
-        title="Placement of parameters, optimizer state and batch",
-        title_justify="left",
-    )
-    shown.columns[-1].justify = "right"
-    rows = placement.table(run.mesh, run.shapes, run.axes, run.learner.model.grid.table)
-    batch_axes = dict.fromkeys(run.batch_shapes(), ("batch", "length"))
-    rows += placement.table(run.mesh, run.batch_shapes(), batch_axes)
-    for *words, size in rows:
-        shown.add_row(*words, f"{size:,}")
-    console.print(shown)
-
-    summary = Table.grid(padding=(0, 2))
-    for name, value in facts(config, run, store):
-        summary.add_row(name, value)
-    held = compact(sum(row[-1] for row in rows), "B")
-    summary.add_row("state and batch", f"{held} on each device")
-    console.print(summary)
-    console.print("dry run: nothing was compiled, nothing was written")
-    return EXIT_DONE
 
 
 def facts(
@@ -118,7 +73,7 @@ def data_facts(settings: Settings, store: TokenStore | None) -> list[tuple[str, 
     lines = [("objective", words)]
     if store is None:
         return [*lines, ("data", f"{data.store_dir} is not prepared yet")]
-    read = prepare.training_batches(store, settings)  # makes no pack index
+    read = opening.training_batches(store, settings)  # makes no pack index
     sizes = [sum(map(task.part.num_tokens, task.features)) for task in read.tasks]
     words = f"{compact(sum(sizes))} tokens in an epoch"
     if len(sizes) == 1:

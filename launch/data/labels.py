@@ -1,13 +1,11 @@
-"""`switchyard review`: labelled examples, those whose label looks wrong first."""
+"""Labelled examples, those whose label looks wrong first."""
 
-import argparse
 import dataclasses
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from launch.config.reader import ResolvedConfig
-from launch.errors import EXIT_DONE, UsageError
+from launch.errors import UsageError
 from launch.terminal.lines import waiting
 from tasks.errors import StoreError
 from tasks.quality.label_noise import Example, Ranking, rank, write
@@ -17,35 +15,47 @@ _TOP = 5
 _TEXT_WIDTH = 60
 
 
-def main(config: ResolvedConfig, options: argparse.Namespace) -> int:
+def review(
+    data: DataSettings,
+    output: str,
+    *,
+    split: str,
+    limit: int,
+    seed: int,
+    allowed_modules: tuple[str, ...],
+    quiet: bool,
+) -> None:
     """Ranks the labelled examples of a Task and writes them for review.
 
+    Args:
+        data: which Task.
+        output: file that is written.
+        split: split to look at.
+        limit: examples to write; 0 writes all.
+        seed: seed of the cross-validation.
+        allowed_modules: modules outside `tasks` that may be imported.
+        quiet: whether no progress is shown.
     Raises:
         UsageError: the output is there already, or an option is out of range.
         StoreError: the Task has no labels, or cannot be read or judged.
     """
-    data = config.settings.data
-    if Path(options.output).exists():
+    if Path(output).exists():
         raise UsageError(
-            f"--output={options.output} is there already, and may hold a review: name "
-            "a new file"
+            f"--output={output} is there already, and may hold a review: name a new "
+            "file"
         )
-    limit = options.limit or 0
     if limit < 0:
         raise UsageError(f"--limit={limit}: cannot be negative; 0 writes all")
-    allowed = (data.mixture_or_task_module,) if options.allow_module else ()
-    split = options.split or data.train_split
-    with waiting("reading labelled examples", quiet=options.quiet):
-        examples, unlabelled = labelled_examples(data, split, allowed)
+    with waiting("reading labelled examples", quiet=quiet):
+        examples, unlabelled = labelled_examples(data, split, allowed_modules)
     message = f"judging the labels of {len(examples):,} examples"
-    with waiting(message, quiet=options.quiet):
-        ranking = rank(examples, seed=config.settings.train.seed)
-    written = write(ranking, options.output, limit)
+    with waiting(message, quiet=quiet):
+        ranking = rank(examples, seed=seed)
+    written = write(ranking, output, limit)
     print(describe(ranking))
     if unlabelled:
         print(f"{unlabelled:,} examples carry no label and were left out")
-    print(f"wrote {written:,} examples to {options.output}, the worst first")
-    return EXIT_DONE
+    print(f"wrote {written:,} examples to {output}, the worst first")
 
 
 def labelled_examples(

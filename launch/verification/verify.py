@@ -1,9 +1,8 @@
-"""`switchyard verify`: is this configuration the same model on a mesh as on one device?
+"""Is a configuration the same model on a mesh as on one device?
 
 The configuration is shrunk to what a laptop simulates, and run on both.
 """
 
-import argparse
 import dataclasses
 import json
 import math
@@ -11,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from launch.config import edit
 from launch.config.reader import ResolvedConfig
 from launch.config.settings import PlatformSettings, problems
 from launch.errors import EXIT_DONE, EXIT_USER_ERROR, ConfigError, UsageError
@@ -28,20 +28,19 @@ _FLAGS = (
 )
 
 
-def simulated(config: ResolvedConfig, options: argparse.Namespace) -> ResolvedConfig:
+def refuse_folder(json_file: str | None) -> None:
+    """Refuses a file in a folder that is not there, before anything is computed."""
+    if json_file and not Path(json_file).absolute().parent.is_dir():
+        raise UsageError(f"--json={json_file}: its folder is not there")
+
+
+def simulated(config: ResolvedConfig, asked: Sequence[MeshSettings]) -> ResolvedConfig:
     """Returns the configuration with as many simulated devices as are needed.
 
     Read before jax is. What the run itself asks of its platform is left out: flags of
     another would end the process.
-
-    Raises:
-        ConfigError: every mesh that cannot be verified, and why.
-        UsageError: the folder of `--json` is not there.
     """
-    if options.json and not Path(options.json).absolute().parent.is_dir():
-        raise UsageError(f"--json={options.json}: its folder is not there")
-    options.asked, options.given = asked_meshes(config, options), config.settings
-    small = [meshes.shrink(mesh) for mesh in options.asked]
+    small = [meshes.shrink(mesh) for mesh in asked]
     platform = PlatformSettings(
         "cpu",
         simulated_devices=max(mesh.num_devices for mesh in small),
@@ -53,10 +52,8 @@ def simulated(config: ResolvedConfig, options: argparse.Namespace) -> ResolvedCo
     return dataclasses.replace(config, settings=settings)
 
 
-def asked_meshes(
-    config: ResolvedConfig, options: argparse.Namespace
-) -> list[MeshSettings]:
-    """The meshes of the command line, or that of the configuration.
+def asked_meshes(config: ResolvedConfig, texts: Sequence[str]) -> list[MeshSettings]:
+    """Returns the meshes of the command line, or that of the configuration.
 
     Raises:
         ConfigError: all faults of all meshes.
@@ -64,12 +61,12 @@ def asked_meshes(
     settings = config.settings
     found: list[str] = []
     asked = []
-    for text in options.mesh:
-        mesh, faults = meshes.parse(text)
+    for text in texts:
+        mesh, faults = edit.parse_mesh(text)
         found += faults
         if not faults:
             asked.append(mesh)
-    if not options.mesh:
+    if not texts:
         asked = [settings.mesh]
         if settings.mesh.num_devices == 1:
             found.append(
@@ -83,17 +80,30 @@ def asked_meshes(
                 settings, mesh=mesh, platform=PlatformSettings()
             )
             faults = problems(on_mesh)
-        if options.mesh:
-            faults = [f"on {meshes.describe(mesh)}: {fault}" for fault in faults]
+        if texts:
+            faults = [f"on {edit.describe_mesh(mesh)}: {fault}" for fault in faults]
         found += faults
     if found:
         raise ConfigError(config.where, list(dict.fromkeys(found)))
     return asked
 
 
-def main(config: ResolvedConfig, options: argparse.Namespace) -> int:
+def verify(
+    config: ResolvedConfig,
+    asked: Sequence[MeshSettings],
+    *,
+    seed: int = 0,
+    json_file: str | None = None,
+    quiet: bool = False,
+) -> int:
     """Shrinks, runs and compares; prints a table for each mesh.
 
+    Args:
+        config: what is verified.
+        asked: meshes, from `asked_meshes`.
+        seed: seed of weights and tokens.
+        json_file: file for all numbers; None writes none.
+        quiet: whether what is the same is left out.
     Returns:
         0 if every quantity is the same, else 1.
     Raises:
@@ -104,24 +114,24 @@ def main(config: ResolvedConfig, options: argparse.Namespace) -> int:
     from launch.terminal.lines import waiting
     from launch.verification import examine, table
 
-    table.refuse_what_does_not_divide(config, options.asked)
+    table.refuse_what_does_not_divide(config, asked)
     if config.settings.loop.self_check == "on":
         compiler_check.check()
-    shrunk = shrink(options.given, options.asked, config.where)
+    shrunk = shrink(config.settings, asked, config.where)
     show = table.Printer()
-    if not options.quiet:
+    if not quiet:
         show.changes(shrunk)
     verdicts = examine.examine(
         config,
         shrunk,
-        seed=options.seed,
-        waiting=lambda message: waiting(message, quiet=options.quiet),
+        seed=seed,
+        waiting=lambda message: waiting(message, quiet=quiet),
     )
     for verdict in verdicts:
-        show.verdict(verdict, every=not options.quiet)
-    if options.json:
-        text = json.dumps(report(config, shrunk, verdicts, options.seed), indent=1)
-        Path(options.json).write_text(text + "\n", encoding="utf-8")
+        show.verdict(verdict, every=not quiet)
+    if json_file:
+        text = json.dumps(report(config, shrunk, verdicts, seed), indent=1)
+        Path(json_file).write_text(text + "\n", encoding="utf-8")
     for verdict in verdicts:
         show.summary(verdict)
     return EXIT_DONE if all(verdict.ok for verdict in verdicts) else EXIT_USER_ERROR

@@ -1,44 +1,23 @@
-"""`switchyard prepare`, and opening the store that training reads."""
+"""Making the store that a run reads, and a vocabulary of its own."""
 
-import argparse
 import os
 import sys
 from pathlib import Path
 
 from launch.config.reader import ResolvedConfig
 from launch.config.settings import Settings
-from launch.errors import EXIT_DONE, ConfigError, UsageError
+from launch.data.opening import check_embedding, open_checked, training_batches
+from launch.errors import UsageError
 from launch.terminal import training
 from tasks import batches, vocabularies
-from tasks.batches import Batches
 from tasks.manifest import Manifest
+from tasks.preparation import engines
 from tasks.store import TokenStore, is_there, open_store
 
 
-def main(config: ResolvedConfig, options: argparse.Namespace) -> int:
-    """Prepares the token store of a configuration, or says what is in it."""
-    _refuse_options(options)
-    if options.train_vocabulary:
-        return _train_vocabulary(config, options)
-    settings = config.settings
-    store_dir = settings.data.store_dir
-    if options.inspect:
-        from launch.data.inspection import show
-
-        show(open_checked(config), settings, options.examples)
-        return EXIT_DONE
-    if is_there(store_dir) and not options.force:
-        store = open_store(store_dir, settings.data, settings.filters)
-        print(f"{store_dir} is there already; --force prepares it again")
-    else:
-        _prepare(config, options)
-        store = open_store(store_dir, settings.data, settings.filters)
-        print(f"prepared {store_dir}")
-    print(describe(store.manifest))
-    return EXIT_DONE
-
-
-def ensure_store(config: ResolvedConfig, options: argparse.Namespace) -> TokenStore:
+def ensure_store(
+    config: ResolvedConfig, *, allowed_modules: tuple[str, ...], quiet: bool
+) -> TokenStore:
     """Opens the store of a run, and prepares it first if it is missing.
 
     Raises:
@@ -46,71 +25,43 @@ def ensure_store(config: ResolvedConfig, options: argparse.Namespace) -> TokenSt
         ConfigError: its vocabulary is larger than the model's embedding.
     """
     if not is_there(config.settings.data.store_dir):
-        _prepare(config, options)
+        prepare(config, allowed_modules=allowed_modules, quiet=quiet)
     return open_checked(config)
 
 
-def open_checked(config: ResolvedConfig) -> TokenStore:
-    """Opens the store of a run.
-
-    Raises:
-        StoreError: it is missing, damaged, or was made with other settings.
-        ConfigError: its vocabulary is larger than the model's embedding.
-    """
-    settings = config.settings
-    data = settings.data
-    store = open_store(data.store_dir, data, settings.filters)
-    _check_embedding(config, store.vocabulary.size, data.store_dir)
-    return store
+def engine(
+    num_workers: int, runner: str | None, runner_options: tuple[str, ...]
+) -> engines.Engine:
+    """Returns what does the work: this process, several, or a runner of Beam."""
+    if runner:
+        return engines.Beam(runner, runner_options)
+    if num_workers == 1:
+        return engines.in_this_process
+    return engines.Processes(num_workers or os.cpu_count() or 1)
 
 
-def training_batches(store: TokenStore, settings: Settings) -> Batches:
-    """Returns the batches that a run learns from.
-
-    Raises:
-        StoreError: the store does not suit the objective or the mixture.
-    """
-    train = settings.train
-    return batches.training(
-        store,
-        settings.data,
-        settings.mixture,
-        batch_size=train.batch_size,
-        seed=train.seed,
-    )
-
-
-def allowed_modules(
-    config: ResolvedConfig, options: argparse.Namespace
-) -> tuple[str, ...]:
-    """Returns the modules whose code may be run."""
-    allowed = getattr(options, "allow_module", False)
-    return (config.settings.data.mixture_or_task_module,) if allowed else ()
-
-
-def _prepare(config: ResolvedConfig, options: argparse.Namespace) -> None:
+def prepare(
+    config: ResolvedConfig,
+    engine: engines.Engine = engines.in_this_process,
+    *,
+    allowed_modules: tuple[str, ...],
+    force: bool = False,
+    quiet: bool = False,
+) -> None:
     """Makes the store and the pack indices that the configuration reads."""
-    # Imports TensorFlow, which takes seconds and is only needed here.
-    from tasks.preparation import engines
-    from tasks.prepare import prepare
+    from tasks.prepare import prepare  # imports TensorFlow, which takes seconds
 
     settings = config.settings
-    engine: engines.Engine = engines.in_this_process
-    number = getattr(options, "num_workers", 1)
-    if runner := getattr(options, "runner", None):
-        engine = engines.Beam(runner, tuple(options.runner_option))
-    elif number != 1:
-        engine = engines.Processes(number or os.cpu_count() or 1)
     _refuse_small_embedding(config)
     try:
-        with training.preparing(quiet=options.quiet) as report:
+        with training.preparing(quiet=quiet) as report:
             prepare(
                 settings.data,
                 report,
                 filters=settings.filters,
-                allowed_modules=allowed_modules(config, options),
+                allowed_modules=allowed_modules,
                 engine=engine,
-                force=getattr(options, "force", False),
+                force=force,
             )
     except KeyboardInterrupt:
         print("what is done is kept: the same command goes on", file=sys.stderr)
@@ -143,54 +94,38 @@ def _refuse_small_embedding(config: ResolvedConfig) -> None:
         size = vocabularies.from_file(
             data.vocabulary, data.extra_ids, data.eos_token
         ).size
-        _check_embedding(config, size, data.vocabulary)
+        check_embedding(config, size, data.vocabulary)
 
 
-def _check_embedding(config: ResolvedConfig, size: int, where: str) -> None:
-    if size > config.settings.model.vocab_size:
-        raise ConfigError(
-            config.where,
-            [
-                f"VOCAB_SIZE = {config.settings.model.vocab_size} is smaller than the "
-                f"{size} ids of the vocabulary in {where}: set VOCAB_SIZE to "
-                f"{-(-size // 128) * 128}"
-            ],
-        )
+def train_vocabulary(
+    config: ResolvedConfig,
+    file: str,
+    *,
+    allowed_modules: tuple[str, ...],
+    force: bool,
+    quiet: bool,
+) -> None:
+    """Trains a SentencePiece model on the train split, and writes it to a file.
 
-
-def _refuse_options(options: argparse.Namespace) -> None:
-    """Options that mean nothing, or nothing together."""
-    if options.num_workers < 0:
-        raise UsageError(
-            f"--num_workers={options.num_workers}: cannot be negative; 0 takes one for "
-            "each core"
-        )
-    if options.runner and options.num_workers != 1:
-        raise UsageError(
-            "--runner decides how many workers there are: leave --num_workers out"
-        )
-    if options.runner_option and not options.runner:
-        raise UsageError("--runner_option is for --runner, which is missing")
-
-
-def _train_vocabulary(config: ResolvedConfig, options: argparse.Namespace) -> int:
-    """Trains a SentencePiece model on the train split, and writes it to a file."""
+    Raises:
+        UsageError: the file is there already, or has another ending.
+    """
     from tasks.prepare import train_vocabulary_of
 
-    path, data = Path(options.train_vocabulary), config.settings.data
+    path, data = Path(file), config.settings.data
     if path.suffix != ".model":
         raise UsageError(
             f"--train_vocabulary={path}: a SentencePiece model ends in .model, such as "
             "--train_vocabulary=mine.model"
         )
-    if path.exists() and not options.force:
+    if path.exists() and not force:
         raise UsageError(
             f"{path} is there already, and stores may have been made with it: name a "
             "new file, or add --force"
         )
-    with training.preparing(quiet=options.quiet) as report:
+    with training.preparing(quiet=quiet) as report:
         vocabulary, fit = train_vocabulary_of(
-            data, report, allowed_modules=allowed_modules(config, options)
+            data, report, allowed_modules=allowed_modules
         )
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(vocabulary.model)
@@ -200,7 +135,6 @@ def _train_vocabulary(config: ResolvedConfig, options: argparse.Namespace) -> in
         f"{100 * fit.byte_share:.2f} % of the tokens are bytes of rare characters\n"
         f"use it with VOCABULARY = {str(path)!r}"
     )
-    return EXIT_DONE
 
 
 def describe(manifest: Manifest) -> str:

@@ -1,0 +1,108 @@
+"""`switchyard train`."""
+
+import dataclasses
+from typing import TYPE_CHECKING, Literal
+
+from launch.commands import Command, Options, allow_module, allowed_modules, option
+from launch.errors import (
+    EXIT_DONE,
+    EXIT_FAULT,
+    EXIT_INTERRUPTED,
+    EXIT_LOST_PROCESS,
+    EXIT_NON_FINITE,
+    EXIT_PREEMPTED,
+    EXIT_USER_ERROR,
+)
+
+if TYPE_CHECKING:
+    from launch.config.reader import ResolvedConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainOptions(Options):
+    """What `train` accepts."""
+
+    dry_run: bool = option(
+        "say what the run would do, and stop before it does anything", False
+    )
+    self_check: Literal["on", "off"] | None = option(
+        "compare the sparse layer with the oracle on these devices, and the CPU's "
+        "compiler with NumPy, before training; sets SELF_CHECK",
+        macro="SELF_CHECK",
+    )
+    allow_module: bool = allow_module()
+
+
+def devices(config: "ResolvedConfig", options: TrainOptions) -> "ResolvedConfig":
+    """Those of the run; of a dry run all that a job would have, simulated here."""
+    if not options.dry_run:
+        return config
+    platform = config.settings.platform
+    together = platform.simulated_devices * max(platform.num_processes, 1)
+    alone = dataclasses.replace(
+        platform,
+        num_processes=1,
+        simulated_devices=together,
+        coordinator_address="",
+        process_id=-1,
+    )
+    settings = dataclasses.replace(config.settings, platform=alone)
+    return dataclasses.replace(config, settings=settings)
+
+
+def run(config: "ResolvedConfig", options: TrainOptions) -> int:
+    """Trains, or says what training would do."""
+    if options.dry_run:
+        from launch.run import dry_run
+
+        return dry_run.show(config)
+    from launch.training import start
+
+    return start.train(
+        config, quiet=options.quiet, allowed_modules=allowed_modules(config, options)
+    )
+
+
+COMMAND = Command(
+    group="Train",
+    summary="train a model, or resume its training",
+    description="""\
+Trains a model. Prepares the tokens first, if they are not there yet.
+
+Gin files give values to knobs: upper-case macros such as NUM_EXPERTS. configs/base.gin
+lists them all, with default, unit and paper. Files are read in their order, then the
+knobs of the command line; what is later wins:
+
+  switchyard train --gin_file=configs/runs/demo.gin --gin.TRAIN_STEPS=50
+  switchyard train --gin_file=configs/runs/demo.gin \\
+      --gin_file=configs/models/demo_glam.gin --gin.MODEL_DIR=runs/demo_glam
+  switchyard train --gin_file=mine.gin --gin.LEARNING_RATE=3e-4 --gin.DTYPE=float32
+
+Text needs no quotes there; a tuple or dict needs those of the shell:
+--gin.TASK_FEATURE_LENGTHS="{'targets': 512}". A gin file is sought in the working
+directory, then beside the file that includes it, then among those of Switchyard.
+""",
+    ending="""\
+MODEL_DIR holds, while the run goes on: config.gin (every knob, its value, and the line
+that set it), checkpoints, metrics, and a report.
+
+Resuming: the same command again continues from the newest checkpoint in MODEL_DIR, as
+if it had never stopped. It may run on another mesh. Take another MODEL_DIR to start
+afresh.
+""",
+    exit_codes=dict.fromkeys(
+        (
+            EXIT_DONE,
+            EXIT_USER_ERROR,
+            EXIT_NON_FINITE,
+            EXIT_PREEMPTED,
+            EXIT_FAULT,
+            EXIT_INTERRUPTED,
+            EXIT_LOST_PROCESS,
+        ),
+        "",
+    ),
+    options=TrainOptions,
+    devices=devices,
+    run=run,
+)

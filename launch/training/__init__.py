@@ -1,0 +1,1 @@
+"""Training: from a state to the next one, until the last step."""

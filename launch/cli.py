@@ -95,7 +95,7 @@ def _run(words: list[str]) -> int:
         options = dataclasses.replace(options, quiet=True)
     if not options.quiet:
         lines = [_first_line(name, command, on, options)]
-        lines += [f"  {line}" for line in told]
+        lines += [f"  {line}" for line in (*config.notes, *told)]
         print("\n".join(lines), file=sys.stderr, flush=True)
     # A module of the user's may lie in the working directory: `python -m launch` looks
     # there by itself, the console script does not.

@@ -1,8 +1,7 @@
 """Reads gin files into Settings.
 
-`base.gin` binds every setting to an upper-case macro; all other files, the leaves,
-give values to macros and include other leaves. There is no global state, and the
-complete list of knobs is one page.
+`base.gin` lists every knob, an upper-case macro, with its default; all other files, the
+leaves, give values to macros and include other leaves. There is no global state.
 """
 
 import dataclasses
@@ -13,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from launch.config.macros import bound
 from launch.config.settings import Settings, problems
 from launch.config.syntax import (
     REQUIRED,
@@ -32,6 +32,12 @@ from launch.errors import ConfigError, is_utf8, nearest
 _BASE = "configs/base.gin"
 _MOST_FAULTS = 5  # unreadable statements in one file, before reading stops
 _MACRO = re.compile(r"[A-Z][A-Z0-9_]*")
+# What a file in a folder of this name says all of: sections of `base.gin`.
+_KINDS = {
+    "models": ("the model", "the sparse layers"),
+    "hardware": ("the hardware",),
+}
+_SECTION = re.compile(r"# -{10,} (.+)")
 _WHAT_TO_GIVE = {
     "MODEL_DIR": "the folder of the run, such as 'runs/mine'",
     "STORE_DIR": "the folder of the tokens, such as 'runs/stores/mine'",
@@ -69,19 +75,22 @@ class ResolvedConfig:
         operative: gin text that reads back as the same settings; it is kept beside
             the checkpoints.
         where: the files as the user named them.
+        notes: what a reader of the files may not expect.
     """
 
     settings: Settings
     knobs: tuple[Knob, ...]
     operative: str
     where: str
+    notes: tuple[str, ...] = ()
 
 
 def read(files: Sequence[str], bindings: Sequence[str] = ()) -> ResolvedConfig:
     """Reads `base.gin`, then the files, then the bindings; what is later wins.
 
     Args:
-        files: gin files, sought in the working directory, then in `configs`.
+        files: gin files, sought in the working directory, then in `configs`; an
+            include is sought beside its file first, and one of ours in `configs` only.
         bindings: "MACRO=value", as given after `--gin.` on the command line; text
             may stand there without quotes.
     Returns:
@@ -99,7 +108,8 @@ def read(files: Sequence[str], bindings: Sequence[str] = ()) -> ResolvedConfig:
     where = ", ".join(files) or "the command line"
     if reader.problems:
         raise ConfigError(where, reader.problems)
-    return ResolvedConfig(settings, knobs, _operative(knobs, where), where)
+    operative = _operative(knobs, where)
+    return ResolvedConfig(settings, knobs, operative, where, tuple(reader.notes))
 
 
 def _operative(knobs: Iterable[Knob], where: str) -> str:
@@ -130,11 +140,19 @@ def _shown(path: Path) -> str:
 
 
 def _places(name: str, folder: Path | None) -> list[Path]:
-    """Where a gin file may be, in the order of the search."""
-    places = [Path(name)]
-    if folder is not None:
-        places.append(folder / name)
-    places.append(_configs() / name.removeprefix("configs/"))
+    """Where a gin file may be, in the order of the search.
+
+    Args:
+        name: as it was written.
+        folder: that of the file that includes it; None on the command line.
+    """
+    ours = _configs() / name.removeprefix("configs/")
+    if folder is None:
+        places = [Path(name), ours]
+    elif folder.resolve().is_relative_to(_configs().resolve()):
+        places = [folder / name, ours]  # not what happens to lie here
+    else:
+        places = [folder / name, Path(name), ours]
     return list({os.path.abspath(place): place for place in places}.values())
 
 
@@ -148,30 +166,39 @@ class _Reader:
 
     def __init__(self) -> None:
         self.problems: list[str] = []
+        self.notes: list[str] = []
         self._assigned: dict[str, _Assigned] = {}
         self._default: dict[str, _Assigned] = {}
         self._bound: dict[str, str] = {}  # "model.num_layers" -> "NUM_LAYERS"
+        self._kind_of: dict[str, str] = {}  # macro -> folder of files that say it
+        self._set_by: dict[str, set[str]] = {kind: set() for kind in _KINDS}
         self._faulty: set[str] = set()  # macros whose value was not legible
         self._lost_a_file = False
 
     # ------------------------------------------------------------------- reading
 
     def read_base(self) -> None:
-        """Reads defaults and bindings; a fault in them is ours."""
+        """Reads the list of knobs; a fault in it is ours."""
         text = (_configs() / "base.gin").read_text(encoding="utf-8")
+        kind_of = {title: kind for kind, titles in _KINDS.items() for title in titles}
+        title_at = {
+            number: found[1]
+            for number, line in enumerate(text.splitlines(), 1)
+            if (found := _SECTION.fullmatch(line))
+        }
         for statement in statements(text):
             assert isinstance(statement, Binding), statement
-            line = statement.location.line_num
-            if statement.arg_name:
-                assert isinstance(statement.value, MacroUse), statement
-                name = f"{statement.selector}.{statement.arg_name}"
-                assert name not in self._bound, f"{name} is bound twice"
-                self._bound[name] = statement.value.name
-            else:
-                assert statement.selector not in self._assigned, statement.selector
-                origin = f"{_BASE}:{line} (default)"
-                self._assigned[statement.selector] = _Assigned(statement.value, origin)
+            macro, line = statement.selector, statement.location.line_num
+            assert not statement.arg_name, statement
+            assert macro not in self._assigned, f"{macro} is listed twice"
+            origin = f"{_BASE}:{line} (default)"
+            self._assigned[macro] = _Assigned(statement.value, origin)
+            title = title_at[max(number for number in title_at if number < line)]
+            self._kind_of[macro] = kind_of.get(title, "")
         self._default = dict(self._assigned)
+        self._bound = bound(self._default)
+        unused = self._default.keys() - set(self._bound.values())
+        assert not unused, f"{sorted(unused)} fill no setting"
 
     def read_leaf(
         self,
@@ -188,32 +215,17 @@ class _Reader:
             place: of the `include`, for messages: "file:line: ".
             open_files: the files that are being read, to find a cycle.
         """
-        if not is_utf8(name):
-            self._lost_a_file = True
-            self.problems.append(f"{place}{name!r} is not UTF-8: rename that file")
-            return set()
         path = self._find(name, folder, place)
-        if path is None:
+        text = None if path is None else self._text(path, place, open_files)
+        if path is None or text is None:
             return set()
         shown = _shown(path)
-        if path.resolve() == (_configs() / "base.gin").resolve():
-            self.problems.append(
-                f"{place}{shown} is always read first: take it out of the files to read"
-            )
-            return set()
-        if path.resolve() in open_files:
-            self.problems.append(f"{place}{shown} includes itself")
-            return set()
-        try:
-            text = path.read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
-            kind = getattr(error, "strerror", None) or "it is not text"
-            self.problems.append(f"{place}{shown} cannot be read: {kind}")
-            self._lost_a_file = True
-            return set()
-        open_files = (*open_files, path.resolve())
+        kind = path.parent.name if path.parent.name in _KINDS else ""
         set_here: dict[str, int] = {}
         set_by_includes: set[str] = set()
+        if kind and all(other.parent.name != kind for other in open_files):
+            set_by_includes |= self._reset(kind, shown)
+        open_files = (*open_files, path.resolve())
         faults = 0
         for statement in statements(text):
             faults += isinstance(statement, Fault)
@@ -237,9 +249,52 @@ class _Reader:
                     )
             else:
                 self._read_statement(statement, shown, set_here)
+        if kind:
+            self._set_by[kind] |= set_here.keys()
         return set_by_includes | set_here.keys()
 
+    def _reset(self, kind: str, shown: str) -> set[str]:
+        """Returns knobs to their defaults before a file says all of its kind."""
+        changed = {
+            macro
+            for macro, default in self._default.items()
+            if self._assigned[macro] != default
+            and (self._kind_of[macro] == kind or macro in self._set_by[kind])
+        }
+        others = sorted(changed - self._set_by[kind])
+        if others:
+            self.notes.append(
+                f"{shown} says all of its {kind}: {', '.join(others)} of the files "
+                "before it no longer hold"
+            )
+        self._assigned |= {macro: self._default[macro] for macro in changed}
+        self._faulty -= changed
+        self._set_by[kind].clear()
+        return changed
+
+    def _text(self, path: Path, place: str, open_files: tuple[Path, ...]) -> str | None:
+        """What is in a file; None, and a problem, if it cannot be read here."""
+        shown = _shown(path)
+        if path.resolve() == (_configs() / "base.gin").resolve():
+            self.problems.append(
+                f"{place}{shown} is always read first: take it out of the files to read"
+            )
+        elif path.resolve() in open_files:
+            self.problems.append(f"{place}{shown} includes itself")
+        else:
+            try:
+                return path.read_text(encoding="utf-8-sig")
+            except (OSError, UnicodeDecodeError) as error:
+                kind = getattr(error, "strerror", None) or "it is not text"
+                self.problems.append(f"{place}{shown} cannot be read: {kind}")
+                self._lost_a_file = True
+        return None
+
     def _find(self, name: str, folder: Path | None, place: str) -> Path | None:
+        if not is_utf8(name):
+            self._lost_a_file = True
+            self.problems.append(f"{place}{name!r} is not UTF-8: rename that file")
+            return None
         places = _places(name, folder)
         for path in places:
             if os.path.isfile(path):  # False, too, for what cannot be looked at

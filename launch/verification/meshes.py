@@ -32,7 +32,7 @@ def problems(mesh: MeshSettings, most: int = MOST_DEVICES) -> list[str]:
     if 2 ** len(large) > most:
         found.append(
             f"the mesh {describe_mesh(mesh)} has {len(large)} axes larger than 1, "
-            f"which are {2 ** len(large)} devices even if each has 2, and {most} can be "
-            "simulated: verify fewer at a time, with --mesh"
+            f"which are {2 ** len(large)} devices even if each has 2, and {most} can "
+            "be simulated: verify fewer at a time, with --mesh"
         )
     return found

@@ -6,6 +6,7 @@ import typing
 from pathlib import Path
 
 import configs
+from launch.config.macros import bound
 from launch.config.settings import Settings
 
 CONFIGS = Path(configs.__file__).parent
@@ -16,8 +17,8 @@ def macros_of_base() -> list[str]:
     return re.findall(r"^([A-Z][A-Z0-9_]*) = ", BASE, re.MULTILINE)
 
 
-def bindings_of_base() -> list[tuple[str, str]]:
-    return re.findall(r"^([a-z_]+\.[a-z_0-9]+) = %([A-Z0-9_]+)$", BASE, re.MULTILINE)
+def settings_and_macros() -> list[tuple[str, str]]:
+    return list(bound(macros_of_base()).items())
 
 
 def fields_of_settings() -> dict[str, dataclasses.Field]:

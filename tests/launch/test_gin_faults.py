@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from base_gin import CONFIGS, bindings_of_base, fields_of_settings, macros_of_base
+from base_gin import CONFIGS, fields_of_settings, macros_of_base, settings_and_macros
 
 from launch.config import reader
 from launch.errors import ConfigError
@@ -112,7 +112,7 @@ def test_a_missing_file_is_told_with_the_places_and_near_names(leaf):
     problem = only_problem_of(leaf('include "models/demo_swich.gin"', name="a/b.gin"))
     assert problem.startswith(
         "a/b.gin:2: models/demo_swich.gin was not found; looked at "
-        "models/demo_swich.gin, a/models/demo_swich.gin, "
+        "a/models/demo_swich.gin, models/demo_swich.gin, "
         "configs/models/demo_swich.gin; nearest: models/demo_switch.gin"
     )
 
@@ -428,7 +428,7 @@ def test_a_dense_model_has_no_experts_to_divide():
 def test_no_number_breaks_the_rules_themselves(number):
     numeric = [
         macro
-        for setting, macro in bindings_of_base()
+        for setting, macro in settings_and_macros()
         if fields_of_settings()[setting].type in (int, float)
     ]
     assert len(numeric) > 40
@@ -443,7 +443,7 @@ def test_a_negative_size_is_always_refused_by_name():
     ]
     assert len(sizes) > 10
     for macro in sizes:
-        setting = next(name for name, bound in bindings_of_base() if bound == macro)
+        setting = next(name for name, bound in settings_and_macros() if bound == macro)
         named = "".join(problems_of(TINY, f"{macro}=-1"))
         assert macro in named or setting in named
 

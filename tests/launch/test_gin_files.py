@@ -1,6 +1,7 @@
 """Gin files become settings, and every setting tells where it comes from."""
 
 import dataclasses
+import functools
 import re
 from pathlib import Path
 
@@ -8,13 +9,14 @@ import pytest
 from base_gin import (
     BASE,
     CONFIGS,
-    bindings_of_base,
     fields_of_settings,
     macros_of_base,
+    settings_and_macros,
 )
 
 from benchmarks.ladder.rows import is_shared
 from launch.config import reader
+from launch.config.syntax import statements
 from launch.errors import ConfigError
 
 pytestmark = pytest.mark.fast
@@ -41,15 +43,11 @@ def knob(config, macro):
 # --------------------------------------------------------------------- base.gin
 
 
-def test_base_binds_every_setting_once_and_nothing_else():
-    bound = [setting for setting, _ in bindings_of_base()]
-    assert sorted(bound) == sorted(fields_of_settings())
-
-
-def test_base_has_no_macro_without_a_binding_and_no_binding_without_a_macro():
-    macros = macros_of_base()
+def test_every_knob_fills_a_setting_and_every_setting_has_a_knob():
+    macros, pairs = macros_of_base(), settings_and_macros()
     assert len(macros) == len(set(macros))
-    assert set(macros) == {macro for _, macro in bindings_of_base()}
+    assert {macro for _, macro in pairs} == set(macros)
+    assert {setting for setting, _ in pairs} == fields_of_settings().keys()
 
 
 def test_defaults_of_base_are_those_of_the_records():
@@ -61,7 +59,7 @@ def test_defaults_of_base_are_those_of_the_records():
     fields = fields_of_settings()
     required = set(re.findall(r"^([A-Z_]+) = %gin.REQUIRED$", BASE, re.MULTILINE))
     compared = 0
-    for setting, macro in bindings_of_base():
+    for setting, macro in settings_and_macros():
         default = fields[setting].default
         if (make := fields[setting].default_factory) is not dataclasses.MISSING:
             default = make()
@@ -108,28 +106,62 @@ def test_every_config_begins_with_a_header(name):
             assert f"# {entry}" in text, entry
 
 
+def values_after(*files):
+    """What every knob was given when these files have been read, fit or not."""
+    read = reader._Reader()
+    read.read_base()
+    for name in files:
+        read.read_leaf(name)
+    return {macro: given.value for macro, given in read._assigned.items()}
+
+
 @pytest.mark.parametrize("folder", ["models", "hardware"])
-def test_files_of_one_kind_replace_all_that_another_sets(folder):
-    runs = {
-        name: {
-            knob.macro
-            for knob in reader.read(["runs/demo.gin", name]).knobs
-            if f"configs/{folder}/" in knob.origin
-        }
-        for name in LEAVES
-        if re.match("models/demo_(switch|glam|dense)|hardware/cpu", name)
-        and name.startswith(folder)
+def test_a_file_of_a_kind_leaves_nothing_of_any_other(folder, monkeypatch):
+    known = functools.cache(lambda text: tuple(statements(text)))
+    monkeypatch.setattr(reader, "statements", known)
+    files = [name for name in LEAVES if name.startswith(f"{folder}/")]
+    assert len(files) > 15
+    alone = {name: values_after(name) for name in files}
+    default = values_after()
+    # Of files that set the same knobs one comes first for all.
+    sets = {
+        frozenset(macro for macro in default if values[macro] != default[macro]): name
+        for name, values in alone.items()
     }
-    assert len(runs) >= 3
-    sets = list(runs.values())
-    assert all(macros == sets[0] for macros in sets)
-    for name in runs:
-        origins = {
-            knob.origin.partition(":")[0]
-            for knob in reader.read(["runs/demo.gin", name]).knobs
-        }
-        others = {f"configs/{other}" for other in runs if other != name}
-        assert not origins & others
+    assert len(sets) > 5
+    for first in sets.values():
+        for second in files:
+            assert values_after(first, second) == alone[second], (first, second)
+
+
+def test_a_model_over_a_run_leaves_the_run_what_is_its_own(leaf):
+    run = leaf("ATTENTION_WINDOWS = (8,)", "DTYPE = 'float32'", "SEED = 3", include="")
+    files = ["runs/glam_64b_64e.gin", run, "models/mixtral_8x7b.gin"]
+    config = reader.read(files, ["VOCAB_SIZE=256000"])
+    alone = values_after("models/mixtral_8x7b.gin")
+    for macro in (
+        "MOE_POSITION",
+        "EXPERT_ACTIVATION",
+        "SLOT_ORDER",
+        "CAPACITY_ROUNDING",
+    ):
+        assert knob(config, macro).value == alone[macro]
+    assert config.settings.train.seed == 3
+    assert config.settings.execution.dtype == "float32"
+    assert config.settings.model.attention_windows == ()
+    assert config.notes == (
+        "configs/models/mixtral_8x7b.gin says all of its models: ATTENTION_WINDOWS of "
+        "the files before it no longer hold",
+    )
+
+
+def test_a_pod_s_run_is_read_for_one_device():
+    pod = ["runs/glam_64b_64e.gin", "hardware/v4_8x8x16.gin"]
+    assert reader.read(pod).settings.platform.num_processes != 1
+    alone = reader.read([*pod, "hardware/cpu1.gin"]).settings
+    assert alone.platform.num_processes == 1
+    assert alone.platform.libtpu_init_args == ()
+    assert (alone.partition.fsdp, alone.mesh.num_devices) == ("none", 1)
 
 
 def test_the_demo_models_take_the_same_arithmetic_per_token():
@@ -160,13 +192,19 @@ def test_a_leaf_in_another_directory_includes_installed_files(leaf):
     assert knob(config, "EMBED_DIM").origin.startswith("configs/runs/tiny.gin:")
 
 
-def test_a_file_is_sought_here_then_beside_its_includer_then_in_configs(leaf):
+def test_an_include_is_sought_beside_its_file_then_here_then_in_configs(leaf):
     main = leaf("", name="a/main.gin", include="runs/tiny.gin")
     assert reader.read([main]).settings.train.seed == 0
-    leaf("SEED = 2", name="a/runs/tiny.gin", include="configs/runs/tiny.gin")
-    assert reader.read([main]).settings.train.seed == 2
     leaf("SEED = 1", name="runs/tiny.gin", include="configs/runs/tiny.gin")
     assert reader.read([main]).settings.train.seed == 1
+    leaf("SEED = 2", name="a/runs/tiny.gin", include="configs/runs/tiny.gin")
+    assert reader.read([main]).settings.train.seed == 2
+
+
+def test_our_files_include_ours_and_not_what_lies_here(leaf):
+    before = reader.read(["configs/runs/demo.gin"]).settings.model
+    leaf("EMBED_DIM = 8", name="models/demo_switch.gin", include="")
+    assert reader.read(["configs/runs/demo.gin"]).settings.model == before
 
 
 def test_what_is_later_wins_and_its_origin_is_told(leaf):

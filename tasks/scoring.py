@@ -55,7 +55,7 @@ class ScoredTask:
 
     def metrics(
         self, predicted: Sequence[Sequence[int]] | None, score_N: np.ndarray
-    ) -> dict[str, float]:
+    ) -> dict[str, float | None]:
         """Runs every metric function of the Task.
 
         Args:
@@ -63,15 +63,15 @@ class ScoredTask:
                 None if nothing `predicts`.
             score_N: log-likelihood of the targets of each example, in nats.
         Returns:
-            Each number by the name that the Task gives it; what is no number (text,
-            images, histograms) is left out.
+            Each number by the name that the Task gives it; None for what is no number
+            (text, images, histograms).
         Raises:
             StoreError: a metric function raised, or two gave the same name.
         """
         outputs = {"SCORE": np.asarray(score_N)}
         if predicted is not None:
             outputs["PREDICTION"] = self._as_model_output(predicted)
-        found: dict[str, float] = {}
+        found: dict[str, float | None] = {}
         with seqio_tasks.explained(f"a metric of task {self.name!r}"):
             for metric in self._metrics:
                 for name, value in self._run(metric, outputs[_wants(metric)]).items():
@@ -80,9 +80,7 @@ class ScoredTask:
                             f"task {self.name!r} has two metrics {name!r}: give them "
                             "names of their own"
                         )
-                    number = _number(value)
-                    if number is not None:
-                        found[name] = number
+                    found[name] = _number(value)
         return found
 
     def records(

@@ -181,6 +181,7 @@ def examples(
     with explained(f"task {task.name!r} in split {split!r}"):
         info = seqio.ShardInfo(shard, num_shards) if num_shards > 1 else None
         dataset = task.get_dataset(
+            # Rows of other lengths may be cut from the same store.
             sequence_length=None,
             split=split,
             shuffle=False,
@@ -253,6 +254,10 @@ def explained(what: str) -> Iterator[None]:
     except (StoreError, GeneratorExit):
         raise
     except Exception as error:  # whatever it is
-        raise StoreError(
-            f"{what} failed: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
-        ) from error
+        said = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        if "'NoneType' object" in said:
+            said += (
+                ". Preprocessors get sequence_length=None here: tokens are stored whole, "
+                "and cut when they are read"
+            )
+        raise StoreError(f"{what} failed: {said}") from error

@@ -22,7 +22,9 @@ class PrepareOptions(Options):
     """What `prepare` accepts."""
 
     inspect: bool = option(
-        "show what is in the store: counts, lengths, and examples as text", False
+        "show what is in the store, which is made if it is missing: counts, lengths, "
+        "and examples as text",
+        False,
     )
     examples: int = option(
         "rows that --inspect shows of each Task; default: 3", 3, metavar="N"
@@ -69,13 +71,9 @@ def run(config: "ResolvedConfig", options: PrepareOptions) -> int:
             quiet=options.quiet,
         )
         return EXIT_DONE
-    if options.inspect:
-        from launch.data.inspection import show
-
-        show(opening.open_checked(config), settings, options.examples)
-        return EXIT_DONE
     if is_there(store_dir) and not options.force:
-        print(f"{store_dir} is there already; --force prepares it again")
+        if not options.inspect:
+            print(f"{store_dir} is there already; --force prepares it again")
     else:
         preparing.prepare(
             config,
@@ -87,6 +85,11 @@ def run(config: "ResolvedConfig", options: PrepareOptions) -> int:
             quiet=options.quiet,
         )
         print(f"prepared {store_dir}")
+    if options.inspect:
+        from launch.data.inspection import show
+
+        show(opening.open_checked(config), settings, options.examples)
+        return EXIT_DONE
     store = open_store(store_dir, settings.data, settings.filters)
     print(preparing.describe(store.manifest))
     return EXIT_DONE

@@ -1,6 +1,6 @@
 """Which knob fills which field: the field's own name in upper case, or what is here.
 
-The names are those that the field's users know: T5X's where it has one.
+The names are those that most users know: T5X's where it has one.
 """
 
 import dataclasses
@@ -55,6 +55,18 @@ _NAMES = {
     "sample.num_tokens": "SAMPLE_TOKENS",
     "sample.num_beams": "NUM_BEAMS",
     "sample.length_penalty": "LENGTH_PENALTY",
+}
+
+# What people coming from T5X look for (docs/from_t5x.md).
+T5X = {
+    "BASE_LEARNING_RATE": "LEARNING_RATE, the peak: base / sqrt(WARMUP_STEPS)",
+    "EVAL_STEPS": "EVAL_BATCHES",
+    "INITIAL_CHECKPOINT_PATH": "not to be had: a run starts from weights of its own",
+    "NUM_DECODER_LAYERS": "NUM_LAYERS",
+    "NUM_EMBEDDINGS": "VOCAB_SIZE",
+    "RANDOM_SEED": "SEED",
+    "SHUFFLE_TRAIN_EXAMPLES": "SHUFFLE",
+    "USE_CACHED_TASKS": "not needed: a token store is always made",
 }
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from launch.config.macros import bound
+from launch.config.macros import T5X, bound
 from launch.config.settings import Settings, problems
 from launch.config.syntax import (
     REQUIRED,
@@ -350,13 +350,18 @@ class _Reader:
             else:
                 fault += nearest(statement.arg_name, self._default)
         elif macro not in self._default:
-            fault = f"{macro} is not a knob{nearest(macro, self._default)}"
+            fault = self._unknown(macro)
         elif any(isinstance(part, Reference) for part in parts(statement.value)):
             fault = f"{macro}: an @reference; a value is a literal or %OTHER_MACRO"
         else:
             return True
         self.problems.append(f"{at}: {fault}")
         return False
+
+    def _unknown(self, macro: str) -> str:
+        if macro in T5X:
+            return f"{macro} is not a knob; here T5X's is {T5X[macro]}"
+        return f"{macro} is not a knob{nearest(macro, self._default)}"
 
     def read_binding(self, binding: str) -> None:
         """Takes "MACRO=value" from the command line."""
@@ -366,6 +371,9 @@ class _Reader:
         at = f"--gin.{name}"
         if not equals:
             self.problems.append(f"{at}: write {at}=value")
+            return
+        if _MACRO.fullmatch(name) and name not in self._default:
+            self.problems.append(f"{at}: {self._unknown(name)}")
             return
         if not is_utf8(binding):
             self._faulty.add(name)

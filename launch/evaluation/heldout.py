@@ -83,10 +83,10 @@ def heldout(
         totals |= tally.totals(task)
     assert merged is not None  # a store never holds an empty split
     order = run.settings.layers.sparse_order
+    # A fixed number is for one batch, and this is any number of them.
+    means = dataclasses.replace(run.settings.loss, normalizing_factor=0.0)
     _, metrics = losses.total(
-        jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), merged),
-        run.settings.loss,
-        order,
+        jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), merged), means, order
     )
     record = {name: np.asarray(value).tolist() for name, value in metrics.items()}
     if merged.router:

@@ -91,7 +91,12 @@ class TaskMetrics:
                 f"cannot measure task {task.name!r}",
             )
             for name, value in measured.items():
-                found[f"metric/{task.name}/{name}"] = value
+                if value is None:
+                    self.notes.append(
+                        f"metric {name!r} of task {task.name!r} is no number"
+                    )
+                else:
+                    found[f"metric/{task.name}/{name}"] = value
         return found
 
     def load(self) -> None:
@@ -173,7 +178,7 @@ def _measure(
     predicted: list[list[int]] | None,
     score_N: np.ndarray,
     path: str,
-) -> dict[str, float]:
+) -> dict[str, float | None]:
     """Runs a Task's metric functions; process 0 keeps what was predicted."""
     found = task.metrics(predicted, score_N)
     if jax.process_index() == 0:

@@ -257,7 +257,7 @@ def explained(what: str) -> Iterator[None]:
         said = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         if "'NoneType' object" in said:
             said += (
-                ". Preprocessors get sequence_length=None here: tokens are stored whole, "
+                ". Preprocessors get sequence_length=None: tokens are stored whole, "
                 "and cut when they are read"
             )
         raise StoreError(f"{what} failed: {said}") from error

@@ -19,12 +19,12 @@ import numpy as np
 import pytest
 from test_checkpoints import DATA
 
+from launch.checkpoints import store
 from launch.checkpoints.store import (
     FORMAT,
     CheckpointError,
     Checkpoints,
     named_arrays,
-    store,
 )
 from launch.config import reader
 from launch.run.assemble import Run, assemble

@@ -14,7 +14,8 @@ import jax
 import numpy as np
 import pytest
 
-from launch.checkpoints.store import CheckpointError, Checkpoints, named_arrays, store
+from launch.checkpoints import store
+from launch.checkpoints.store import CheckpointError, Checkpoints, named_arrays
 from launch.config import reader
 from launch.run.assemble import Run, assemble
 from tasks.manifest import Manifest, SplitManifest, TaskManifest

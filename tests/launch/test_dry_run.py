@@ -3,7 +3,7 @@
 import pytest
 
 from launch.config import reader
-from launch.run.dry_run import sparse_facts
+from launch.run.describe import sparse_facts
 from moe.testing import MESHES
 from partitioning.mesh import make_mesh
 

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from launch.terminal.lines import compact, duration, training, waiting
+from launch.terminal import training
+from launch.terminal.lines import compact, duration, waiting
 from launch.terminal.training import Extreme, TrainProgress, load_extremes
 from tasks.prepare import Progress
 

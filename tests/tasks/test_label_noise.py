@@ -1,6 +1,5 @@
 """Labels that were made wrong are ranked first, and the command writes them down."""
 
-import argparse
 import collections
 import json
 import sys
@@ -11,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from launch.data import labels
+from launch.commands import review
 from launch.errors import UsageError
 from tasks import seqio_tasks
 from tasks.errors import StoreError
@@ -163,7 +162,7 @@ def command(monkeypatch, tmp_path):
             "allow_module": False,
             "quiet": True,
         }
-        return labels.main(config, argparse.Namespace(**{**values, **options}))
+        return review.run(config, review.ReviewOptions(**{**values, **options}))
 
     return run
 

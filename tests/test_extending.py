@@ -1,5 +1,6 @@
 """What docs/extending.md adds works as it stands there, on one device and on eight."""
 
+import importlib.metadata
 import importlib.util
 import re
 import sys
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from launch import cli
 from moe import architecture
 from moe.dispatch import auto
 from moe.layers import Sublayer
@@ -44,7 +46,7 @@ def written(tmp_path_factory):
             spec
         )
         spec.loader.exec_module(found[file.stem])
-    assert found.keys() == {"round_robin", "gathered", "adapter"}
+    assert found.keys() == {"round_robin", "gathered", "adapter", "count"}
     return found
 
 
@@ -144,3 +146,15 @@ def test_the_sublayer_of_the_page(written, meshes, monkeypatch):
     after = logits("d1", params)
     assert np.abs(after - before).max() > 0.1
     np.testing.assert_allclose(logits("d2e2m2", params), after, rtol=1e-4, atol=1e-4)
+
+
+def test_a_verb_of_another_package_is_found(written, monkeypatch, capsys):
+    entry = importlib.metadata.EntryPoint(
+        "count", written["count"].__name__, "switchyard.commands"
+    )
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [entry])
+    assert cli.main(["count", "--gin_file=runs/demo.gin"]) == 0
+    assert cli.main(["count", "--gin_file=runs/demo.gin", "--active"]) == 0
+    assert capsys.readouterr().out.split() == ["3148928", "1313920"]
+    assert cli.main(["--help"]) == 0
+    assert "count     count the parameters" in capsys.readouterr().out

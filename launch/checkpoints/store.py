@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from launch.config.settings import Settings
+from launch.checkpoints import compare
+from launch.checkpoints.digest import digests
+from launch.config.diff import Change, changes
 from launch.errors import UserError
 from launch.job import together
 from launch.run.assemble import Run
@@ -130,7 +131,7 @@ class Checkpoints:
         """
         step = int(state.step)
         arrays = named_arrays(state)
-        digests = _digests(arrays)
+        checksums = digests(arrays)
         manifest = {
             "format": FORMAT,
             "step": step,
@@ -139,12 +140,11 @@ class Checkpoints:
                 name: {
                     "shape": list(array.shape),
                     "dtype": str(array.dtype),
-                    "digest": digests[name],
+                    "digest": checksums[name],
                 }
                 for name, array in arrays.items()
             },
             "mesh": dataclasses.asdict(run.settings.mesh),
-            "data_order": data_order(run.settings),
             "saved_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             **provenance,
         }
@@ -201,42 +201,60 @@ class Checkpoints:
         return manifest
 
     def restore(
-        self, step: int, run: Run, store: StoreManifest | None = None
+        self,
+        step: int,
+        run: Run,
+        now: Mapping[str, Any] | None = None,
+        *,
+        allow_changes: bool = False,
     ) -> TrainState:
         """Restores a whole state, on whatever mesh the run has.
 
         Args:
             step: which one.
             run: gives shapes, and the place of every array.
-            store: if given, the data must be those the checkpoint learnt from.
+            now: the run's provenance, as `save` would keep it; None compares arrays
+                alone.
+            allow_changes: whether the run may learn otherwise, or other things, than
+                the checkpoint's did.
         Raises:
-            CheckpointError: the checkpoint is of another model or other data, or of
+            CheckpointError: the checkpoint is of another model, of other data, or of
                 the same data in another order, with every difference; or it is
                 damaged, with every damaged array.
         """
         wanted = named_arrays(run.placed_shapes())
-        order = data_order(run.settings)
-        return unnamed(self._arrays(step, wanted, store, order), run.shapes)
+        arrays = self._arrays(step, wanted, now, allow_changes=allow_changes)
+        return unnamed(arrays, run.shapes)
 
-    def refuse_other(self, step: int, run: Run, store: StoreManifest) -> None:
-        """Raises if a checkpoint is of another model, of other data, or order of it.
+    def compare(
+        self,
+        step: int,
+        run: Run,
+        now: Mapping[str, Any],
+        *,
+        allow_changes: bool = False,
+    ) -> list[Change]:
+        """Compares a run with what a checkpoint was made by.
 
+        Returns:
+            What has changed, and may.
         Raises:
-            CheckpointError: with every difference.
+            CheckpointError: as `restore`, but for damage.
         """
         wanted = named_arrays(run.placed_shapes())
-        order = data_order(run.settings)
-        self._compare(step, self.manifest(step), wanted, store, order, partial=False)
+        return self._compare(
+            step, self.manifest(step), wanted, now, allow_changes=allow_changes
+        )
 
     def restore_params(
-        self, step: int, run: Run, store: StoreManifest | None = None
+        self, step: int, run: Run, now: Mapping[str, Any] | None = None
     ) -> Any:
         """Restores the parameters alone, for scoring and drawing text.
 
         Args:
             step: which one.
             run: gives shapes, and the place of every array.
-            store: if given, its vocabulary must be the one the checkpoint learnt; its
+            now: if given, its vocabulary must be the one the checkpoint learnt; its
                 text may be another.
         Raises:
             CheckpointError: as `restore`.
@@ -245,7 +263,7 @@ class Checkpoints:
         wanted = {
             f"params/{name}": shape for name, shape in named_arrays(shapes).items()
         }
-        arrays = self._arrays(step, wanted, store, partial=True)
+        arrays = self._arrays(step, wanted, now, partial=True)
         return unnamed(
             {name.removeprefix("params/"): array for name, array in arrays.items()},
             run.shapes.params,
@@ -255,14 +273,16 @@ class Checkpoints:
         self,
         step: int,
         wanted: Mapping[str, jax.ShapeDtypeStruct],
-        store: StoreManifest | None,
-        order: Mapping[str, Any] | None = None,
+        now: Mapping[str, Any] | None,
         *,
         partial: bool = False,
+        allow_changes: bool = False,
     ) -> dict[str, jax.Array]:
         """Restores named arrays after comparing, and digests them."""
         manifest = self.manifest(step)
-        self._compare(step, manifest, wanted, store, order, partial=partial)
+        self._compare(
+            step, manifest, wanted, now, partial=partial, allow_changes=allow_changes
+        )
         try:
             restored = self._manager.restore(
                 step,
@@ -278,10 +298,12 @@ class Checkpoints:
             )["state"]
         # A truncated or missing file surfaces as a bare Exception here.
         except Exception as error:
+            if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+                raise  # the checkpoint is as good as it was
             raise CheckpointError(
                 f"{self.path(step)} is damaged: {_short(error)}. {self._way_out(step)}"
             ) from error
-        found = _digests(restored)
+        found = digests(restored)
         damaged = [
             name
             for name in restored
@@ -299,49 +321,29 @@ class Checkpoints:
         step: int,
         manifest: Mapping[str, Any],
         wanted: Mapping[str, jax.ShapeDtypeStruct],
-        store: StoreManifest | None,
-        order: Mapping[str, Any] | None,
+        now: Mapping[str, Any] | None,
         *,
-        partial: bool,
-    ) -> None:
-        """Raises one error with every difference, in a table."""
-        saved = {
-            name: f"{array['dtype']}{array['shape']}"
-            for name, array in manifest["arrays"].items()
-        }
-        asked = {n: f"{a.dtype}{list(a.shape)}" for n, a in wanted.items()}
-        if partial:
-            saved = {n: a for n, a in saved.items() if n.startswith("params/")}
-        names = {**asked, **saved}
-        rows = [
-            (name, saved.get(name, "–"), asked.get(name, "–"))
-            for name in names
-            if saved.get(name) != asked.get(name)
-        ]
-        if store is not None:
-            for name, now in fingerprints(store).items():
-                if manifest[name] != now and not (partial and name.startswith("data")):
-                    rows.append((name, manifest[name], now))
-        # A checkpoint from before the order was kept fits any.
-        before = manifest.get("data_order", {})
-        rows += [
-            (macro, str(before[macro]), str(now))
-            for macro, now in (order or {}).items()
-            if macro in before and before[macro] != now
-        ]
-        if not rows:
-            return
-        width = [max(len(row[i]) for row in [*rows, ("", "saved", "")]) for i in (0, 1)]
-        lines = [
-            f"  {name:{width[0]}}  {before:{width[1]}}  {now}"
-            for name, before, now in [("", "saved", "wanted"), *rows]
-        ]
+        partial: bool = False,
+        allow_changes: bool = False,
+    ) -> list[Change]:
+        """Raises one error with every difference that is refused, in a table."""
+        arrays = compare.arrays(manifest["arrays"], wanted, partial=partial)
+        data = [] if now is None else compare.data(manifest, now, partial=partial)
+        found = [] if now is None else changes(manifest["config"], now["config"])
+        knobs = [(c.macro, c.before, c.now) for c in found if c.fixed and not partial]
+        refused = arrays if allow_changes else [*arrays, *data, *knobs]
+        if not refused:
+            return found
+        way_out = (
+            "use that configuration, or another MODEL_DIR to start afresh"
+            if arrays
+            else "use that configuration, or another MODEL_DIR to start afresh; or add "
+            "--allow_changes to go on with another one"
+        )
         raise CheckpointError(
-            f"{self.path(step)} does not fit this run, in {len(rows)} "
-            f"place{'s' if len(rows) > 1 else ''}:\n"
-            + "\n".join(lines)
-            + f"\nIt was made with {self.folder.parent / 'config.gin'}; use that "
-            "configuration, or another MODEL_DIR to start afresh"
+            f"{self.path(step)} does not fit this run, in {len(refused)} "
+            f"place{'s' if len(refused) > 1 else ''}:\n{compare.table(refused)}\n"
+            f"It was made with {self.folder.parent / 'config.gin'}; {way_out}"
         )
 
     def _way_out(self, step: int) -> str:
@@ -356,33 +358,6 @@ def fingerprints(store: StoreManifest) -> dict[str, str]:
     return {
         "data_fingerprint": store.fingerprint,
         "vocabulary_fingerprint": store.vocabulary_fingerprint,
-    }
-
-
-def data_order(settings: Settings) -> dict[str, Any]:
-    """The knobs without which a position in the data, or the experts, mean nothing."""
-    data, mixture = settings.data, settings.mixture
-    return {
-        "ROUTER": settings.router.family,
-        "HASH_SEED": settings.router.hash_seed,
-        "BATCH_SIZE": settings.train.batch_size,
-        "SEED": settings.train.seed,
-        "SHUFFLE": data.shuffle,
-        "TASK_FEATURE_LENGTHS": dict(data.task_feature_lengths),
-        "TRAIN_SPLIT": data.train_split,
-        "OBJECTIVE": data.objective,
-        "PACKING": data.packing,
-        "PREFIX_ATTENTION": data.prefix_attention,
-        "NOISE_DENSITY": data.noise_density,
-        "MEAN_NOISE_SPAN_LENGTH": data.mean_noise_span_length,
-        "MIXTURE_WEIGHTING": mixture.weighting,
-        "MIXTURE_RATES": dict(mixture.rates),
-        "MIXTURE_TEMPERATURE": mixture.temperature,
-        "MIXTURE_CAP_TOKENS": mixture.cap_tokens,
-        # As JSON has it, which knows no integers as keys.
-        "MIXTURE_SCHEDULE": {
-            str(step): dict(rates) for step, rates in mixture.schedule.items()
-        },
     }
 
 
@@ -402,9 +377,7 @@ def _is_manifest(found: Any) -> bool:
     """Whether all is there that a restore compares."""
     if not isinstance(found, dict):
         return False
-    needed = {"arrays", "data_fingerprint", "vocabulary_fingerprint"}
-    if not isinstance(found.get("data_order", {}), dict):
-        return False
+    needed = {"arrays", "config", "data_fingerprint", "vocabulary_fingerprint"}
     return found.keys() >= needed and all(
         array.keys() >= {"shape", "dtype", "digest"}
         for array in found["arrays"].values()
@@ -424,44 +397,6 @@ def unnamed(arrays: Mapping[str, Any], like: Any) -> Any:
     """Puts named arrays back into a tree."""
     ordered = [arrays[name] for name in named_arrays(like)]
     return jax.tree.unflatten(jax.tree.structure(like), ordered)
-
-
-def _digests(arrays: Mapping[str, jax.Array]) -> dict[str, str]:
-    """The digest of each array, in hexadecimal.
-
-    One small program per shape, which a parameter and its moments share, and one at a
-    time: simulated devices share a few threads, and with many programs in flight, each
-    waiting for its peers, none was left for the peers to run on.
-    """
-    jax.block_until_ready(arrays)
-    return {
-        name: f"{int(jax.block_until_ready(_digest(array))):08x}"
-        for name, array in arrays.items()
-    }
-
-
-@jax.jit
-def _digest(array: jax.Array) -> jax.Array:
-    """A checksum that does not depend on how the array is sharded.
-
-    The sum modulo 2³² of every element's bits, mixed with its index. Any change of one
-    element changes it for certain, and other changes, such as elements that change
-    places, but for one chance in 2³².
-    """
-    size = array.dtype.itemsize
-    bits = jax.lax.bitcast_convert_type(array, {1: "u1", 2: "u2", 4: "u4"}[size])
-    index = jnp.zeros(array.shape, jnp.uint32)
-    for dim, length in enumerate(array.shape):
-        index = index * jnp.uint32(length)
-        index += jax.lax.broadcasted_iota(jnp.uint32, array.shape, dim)
-    return jnp.sum(_mixed(bits.astype(jnp.uint32) ^ _mixed(index)), dtype=jnp.uint32)
-
-
-def _mixed(words: jax.Array) -> jax.Array:
-    """Permutes the 32-bit words: the last step of MurmurHash3."""
-    words = (words ^ (words >> 16)) * jnp.uint32(0x85EBCA6B)
-    words = (words ^ (words >> 13)) * jnp.uint32(0xC2B2AE35)
-    return words ^ (words >> 16)
 
 
 def _short(error: BaseException) -> str:

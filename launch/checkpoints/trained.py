@@ -2,12 +2,14 @@
 
 import contextlib
 import dataclasses
+import sys
 from collections.abc import Iterator
 from typing import Any
 
 import jax
 
-from launch.checkpoints.store import Checkpoints
+from launch.checkpoints.store import Checkpoints, provenance
+from launch.config.diff import changes, told
 from launch.config.reader import ResolvedConfig
 from launch.data import opening
 from launch.run import compiler_check
@@ -60,5 +62,9 @@ def restored(
     ):
         step = saved.require(step)
         with waiting(f"restoring step {step}", quiet=quiet):
-            params = saved.restore_params(step, run, store.manifest)
+            now = provenance(config.operative, store.manifest)
+            params = saved.restore_params(step, run, now)
+        found = changes(saved.manifest(step)["config"], config.operative)
+        if not quiet and (other := [change for change in found if change.fixed]):
+            print(f"  other than when it was trained: {told(other)}", file=sys.stderr)
         yield Trained(run, store, params, step)

@@ -31,6 +31,11 @@ class TrainOptions(Options):
         macro="SELF_CHECK",
     )
     allow_module: bool = allow_module()
+    allow_changes: bool = option(
+        "go on from a checkpoint of another model, or of other data, as far as the "
+        "arrays fit",
+        False,
+    )
 
 
 def devices(config: "ResolvedConfig", options: TrainOptions) -> "ResolvedConfig":
@@ -59,7 +64,10 @@ def run(config: "ResolvedConfig", options: TrainOptions) -> int:
     from launch.training import start
 
     return start.train(
-        config, quiet=options.quiet, allowed_modules=allowed_modules(config, options)
+        config,
+        quiet=options.quiet,
+        allowed_modules=allowed_modules(config, options),
+        allow_changes=options.allow_changes,
     )
 
 
@@ -87,8 +95,9 @@ MODEL_DIR holds, while the run goes on: config.gin (every knob, its value, and t
 that set it), checkpoints, metrics, and a report.
 
 Resuming: the same command again continues from the newest checkpoint in MODEL_DIR, as
-if it had never stopped. It may run on another mesh. Take another MODEL_DIR to start
-afresh.
+if it had never stopped. It may run on another mesh. What has changed since is said; a
+change to another model, or other data, is refused without --allow_changes. Take another
+MODEL_DIR to start afresh.
 """,
     exit_codes=dict.fromkeys(
         (

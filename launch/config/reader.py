@@ -5,6 +5,7 @@ leaves, give values to macros and include other leaves. There is no global state
 """
 
 import dataclasses
+import functools
 import importlib.resources
 import os
 import re
@@ -130,6 +131,22 @@ def _configs() -> Path:
     return Path(str(importlib.resources.files("configs")))
 
 
+def _base() -> str:
+    return (_configs() / "base.gin").read_text(encoding="utf-8")
+
+
+@functools.cache
+def sections() -> dict[str, str]:
+    """Returns the title under which `base.gin` lists each knob."""
+    found, title = {}, ""
+    for line in _base().splitlines():
+        if heading := _SECTION.fullmatch(line):
+            title = heading[1]
+        elif knob := re.match(r"([A-Z][A-Z0-9_]*) = ", line):
+            found[knob[1]] = title
+    return found
+
+
 def _shown(path: Path) -> str:
     """Names a file as a reader would: relative to here, or to `configs`."""
     absolute = Path(os.path.abspath(path))
@@ -179,12 +196,10 @@ class _Reader:
 
     def read_base(self) -> None:
         """Reads the list of knobs; a fault in it is ours."""
-        text = (_configs() / "base.gin").read_text(encoding="utf-8")
+        text = _base()
         kind_of = {title: kind for kind, titles in _KINDS.items() for title in titles}
-        title_at = {
-            number: found[1]
-            for number, line in enumerate(text.splitlines(), 1)
-            if (found := _SECTION.fullmatch(line))
+        self._kind_of = {
+            macro: kind_of.get(title, "") for macro, title in sections().items()
         }
         for statement in statements(text):
             assert isinstance(statement, Binding), statement
@@ -193,8 +208,6 @@ class _Reader:
             assert macro not in self._assigned, f"{macro} is listed twice"
             origin = f"{_BASE}:{line} (default)"
             self._assigned[macro] = _Assigned(statement.value, origin)
-            title = title_at[max(number for number in title_at if number < line)]
-            self._kind_of[macro] = kind_of.get(title, "")
         self._default = dict(self._assigned)
         self._bound = bound(self._default)
         unused = self._default.keys() - set(self._bound.values())

@@ -198,6 +198,7 @@ def _range_problems(settings: Settings) -> list[str]:
         "Z_LOSS": loss.z_weight,
         "LOSS_NORMALIZING_FACTOR": loss.normalizing_factor,
         "WARMUP_STEPS": optimizer.warmup_steps,
+        "SCHEDULE_STEPS": optimizer.schedule_steps,
         "WEIGHT_DECAY": optimizer.weight_decay,
         "CLIP_NORM": optimizer.clip_norm,
         "SIMULATED_DEVICES": platform.simulated_devices,
@@ -253,6 +254,7 @@ def _optimizer_problems(optimizer: OptimizerSettings) -> list[str]:
         "FINAL_LEARNING_RATE_FRACTION": (
             *("final_fraction", "SCHEDULE", optimizer.schedule, "cosine"),
         ),
+        "SCHEDULE_STEPS": ("schedule_steps", "SCHEDULE", optimizer.schedule, "cosine"),
     }
     found = []
     for macro, (field, choice, taken, owner) in belongs_to.items():

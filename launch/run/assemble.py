@@ -185,14 +185,6 @@ def assemble(
         raise ConfigError(config.where, problems)
     shardings = new_state.shardings(shapes, state_axes, mesh, settings.partition)
     if settings.optimizer.offload:
-        if mesh.devices.flat[0].platform == "cpu":
-            raise ConfigError(
-                config.where,
-                [
-                    "OFFLOAD_OPTIMIZER = True: on CPU there is no other memory to keep "
-                    "the optimizer's state in; set it to False"
-                ],
-            )
         on_device = shardings.opt_state
         on_host = jax.tree.map(
             lambda place: place.with_memory_kind("pinned_host"), on_device

@@ -7,7 +7,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,13 @@ import jax
 
 from launch.checkpoints import store as saving
 from launch.checkpoints.store import Checkpoints
+from launch.config.diff import Change, told
 from launch.config.reader import ResolvedConfig
+from launch.config.settings import Settings
 from launch.data import opening
 from launch.data.opening import cut_words
 from launch.data.preparing import ensure_store
-from launch.errors import EXIT_DONE, EXIT_NON_FINITE, UserError
+from launch.errors import EXIT_DONE, EXIT_NON_FINITE, ConfigError, UserError
 from launch.evaluation import heldout, sampling
 from launch.evaluation.task_metrics import EvalStep, TaskMetrics
 from launch.job import together
@@ -31,6 +33,7 @@ from launch.terminal.lines import waiting
 from launch.terminal.training import TrainProgress
 from launch.training import loop
 from moe import architecture
+from moe.training.optimizer import make_schedule
 from moe.training.train_state import TrainState
 from tasks.batches import Batches
 from tasks.store import TokenStore
@@ -45,6 +48,7 @@ def train(
     *,
     quiet: bool = False,
     allowed_modules: tuple[str, ...] = (),
+    allow_changes: bool = False,
 ) -> int:
     """Trains until TRAIN_STEPS, from the newest checkpoint on if there is one.
 
@@ -52,11 +56,20 @@ def train(
         config: of the run.
         quiet: whether results, warnings and errors alone are shown.
         allowed_modules: modules outside `tasks` that may be imported.
+        allow_changes: whether a run may go on with another model, or other data.
     Returns:
         The exit code.
     """
     settings = config.settings
     run = assemble(config)
+    if settings.optimizer.offload and run.mesh.devices.flat[0].platform == "cpu":
+        raise ConfigError(
+            config.where,
+            [
+                "OFFLOAD_OPTIMIZER = True: on CPU there is no other memory to keep the "
+                "optimizer's state in; set it to False"
+            ],
+        )
     if architecture.has_experts(settings.model) and not quiet:
         for name, fact in describe.sparse_facts(settings, run.mesh):
             print(f"  {name}: {fact}", file=sys.stderr, flush=True)
@@ -71,16 +84,23 @@ def train(
         store, batches, measure = _data(
             config, run, programs, allowed_modules, quiet=quiet
         )
+        now = saving.provenance(config.operative, store.manifest)
         found = saved.latest()
         if found is not None and found >= settings.train.train_steps:
+            saved.compare(found, run, now, allow_changes=allow_changes)
             return _already_complete(
                 config, run, store, saved, found, measure, quiet=quiet
             )
         if found is None:  # drawing cannot fail, so compiling need not wait for it
             programs.begin()
-        state = _start(run, store, saved, found, quiet=quiet)
+            state = _initialised(run, quiet=quiet)
+        else:
+            changed = saved.compare(found, run, now, allow_changes=allow_changes)
+            _say_changes(changed, found, settings, quiet=quiet)
+            with waiting(f"resuming from {saved.path(found)}", quiet=quiet):
+                state = saved.restore(found, run, now, allow_changes=allow_changes)
         programs.begin()
-        _write_config(model_dir, config.operative)
+        _write_config(model_dir, config.operative, found or 0)
         with (
             _writer(model_dir, resume_step=found or 0) as writer,
             TrainProgress(
@@ -90,7 +110,7 @@ def train(
             programs.during = measure.during = progress.waiting
             _check(run, progress, quiet=quiet)
             programs.wait()
-            hooks = _hooks(config, run, store, batches, programs, measure)
+            hooks = _hooks(run, store, batches, programs, measure, now)
             state, code = loop.train(
                 run, state, batches, hooks, saved, writer, progress
             )
@@ -162,24 +182,42 @@ def _writer(model_dir: Path, resume_step: int | None) -> MetricWriter | NoMetric
     return NoMetrics()
 
 
-def _start(
-    run: Run, store: TokenStore, saved: Checkpoints, found: int | None, *, quiet: bool
-) -> TrainState:
-    """The state to go on from: restored, or drawn."""
-    if found is None:
-        with waiting("initialising the parameters", quiet=quiet):
-            return jax.block_until_ready(run.init_state())
-    with waiting(f"resuming from {saved.path(found)}", quiet=quiet):
-        return saved.restore(found, run, store.manifest)
+def _initialised(run: Run, *, quiet: bool) -> TrainState:
+    with waiting("initialising the parameters", quiet=quiet):
+        return jax.block_until_ready(run.init_state())
+
+
+def _say_changes(
+    changed: Sequence[Change], step: int, settings: Settings, *, quiet: bool
+) -> None:
+    """Says what is not as it was when a checkpoint was made."""
+    if not together.is_first():
+        return
+    if changed and not quiet:
+        print(f"  changed since step {step:,}: {told(changed)}", file=sys.stderr)
+    steps = {change.macro: change.before for change in changed}.get("TRAIN_STEPS")
+    optimizer = settings.optimizer
+    if steps is None or optimizer.schedule != "cosine" or optimizer.schedule_steps:
+        return
+    before, now = (
+        float(make_schedule(optimizer, number)(step))
+        for number in (int(steps), settings.train.train_steps)
+    )
+    print(
+        f"warning: TRAIN_STEPS {steps} → {settings.train.train_steps} stretches the "
+        f"cosine: the learning rate of step {step:,} was {before:.2e} and is now "
+        f"{now:.2e}; --gin.SCHEDULE_STEPS={steps} keeps it",
+        file=sys.stderr,
+    )
 
 
 def _hooks(
-    config: ResolvedConfig,
     run: Run,
     store: TokenStore,
     batches: Batches,
     programs: Programs,
     measure: TaskMetrics,
+    provenance: dict[str, Any],
 ) -> loop.Hooks:
     """What the loop calls between steps."""
     return loop.Hooks(
@@ -188,7 +226,7 @@ def _hooks(
         score=_scorer(run, store, measure.eval_step),
         measure=measure,
         data_facts=_data_facts(batches, store),
-        provenance=saving.provenance(config.operative, store.manifest),
+        provenance=provenance,
     )
 
 
@@ -226,7 +264,6 @@ def _already_complete(
 ) -> int:
     """Says what is there; writes the report if the run ended before it could."""
     loop_settings = config.settings.loop
-    saved.refuse_other(found, run, store.manifest)
     print(
         f"{loop_settings.model_dir} is complete: step {found:,} of "
         f"{config.settings.train.train_steps:,}. Raise TRAIN_STEPS to go on, or take "
@@ -322,10 +359,13 @@ def _print_scores(final: dict[str, Any], store: TokenStore) -> None:
 def _explain(code: int, saved: Checkpoints, *, quiet: bool) -> None:
     """Says why a run stopped early, and what to do."""
     if code == EXIT_NON_FINITE:
+        newest = saved.latest()
+        there = "no checkpoint was saved before"
+        if newest is not None:
+            there = f"the newest checkpoint is of step {newest:,}"
         message = (
-            "too many steps in a row were not finite; nothing of them was kept. The "
-            f"newest checkpoint is {saved.latest()}: lower LEARNING_RATE or set "
-            "CLIP_NORM"
+            "too many steps in a row were not finite; nothing of them was kept, and "
+            f"{there}: lower LEARNING_RATE or set CLIP_NORM"
         )
     else:
         message = f"stopped, and saved step {saved.latest()}; the same command resumes"
@@ -333,11 +373,17 @@ def _explain(code: int, saved: Checkpoints, *, quiet: bool) -> None:
         print(message, file=sys.stderr)
 
 
-def _write_config(model_dir: Path, operative: str) -> None:
-    """Of several processes the first writes it."""
-    if together.is_first():
-        with _writing(model_dir):
-            (model_dir / "config.gin").write_text(operative, encoding="utf-8")
+def _write_config(model_dir: Path, operative: str, step: int) -> None:
+    """Process 0 writes it: the newest, and one for each life of the run."""
+    if not together.is_first():
+        return
+    with _writing(model_dir):
+        (model_dir / "config.gin").write_text(operative, encoding="utf-8")
+        lives = model_dir / "configs"
+        lives.mkdir(exist_ok=True)
+        number = len(list(lives.glob("*.gin"))) + 1
+        name = f"{number:03}_from_step_{step}.gin"
+        (lives / name).write_text(operative, encoding="utf-8")
 
 
 @contextlib.contextmanager

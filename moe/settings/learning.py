@@ -56,7 +56,8 @@ class OptimizerSettings:
         learning_rate: its peak.
         schedule: course after the warm-up, over the updates made, which skipped steps
             are not: "rsqrt" decays as 1/√step, "cosine" falls to `final_fraction` at
-            the last step, "constant" stays.
+            step `schedule_steps`, "constant" stays.
+        schedule_steps: where the cosine ends; 0 takes the run's last step.
         warmup_steps: linear rise, from peak / warmup_steps in the first.
         final_fraction: end of the cosine, as a fraction of the peak.
         b1: decay of the first moment; adafactor keeps one only if it is above 0.
@@ -74,6 +75,7 @@ class OptimizerSettings:
     name: Literal["adamw", "adafactor"] = "adamw"
     learning_rate: float = 1e-3
     schedule: Literal["rsqrt", "cosine", "constant"] = "cosine"
+    schedule_steps: int = 0
     warmup_steps: int = 100
     final_fraction: float = 0.1
     b1: float = 0.9

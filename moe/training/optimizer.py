@@ -54,8 +54,9 @@ def make_schedule(settings: OptimizerSettings, train_steps: int) -> optax.Schedu
     """Returns the learning rate as a function of the number of updates made."""
     peak, warmup = settings.learning_rate, settings.warmup_steps
     if settings.schedule == "cosine":
+        end = settings.schedule_steps or train_steps
         after = optax.cosine_decay_schedule(
-            peak, max(train_steps - warmup, 1), alpha=settings.final_fraction
+            peak, max(end - warmup, 1), alpha=settings.final_fraction
         )
     elif settings.schedule == "rsqrt":
         start = max(warmup, 1)

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from launch.checkpoints import store
+from launch.checkpoints import digest, store
 from launch.checkpoints.store import CheckpointError, Checkpoints, named_arrays
 from launch.config import reader
 from launch.run.assemble import Run, assemble
@@ -79,6 +79,7 @@ def assert_bit_equal(one, other) -> None:
 
 
 PROVENANCE = store.provenance("SEED = 7\n", DATA)
+OF_OTHER_DATA = store.provenance("SEED = 7\n", OTHER_DATA)
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +111,7 @@ def opened(folder: Path) -> Checkpoints:
 def test_a_state_comes_back_bit_for_bit_on_any_mesh(run, saved, mesh):
     other = tiny(*mesh)
     with opened(saved) as checkpoint:
-        state = checkpoint.restore(3, other, DATA)
+        state = checkpoint.restore(3, other, PROVENANCE)
     assert_bit_equal(state, random_state(run))
     wanted = jax.tree.leaves(other.shardings)
     for array, sharding in zip(jax.tree.leaves(state), wanted, strict=True):
@@ -145,16 +146,6 @@ def test_the_manifest_says_where_a_checkpoint_comes_from(run, saved):
     assert re.fullmatch(r"\d+\.\d+\.\d+.*", manifest["code_version"])
     assert manifest["jax_version"] == jax.__version__
     assert manifest["mesh"] == dataclasses.asdict(run.settings.mesh)
-    assert manifest["data_order"] == {
-        **{"ROUTER": "token_choice", "HASH_SEED": 0},
-        **{"BATCH_SIZE": 16, "SEED": 0, "SHUFFLE": True},
-        "TASK_FEATURE_LENGTHS": {"targets": 64},
-        **{"TRAIN_SPLIT": "train", "OBJECTIVE": "causal_lm", "PACKING": "next_fit"},
-        **{"PREFIX_ATTENTION": "causal", "NOISE_DENSITY": 0.15},
-        **{"MEAN_NOISE_SPAN_LENGTH": 3.0, "MIXTURE_WEIGHTING": "rates"},
-        **{"MIXTURE_RATES": {}, "MIXTURE_TEMPERATURE": 1.0},
-        **{"MIXTURE_CAP_TOKENS": 0, "MIXTURE_SCHEDULE": {}},
-    }
     assert re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d", manifest["saved_at"])
     arrays = named_arrays(run.shapes)
     assert manifest["arrays"].keys() == arrays.keys()
@@ -168,11 +159,54 @@ def test_a_restored_state_can_be_saved(run, saved, tmp_path):
     # In one process, as a resumed run does it.
     folder = shutil.copytree(saved, tmp_path / "copy")
     with Checkpoints(str(folder), keep=2) as checkpoint:
-        state = checkpoint.restore(5, run, DATA)
+        state = checkpoint.restore(5, run, PROVENANCE)
         later = dataclasses.replace(state, step=state.step + 1)
         checkpoint.save(later, run, PROVENANCE)
         checkpoint.wait()
-        assert_bit_equal(checkpoint.restore(6, run, DATA), later)
+        assert_bit_equal(checkpoint.restore(6, run, PROVENANCE), later)
+
+
+def test_an_optimizer_s_state_in_the_host_s_memory_comes_back(run, tmp_path):
+    there = random_state(run)
+    places = jax.tree.map(
+        lambda place: place.with_memory_kind("pinned_host"), run.shardings.opt_state
+    )
+    shardings = dataclasses.replace(run.shardings, opt_state=places)
+    away = dataclasses.replace(run, shardings=shardings)
+    there = dataclasses.replace(
+        there, opt_state=jax.device_put(there.opt_state, places)
+    )
+    with Checkpoints(str(tmp_path), keep=1) as checkpoint:
+        checkpoint.save(there, away, PROVENANCE)
+        checkpoint.wait()
+        back = checkpoint.restore(3, away, PROVENANCE)
+    assert_bit_equal(back, there)
+    for array, place in zip(
+        jax.tree.leaves(back.opt_state), jax.tree.leaves(places), strict=True
+    ):
+        assert array.sharding == place
+
+
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        ("PARAM_DTYPE=bfloat16",),
+        ("PARAM_DTYPE=bfloat16", "ROUNDING=master"),
+        ("PARAM_DTYPE=bfloat16", "MOMENT_DTYPE=bfloat16", "ROUNDING=stochastic"),
+        ("OPTIMIZER=adafactor", "BETA2=0.95", "BETA1=0.5"),
+    ],
+    ids=" ".join,
+)
+def test_a_state_of_every_type_comes_back(tmp_path, knobs):
+    run = tiny(*knobs)
+    state = run.init_state()
+    with Checkpoints(str(tmp_path), keep=1) as checkpoint:
+        checkpoint.save(state, run, PROVENANCE)
+        checkpoint.wait()
+        back = checkpoint.restore(0, run, PROVENANCE)
+    for one, other in zip(jax.tree.leaves(state), jax.tree.leaves(back), strict=True):
+        assert one.dtype == other.dtype
+        np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
 
 
 # -------------------------------------------------------------- which steps there are
@@ -266,7 +300,7 @@ def test_a_full_disk_is_said_and_what_was_there_stays(run, saved, tmp_path, capl
     assert not caplog.records
     with opened(folder) as checkpoint:
         assert checkpoint.latest() == 5
-        assert_bit_equal(checkpoint.restore(5, run, DATA), random_state(run, 5))
+        assert_bit_equal(checkpoint.restore(5, run, PROVENANCE), random_state(run, 5))
 
 
 def test_what_went_wrong_first_is_not_hidden_by_a_full_disk(run, tmp_path):
@@ -292,7 +326,7 @@ def test_every_difference_of_another_model_is_in_one_table(saved):
     other = tiny("NUM_EXPERTS=8", "MLP_DIM=48", "TIE_EMBEDDINGS=True")
     with opened(saved) as checkpoint:
         with pytest.raises(CheckpointError) as raised:
-            checkpoint.restore(3, other, DATA)
+            checkpoint.restore(3, other, PROVENANCE)
         with pytest.raises(CheckpointError) as of_params:
             checkpoint.restore_params(3, other)
     first, header, *rows, remedy = str(raised.value).splitlines()
@@ -326,7 +360,7 @@ def test_every_difference_of_another_model_is_in_one_table(saved):
 
 def test_what_only_the_checkpoint_has_is_a_difference_too(saved):
     with opened(saved) as checkpoint, pytest.raises(CheckpointError) as raised:
-        checkpoint.restore(3, tiny("OPTIMIZER=adafactor"), DATA)
+        checkpoint.restore(3, tiny("OPTIMIZER=adafactor"), PROVENANCE)
     (row,) = [r for r in str(raised.value).splitlines() if "/mu/embedding" in r]
     assert row.split()[-1] == "–"
 
@@ -334,43 +368,51 @@ def test_what_only_the_checkpoint_has_is_a_difference_too(saved):
 def test_other_data_are_refused(run, saved):
     with opened(saved) as checkpoint:
         with pytest.raises(CheckpointError, match="in 1 place:") as raised:
-            checkpoint.restore(3, run, OTHER_DATA)
+            checkpoint.restore(3, run, OF_OTHER_DATA)
         # Another text may well be scored with the same vocabulary.
-        checkpoint.restore_params(3, run, OTHER_DATA)
+        checkpoint.restore_params(3, run, OF_OTHER_DATA)
     row = str(raised.value).splitlines()[2].split()
     assert row == ["data_fingerprint", DATA.fingerprint, OTHER_DATA.fingerprint]
 
 
-def test_the_same_data_in_another_order_are_refused(saved, tmp_path):
-    lengths = "TASK_FEATURE_LENGTHS={'targets': 128}"
-    other = tiny("BATCH_SIZE=32", "SEED=1", "SHUFFLE=False", lengths)
-    with opened(saved) as checkpoint:
+def of_config(*bindings: str) -> dict:
+    config = reader.read(["runs/tiny.gin"], ["BATCH_SIZE=16", *bindings])
+    return store.provenance(config.operative, DATA)
+
+
+def test_another_model_or_order_of_the_same_arrays_is_refused(run, tmp_path):
+    with Checkpoints(str(tmp_path), keep=1) as checkpoint:
+        checkpoint.save(random_state(run), run, of_config())
+        checkpoint.wait()
+    learning = "LEARNING_RATE=0.5", "MESH_DATA=2", "SIMULATED_DEVICES=2"
+    another = "SEED=1", "ACTIVATION=relu", "NUM_SELECTED_EXPERTS=2", "SHUFFLE=False"
+    other = of_config(*another, *learning)
+    with opened(tmp_path) as checkpoint:
         with pytest.raises(CheckpointError, match="in 4 places:") as raised:
-            checkpoint.restore(3, other, DATA)
-        checkpoint.restore_params(3, other, DATA)
+            checkpoint.restore(3, run, other)
+        checkpoint.restore(3, run, of_config(*learning))
+        checkpoint.restore(3, run, other, allow_changes=True)
+        checkpoint.restore_params(3, run, other)
+        changed = checkpoint.compare(3, run, other, allow_changes=True)
     _, header, *rows, remedy = str(raised.value).splitlines()
     assert header.split() == ["saved", "wanted"]
     assert [re.split(r"\s{2,}", row.strip()) for row in rows] == [
-        ["BATCH_SIZE", "16", "32"],
         ["SEED", "0", "1"],
         ["SHUFFLE", "True", "False"],
-        ["TASK_FEATURE_LENGTHS", "{'targets': 64}", "{'targets': 128}"],
+        ["ACTIVATION", "'gelu'", "'relu'"],
+        ["NUM_SELECTED_EXPERTS", "1", "2"],
     ]
-    assert "use that configuration, or another MODEL_DIR" in remedy
-    # A checkpoint from before the order was kept is taken as it is.
-    folder = shutil.copytree(saved, tmp_path / "copy")
-    path = folder / "checkpoints" / "3" / "manifest" / "metadata"
-    manifest = json.loads(path.read_text())
-    del manifest["data_order"]
-    path.write_text(json.dumps(manifest))
-    with opened(folder) as checkpoint:
-        checkpoint.restore(3, other, DATA)
+    assert "add --allow_changes" in remedy
+    assert {c.macro for c in changed if not c.fixed} == {
+        word.partition("=")[0] for word in learning
+    }
 
 
 def test_parameters_are_refused_for_another_vocabulary(run, saved):
     other = dataclasses.replace(OTHER_DATA, vocabulary_fingerprint="another")
+    now = store.provenance("SEED = 7\n", other)
     with opened(saved) as checkpoint, pytest.raises(CheckpointError) as raised:
-        checkpoint.restore_params(3, run, other)
+        checkpoint.restore_params(3, run, now)
     rows = str(raised.value).splitlines()[2:-1]
     assert [row.split()[0] for row in rows] == ["vocabulary_fingerprint"]
 
@@ -383,7 +425,7 @@ def test_an_array_that_is_not_what_was_saved_is_named(run, saved, tmp_path):
     entry["digest"] = f"{int(entry['digest'], 16) ^ 1:08x}"
     path.write_text(json.dumps(manifest))
     with opened(folder) as checkpoint, pytest.raises(CheckpointError) as raised:
-        checkpoint.restore(5, run, DATA)
+        checkpoint.restore(5, run, PROVENANCE)
     words = "5 is damaged: what was read is not what was saved, in params/embedding. "
     assert words in str(raised.value)
     assert str(raised.value).endswith("Move that folder away to go on from step 3")
@@ -397,7 +439,7 @@ def test_a_manifest_that_is_damaged_is_said(run, saved, tmp_path):
     for content in (b"", whole[:100], b"\xff" + whole, b"{}", b"[]", torn):
         path.write_bytes(content)
         with opened(folder) as checkpoint, pytest.raises(CheckpointError, match="5"):
-            checkpoint.restore(5, run, DATA)
+            checkpoint.restore(5, run, PROVENANCE)
 
 
 @pytest.mark.parametrize("parts", [[], ["manifest"], ["state"]])
@@ -408,9 +450,9 @@ def test_a_folder_that_is_no_checkpoint_is_said(run, saved, tmp_path, parts):
     for part in parts:
         shutil.copytree(folder / "checkpoints" / "5" / part, foreign / part)
     with opened(folder) as checkpoint, pytest.raises(CheckpointError, match="999"):
-        checkpoint.restore(checkpoint.require(None), run, DATA)
+        checkpoint.restore(checkpoint.require(None), run, PROVENANCE)
     with opened(folder) as checkpoint:
-        checkpoint.restore(5, run, DATA)
+        checkpoint.restore(5, run, PROVENANCE)
 
 
 # ----------------------------------------------------------------------- the digest
@@ -418,7 +460,7 @@ def test_a_folder_that_is_no_checkpoint_is_said(run, saved, tmp_path, parts):
 
 def digest_of(values, sharding=None) -> int:
     array = jax.device_put(values, sharding)
-    return int(store._digests({"x": array})["x"], 16)
+    return int(digest.digests({"x": array})["x"], 16)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "int32", "bfloat16", "uint8"])

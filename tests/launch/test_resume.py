@@ -205,7 +205,7 @@ def test_a_run_of_one_device_learns_the_same_on_eight(trained):
         jax.set_mesh(run.mesh),
         Checkpoints(str(trained.folder), keep=1, read_only=True) as saved,
     ):
-        state = saved.restore(10, run, store.manifest)
+        state = saved.restore(10, run)
         step = run.compile_train_step()
         for index in range(10, 15):
             shape = (settings.batch_size, data.length)

@@ -50,6 +50,15 @@ def test_an_encoder_decoder_trains_goes_on_scores_and_fills_a_blank(tmp_path):
     assert begun.code == 0, begun.err
     done = place.run("train", *given, "--gin.TRAIN_STEPS=4")
     assert done.code == 0, done.err
+    assert "  changed since step 2: TRAIN_STEPS 2 → 4\n" in done.err
+    assert "stretches the cosine" in done.err
+    assert "--gin.SCHEDULE_STEPS=2 keeps it" in done.err
+    lives = sorted(path.name for path in (folder / "configs").iterdir())
+    assert lives == ["001_from_step_0.gin", "002_from_step_2.gin"]
+    other = place.run("train", *given, "--gin.TRAIN_STEPS=4", "--gin.ACTIVATION=relu")
+    assert other.code == 1
+    assert "ACTIVATION  'gelu'  'relu'" in other.err
+    assert "--allow_changes" in other.err
     records = [
         json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()
     ]

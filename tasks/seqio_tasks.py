@@ -9,7 +9,9 @@ import dataclasses
 import difflib
 import importlib
 import os
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -120,6 +122,13 @@ def import_module(module: str, allowed_modules: tuple[str, ...]) -> None:
     Raises:
         StoreError: it is neither, or it cannot be imported.
     """
+    if module.partition(".")[0] == "tasks" and not _is_ours(module):
+        hidden = "tasks.py" if Path("tasks.py").exists() else "tasks/"
+        raise StoreError(
+            f"MIXTURE_OR_TASK_MODULE = {module!r}: Switchyard has a package of the "
+            f"name `tasks`, which hides a {hidden} of yours: give that another name, "
+            "such as my_tasks"
+        )
     if not module.startswith("tasks.") and module not in allowed_modules:
         raise StoreError(
             f"MIXTURE_OR_TASK_MODULE = {module!r} is not one of Switchyard's own, and "
@@ -133,6 +142,13 @@ def import_module(module: str, allowed_modules: tuple[str, ...]) -> None:
             f"MIXTURE_OR_TASK_MODULE = {module!r} cannot be imported: "
             f"{type(error).__name__}: {error}"
         ) from error
+
+
+def _is_ours(module: str) -> bool:
+    """Whether there is such a module in this package."""
+    path = Path(__file__).parent.joinpath(*module.split(".")[1:])
+    there = path.with_suffix(".py").exists() or path.is_dir() or module in sys.modules
+    return module != "tasks" and there
 
 
 def features(task: Any) -> tuple[str, ...]:

@@ -4,18 +4,22 @@ import contextlib
 import dataclasses
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
 
-from launch.checkpoints.store import Checkpoints, provenance
+from launch.checkpoints.store import Checkpoints
 from launch.config.diff import changes, told
 from launch.config.reader import ResolvedConfig
 from launch.data import opening
 from launch.run import compiler_check
 from launch.run.assemble import Run, assemble
 from launch.terminal.lines import waiting
-from tasks.store import TokenStore
+from tasks import vocabularies
+from tasks.vocabularies import Vocabulary
+
+VOCABULARY = "vocabulary"  # folder of it beside a run's checkpoints
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,36 +28,37 @@ class Trained:
 
     Attributes:
         run: the assembled run.
-        store: its data.
         params: the parameters.
         step: step they are of.
     """
 
     run: Run
-    store: TokenStore
     params: Any
     step: int
 
 
 @contextlib.contextmanager
 def restored(
-    config: ResolvedConfig, step: int | None = None, *, quiet: bool
+    config: ResolvedConfig,
+    vocabulary: Vocabulary,
+    step: int | None = None,
+    *,
+    quiet: bool,
 ) -> Iterator[Trained]:
     """Restores the parameters of a step.
 
     Args:
         config: of the run.
+        vocabulary: what the parameters must have learnt.
         step: step of the checkpoint; None takes the newest.
         quiet: whether no progress is shown.
     Raises:
-        StoreError: the store of the run is missing or damaged.
         CheckpointError: there is no such checkpoint, or it does not fit.
         CompilerCheckError: the compiler of the CPU computes wrong numbers, unless
             SELF_CHECK is "off".
     """
     if config.settings.loop.self_check == "on":
         compiler_check.check()
-    store = opening.open_checked(config)
     run = assemble(config)
     model_dir = config.settings.loop.model_dir
     with (
@@ -61,10 +66,38 @@ def restored(
         Checkpoints(model_dir, keep=1, read_only=True) as saved,
     ):
         step = saved.require(step)
+        now = {
+            "config": config.operative,
+            "vocabulary_fingerprint": vocabulary.fingerprint,
+        }
         with waiting(f"restoring step {step}", quiet=quiet):
-            now = provenance(config.operative, store.manifest)
             params = saved.restore_params(step, run, now)
         found = changes(saved.manifest(step)["config"], config.operative)
         if not quiet and (other := [change for change in found if change.fixed]):
             print(f"  other than when it was trained: {told(other)}", file=sys.stderr)
-        yield Trained(run, store, params, step)
+        yield Trained(run, params, step)
+
+
+def keep_vocabulary(model_dir: Path, vocabulary: Vocabulary) -> None:
+    """Writes a vocabulary into the folder of a run, which then needs no tokens."""
+    folder = model_dir / VOCABULARY
+    folder.mkdir(exist_ok=True)
+    for name, content in vocabularies.to_files(vocabulary).items():
+        (folder / name).write_bytes(content)
+
+
+def vocabulary_of(config: ResolvedConfig) -> Vocabulary:
+    """Returns the vocabulary of a run: its own, or that of its tokens.
+
+    Raises:
+        StoreError: it has neither.
+    """
+    folder = Path(config.settings.loop.model_dir, VOCABULARY)
+    if not folder.is_dir():
+        return opening.open_checked(config).vocabulary
+
+    def read(name: str) -> bytes | None:
+        file = folder / name
+        return file.read_bytes() if file.is_file() else None
+
+    return vocabularies.from_files(read, str(folder))

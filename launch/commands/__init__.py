@@ -10,9 +10,12 @@ functions when they are called.
 """
 
 import dataclasses
+import glob
 import importlib
 import importlib.metadata
+import os
 import pkgutil
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -24,6 +27,12 @@ if TYPE_CHECKING:
     from launch.config.reader import ResolvedConfig
 
 ENTRY_POINTS = "switchyard.commands"
+_DEVICES = {"cuda": ("/dev/nvidia[0-9]*",), "tpu": ("/dev/accel*", "/dev/vfio/[0-9]*")}
+# What says that this process is one of several.
+_OF_A_JOB = {
+    *("JAX_PROCESS_ID", "JAX_COORDINATOR_ADDRESS", "SLURM_PROCID"),
+    *("OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK"),
+}
 # In the order of help; other groups follow.
 GROUPS = ("Train", "Use a model", "Data", "Before paying for a pod")
 
@@ -171,10 +180,12 @@ def _within(package: ModuleType) -> dict[str, str]:
 def kept_by_run(options: RunOptions) -> tuple[list[str], list[str]]:
     """Returns the configuration that a run has kept, and where its folder is now.
 
+    Where the run's hardware is not, one device of this machine takes its place.
+
     Raises:
         UsageError: the folder is not one of a run.
     """
-    folder = options.model_dir
+    folder = os.path.expanduser(options.model_dir)
     if not folder.strip():
         raise UsageError(
             "--model_dir is empty: give the folder of a run, such as "
@@ -186,7 +197,23 @@ def kept_by_run(options: RunOptions) -> tuple[list[str], list[str]]:
             f"{written} is not there: --model_dir is the folder of a run that "
             f"`switchyard train` has started{_runs_beside(Path(folder))}"
         )
-    return [str(written)], [f"MODEL_DIR={folder!r}"]
+    files = [str(written)]
+    if not _is_here(written.read_text(encoding="utf-8")):
+        files.append("hardware/here.gin")
+    return files, [f"MODEL_DIR={folder!r}"]
+
+
+def _is_here(config: str) -> bool:
+    """Whether the devices that a run has had may be those of this process.
+
+    A GPU or TPU shows in the file system; and who belongs to a job is told so by what
+    started it.
+    """
+    kept = dict(re.findall(r"^(PLATFORM|NUM_PROCESSES) = (\S+)", config, re.MULTILINE))
+    devices = _DEVICES.get(kept.get("PLATFORM", "").strip("'\""), ())
+    there = not devices or any(glob.glob(pattern) for pattern in devices)
+    alone = kept.get("NUM_PROCESSES", "1") == "1"
+    return there and (alone or bool(_OF_A_JOB & os.environ.keys()) or bool(devices))
 
 
 def _runs_beside(folder: Path) -> str:

@@ -33,6 +33,7 @@ class EvaluateOptions(RunOptions):
 def run(config: "ResolvedConfig", options: EvaluateOptions) -> int:
     """Scores a checkpoint on the whole held-out split, and runs the Tasks' metrics."""
     from launch.checkpoints.trained import restored
+    from launch.data import opening
     from launch.evaluation import heldout
     from launch.evaluation.task_metrics import TaskMetrics, are_wanted
     from launch.run.describe import sparse_facts
@@ -41,8 +42,10 @@ def run(config: "ResolvedConfig", options: EvaluateOptions) -> int:
 
     during = functools.partial(waiting, quiet=options.quiet)
     allowed = allowed_modules(config, options)
-    with restored(config, options.step, quiet=options.quiet) as trained:
-        run, store = trained.run, trained.store
+    store = opening.open_checked(config)
+    given = config, store.vocabulary, options.step
+    with restored(*given, quiet=options.quiet) as trained:
+        run = trained.run
         if architecture.has_experts(config.settings.model) and not options.quiet:
             for name, fact in sparse_facts(config.settings, run.mesh):
                 print(f"  {name}: {fact}", file=sys.stderr, flush=True)

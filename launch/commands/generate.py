@@ -1,6 +1,7 @@
 """`switchyard generate`."""
 
 import dataclasses
+import functools
 from typing import TYPE_CHECKING
 
 from launch.commands import Command, RunOptions, kept_by_run, option
@@ -33,14 +34,15 @@ class GenerateOptions(RunOptions):
 
 def run(config: "ResolvedConfig", options: GenerateOptions) -> int:
     """Prints a prompt and its continuation; nothing else goes to standard output."""
-    from launch.checkpoints.trained import restored
+    from launch.checkpoints.trained import restored, vocabulary_of
     from launch.evaluation import sampling
     from launch.terminal.lines import waiting
 
-    with restored(config, options.step, quiet=options.quiet) as trained:
-        vocabulary = trained.store.vocabulary
-        with waiting("drawing tokens", quiet=options.quiet):
-            text = sampling.continue_prompt(trained.run, trained.params, vocabulary)
+    vocabulary = vocabulary_of(config)
+    during = functools.partial(waiting, quiet=options.quiet)
+    given = config, vocabulary, options.step
+    with restored(*given, quiet=options.quiet) as trained, during("drawing tokens"):
+        text = sampling.continue_prompt(trained.run, trained.params, vocabulary)
     print(sampling.with_prompt(config.settings, text))
     return EXIT_DONE
 

@@ -92,7 +92,8 @@ directory, then beside the file that includes it, then among those of Switchyard
 """,
     ending="""\
 MODEL_DIR holds, while the run goes on: config.gin (every knob, its value, and the line
-that set it), checkpoints, metrics, and a report.
+that set it; configs/ has that of each start), the vocabulary, checkpoints, metrics, and
+a report.
 
 Resuming: the same command again continues from the newest checkpoint in MODEL_DIR, as
 if it had never stopped. It may run on another mesh. What has changed since is said; a

@@ -18,7 +18,6 @@ _FIXED_SECTIONS = (
 _FIXED = {"BATCH_SIZE", "SEED"}
 # Of those sections, what regularises, bounds or only says where to find something.
 _FREE = {
-    "STORE_DIR",
     "READ_RETRIES",
     "MIXTURE_OR_TASK_MODULE",
     "DROPOUT_RATE",
@@ -38,6 +37,7 @@ _FREE = {
 # What is of one life of a run, and not of the run.
 _OF_A_LIFE = {
     "MODEL_DIR",
+    "STORE_DIR",
     "PROCESS_ID",
     "COORDINATOR_ADDRESS",
     "COMPILATION_CACHE_DIR",

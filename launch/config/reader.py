@@ -39,6 +39,7 @@ _KINDS = {
     "hardware": ("the hardware",),
 }
 _SECTION = re.compile(r"# -{10,} (.+)")
+_PATHS = ("MODEL_DIR", "STORE_DIR", "VOCABULARY", "COMPILATION_CACHE_DIR")
 _WHAT_TO_GIVE = {
     "MODEL_DIR": "the folder of the run, such as 'runs/mine'",
     "STORE_DIR": "the folder of the tokens, such as 'runs/stores/mine'",
@@ -432,6 +433,8 @@ class _Reader:
                 if isinstance(given, MacroUse) and given.name in said:
                     values.pop(macro, None)  # its fault is that of the other
                 fields[setting] = fit(values[macro], kind)
+                if macro in _PATHS:
+                    fields[setting] = os.path.expanduser(fields[setting])
                 if macro in _WHAT_TO_GIVE and not fields[setting].strip():
                     raise ValueError(f"is empty: give {_WHAT_TO_GIVE[macro]}")
                 values[macro] = fields[setting]

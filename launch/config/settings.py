@@ -279,6 +279,19 @@ def _text_problems(settings: Settings) -> list[str]:
         "HELDOUT_SPLIT": data.heldout_split,
     }
     found = [f"{macro} is empty" for macro, text in texts.items() if not text.strip()]
+    if "://" in settings.loop.model_dir:
+        found.append(
+            f"MODEL_DIR = {settings.loop.model_dir!r}: a run writes to a folder, which "
+            "all processes share, such as one on NFS or a mounted bucket; only "
+            "STORE_DIR may be gs:// or s3://"
+        )
+    for macro in ("STORE_DIR", "VOCABULARY"):
+        scheme, there, _ = texts[macro].partition("://")
+        if there and scheme not in ("gs", "s3"):
+            found.append(
+                f"{macro} = {texts[macro]!r}: must be a path, or begin with gs:// or "
+                "s3://"
+            )
     module = data.mixture_or_task_module
     if not all(part.isidentifier() for part in module.split(".")):
         found.append(

@@ -15,6 +15,7 @@ import jax
 
 from launch.checkpoints import store as saving
 from launch.checkpoints.store import Checkpoints
+from launch.checkpoints.trained import keep_vocabulary
 from launch.config.diff import Change, told
 from launch.config.reader import ResolvedConfig
 from launch.config.settings import Settings
@@ -37,6 +38,7 @@ from moe.training.optimizer import make_schedule
 from moe.training.train_state import TrainState
 from tasks.batches import Batches
 from tasks.store import TokenStore
+from tasks.vocabularies import Vocabulary
 
 
 class ModelDirError(UserError):
@@ -100,7 +102,7 @@ def train(
             with waiting(f"resuming from {saved.path(found)}", quiet=quiet):
                 state = saved.restore(found, run, now, allow_changes=allow_changes)
         programs.begin()
-        _write_config(model_dir, config.operative, found or 0)
+        _write_config(model_dir, config, found or 0, store.vocabulary)
         with (
             _writer(model_dir, resume_step=found or 0) as writer,
             TrainProgress(
@@ -373,11 +375,22 @@ def _explain(code: int, saved: Checkpoints, *, quiet: bool) -> None:
         print(message, file=sys.stderr)
 
 
-def _write_config(model_dir: Path, operative: str, step: int) -> None:
-    """Process 0 writes it: the newest, and one for each life of the run."""
+def _write_config(
+    model_dir: Path, config: ResolvedConfig, step: int, vocabulary: Vocabulary
+) -> None:
+    """Process 0 keeps what others need of the run, wherever they are started.
+
+    The newest configuration, one for each life of the run, and the vocabulary.
+    """
     if not together.is_first():
         return
+    operative, store_dir = config.operative, config.settings.data.store_dir
+    if "://" not in store_dir:
+        line = "\nSTORE_DIR = {!r}  # "
+        absolute = line.format(os.path.abspath(store_dir))
+        operative = operative.replace(line.format(store_dir), absolute)
     with _writing(model_dir):
+        keep_vocabulary(model_dir, vocabulary)
         (model_dir / "config.gin").write_text(operative, encoding="utf-8")
         lives = model_dir / "configs"
         lives.mkdir(exist_ok=True)

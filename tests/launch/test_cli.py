@@ -521,3 +521,69 @@ def test_jax_simulates_the_devices_that_were_asked_for():
         timeout=60,
     )
     assert done.stdout.count("CpuDevice") == 3, done.stderr
+
+
+# ------------------------------------------------------------------------- paths
+
+
+def test_the_home_of_the_user_is_meant_by_its_sign(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    settings = reader.read(
+        ["runs/tiny.gin"], ["MODEL_DIR=~/run", "STORE_DIR=~/tokens"]
+    ).settings
+    assert settings.loop.model_dir == f"{tmp_path}/run"
+    assert settings.data.store_dir == f"{tmp_path}/tokens"
+
+
+@pytest.mark.parametrize(
+    ("binding", "said"),
+    [
+        ("MODEL_DIR=gs://bucket/run", "only STORE_DIR may be gs:// or s3://"),
+        ("STORE_DIR=hdfs://there", "must be a path, or begin with gs:// or s3://"),
+        ("VOCABULARY=http://there", "must be a path, or begin with gs:// or s3://"),
+    ],
+)
+def test_places_that_cannot_be_written_are_refused_at_once(
+    binding, said, capsys, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["train", TINY, f"--gin.{binding}"]) == errors.EXIT_USER_ERROR
+    assert said in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("hardware", "environ", "there"),
+    [
+        ("hardware/cpu4_d2e2.gin", {}, True),
+        ("hardware/v4_8x8x16.gin", {}, False),
+        ("hardware/h100_8.gin", {}, False),
+        ("hardware/cpu2_of_two.gin", {}, False),
+        ("hardware/cpu2_of_two.gin", {"JAX_PROCESS_ID": "0"}, True),
+    ],
+)
+def test_a_run_of_elsewhere_is_used_on_a_device_of_here(
+    hardware, environ, there, tmp_path, monkeypatch
+):
+    for name in commands._OF_A_JOB:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    two = tmp_path / "hardware" / "cpu2_of_two.gin"
+    two.parent.mkdir()
+    two.write_text(
+        'PLATFORM = "cpu"\nSIMULATED_DEVICES = 1\nNUM_PROCESSES = 2\nMESH_DATA = 2\n'
+        'COORDINATOR_ADDRESS = "localhost:1234"\n'
+    )
+    file = str(two) if "of_two" in hardware else hardware
+    kept = reader.read(["runs/glam_64b_64e.gin", file]).operative
+    (tmp_path / "config.gin").write_text(kept)
+    command = commands.every()["evaluate"]
+    options = command.options(model_dir=str(tmp_path))
+    config = cli.read_config(command, options, [])
+    mesh, platform = config.settings.mesh, config.settings.platform
+    assert (mesh.num_devices > 1) == there
+    assert (platform.name == "auto") == (not there)
+    assert platform.num_processes == (2 if environ else 1)
+    assert config.settings.loop.model_dir == str(tmp_path)
+    assert bool(config.notes) == (not there)

@@ -98,10 +98,12 @@ def test_a_run_prepares_its_store_trains_and_says_so_first(trained):
     assert sorted(p.name for p in trained.folder.iterdir()) == [
         "checkpoints",
         "config.gin",
+        "configs",
         "metrics.jsonl",
         "report.html",
         "run.lock",
         "tensorboard",
+        "vocabulary",
     ]
     steps = sorted(int(p.name) for p in (trained.folder / "checkpoints").iterdir())
     assert steps == [10, 20]
@@ -233,6 +235,21 @@ def drawn(trained, *words) -> str:
     assert done.err == ""
     assert done.out.startswith("def ")
     return done.out.removeprefix("def ")
+
+
+def test_a_run_that_was_moved_draws_without_its_tokens(trained, tmp_path, monkeypatch):
+    moved = shutil.copytree(trained.folder, tmp_path / "moved")
+    monkeypatch.chdir(tmp_path)
+    words = ("--temperature=0", "--num_tokens=4")
+    text = drawn(trained, *words)
+    done = inline(
+        *("generate", "--model_dir=moved", "--quiet", "--prompt=def ", *words),
+        "--gin.STORE_DIR=gone",
+    )
+    assert done.code == 0, done.err
+    assert done.out == f"def {text}"
+    kept = (moved / "config.gin").read_text()
+    assert f"STORE_DIR = {str(trained.store)!r}" in kept
 
 
 @pytest.mark.slow

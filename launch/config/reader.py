@@ -348,7 +348,13 @@ class _Reader:
             )
         else:
             set_here[macro] = line
-            self._assigned[macro] = _Assigned(statement.value, at)
+            self._assign(macro, statement.value, at)
+
+    def _assign(self, macro: str, value: Any, origin: str) -> None:
+        """Gives a macro its value; of two that say one thing the later one holds."""
+        self._assigned[macro] = _Assigned(value, origin)
+        if macro == "TRAIN_STEPS":
+            self._assigned["TRAIN_TOKENS"] = self._default["TRAIN_TOKENS"]
 
     def _may_set(self, statement: Binding, at: str) -> bool:
         """Whether the statement gives a value to a macro that exists."""
@@ -399,14 +405,14 @@ class _Reader:
         quoted = parsed and isinstance(statement.value, str | MacroUse)
         if self._is_text(name) and not quoted and value[:1] not in ("'", '"', "%"):
             # A shell takes quotes away, so text needs none here.
-            self._assigned[name] = _Assigned(value, at)
+            self._assign(name, value, at)
         elif not parsed:
             self._faulty.add(name)
             fault = statement if isinstance(statement, Fault) else None
             reason = fault.reason if fault else "this is not one value"
             self.problems.append(f"{at}: {reason}")
         elif self._may_set(statement, at):
-            self._assigned[name] = _Assigned(statement.value, at)
+            self._assign(name, statement.value, at)
         else:
             self._faulty.add(name)
 
@@ -445,7 +451,7 @@ class _Reader:
                 given, origin = values.pop(macro), self._assigned[macro].origin
                 self.problems.append(f"{origin}: {macro} = {given!r} {error}")
                 said.add(macro)
-        settings = fill(fields)
+        settings = self._in_steps(fill(fields), values)
         if not self._lost_a_file:
             if missing:
                 self.problems.append(
@@ -466,6 +472,18 @@ class _Reader:
             if macro in values
         )
         return settings, knobs
+
+    def _in_steps(self, settings: Settings, values: dict[str, Any]) -> Settings:
+        """Counts the steps that read TRAIN_TOKENS."""
+        if settings.train.train_tokens <= 0:
+            return settings
+        per_step = settings.train.batch_size * settings.data.tokens_per_row
+        steps = -(-settings.train.train_tokens // max(per_step, 1))
+        values["TRAIN_STEPS"] = steps
+        origin = f"TRAIN_TOKENS, {self._assigned['TRAIN_TOKENS'].origin}"
+        self._assigned["TRAIN_STEPS"] = _Assigned(steps, origin)
+        train = dataclasses.replace(settings.train, train_steps=steps)
+        return dataclasses.replace(settings, train=train)
 
     def _resolved(self) -> tuple[dict[str, Any], list[str]]:
         """Returns the values of macros, %OTHER resolved, and which have none."""

@@ -65,8 +65,9 @@ class LoopSettings:
         checkpoint_period_steps: between checkpoints; the last step always saves.
         keep_checkpoints: how many are kept.
         eval_period_steps: between held-out evaluations; the last step always has one.
-        eval_batches: batches per periodic evaluation; 0 and the last evaluation
-            score every held-out token once.
+        eval_batches: batches of each Task in a periodic evaluation; 0 scores every
+            held-out token once.
+        last_eval_batches: the same of the last evaluation.
         task_metrics_period_steps: between measurements by the Tasks' own metric
             functions; the last step then has one too. 0: none while training.
         log_period_steps: between records of metrics.
@@ -81,7 +82,8 @@ class LoopSettings:
     checkpoint_period_steps: int = 1000
     keep_checkpoints: int = 3
     eval_period_steps: int = 1000
-    eval_batches: int = 0
+    eval_batches: int = 16
+    last_eval_batches: int = 1000
     task_metrics_period_steps: int = 0
     log_period_steps: int = 10
     max_skipped_steps: int = 10
@@ -190,6 +192,8 @@ def _range_problems(settings: Settings) -> list[str]:
     }
     at_least_0 = {
         "EVAL_BATCHES": loop.eval_batches,
+        "LAST_EVAL_BATCHES": loop.last_eval_batches,
+        "TRAIN_TOKENS": settings.train.train_tokens,
         "TASK_METRICS_PERIOD": loop.task_metrics_period_steps,
         "AUX_LOSS_FACTOR": loss.balance_weight,
         "ROUTER_Z_LOSS_FACTOR": loss.router_z_weight,

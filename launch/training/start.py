@@ -119,8 +119,8 @@ def train(
             if code != EXIT_DONE:
                 _explain(code, saved, quiet=quiet)
                 return code
-            with progress.waiting("scoring the whole held-out split"):
-                final = hooks.score(state.params, 0)
+            with progress.waiting("scoring the held-out split"):
+                final = hooks.score(state.params, settings.loop.last_eval_batches)
             if settings.loop.task_metrics_period_steps:
                 final |= hooks.measure(state.params, settings.train.train_steps)
             writer.write(
@@ -284,8 +284,9 @@ def _already_complete(
         print(f"checkpoint    {saved.path(found)}\nreport        {report}")
         return EXIT_DONE
     params = saved.restore_params(found, run)
-    with waiting("scoring the whole held-out split", quiet=quiet):
-        final = _scorer(run, store, measure.eval_step)(params, 0)
+    with waiting("scoring the held-out split", quiet=quiet):
+        score = _scorer(run, store, measure.eval_step)
+        final = score(params, loop_settings.last_eval_batches)
     if loop_settings.task_metrics_period_steps:
         final |= measure(params, found)
     with _writer(Path(loop_settings.model_dir), resume_step=None) as writer:

@@ -96,10 +96,13 @@ class TrainSettings:
         batch_size: B, sequences per step over all devices and microbatches.
         microbatches: pieces a step is computed in; the result is the same.
         train_steps: the step at which the run is complete.
+        train_tokens: tokens after which it is complete, in place of steps; 0 counts
+            steps.
         seed: seed of initialisation, data order and every random draw.
     """
 
     batch_size: int
     microbatches: int = 1
     train_steps: int = 1000
+    train_tokens: int = 0
     seed: int = 0

@@ -155,6 +155,18 @@ def test_a_model_over_a_run_leaves_the_run_what_is_its_own(leaf):
     )
 
 
+def test_of_steps_and_tokens_what_is_later_holds(leaf):
+    # 8 rows of 64 tokens a step.
+    read = reader.read([TINY], ["TRAIN_TOKENS=4097"])
+    assert read.settings.train.train_steps == 9
+    assert knob(read, "TRAIN_STEPS").origin == "TRAIN_TOKENS, --gin.TRAIN_TOKENS"
+    again = reader.read([leaf(read.operative, include="")])
+    assert again.settings == read.settings
+    steps = reader.read([leaf(read.operative, include="")], ["TRAIN_STEPS=7"])
+    assert steps.settings.train.train_steps == 7
+    assert steps.settings.train.train_tokens == 0
+
+
 def test_a_pod_s_run_is_read_for_one_device():
     pod = ["runs/glam_64b_64e.gin", "hardware/v4_8x8x16.gin"]
     assert reader.read(pod).settings.platform.num_processes != 1

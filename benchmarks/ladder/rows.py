@@ -45,9 +45,10 @@ CHIP_OF = {
 # GLaM 64B/64E is compiled for the slice that its authors had.
 FIRST_SLICE = {"glam_64b_64e": "v4:8x8x16"}
 # 3,840 rows divide over 480 GPUs, and over no large slice. Groups of two rows need two
-# on each of 1,024 chips.
+# on each of 1,024 chips, where there are none of sixteen.
 CHANGED = {
     "m6_t_1t": {"BATCH_SIZE": 4096, "TRAIN_STEPS": 47684},
+    "switch_c": {"GROUP_ROWS": 2, "GROUP_SIZE": 256, "ENCODER_GROUP_SIZE": 1024},
     "switch_c_decoder": {"BATCH_SIZE": 2048, "TRAIN_STEPS": 250000},
 }
 

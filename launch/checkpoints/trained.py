@@ -44,15 +44,16 @@ def restored(
         step: step of the checkpoint; None takes the newest.
         quiet: whether no progress is shown.
     Raises:
+        DeviceError: jax finds no device of the run's platform.
         StoreError: the store of the run is missing or damaged.
         CheckpointError: there is no such checkpoint, or it does not fit.
         CompilerCheckError: the compiler of the CPU computes wrong numbers, unless
             SELF_CHECK is "off".
     """
+    run = assemble(config)
     if config.settings.loop.self_check == "on":
         compiler_check.check()
     store = opening.open_checked(config)
-    run = assemble(config)
     model_dir = config.settings.loop.model_dir
     with (
         jax.set_mesh(run.mesh),

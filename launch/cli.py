@@ -33,7 +33,7 @@ from launch.errors import (
 
 if TYPE_CHECKING:
     from launch.config.reader import ResolvedConfig
-    from launch.config.settings import PlatformSettings, Settings
+    from launch.config.settings import PlatformSettings
     from launch.job.together import Job
 
 _ABOUT = """\
@@ -94,7 +94,7 @@ def _run(words: list[str]) -> int:
     if job is not None and job.process > 0:  # the first one speaks for all
         options = dataclasses.replace(options, quiet=True)
     if not options.quiet:
-        lines = [_first_line(name, command, on, options)]
+        lines = [_first_line(name, command, config, on, options)]
         lines += [f"  {line}" for line in (*config.notes, *told)]
         print("\n".join(lines), file=sys.stderr, flush=True)
     # A module of the user's may lie in the working directory: `python -m launch` looks
@@ -264,29 +264,16 @@ def _version() -> str:
 
 
 def _first_line(
-    name: str, command: Command, config: "ResolvedConfig", options: Options
+    name: str,
+    command: Command,
+    config: "ResolvedConfig",
+    on: "ResolvedConfig",
+    options: Options,
 ) -> str:
     """Says in one line what is about to happen, on what, and where to."""
-    settings = config.settings
     parts = [f"switchyard {_version()}", name, config.where]
     if command.about is not None:
         parts += command.about(config, options)
     else:
-        parts += [_describe_devices(settings), settings.loop.model_dir]
+        parts += [commands.devices_in_words(on), on.settings.loop.model_dir]
     return " · ".join(parts)
-
-
-def _describe_devices(settings: "Settings") -> str:
-    """Such as "4 simulated CPU devices, data 2 × expert 2"."""
-    platform, mesh = settings.platform, settings.mesh
-    axes = {axis: getattr(mesh, axis) for axis in mesh.__dataclass_fields__}
-    large = " × ".join(f"{axis} {size}" for axis, size in axes.items() if size > 1)
-    kinds = {"cpu": "CPU", "cuda": "GPU", "tpu": "TPU", "auto": ""}
-    kind = f"{kinds[platform.name]} device".strip()
-    simulated = platform.simulated_devices * max(platform.num_processes, 1)
-    if simulated > 1:
-        kind = f"simulated {kind}"
-    number = max(simulated, mesh.num_devices)
-    if number == 1:
-        return f"1 {kind}"
-    return f"{number} {kind}s, {large or 'one of them used'}"

@@ -18,9 +18,7 @@ def fastest_first(mesh: Mesh) -> tuple[str, ...]:
     are ordered by size. Elsewhere, and on the smallest slices, the last axis is first.
     """
     devices = list(mesh.devices.flat)
-    if devices[0].platform != "tpu" or (
-        len(devices) <= WOUND_DEVICES * num_slices(devices)
-    ):
+    if not are_placed(devices) or (len(devices) <= WOUND_DEVICES * num_slices(devices)):
         return FASTEST_FIRST
     places = _places(devices).reshape(*mesh.devices.shape, -1)
     whole = _extent(devices)
@@ -42,6 +40,11 @@ def _links(places: np.ndarray, whole: int) -> float:
     stride = int(np.diff(taken).min())
     goes_round = len(taken) * stride == whole and len(taken) > 2
     return (2 if goes_round else 1) / stride
+
+
+def are_placed(devices: Sequence[jax.Device]) -> bool:
+    """Whether they are on a torus, and say where; described ones may not."""
+    return devices[0].platform == "tpu" and devices[0].coords is not None
 
 
 def num_slices(devices: Sequence[jax.Device]) -> int:

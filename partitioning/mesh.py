@@ -9,7 +9,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
-from partitioning.links import num_slices, shape
+from partitioning.links import are_placed, num_slices, shape
 from partitioning.settings import AXES, MeshSettings
 
 
@@ -66,6 +66,8 @@ def _grid(
 ) -> np.ndarray:
     """The devices by axis; raises NotImplementedError where it would have to cut."""
     sizes = dataclasses.asdict(settings)
+    if devices[0].platform == "tpu" and not are_placed(devices):
+        return np.array(devices).reshape([sizes[axis] for axis in AXES])
     if slices == 1:
         return mesh_utils.create_device_mesh(
             tuple(sizes[axis] for axis in AXES),

@@ -53,13 +53,14 @@ def restored(
         step: step of the checkpoint; None takes the newest.
         quiet: whether no progress is shown.
     Raises:
+        DeviceError: jax finds no device of the run's platform.
         CheckpointError: there is no such checkpoint, or it does not fit.
         CompilerCheckError: the compiler of the CPU computes wrong numbers, unless
             SELF_CHECK is "off".
     """
+    run = assemble(config)
     if config.settings.loop.self_check == "on":
         compiler_check.check()
-    run = assemble(config)
     model_dir = config.settings.loop.model_dir
     with (
         jax.set_mesh(run.mesh),

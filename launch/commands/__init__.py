@@ -245,3 +245,19 @@ def allowed_modules(config: "ResolvedConfig", options: Any) -> tuple[str, ...]:
     """Returns the modules whose code may be run."""
     named = config.settings.data.mixture_or_task_module
     return (named,) if options.allow_module else ()
+
+
+def devices_in_words(config: "ResolvedConfig") -> str:
+    """Returns words such as "4 simulated CPU devices, data 2 × expert 2"."""
+    platform, mesh = config.settings.platform, config.settings.mesh
+    axes = {axis: getattr(mesh, axis) for axis in mesh.__dataclass_fields__}
+    large = " × ".join(f"{axis} {size}" for axis, size in axes.items() if size > 1)
+    kinds = {"cpu": "CPU", "cuda": "GPU", "tpu": "TPU", "auto": ""}
+    kind = f"{kinds[platform.name]} device".strip()
+    simulated = platform.simulated_devices * max(platform.num_processes, 1)
+    if simulated > 1:
+        kind = f"simulated {kind}"
+    number = max(simulated, mesh.num_devices)
+    if number == 1:
+        return f"1 {kind}"
+    return f"{number} {kind}s, {large or 'one of them used'}"

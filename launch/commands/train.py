@@ -3,7 +3,14 @@
 import dataclasses
 from typing import TYPE_CHECKING, Literal
 
-from launch.commands import Command, Options, allow_module, allowed_modules, option
+from launch.commands import (
+    Command,
+    Options,
+    allow_module,
+    allowed_modules,
+    devices_in_words,
+    option,
+)
 from launch.errors import (
     EXIT_DONE,
     EXIT_FAULT,
@@ -23,7 +30,8 @@ class TrainOptions(Options):
     """What `train` accepts."""
 
     dry_run: bool = option(
-        "say what the run would do, and stop before it does anything", False
+        "say what the run would do, on any hardware, and stop before it does anything",
+        False,
     )
     self_check: Literal["on", "off"] | None = option(
         "compare the sparse layer with the oracle on these devices, and the CPU's "
@@ -39,28 +47,46 @@ class TrainOptions(Options):
 
 
 def devices(config: "ResolvedConfig", options: TrainOptions) -> "ResolvedConfig":
-    """Those of the run; of a dry run all that a job would have, simulated here."""
+    """Those of the run; of a dry run the CPU, whatever the run is for.
+
+    Devices of a CPU that a job would have together are simulated in one process.
+    """
     if not options.dry_run:
         return config
     platform = config.settings.platform
-    together = platform.simulated_devices * max(platform.num_processes, 1)
     alone = dataclasses.replace(
         platform,
         num_processes=1,
-        simulated_devices=together,
+        simulated_devices=platform.simulated_devices * max(platform.num_processes, 1),
         coordinator_address="",
         process_id=-1,
     )
+    if platform.name in ("tpu", "cuda"):  # flags of their compilers are not for it
+        alone = dataclasses.replace(
+            alone,
+            name="cpu",
+            xla_flags=(),
+            libtpu_init_args=(),
+            compilation_cache_dir="",
+        )
     settings = dataclasses.replace(config.settings, platform=alone)
     return dataclasses.replace(config, settings=settings)
+
+
+def about(config: "ResolvedConfig", options: TrainOptions) -> list[str]:
+    """Devices of the run, and its folder."""
+    words = devices_in_words(config)
+    dry = f"dry run for {words}" if options.dry_run else words
+    return [dry, config.settings.loop.model_dir]
 
 
 def run(config: "ResolvedConfig", options: TrainOptions) -> int:
     """Trains, or says what training would do."""
     if options.dry_run:
+        from launch.planning.hardware import described
         from launch.run import dry_run
 
-        return dry_run.show(config)
+        return dry_run.show(config, *described.devices(config))
     from launch.training import start
 
     return start.train(
@@ -114,5 +140,6 @@ MODEL_DIR to start afresh.
     ),
     options=TrainOptions,
     devices=devices,
+    about=about,
     run=run,
 )

@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import TextIO, TypeVar
 
+from launch.config import devices
 from launch.config.reader import ResolvedConfig
 from launch.config.settings import PlatformSettings
 from launch.errors import ConfigError
@@ -58,6 +59,7 @@ def find(
 
     Raises:
         ProcessError: neither the configuration nor the environment says.
+        DeviceError: nor is its platform here.
     """
     if platform.num_processes == 1:
         return None
@@ -178,6 +180,7 @@ def _ask_launcher(platform: PlatformSettings, address: str, process: int | None)
     names = ("COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID (or JAX_PROCESS_ID)")
     missing = [name for name, x in zip(names, found, strict=False) if x is None]
     if missing:
+        devices.here(platform)  # a machine without them is no part of a cluster
         raise ProcessError(
             f"NUM_PROCESSES = {platform.num_processes}, and no launcher (SLURM, Open "
             f"MPI, a TPU pod, Kubernetes) says more: set {', '.join(missing)}, or "
@@ -230,9 +233,8 @@ def _join(job: Job, config: ResolvedConfig) -> dict[int, socket.socket]:
 
 def _refuse_other_devices(job: Job, config: ResolvedConfig) -> None:
     """A process without a part of the mesh would have nothing to do."""
-    import jax
-
-    here, wanted = jax.device_count(), config.settings.mesh.num_devices
+    here = len(devices.here(config.settings.platform))
+    wanted = config.settings.mesh.num_devices
     if here != wanted:
         raise ConfigError(
             config.where,

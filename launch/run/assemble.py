@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 
+from launch.config.devices import here
 from launch.config.reader import ResolvedConfig
 from launch.config.settings import Settings
 from launch.errors import ConfigError
@@ -140,11 +141,13 @@ def assemble(
         devices: those to use; by default all that jax finds. They may be of a topology
             that is only described, to compile for it.
     Raises:
+        DeviceError: jax finds none.
         ConfigError: the mesh needs more devices than there are, or an array does not
             divide over it.
     """
     settings = config.settings
-    number = jax.device_count() if devices is None else len(devices)
+    devices = here(settings.platform) if devices is None else devices
+    number = len(devices)
     if number < settings.mesh.num_devices:
         raise ConfigError(
             config.where,

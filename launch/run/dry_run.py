@@ -1,5 +1,8 @@
 """A dry run: everything that can be known before compiling."""
 
+from collections.abc import Sequence
+
+import jax
 from rich.console import Console
 from rich.table import Table
 
@@ -13,9 +16,19 @@ from partitioning import placement
 from tasks.store import is_there
 
 
-def show(config: ResolvedConfig) -> int:
-    """Prints knobs with their origin, counts, capacity, mesh, data and placement."""
-    run = assemble(config)
+def show(
+    config: ResolvedConfig,
+    devices: Sequence[jax.Device] | None = None,
+    known: str = "",
+) -> int:
+    """Prints knobs with their origin, counts, capacity, mesh, data and placement.
+
+    Args:
+        config: of the run.
+        devices: those that it would have, described; by default all that jax finds.
+        known: of those devices, in words.
+    """
+    run = assemble(config, devices)
     store = None
     if is_there(config.settings.data.store_dir):
         store = opening.open_checked(config)
@@ -43,6 +56,8 @@ def show(config: ResolvedConfig) -> int:
     console.print(shown)
 
     summary = Table.grid(padding=(0, 2))
+    if known:
+        summary.add_row("devices", known)
     for name, value in describe.facts(config, run, store):
         summary.add_row(name, value)
     held = compact(sum(row[-1] for row in rows), "B")

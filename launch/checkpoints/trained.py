@@ -1,7 +1,6 @@
 """A trained model of a run, ready to be scored or to draw text."""
 
 import contextlib
-import dataclasses
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +13,7 @@ from launch.config.diff import changes, told
 from launch.config.reader import ResolvedConfig
 from launch.data import opening
 from launch.run import compiler_check
-from launch.run.assemble import Run, assemble
+from launch.run.assemble import Run
 from launch.terminal.lines import waiting
 from tasks import vocabularies
 from tasks.vocabularies import Vocabulary
@@ -22,43 +21,30 @@ from tasks.vocabularies import Vocabulary
 VOCABULARY = "vocabulary"  # folder of it beside a run's checkpoints
 
 
-@dataclasses.dataclass(frozen=True)
-class Trained:
-    """What a checkpoint holds, on the mesh of its run.
-
-    Attributes:
-        run: the assembled run.
-        params: the parameters.
-        step: step they are of.
-    """
-
-    run: Run
-    params: Any
-    step: int
-
-
 @contextlib.contextmanager
 def restored(
     config: ResolvedConfig,
+    run: Run,
     vocabulary: Vocabulary,
     step: int | None = None,
     *,
     quiet: bool,
-) -> Iterator[Trained]:
-    """Restores the parameters of a step.
+) -> Iterator[tuple[Any, int]]:
+    """Restores the parameters of a step, on the mesh of a run.
 
     Args:
         config: of the run.
+        run: the run, assembled.
         vocabulary: what the parameters must have learnt.
         step: step of the checkpoint; None takes the newest.
         quiet: whether no progress is shown.
+    Yields:
+        The parameters, and their step; with the run's mesh set.
     Raises:
-        DeviceError: jax finds no device of the run's platform.
         CheckpointError: there is no such checkpoint, or it does not fit.
         CompilerCheckError: the compiler of the CPU computes wrong numbers, unless
             SELF_CHECK is "off".
     """
-    run = assemble(config)
     if config.settings.loop.self_check == "on":
         compiler_check.check()
     model_dir = config.settings.loop.model_dir
@@ -76,7 +62,7 @@ def restored(
         found = changes(saved.manifest(step)["config"], config.operative)
         if not quiet and (other := [change for change in found if change.fixed]):
             print(f"  other than when it was trained: {told(other)}", file=sys.stderr)
-        yield Trained(run, params, step)
+        yield params, step
 
 
 def keep_vocabulary(model_dir: Path, vocabulary: Vocabulary) -> None:

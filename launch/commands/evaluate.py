@@ -36,29 +36,30 @@ def run(config: "ResolvedConfig", options: EvaluateOptions) -> int:
     from launch.data import opening
     from launch.evaluation import heldout
     from launch.evaluation.task_metrics import TaskMetrics, are_wanted
+    from launch.run.assemble import assemble
     from launch.run.describe import sparse_facts
     from launch.terminal.lines import waiting
     from moe import architecture
 
     during = functools.partial(waiting, quiet=options.quiet)
     allowed = allowed_modules(config, options)
+    run = assemble(config)
     store = opening.open_checked(config)
-    given = config, store.vocabulary, options.step
-    with restored(*given, quiet=options.quiet) as trained:
-        run = trained.run
+    given = config, run, store.vocabulary, options.step
+    with restored(*given, quiet=options.quiet) as (params, step):
         if architecture.has_experts(config.settings.model) and not options.quiet:
             for name, fact in sparse_facts(config.settings, run.mesh):
                 print(f"  {name}: {fact}", file=sys.stderr, flush=True)
         compiled = functools.cache(run.compile_eval_step)
         with during("scoring the held-out split"):
-            record = heldout.heldout(run, store, trained.params, compiled(), 0)
+            record = heldout.heldout(run, store, params, compiled(), 0)
         print("\n".join(heldout.table(record, store, config.settings.data)))
         if not are_wanted(options.metrics, config.settings, allowed):
             return EXIT_DONE
         metrics = TaskMetrics(
             run, store, compiled, allowed_modules=allowed, during=during
         )
-        measured = metrics(trained.params, trained.step)
+        measured = metrics(params, step)
     for name, value in measured.items():
         print(f"{name:32} {value:.4f}")
     for line in metrics.notes:

@@ -36,13 +36,15 @@ def run(config: "ResolvedConfig", options: GenerateOptions) -> int:
     """Prints a prompt and its continuation; nothing else goes to standard output."""
     from launch.checkpoints.trained import restored, vocabulary_of
     from launch.evaluation import sampling
+    from launch.run.assemble import assemble
     from launch.terminal.lines import waiting
 
+    run = assemble(config)
     vocabulary = vocabulary_of(config)
     during = functools.partial(waiting, quiet=options.quiet)
-    given = config, vocabulary, options.step
-    with restored(*given, quiet=options.quiet) as trained, during("drawing tokens"):
-        text = sampling.continue_prompt(trained.run, trained.params, vocabulary)
+    given = config, run, vocabulary, options.step
+    with restored(*given, quiet=options.quiet) as (params, _), during("drawing tokens"):
+        text = sampling.continue_prompt(run, params, vocabulary)
     print(sampling.with_prompt(config.settings, text))
     return EXIT_DONE
 

@@ -53,7 +53,8 @@ def test_a_model_of_a_platform_that_is_not_there_is_one_sentence(
     (tmp_path / "config.gin").write_text(config.operative, encoding="utf-8")
     absent(RuntimeError(LIBTPU))
     # Neither store nor checkpoint is there: the devices are looked for first.
-    done = inline(verb, f"--model_dir={tmp_path}", "--quiet")
+    words = [f"--model_dir={tmp_path}", "--gin.PLATFORM=tpu"]  # else a device of here
+    done = inline(verb, *words, "--quiet")
     assert (done.code, done.out, done.err) == (1, "", f"{NO_TPU}\n")
 
 

@@ -52,7 +52,8 @@ the second alone. Days, MFU and MWh are **estimated**, by the roofline of
 `launch/planning/cost/estimate.py`: from the step if all sending hides to the step if
 none does, for the tokens of the run, with a PUE of {pue}. XLA's own seconds are not
 shown: it counts loops once. Compiling: seconds of this machine (2 cores, shared with
-other work) and memory of the compiler's process."""
+other work) and memory of the compiler's process.
+"""
 
 
 def write(file: Path = FILE) -> None:

@@ -177,7 +177,7 @@ def _within(package: ModuleType) -> dict[str, str]:
 # ------------------------------------------------------------------ what several share
 
 
-def kept_by_run(options: RunOptions) -> tuple[list[str], list[str]]:
+def kept_by_run(options: Any) -> tuple[list[str], list[str]]:
     """Returns the configuration that a run has kept, and where its folder is now.
 
     Where the run's hardware is not, one device of this machine takes its place.

@@ -18,7 +18,7 @@ def figure_of(svg: str, caption: str, *, wide: bool = False) -> str:
     return f"<figure{kind}>{svg}<figcaption>{said}</figcaption></figure>"
 
 
-def facts(pairs: Sequence[tuple[str, str]]) -> str:
+def facts(pairs: Sequence[Sequence[str]]) -> str:
     """Returns names and values as a list; nothing if there are none."""
     if not pairs:
         return ""

@@ -13,6 +13,7 @@ import numpy as np
 
 from launch.records.write import read_metrics
 from launch.report import data, drawing, figures, page_parts, series
+from launch.report.about import About
 from launch.terminal.lines import compact, duration
 from launch.terminal.training import load_extremes
 
@@ -23,60 +24,37 @@ _DEAD = 0.1  # an expert below this share of the mean load is called almost idle
 _RECENT = 10  # records of training that stand for the end of a run
 
 
-def write_report(
-    model_dir: str | os.PathLike[str],
-    *,
-    title: str,
-    facts: Sequence[tuple[str, str]] = (),
-    baselines: Mapping[str, float] | None = None,
-    sample: Mapping[str, str] | None = None,
-    knobs: Sequence[tuple[str, str, str]] = (),
-    checkpoint: str = "",
-    command: str = "",
-    manifest: Mapping[str, Any] | None = None,
-    tokens_per_step: int | None = None,
-) -> pathlib.Path:
+def write_report(model_dir: str | os.PathLike[str], about: About) -> pathlib.Path:
     """Writes `report.html` from the metrics of a run.
 
     Everything is escaped; whatever is missing or not finite is said so or left out.
 
     Args:
         model_dir: the run; its `metrics.jsonl` may be missing or empty.
-        title: the heading.
-        facts: names and values that say what was trained on what.
-        baselines: bits per byte of simpler models of the same held-out text, such as
-            {"unigram": 4.6, "gzip": 2.9, "xz": 2.4}; or the token store's, of which
-            those named `*_bits_per_byte` are taken.
-        sample: "prompt" and "continuation", both text.
-        knobs: macro, value, and where the value comes from.
-        checkpoint: where the last one is.
-        command: what reproduces the run.
-        manifest: names and values of provenance: versions, fingerprints.
-        tokens_per_step: gives the loss curve a second axis, in tokens.
-
+        about: what the page says beside.
     Returns:
         The path of the page.
     """
     records = read_metrics(model_dir)
-    rivals = _rivals(baselines or {})
+    rivals = _rivals(about.baselines)
     train = [record for record in records if record["split"] == "train"]
     heldout = [record for record in records if record["split"] == "heldout"]
-    router = next((value for macro, value, _ in knobs if macro == "ROUTER"), "")
+    router = next((value for macro, value, _ in about.knobs if macro == "ROUTER"), "")
     by_cap = "expert_choice" in router
     sections = [
-        _headline(train, heldout, rivals, tokens_per_step),
-        _loss(train, heldout, rivals, tokens_per_step),
+        _headline(train, heldout, rivals, about.tokens_per_step),
+        _loss(train, heldout, rivals, about.tokens_per_step),
         data.data(train, heldout),
         _routing(train, heldout, by_cap=by_cap),
         _pace(train),
-        _sample(sample),
-        _settings(knobs),
-        _reproduce(command, checkpoint, manifest or {}),
+        _sample(about.sample),
+        _settings(about.knobs),
+        _reproduce(about.command, about.checkpoint, about.manifest),
     ]
     template = importlib.resources.files("launch.report").joinpath("templates/run.html")
     page = string.Template(template.read_text(encoding="utf-8")).substitute(
-        title=html.escape(title),
-        facts=page_parts.facts(facts),
+        title=html.escape(about.title),
+        facts=page_parts.facts(about.facts),
         sections="\n".join(section for section in sections if section),
         max_points=drawing.MAX_POINTS,
     )
@@ -344,7 +322,7 @@ def _sample(sample: Mapping[str, str] | None) -> str:
     )
 
 
-def _settings(knobs: Sequence[tuple[str, str, str]]) -> str:
+def _settings(knobs: Sequence[Sequence[str]]) -> str:
     if not knobs:
         return ""
     return page_parts.section(

@@ -1,6 +1,7 @@
 """From a configuration to a trained model and its report."""
 
 import contextlib
+import dataclasses
 import fcntl
 import functools
 import math
@@ -27,6 +28,7 @@ from launch.evaluation import heldout, sampling
 from launch.evaluation.task_metrics import EvalStep, TaskMetrics
 from launch.job import together
 from launch.records.write import MetricWriter, NoMetrics, read_metrics
+from launch.report.about import About
 from launch.run import compiler_check, describe, self_check
 from launch.run.assemble import Run, assemble
 from launch.run.programs import Programs
@@ -103,6 +105,8 @@ def train(
                 state = saved.restore(found, run, now, allow_changes=allow_changes)
         programs.begin()
         _write_config(model_dir, config, found or 0, store.vocabulary)
+        if together.is_first():
+            _about(config, run, store).save(model_dir)
         with (
             _writer(model_dir, resume_step=found or 0) as writer,
             TrainProgress(
@@ -318,22 +322,29 @@ def _finish(
         return
     checkpoint = str(saved.path(saved.require(None)))
     with waiting("writing the report", quiet=quiet):
-        report = write_report(
-            settings.loop.model_dir,
-            title=f"Switchyard · {Path(settings.loop.model_dir).name}",
-            facts=describe.facts(config, run, store),
-            baselines=heldout.baselines(store),
-            sample=sample,
-            knobs=[(k.macro, repr(k.value), k.origin) for k in config.knobs],
-            checkpoint=checkpoint,
-            command=" ".join(["switchyard", *sys.argv[1:]]),
-            manifest=saving.fingerprints(store.manifest) | {"jax": jax.__version__},
-            tokens_per_step=settings.train.batch_size * settings.data.tokens_per_row,
+        about = dataclasses.replace(
+            _about(config, run, store), sample=sample, checkpoint=checkpoint
         )
+        about.save(settings.loop.model_dir)
+        report = write_report(settings.loop.model_dir, about)
     _print_scores(final, store)
     if sample:
         print(f"sample        {sample['prompt']}│{sample['continuation']}")
     print(f"checkpoint    {checkpoint}\nreport        {report}")
+
+
+def _about(config: ResolvedConfig, run: Run, store: TokenStore) -> About:
+    """What is known of a run when it starts."""
+    settings = config.settings
+    return About(
+        title=f"Switchyard · {Path(settings.loop.model_dir).name}",
+        facts=describe.facts(config, run, store),
+        baselines=heldout.baselines(store),
+        knobs=[(k.macro, repr(k.value), k.origin) for k in config.knobs],
+        command=" ".join(["switchyard", *sys.argv[1:]]),
+        manifest=saving.fingerprints(store.manifest) | {"jax": jax.__version__},
+        tokens_per_step=settings.train.batch_size * settings.data.tokens_per_row,
+    )
 
 
 def _print_scores(final: dict[str, Any], store: TokenStore) -> None:

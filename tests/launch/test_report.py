@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from launch.report import drawing, run, series
+from launch.report.about import About
 from launch.report.run import ledger, write_report
 
 LOADS = [[0.45, 0.05, 0.25, 0.25], [0.25] * 4]
@@ -53,7 +54,7 @@ def _write(folder, records, **arguments):
     lines = [json.dumps({k: word(v) for k, v in record.items()}) for record in records]
     (folder / "metrics.jsonl").write_text("".join(line + "\n" for line in lines))
     arguments = {"title": "A run", **arguments}
-    return write_report(folder, **arguments).read_text()
+    return write_report(folder, About(**arguments)).read_text()
 
 
 class _Page(html.parser.HTMLParser):
@@ -196,7 +197,7 @@ def test_a_dense_model_has_no_routing(tmp_path):
 
 
 def test_without_metrics_there_is_still_a_page(tmp_path):
-    page = write_report(tmp_path / "new", title="A run").read_text()
+    page = write_report(tmp_path / "new", About(title="A run")).read_text()
     assert "No metrics were recorded." in page
     assert _figure_names(page) == []
 

@@ -101,6 +101,7 @@ def test_a_run_prepares_its_store_trains_and_says_so_first(trained):
         "configs",
         "metrics.jsonl",
         "report.html",
+        "report.json",
         "run.lock",
         "tensorboard",
         "vocabulary",
@@ -235,6 +236,19 @@ def drawn(trained, *words) -> str:
     assert done.err == ""
     assert done.out.startswith("def ")
     return done.out.removeprefix("def ")
+
+
+def test_a_page_is_made_again(trained, tmp_path):
+    folder = shutil.copytree(trained.folder, tmp_path / "copy")
+    page = (folder / "report.html").read_bytes()
+    (folder / "report.html").unlink()
+    done = inline("report", f"--model_dir={folder}", "--quiet")
+    assert (done.code, done.out) == (0, f"{folder / 'report.html'}\n"), done.err
+    assert (folder / "report.html").read_bytes() == page
+    (folder / "report.json").unlink()
+    done = inline("report", f"--model_dir={folder}", "--quiet")
+    assert done.code == 1
+    assert "report.json is not there" in done.err
 
 
 def test_a_run_that_was_moved_draws_without_its_tokens(trained, tmp_path, monkeypatch):

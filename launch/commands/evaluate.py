@@ -35,12 +35,14 @@ def run(config: "ResolvedConfig", options: EvaluateOptions) -> int:
     from launch.checkpoints.trained import restored
     from launch.evaluation import heldout
     from launch.evaluation.task_metrics import TaskMetrics, are_wanted
+    from launch.run import user_code
     from launch.run.describe import sparse_facts
     from launch.terminal.lines import waiting
     from moe import architecture
 
     during = functools.partial(waiting, quiet=options.quiet)
     allowed = allowed_modules(config, options)
+    config = user_code.admitted(config, allowed=options.allow_module)
     with restored(config, options.step, quiet=options.quiet) as trained:
         run, store = trained.run, trained.store
         if architecture.has_experts(config.settings.model) and not options.quiet:

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import TYPE_CHECKING
 
-from launch.commands import Command, RunOptions, kept_by_run, option
+from launch.commands import Command, RunOptions, allow_module, kept_by_run, option
 from launch.errors import EXIT_DONE
 
 if TYPE_CHECKING:
@@ -29,14 +29,17 @@ class GenerateOptions(RunOptions):
     num_beams: int | None = option(
         "hypotheses of beam search, instead of draws; 1: draw", macro="NUM_BEAMS"
     )
+    allow_module: bool = allow_module()
 
 
 def run(config: "ResolvedConfig", options: GenerateOptions) -> int:
     """Prints a prompt and its continuation; nothing else goes to standard output."""
     from launch.checkpoints.trained import restored
     from launch.evaluation import sampling
+    from launch.run import user_code
     from launch.terminal.lines import waiting
 
+    config = user_code.admitted(config, allowed=options.allow_module)
     with restored(config, options.step, quiet=options.quiet) as trained:
         vocabulary = trained.store.vocabulary
         with waiting("drawing tokens", quiet=options.quiet):

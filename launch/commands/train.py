@@ -52,6 +52,9 @@ def devices(config: "ResolvedConfig", options: TrainOptions) -> "ResolvedConfig"
 
 def run(config: "ResolvedConfig", options: TrainOptions) -> int:
     """Trains, or says what training would do."""
+    from launch.run import user_code
+
+    config = user_code.admitted(config, allowed=options.allow_module)
     if options.dry_run:
         from launch.run import dry_run
 

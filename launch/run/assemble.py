@@ -9,6 +9,7 @@ import jax
 from launch.config.reader import ResolvedConfig
 from launch.config.settings import Settings
 from launch.errors import ConfigError
+from launch.run import user_code
 from moe import architecture
 from moe.dispatch import auto
 from moe.model import inventory
@@ -140,9 +141,10 @@ def assemble(
         devices: those to use; by default all that jax finds. They may be of a topology
             that is only described, to compile for it.
     Raises:
-        ConfigError: the mesh needs more devices than there are, or an array does not
-            divide over it.
+        ConfigError: the mesh needs more devices than there are, an array does not
+            divide over it, or code of the user's was not admitted before.
     """
+    config = user_code.admitted(config)
     settings = config.settings
     number = jax.device_count() if devices is None else len(devices)
     if number < settings.mesh.num_devices:

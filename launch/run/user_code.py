@@ -51,7 +51,7 @@ def admitted(config: ResolvedConfig, *, allowed: bool = False) -> ResolvedConfig
         except _RefusedError as refused:
             cause = cause or refused.__cause__
             found += [str(refused)] if str(refused) not in found else []
-    if settings is config.settings and not found:
+    if settings == config.settings and not found:
         return config
     found = found or problems(settings)
     if found:

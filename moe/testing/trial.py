@@ -16,9 +16,16 @@ _GROUPS, _LONGEST = 3, 16
 
 @dataclasses.dataclass(frozen=True)
 class _Draw:
+    """Logits, real tokens, and their ids."""
+
     logits_GSE: np.ndarray
     mask_GS: np.ndarray
     token_GS: np.ndarray
+
+    @property
+    def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """What the router is given."""
+        return self.logits_GSE, self.mask_GS, self.token_GS
 
     def where(self, flag_GS: np.ndarray, other: "_Draw") -> "_Draw":
         """Another draw's tokens where a flag is set; the same padding."""
@@ -44,42 +51,36 @@ def broken_rule_of_router(router: RouterSettings, num_experts: int) -> str:
     router = dataclasses.replace(
         router, group_size=S, group_rows=1, slot_order="token_major"
     )
+    own = router.own
+    assert own is not None
     draws = [_draw(seed, S, num_experts) for seed in range(3)]
     for train, capacity in ((True, 1), (False, S)):
         run = jax.jit(_program(router, capacity, train=train))
-
-        def outcome(draw: _Draw, run: Any = run) -> Assignment:
-            arrays = draw.logits_GSE, draw.mask_GS, draw.token_GS
-            return jax.device_get(run(*arrays))
-
         when = "in training" if train else "outside training"
         for draw, other in zip(draws, draws[1:] + draws[:1], strict=True):
-            found = outcome(draw)
+            found = jax.device_get(run(*draw.arrays))
             broken = _broken_shape(found, router, num_experts, capacity)
             broken = broken or broken_rule(found, draw.mask_GS)
             if broken:
                 return f"{broken}, {when}"
-            place_S, group_G = np.arange(S), np.arange(_GROUPS)
-            changes = {
-                "what becomes of a group changes with another group": (
-                    np.broadcast_to(group_G[:, None] > 0, (_GROUPS, S)),
-                    np.broadcast_to(group_G[:, None] == 0, (_GROUPS, S)),
-                ),
-                "what becomes of a token changes with what padding holds": (
-                    ~draw.mask_GS,
-                    draw.mask_GS,
-                ),
-            }
-            assert router.own is not None
-            for t in {1, S // 2, S - 1} if router.own.causal else ():
-                later_GS = np.broadcast_to(place_S >= t, (_GROUPS, S))
-                rule = "it is not causal: what becomes of a token changes with later"
-                changes[f"{rule} ones, those from place {t} on"] = later_GS, ~later_GS
-            for rule, (changed_GS, kept_GS) in changes.items():
-                after = outcome(draw.where(changed_GS, other))
-                if not _same(found, after, kept_GS, capacity):
+            for rule, changed_GS in _changes(draw.mask_GS, causal=own.causal):
+                after = jax.device_get(run(*draw.where(changed_GS, other).arrays))
+                if not _same(found, after, ~changed_GS, capacity):
                     return f"{rule}, {when}"
     return ""
+
+
+def _changes(mask_GS: np.ndarray, *, causal: bool) -> list[tuple[str, np.ndarray]]:
+    """Tokens that may be others without a difference to the rest, and the rule."""
+    G, S = mask_GS.shape
+    number_GS, place_GS = np.indices((G, S))
+    rule = "what becomes of a group changes with another group"
+    changes = [(rule, number_GS == g) for g in range(G)]
+    rule = "what becomes of a token changes with what padding holds"
+    changes.append((rule, ~mask_GS))
+    rule = "it is not causal: what becomes of a token changes with later ones"
+    places = sorted({1, S // 2, S - 1}) if causal else []
+    return changes + [(f"{rule}, from place {t} on", place_GS >= t) for t in places]
 
 
 def _draw(seed: int, S: int, num_experts: int) -> _Draw:

@@ -84,6 +84,7 @@ def problems(
 # Macros that have another of their own for the encoder beside a decoder.
 _ENCODERS_OWN = {
     "ROUTER": "family",
+    "ROUTER_OPTIONS": "options",
     "ROUTER_SCORES": "scores",
     "ROUTER_BIAS": "selection_bias",
     "NUM_SELECTED_EXPERTS": "num_selected",
@@ -96,6 +97,7 @@ _ENCODERS_OWN = {
     "EVAL_CAPACITY_FACTOR": "eval_capacity_factor",
     "MIN_EXPERT_CAPACITY": "min_capacity",
 }
+_OWN = "module:name"
 _OWN_WORD = re.compile(rf"\b({'|'.join(_ENCODERS_OWN)})\b")
 
 
@@ -306,6 +308,13 @@ def _family_problems(
             f"OVERFLOW = 'spill' needs another expert for each of NUM_SELECTED_EXPERTS "
             f"= {K} choices: NUM_EXPERTS = {model.num_experts} are fewer than {2 * K}"
         )
+    if router.is_own:
+        found += _own_problems(router)
+    elif router.options:
+        found.append(
+            f"ROUTER_OPTIONS = {router.options} means nothing to ROUTER = {family!r}, "
+            "only to one of your own: set it to {}"
+        )
     by_family = {
         "prototypes": _prototype_problems,
         "expert_choice": _cap_problems,
@@ -336,28 +345,55 @@ def _foreign_settings(router: RouterSettings) -> list[str]:
         "ROUTER_BIAS": ("selection_bias", ("token_choice",)),
         "JITTER_NOISE": (
             "jitter",
-            ("token_choice", "prototypes", "expert_choice", "sinkhorn"),
+            ("token_choice", "prototypes", "expert_choice", "sinkhorn", _OWN),
         ),
         "RENORMALIZE_GATES": (
             "renormalize",
-            ("token_choice", "prototypes", "sinkhorn"),
+            ("token_choice", "prototypes", "sinkhorn", _OWN),
         ),
         "ROUTER_DTYPE": (
             "logit_dtype",
-            ("token_choice", "prototypes", "expert_choice", "sinkhorn"),
+            ("token_choice", "prototypes", "expert_choice", "sinkhorn", _OWN),
         ),
         "SLOT_ORDER": (
             "slot_order",
-            ("token_choice", "prototypes", "hashed", "sinkhorn"),
+            ("token_choice", "prototypes", "hashed", "sinkhorn", _OWN),
         ),
     }
+    family = _OWN if router.is_own else router.family
     for macro, (field, families) in belongs_to.items():
         value, default_value = getattr(router, field), getattr(default, field)
-        if router.family not in families and value != default_value:
+        if family not in families and value != default_value:
             found.append(
                 f"{macro} = {value!r} means nothing to ROUTER = {router.family!r}, "
                 f"only to {', '.join(map(repr, families))}: set it to {default_value!r}"
             )
+    return found
+
+
+def _own_problems(router: RouterSettings) -> list[str]:
+    """What `assign` does not do for a router of somebody's own, and what is unread."""
+    name, found = f"ROUTER = {router.family!r}", []
+    if router.renormalize == "before_drop":
+        found.append(
+            f"RENORMALIZE_GATES = 'before_drop' is for {name} itself to do: set it to "
+            "'no' or 'after_drop'"
+        )
+    if router.slot_order == "batch_priority":
+        found.append(
+            f"SLOT_ORDER = 'batch_priority' is for {name} itself to do, by the "
+            "priorities of its Choices: set it to 'token_major' or 'choice_major'"
+        )
+    if not router.reads_logits:
+        found += [
+            f"{macro} = {value!r} means nothing to {name}, which reads no logits: set "
+            f"it to {default!r}"
+            for macro, value, default in (
+                ("JITTER_NOISE", router.jitter, 0.0),
+                ("ROUTER_DTYPE", router.logit_dtype, "float32"),
+            )
+            if value != default
+        ]
     return found
 
 
@@ -500,6 +536,11 @@ def leaks(router: RouterSettings) -> list[str]:
         reasons.append(
             "ROUTER = 'sinkhorn': in training an assignment is balanced over a whole "
             "group, so each choice depends on later tokens"
+        )
+    if router.own is not None and not router.own.causal:
+        reasons.append(
+            f"ROUTER = {router.family!r} says that it is not causal: what becomes of a "
+            "token may depend on later ones"
         )
     if router.slot_order == "batch_priority":
         reasons.append(

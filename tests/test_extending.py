@@ -1,5 +1,6 @@
 """What docs/extending.md adds works as it stands there, on one device and on eight."""
 
+import dataclasses
 import importlib.metadata
 import importlib.util
 import re
@@ -12,6 +13,8 @@ import numpy as np
 import pytest
 
 from launch import cli
+from launch.config import reader
+from launch.run import user_code
 from moe import architecture
 from moe.dispatch import auto
 from moe.layers import Sublayer
@@ -33,12 +36,35 @@ PAGE = Path(__file__).parents[1] / "docs" / "extending.md"
 B, L, M, E = 8, 8, 8, 8
 
 
+def python_of_page() -> list[tuple[str, str]]:
+    """Path and text of every module of the page."""
+    return re.findall(r"```python\n# (\S+)\n(.*?)```", PAGE.read_text(), re.DOTALL)
+
+
+@pytest.fixture
+def my_lab(tmp_path, monkeypatch):
+    """A folder with the modules of the user's that the page has, and its gin lines."""
+    modules = [(p, text) for p, text in python_of_page() if p.startswith("my_lab/")]
+    assert [path for path, _ in modules] == ["my_lab/routers.py", "my_lab/optim.py"]
+    (tmp_path / "my_lab").mkdir()
+    for path, text in modules:
+        (tmp_path / path).write_text(text, encoding="utf-8")
+    gin = re.findall(r"```gin\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    (tmp_path / "mine.gin").write_text("\n".join(gin), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield tmp_path
+    for name in [name for name in sys.modules if name.split(".")[0] == "my_lab"]:
+        del sys.modules[name]
+
+
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     """The modules of the page, by the name of their file."""
-    blocks = re.findall(r"```python\n# (\S+)\n(.*?)```", PAGE.read_text(), re.DOTALL)
     found = {}
-    for path, text in blocks:
+    for path, text in python_of_page():
+        if path.startswith("my_lab/"):
+            continue
         file = tmp_path_factory.mktemp("page") / Path(path).name
         file.write_text(text, encoding="utf-8")
         spec = importlib.util.spec_from_file_location(f"page_{file.stem}", file)
@@ -95,6 +121,33 @@ def test_the_router_of_the_page(written, meshes, monkeypatch):
     check_assignment(assignment, mask_GS)
     one, eight = (run_layer(meshes, m, router, "all_to_all") for m in ("d1", "d2e4"))
     assert_close(eight, one)
+
+
+def test_the_router_of_the_users_own(my_lab, meshes):
+    config = reader.read(["runs/tiny.gin", "mine.gin"], [f"GROUP_SIZE={L}"])
+    assert config.settings.router.own is None, "reading imports nothing"
+    router = user_code.admitted(config, allowed=True).settings.router
+    assert router.options == {"tau": 0.3}
+    one, eight = (run_layer(meshes, m, router, "all_to_all") for m in ("d1", "d2e4"))
+    assert_close(eight, one)
+    plain = dataclasses.replace(router, family="token_choice", own=None, options={})
+    other = run_layer(meshes, "d1", plain, "all_to_all")
+    assert abs(other[0] - one[0]) > 1, "tau tells"
+
+
+def test_all_that_is_the_users_own_is_the_same_on_eight_devices(
+    my_lab, monkeypatch, capsys
+):
+    monkeypatch.setattr(
+        "launch.config.platform.prepare_environment", lambda platform: []
+    )
+    words = ["--gin_file=runs/tiny.gin", "--gin_file=mine.gin"]
+    words += ["--mesh=data=2,expert=4", "--gin.NUM_LAYERS=1", "--gin.MOE_EVERY=1"]
+    assert cli.main(["verify", *words]) == 1
+    refused = capsys.readouterr().err
+    assert refused.count("add --allow_module to the command") == 3
+    assert "my_lab.routers" not in sys.modules
+    assert cli.main(["verify", *words, "--allow_module"]) == 0, capsys.readouterr().err
 
 
 def test_the_transport_of_the_page(written, meshes, monkeypatch):

@@ -235,8 +235,8 @@ def store_of(config: "ResolvedConfig", options: Options) -> list[str]:
 def allow_module() -> Any:
     """Describes the flag with which code of the user's may run."""
     return option(
-        "import MIXTURE_OR_TASK_MODULE, and so run its code, even if it is not one of "
-        "Switchyard's own tasks",
+        "import what the configuration names and is not Switchyard's own "
+        "(MIXTURE_OR_TASK_MODULE, ROUTER, OPTIMIZER, SCHEDULE), and so run its code",
         False,
     )
 

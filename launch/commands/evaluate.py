@@ -36,6 +36,7 @@ def run(config: "ResolvedConfig", options: EvaluateOptions) -> int:
     from launch.data import opening
     from launch.evaluation import heldout
     from launch.evaluation.task_metrics import TaskMetrics, are_wanted
+    from launch.run import user_code
     from launch.run.assemble import assemble
     from launch.run.describe import sparse_facts
     from launch.terminal.lines import waiting
@@ -43,6 +44,7 @@ def run(config: "ResolvedConfig", options: EvaluateOptions) -> int:
 
     during = functools.partial(waiting, quiet=options.quiet)
     allowed = allowed_modules(config, options)
+    config = user_code.admitted(config, allowed=options.allow_module)
     run = assemble(config)
     store = opening.open_checked(config)
     given = config, run, store.vocabulary, options.step

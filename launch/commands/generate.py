@@ -4,7 +4,7 @@ import dataclasses
 import functools
 from typing import TYPE_CHECKING
 
-from launch.commands import Command, RunOptions, kept_by_run, option
+from launch.commands import Command, RunOptions, allow_module, kept_by_run, option
 from launch.errors import EXIT_DONE
 
 if TYPE_CHECKING:
@@ -30,15 +30,18 @@ class GenerateOptions(RunOptions):
     num_beams: int | None = option(
         "hypotheses of beam search, instead of draws; 1: draw", macro="NUM_BEAMS"
     )
+    allow_module: bool = allow_module()
 
 
 def run(config: "ResolvedConfig", options: GenerateOptions) -> int:
     """Prints a prompt and its continuation; nothing else goes to standard output."""
     from launch.checkpoints.trained import restored, vocabulary_of
     from launch.evaluation import sampling
+    from launch.run import user_code
     from launch.run.assemble import assemble
     from launch.terminal.lines import waiting
 
+    config = user_code.admitted(config, allowed=options.allow_module)
     run = assemble(config)
     vocabulary = vocabulary_of(config)
     during = functools.partial(waiting, quiet=options.quiet)

@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launch.commands import Command, Options, option
+from launch.commands import Command, Options, allow_module, option
 from launch.errors import EXIT_DONE, EXIT_FAULT, EXIT_USER_ERROR
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ class PlanOptions(Options):
     memory_limit: float = option(
         "GiB of this machine, for compiling; default: 12", 12, metavar="GIB"
     )
+    allow_module: bool = allow_module()
 
 
 def run(config: "ResolvedConfig", options: PlanOptions) -> int:

@@ -82,6 +82,9 @@ def about(config: "ResolvedConfig", options: TrainOptions) -> list[str]:
 
 def run(config: "ResolvedConfig", options: TrainOptions) -> int:
     """Trains, or says what training would do."""
+    from launch.run import user_code
+
+    config = user_code.admitted(config, allowed=options.allow_module)
     if options.dry_run:
         from launch.planning.hardware import described
         from launch.run import dry_run

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import TYPE_CHECKING
 
-from launch.commands import Command, Options, option
+from launch.commands import Command, Options, allow_module, option
 from launch.errors import EXIT_DONE, EXIT_FAULT, EXIT_USER_ERROR
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ class VerifyOptions(Options):
     )
     json: str | None = option("write all numbers there", metavar="FILE")
     seed: int = option("seed of weights and tokens", 0, metavar="N")
+    allow_module: bool = allow_module()
 
 
 def devices(config: "ResolvedConfig", options: VerifyOptions) -> "ResolvedConfig":
@@ -34,8 +35,10 @@ def devices(config: "ResolvedConfig", options: VerifyOptions) -> "ResolvedConfig
 
 def run(config: "ResolvedConfig", options: VerifyOptions) -> int:
     """Shrinks, runs and compares."""
+    from launch.run import user_code
     from launch.verification import verify
 
+    config = user_code.admitted(config, allowed=options.allow_module)
     return verify.verify(
         config,
         verify.asked_meshes(config, options.mesh),

@@ -22,6 +22,7 @@ _NAMES = {
     "model.dropout": "DROPOUT_RATE",
     "model.expert_dropout": "EXPERT_DROPOUT_RATE",
     "router.family": "ROUTER",
+    "router.options": "ROUTER_OPTIONS",
     "router.num_selected": "NUM_SELECTED_EXPERTS",
     "router.scores": "ROUTER_SCORES",
     "router.renormalize": "RENORMALIZE_GATES",
@@ -44,6 +45,7 @@ _NAMES = {
     "loss.z_weight": "Z_LOSS",
     "loss.normalizing_factor": "LOSS_NORMALIZING_FACTOR",
     "optimizer.name": "OPTIMIZER",
+    "optimizer.options": "OPTIMIZER_OPTIONS",
     "optimizer.final_fraction": "FINAL_LEARNING_RATE_FRACTION",
     "optimizer.b1": "BETA1",
     "optimizer.b2": "BETA2",
@@ -73,6 +75,8 @@ T5X = {
 def bound(knobs: Container[str]) -> dict[str, str]:
     """Returns the knob of every field, such as "model.model_dim": "EMBED_DIM".
 
+    What a name stands for (`moe.settings.own.NO_KNOB`) has none.
+
     An encoder's router takes ENCODER_X where that is a knob, else X as the decoder's.
 
     Args:
@@ -82,6 +86,8 @@ def bound(knobs: Container[str]) -> dict[str, str]:
     for record, kind in typing.get_type_hints(Settings).items():
         alike = "router" if record == "encoder_router" else record
         for field in dataclasses.fields(kind):
+            if not field.metadata.get("knob", True):
+                continue
             name = f"{alike}.{field.name}"
             macro = _PREFIXES.get(record, "") + field.name.upper()
             macro = _NAMES.get(name, macro)

@@ -250,7 +250,7 @@ def _range_problems(settings: Settings) -> list[str]:
 
 
 def _optimizer_problems(optimizer: OptimizerSettings) -> list[str]:
-    """Settings of the other optimizer, or of another schedule."""
+    """Settings of another optimizer, or of another schedule."""
     default = OptimizerSettings()
     belongs_to = {
         "BETA2": ("b2", "OPTIMIZER", optimizer.name, "adamw"),
@@ -261,6 +261,21 @@ def _optimizer_problems(optimizer: OptimizerSettings) -> list[str]:
         "SCHEDULE_STEPS": ("schedule_steps", "SCHEDULE", optimizer.schedule, "cosine"),
     }
     found = []
+    options = {
+        "OPTIMIZER": (optimizer.name, optimizer.options),
+        "SCHEDULE": (optimizer.schedule, optimizer.schedule_options),
+    }
+    for choice, (taken, given) in options.items():
+        if given and ":" not in taken:
+            found.append(
+                f"{choice}_OPTIONS = {given} means nothing to {choice} = {taken!r}, "
+                "only to one of your own: set it to {}"
+            )
+    if ":" in optimizer.name and optimizer.b1 != default.b1:
+        found.append(
+            f"BETA1 = {optimizer.b1} means nothing to OPTIMIZER = {optimizer.name!r}: "
+            f"leave it at {default.b1}, and use OPTIMIZER_OPTIONS"
+        )
     for macro, (field, choice, taken, owner) in belongs_to.items():
         value, unused = getattr(optimizer, field), getattr(default, field)
         if taken != owner and value != unused:

@@ -1,13 +1,16 @@
 """What a value must be to become a setting, read from the records' annotations."""
 
 import functools
+import keyword
 import math
+import types
 import typing
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from launch.config.settings import Settings
 from launch.errors import is_utf8, nearest
+from moe.settings import Options
 
 
 @functools.cache
@@ -19,7 +22,17 @@ def annotation(setting: str) -> Any:
 
 def is_text(kind: Any) -> bool:
     """Whether a setting of this type is text, free or one of several words."""
-    return kind is str or typing.get_origin(kind) is Literal
+    return kind is str or bool(words(kind))
+
+
+def words(kind: Any) -> tuple[Any, ...]:
+    """Returns the words that a setting of this type may be; () for any other type."""
+    is_union = typing.get_origin(kind) in (typing.Union, types.UnionType)
+    parts = typing.get_args(kind) if is_union else (kind,)
+    return next(
+        (typing.get_args(part) for part in parts if typing.get_origin(part) is Literal),
+        (),
+    )
 
 
 def fit(value: Any, kind: Any) -> Any:
@@ -30,12 +43,17 @@ def fit(value: Any, kind: Any) -> Any:
     Raises:
         ValueError: what the value must be, as the end of a sentence.
     """
-    if typing.get_origin(kind) is Literal:
-        choices = typing.get_args(kind)
+    if choices := words(kind):
         if value in choices:
             return value
+        or_own = ""
+        if typing.get_origin(kind) is not Literal:
+            if isinstance(value, str) and ":" in value:
+                return _named(value)
+            or_own = ", or 'module:name' of your own"
         hint = nearest(value, choices) if isinstance(value, str) else ""
-        raise ValueError(f"must be one of {', '.join(map(repr, choices))}{hint}")
+        known = ", ".join(map(repr, choices))
+        raise ValueError(f"must be one of {known}{or_own}{hint}")
     make = typing.get_origin(kind) or kind
     rule, fits = _RULES[kind]
     if not fits(value):
@@ -49,8 +67,8 @@ def fit(value: Any, kind: Any) -> Any:
 
 def stand_in(kind: Any) -> Any:
     """Returns some value of the type, for a setting that was never given."""
-    if typing.get_origin(kind) is Literal:
-        return typing.get_args(kind)[0]
+    if choices := words(kind):
+        return choices[0]
     make = typing.get_origin(kind) or kind
     if make is Mapping:
         return {"targets": 2} if kind == Mapping[str, int] else {}
@@ -65,6 +83,15 @@ def fill(fields: Mapping[str, Any]) -> Settings:
         records.setdefault(record, {})[field] = value
     kinds = typing.get_type_hints(Settings)
     return Settings(**{name: kinds[name](**records.get(name, {})) for name in kinds})
+
+
+def _named(value: str) -> str:
+    """A name such as "my_lab.routers:soft"; whether it is there is not asked."""
+    module, _, name = value.partition(":")
+    parts = [*module.split("."), name]
+    if not all(p.isidentifier() and not keyword.iskeyword(p) for p in parts):
+        raise ValueError("must be 'module:name', such as 'my_lab.routers:soft'")
+    return value
 
 
 def _is_int(value: Any) -> bool:
@@ -101,6 +128,19 @@ def _is_schedule(value: Any) -> bool:
     )
 
 
+def _is_options(value: Any) -> bool:
+    return isinstance(value, dict | Options) and all(
+        isinstance(name, str) and name.isidentifier() and all(map(_is_option, parts))
+        for name, option in value.items()
+        for parts in [option if isinstance(option, tuple | list) else (option,)]
+    )
+
+
+def _is_option(value: Any) -> bool:
+    is_text = isinstance(value, str) and is_utf8(value)
+    return is_text or isinstance(value, bool) or _is_number(value)
+
+
 _RULES: dict[Any, tuple[str, Callable[[Any], bool]]] = {
     bool: ("True or False", lambda value: isinstance(value, bool)),
     int: ("an integer", _is_int),
@@ -108,6 +148,11 @@ _RULES: dict[Any, tuple[str, Callable[[Any], bool]]] = {
     str: ("text in quotes", lambda value: isinstance(value, str)),
     tuple[str, ...]: ("a tuple of texts, such as ('--flag=1',)", _is_texts),
     tuple[int, ...]: ("a tuple of integers, such as (32, 64)", _is_integers),
+    Options: (
+        "a dict of numbers, texts, True, False, or tuples of them, such as {'tau': "
+        "0.3}",
+        _is_options,
+    ),
     Mapping[str, int]: ("a dict of integers, such as {'targets': 256}", _is_lengths),
     Mapping[str, float]: ("a dict of numbers, such as {'a': 0.3, 'b': 0.7}", _is_rates),
     Mapping[int, Mapping[str, float]]: (

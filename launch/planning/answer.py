@@ -56,7 +56,9 @@ def answer(
     if uses_cpu(os.environ):
         append_flags(os.environ, "XLA_FLAGS", [CPU_FLAG])
     from launch.planning.plan import Prices, make
+    from launch.run import user_code
 
+    config = user_code.admitted(config, allowed=options.allow_module)
     config = moving.moved(config, topology)
     _refuse_what_never_fits(config, topology)
     found: tuple[search.Candidate, ...] = ()
@@ -228,6 +230,7 @@ def _compile(
             topology,
             time_limit_s=options.time_limit,
             memory_limit_bytes=int(options.memory_limit * _GIB),
+            allow_module=options.allow_module,
         )
 
 

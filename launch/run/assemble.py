@@ -10,6 +10,7 @@ from launch.config.devices import here
 from launch.config.reader import ResolvedConfig
 from launch.config.settings import Settings
 from launch.errors import ConfigError
+from launch.run import user_code
 from moe import architecture
 from moe.dispatch import auto
 from moe.model import inventory
@@ -142,9 +143,10 @@ def assemble(
             that is only described, to compile for it.
     Raises:
         DeviceError: jax finds none.
-        ConfigError: the mesh needs more devices than there are, or an array does not
-            divide over it.
+        ConfigError: the mesh needs more devices than there are, an array does not
+            divide over it, or code of the user's was not admitted before.
     """
+    config = user_code.admitted(config)
     settings = config.settings
     devices = here(settings.platform) if devices is None else devices
     number = len(devices)

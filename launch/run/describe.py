@@ -213,7 +213,9 @@ def _describe_router(
 ) -> str:
     """Names the router, and says which losses it has no use for."""
     loss = settings.loss
+    own = f"{router.family}" + (f" with {router.options}" if router.options else "")
     words = {
+        router.family: own,
         "token_choice": f"top-{router.num_selected} of {settings.model.num_experts} by "
         f"{router.scores}",
         "prototypes": f"top-{router.num_selected} in each of {router.num_prototypes} "
@@ -239,6 +241,6 @@ def _describe_router(
         "sees later tokens (ALLOW_FUTURE_LEAK)": causal and bool(leaks(router)),
     }
     words = ", ".join([words, *(name for name, there in extras.items() if there)])
-    if router.family == "hashed" and (loss.balance_weight or loss.router_z_weight):
+    if not router.reads_logits and (loss.balance_weight or loss.router_z_weight):
         words += "; it has no logits, so balance and z losses are 0"
     return words

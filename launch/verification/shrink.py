@@ -5,14 +5,14 @@ periods, remat, placement, optimizer. What divided goes on dividing.
 """
 
 import dataclasses
-import importlib.resources
 import itertools
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import moe.constraints
+from launch.config.macros import bound
+from launch.config.reader import sections
 from launch.config.settings import PlatformSettings, Settings
 from launch.errors import ConfigError
 from launch.verification import meshes
@@ -331,7 +331,7 @@ def _multiple(of: int, least: int) -> int:
 
 def _changes(before: Settings, after: Settings) -> tuple[Change, ...]:
     """Every setting that differs, by the macro that sets it."""
-    macros = _macros()
+    macros = bound(sections())
     found = []
     for record in _RECORDS:
         old, new = getattr(before, record), getattr(after, record)
@@ -341,10 +341,3 @@ def _changes(before: Settings, after: Settings) -> tuple[Change, ...]:
                 name = f"{record}.{field.name}"
                 found.append(Change(macros.get(name, name), *values))
     return tuple(found)
-
-
-def _macros() -> dict[str, str]:
-    """The macro of every setting, as `base.gin` binds them."""
-    base = importlib.resources.files("configs").joinpath("base.gin")
-    text = base.read_text(encoding="utf-8")
-    return dict(re.findall(r"^(\w+\.\w+) = %(\w+)$", text, re.MULTILINE))

@@ -40,7 +40,7 @@ def specs(s: SparseSettings, width: int) -> dict[str, Any]:
     """Describes the router, the experts, and the expert that all tokens visit."""
     M, E = width, s.num_experts
     found: dict[str, Any] = {"experts": experts.specs(s.experts, E, M)}
-    if s.router.family != "hashed":
+    if s.router.reads_logits:
         axes = ("embed", "routed")
         found["router"] = Spec((M, E), axes, (0,), (1,), stddev=ROUTER_STDDEV)
     if s.router.selection_bias:
@@ -148,18 +148,23 @@ def route(
         mask_GS=mask_GS,
         key_G=None if keys is None else keys["route"],
         bias_E=w.get("selection_bias"),
+        token_GS=id_GS,
     )
     if s.router.family == "hashed":
-        logits_GSE = jnp.zeros((*mask_GS.shape, s.num_experts))
         order_V = hashed.vocabulary_order(
             s.router.hash_seed, jnp.asarray(number), s.vocab_size
         )
-        context = dataclasses.replace(context, token_GS=id_GS, order_V=order_V)
-    else:
+        context = dataclasses.replace(context, order_V=order_V)
+    logits_GSE = jnp.zeros((*mask_GS.shape, s.num_experts))
+    if s.router.reads_logits:
         logits_GSE, clean_GSE = logits_of(x_GSM, w["router"], keys, s.router)
         context = dataclasses.replace(context, clean_logits_GSE=clean_GSE)
     slots = capacity(s.router, s.num_experts, train=keys is not None)
-    assignment = ROUTERS[s.router.family](logits_GSE, context, s.router, capacity=slots)
+    own = s.router.own
+    choose = ROUTERS[s.router.family] if own is None else own.route
+    assignment = choose(
+        logits_GSE, context, s.router, capacity=slots, **s.router.options
+    )
     trace = Trace(logits_GSE, assignment.slot_of_choice_GSJ)
     return dataclasses.replace(assignment, trace=trace)
 

@@ -23,7 +23,7 @@ class RouterContext:
             training, where nothing is drawn.
         bias_E: float32, added to the scores for selection alone; None without.
         clean_logits_GSE: the logits before noise; None where there is no noise.
-        token_GS: int32, ids of the tokens; hash routing only.
+        token_GS: int32, ids of the tokens.
         order_V: int32, this layer's random order of the vocabulary; hash routing only.
     """
 

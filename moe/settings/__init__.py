@@ -3,6 +3,7 @@
 from moe.settings.execution import ExecutionSettings
 from moe.settings.learning import LossSettings, OptimizerSettings, TrainSettings
 from moe.settings.model import ModelSettings
+from moe.settings.own import Options, Router
 from moe.settings.router import RouterSettings
 from moe.settings.sublayers import (
     DenseSettings,
@@ -22,7 +23,9 @@ __all__ = [
     "ModelSettings",
     "NormSettings",
     "OptimizerSettings",
+    "Options",
     "PositionSettings",
+    "Router",
     "RouterSettings",
     "SparseSettings",
     "TrainSettings",

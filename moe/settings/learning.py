@@ -5,7 +5,10 @@ records; nothing else does. Units stand last in a name; papers stand beside the 
 """
 
 import dataclasses
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
+
+from moe.settings.own import NO_KNOB, NO_OPTIONS, Named, Options
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,12 +55,19 @@ class OptimizerSettings:
     """The optimizer and its learning-rate schedule.
 
     Attributes:
-        name: "adamw" (arXiv:1711.05101) or "adafactor" (arXiv:1804.04235).
+        name: "adamw" (arXiv:1711.05101), "adafactor" (arXiv:1804.04235), or
+            "module:name" of a function (specs, **options) of somebody's own, which
+            returns what takes the place of Adam's scaling.
+        options: further arguments of that one.
+        own: what that name stands for, once it is imported.
         learning_rate: its peak.
         schedule: course after the warm-up, over the updates made, which skipped steps
             are not: "rsqrt" decays as 1/√step, "cosine" falls to `final_fraction` at
-            step `schedule_steps`, "constant" stays.
+            step `schedule_steps`, "constant" stays; or "module:name" of a function
+            (peak, num_steps, **options) of somebody's own, which returns the course.
         schedule_steps: where the cosine ends; 0 takes the run's last step.
+        schedule_options: further arguments of a function of one's own.
+        own_schedule: what that name stands for, once it is imported.
         warmup_steps: linear rise, from peak / warmup_steps in the first.
         final_fraction: end of the cosine, as a fraction of the peak.
         b1: decay of the first moment; adafactor keeps one only if it is above 0.
@@ -72,9 +82,15 @@ class OptimizerSettings:
         offload: keep the optimizer's state in the host's memory.
     """
 
-    name: Literal["adamw", "adafactor"] = "adamw"
+    name: Literal["adamw", "adafactor"] | Named = "adamw"
+    options: Options = NO_OPTIONS
+    own: Callable[..., Any] | None = dataclasses.field(default=None, metadata=NO_KNOB)
     learning_rate: float = 1e-3
-    schedule: Literal["rsqrt", "cosine", "constant"] = "cosine"
+    schedule: Literal["rsqrt", "cosine", "constant"] | Named = "cosine"
+    schedule_options: Options = NO_OPTIONS
+    own_schedule: Callable[..., Any] | None = dataclasses.field(
+        default=None, metadata=NO_KNOB
+    )
     schedule_steps: int = 0
     warmup_steps: int = 100
     final_fraction: float = 0.1

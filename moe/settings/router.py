@@ -7,6 +7,8 @@ records; nothing else does. Units stand last in a name; papers stand beside the 
 import dataclasses
 from typing import Literal
 
+from moe.settings.own import NO_KNOB, NO_OPTIONS, Named, Options, Router
+
 
 @dataclasses.dataclass(frozen=True)
 class RouterSettings:
@@ -15,7 +17,9 @@ class RouterSettings:
     Attributes:
         family: "token_choice" (Switch, GShard, GLaM, Mixtral, DeepSeek), "prototypes"
             (M6-T), "expert_choice", "hashed" or "sinkhorn"; one file each in
-            `moe/routing`.
+            `moe/routing`. Or "module:name" of a `Router` of somebody's own.
+        options: further arguments of that one's function.
+        own: what that name stands for, once it is imported.
         num_selected: K, experts per token: 1 is Switch (arXiv:2101.03961), 2 GLaM
             (arXiv:2112.06905). Per prototype; on average, in expert choice.
         scores: "softmax" over the experts, or "sigmoid" of each logit by itself
@@ -62,9 +66,12 @@ class RouterSettings:
         capacity_multiple: round further up to a multiple of this: 4 in Praxis, V-MoE.
     """
 
-    family: Literal[
-        "token_choice", "prototypes", "expert_choice", "hashed", "sinkhorn"
-    ] = "token_choice"
+    family: (
+        Literal["token_choice", "prototypes", "expert_choice", "hashed", "sinkhorn"]
+        | Named
+    ) = "token_choice"
+    options: Options = NO_OPTIONS
+    own: Router | None = dataclasses.field(default=None, metadata=NO_KNOB)
     num_selected: int = 1
     scores: Literal["softmax", "sigmoid"] = "softmax"
     renormalize: Literal["no", "before_drop", "after_drop"] = "no"
@@ -99,8 +106,21 @@ class RouterSettings:
         """Tokens that a group takes of each of its rows."""
         return self.group_size // max(self.group_rows, 1)
 
+    @property
+    def is_own(self) -> bool:
+        """Whether it is somebody's own, named "module:name"."""
+        return ":" in self.family
+
+    @property
+    def reads_logits(self) -> bool:
+        """Whether there are logits, and weights that make them."""
+        return self.family != "hashed" and (self.own is None or self.own.reads_logits)
+
     def num_choices(self, num_experts: int) -> int:
         """Returns J, choices that a token may hold."""
+        assert not self.is_own or self.own is not None, f"{self.family}: not imported"
+        if self.own is not None and self.own.num_choices is not None:
+            return self.own.num_choices(self, num_experts)
         if self.family == "expert_choice":
             return min(self.max_experts_per_token or num_experts, num_experts)
         if self.family == "prototypes":

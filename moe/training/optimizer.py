@@ -37,9 +37,12 @@ def make_optimizer(
         mask=lambda params: jax.tree.map(lambda _, s: s.is_matrix, params, specs),
     )
     rate = optax.scale_by_learning_rate(make_schedule(settings, train_steps))
-    if settings.name == "adamw":
+    if settings.own is not None:
+        scale = settings.own(specs, **settings.options)
+    elif settings.name == "adamw":
         scale = optax.scale_by_adam(settings.b1, settings.b2, settings.eps)
     else:
+        assert settings.name == "adafactor", f"{settings.name}: not imported"
         scale = optax.chain(
             _per_matrix(_adafactor(), specs),
             optax.ema(settings.b1, debias=False) if settings.b1 else optax.identity(),
@@ -53,10 +56,12 @@ def make_optimizer(
 def make_schedule(settings: OptimizerSettings, train_steps: int) -> optax.Schedule:
     """Returns the learning rate as a function of the number of updates made."""
     peak, warmup = settings.learning_rate, settings.warmup_steps
-    if settings.schedule == "cosine":
-        end = settings.schedule_steps or train_steps
+    num_steps = max((settings.schedule_steps or train_steps) - warmup, 1)
+    if settings.own_schedule is not None:
+        after = settings.own_schedule(peak, num_steps, **settings.schedule_options)
+    elif settings.schedule == "cosine":
         after = optax.cosine_decay_schedule(
-            peak, max(end - warmup, 1), alpha=settings.final_fraction
+            peak, num_steps, alpha=settings.final_fraction
         )
     elif settings.schedule == "rsqrt":
         start = max(warmup, 1)
@@ -65,6 +70,7 @@ def make_schedule(settings: OptimizerSettings, train_steps: int) -> optax.Schedu
             return peak * jnp.sqrt(start / (count + start))
 
     else:
+        assert settings.schedule == "constant", f"{settings.schedule}: not imported"
         after = optax.constant_schedule(peak)
     # The first update is made with 1 / warmup of the peak, not with 0.
     rise = optax.linear_schedule(peak / max(warmup, 1), peak, max(warmup - 1, 1))

@@ -26,4 +26,5 @@ def fields_of_settings() -> dict[str, dataclasses.Field]:
         f"{record}.{field.name}": field
         for record, kind in typing.get_type_hints(Settings).items()
         for field in dataclasses.fields(kind)
+        if field.metadata.get("knob", True)
     }

@@ -1,6 +1,9 @@
 """Compiles a run's programs for a described topology, and leaves the answer in a file.
 
-    python -m launch.planning.compiler.child FOLDER TOPOLOGY HLO_FILE [evaluation]
+    python -m launch.planning.compiler.child FOLDER TOPOLOGY HLO_FILE [WORD ...]
+
+Words: evaluation, to compile it too; allow_module, to import what the configuration
+names and is not Switchyard's own.
 
 Run by `launch.planning.compiler.compile`, whose process survives whatever the compiler
 does.
@@ -35,7 +38,7 @@ if TYPE_CHECKING:
 _MOST_COLLECTIVES = 200
 
 
-def main(folder: str, topology_name: str, hlo_file: str, *programs: str) -> None:
+def main(folder: str, topology_name: str, hlo_file: str, *words: str) -> None:
     """Compiles, and writes `result.json` into the folder.
 
     First the train step's answer alone: evaluation may end this process.
@@ -44,12 +47,14 @@ def main(folder: str, topology_name: str, hlo_file: str, *programs: str) -> None
     topology = parse(topology_name)
     config_file = Path(folder, "config.gin")
     try:
-        run, record = _compile(config_file, topology, hlo_file)
+        run, record = _compile(
+            config_file, topology, hlo_file, allow_module="allow_module" in words
+        )
     except Exception as error:
         _write(folder, _failure(error, topology, start))
         return
     _write(folder, record)
-    if "evaluation" not in programs:
+    if "evaluation" not in words:
         return
     start = time.monotonic()
     evaluation: Evaluation | Failure
@@ -117,7 +122,7 @@ class NoCompilerError(Exception):
 
 
 def _compile(
-    config_file: Path, topology: Topology, hlo_file: str
+    config_file: Path, topology: Topology, hlo_file: str, *, allow_module: bool
 ) -> tuple["Run", Compiled]:
     """Compiles the train step."""
     config = reader.read([str(config_file)])
@@ -134,9 +139,11 @@ def _compile(
             compilation_cache_dir="",
         )
     )
+    from launch.run import user_code
     from launch.run.assemble import assemble
     from partitioning.links import fastest_first
 
+    config = user_code.admitted(config, allowed=allow_module)
     devices = describe(topology)
     start = time.monotonic()
     with warnings.catch_warnings(record=True) as said:

@@ -55,6 +55,7 @@ def compile_step(
     compiler: str | None = None,
     hlo_file: str = "",
     evaluation: bool = True,
+    allow_module: bool = False,
 ) -> Compiled | Failure:
     """Compiles the whole train step, and evaluation's, for a described topology.
 
@@ -69,6 +70,7 @@ def compile_step(
         compiler: the folder of libtpu; by default what `find_compiler` finds.
         hlo_file: where to keep the compiled train step's text; "" keeps none.
         evaluation: whether evaluation's program is compiled as well.
+        allow_module: whether code that the configuration names may be imported.
     Returns:
         What the compiler said, also where it failed: neither out of memory nor a crash
         raises.
@@ -88,6 +90,7 @@ def compile_step(
         command = [sys.executable, "-m", "launch.planning.compiler.child"]
         command += [scratch, str(topology), os.path.abspath(hlo_file or os.devnull)]
         command += ["evaluation"] if evaluation else []
+        command += ["allow_module"] if allow_module else []
         ended = _watch(
             command,
             Path(scratch),

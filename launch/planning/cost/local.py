@@ -348,7 +348,10 @@ def _of_shapes(settings: Settings) -> tuple[Layers, str, OptimizerSettings]:
     layers = with_routers(
         settings.layers,
         lambda router: dataclasses.replace(
-            bare, family=router.family, selection_bias=router.selection_bias
+            bare,
+            family=router.family,
+            own=router.own,
+            selection_bias=router.selection_bias,
         ),
     )
     return layers, settings.execution.param_dtype, settings.optimizer

@@ -218,7 +218,7 @@ def _router(sizes: Local, block: Block, layers: int) -> list[Part]:
     for s in of_kind(block, "sparse"):
         cost = HIGHEST_PRECISION if s.router.logit_dtype == "float32" else 1
         shape = (sizes.piece_tokens, sizes.stack.width, s.num_experts)
-        number = 0 if s.router.family == "hashed" else layers
+        number = layers if s.router.reads_logits else 0
         found.append(_product(sizes, "", shape, number=number, again=again, cost=cost))
     return found
 

@@ -27,7 +27,7 @@ RUN = "configs/runs/demo.gin"
 HARDWARE = "configs/hardware/cpu1.gin"
 MIXTRAL = {
     "VOCAB_SIZE": 512,
-    "VOCABULARY_SIZE": 512,
+    "VOCABULARY_PIECES": 512,
     "EMBED_DIM": 512,
     "NUM_LAYERS": 4,
     "NUM_HEADS": 8,

@@ -198,7 +198,7 @@ def mismatches(
         wanted.append(("EXTRA_IDS", data.extra_ids, manifest.extra_ids))
     if kind == manifest.vocabulary == "sentencepiece":
         size = manifest.vocabulary_size - manifest.extra_ids
-        wanted.append(("VOCABULARY_SIZE", data.vocabulary_size, size))
+        wanted.append(("VOCABULARY_PIECES", data.vocabulary_size, size))
     if manifest.had_bad_utf8:
         wanted.append(("BAD_UTF8", data.bad_utf8, manifest.bad_utf8))
     if filters is not None:

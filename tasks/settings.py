@@ -234,7 +234,7 @@ def _vocabulary_problems(data: DataSettings) -> list[str]:
     found = []
     if data.vocabulary == "sentencepiece" and data.vocabulary_size < 300:
         found.append(
-            f"VOCABULARY_SIZE = {data.vocabulary_size}: a SentencePiece vocabulary "
+            f"VOCABULARY_PIECES = {data.vocabulary_size}: a SentencePiece vocabulary "
             "with byte fallback needs at least 300 pieces"
         )
     if data.extra_ids < 0:

@@ -134,8 +134,9 @@ def _train(sample: list[str], num_pieces: int, model_type: str) -> bytes:
     except RuntimeError as error:
         reason = str(error).splitlines()[0].rsplit("] ", 1)[-1]
         raise StoreError(
-            f"VOCABULARY_SIZE = {num_pieces}: SentencePiece cannot make so many pieces "
-            f"from {sum(map(len, sample)):,} characters of text ({reason[:300]}). "
+            f"VOCABULARY_PIECES = {num_pieces}: SentencePiece cannot make so many "
+            f"pieces from {sum(map(len, sample)):,} characters of text "
+            f"({reason[:300]}). "
             "Choose fewer, or VOCABULARY = 'bytes'"
         ) from None
     return model.getvalue()

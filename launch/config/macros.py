@@ -16,6 +16,7 @@ _NAMES = {
     "loop.task_metrics_period_steps": "TASK_METRICS_PERIOD",
     "loop.log_period_steps": "LOG_PERIOD",
     "data.layout": "ARCHITECTURE",
+    "data.vocabulary_size": "VOCABULARY_PIECES",
     "filters.near_similarity": "NEAR_DUPLICATE_SIMILARITY",
     "model.shape": "ARCHITECTURE",
     "model.model_dim": "EMBED_DIM",
@@ -59,6 +60,7 @@ _NAMES = {
     "sample.length_penalty": "LENGTH_PENALTY",
 }
 
+RENAMED = {"VOCABULARY_SIZE": "VOCABULARY_PIECES"}  # by what they were called
 # What people coming from T5X look for (docs/from_t5x.md).
 T5X = {
     "BASE_LEARNING_RATE": "LEARNING_RATE, the peak: base / sqrt(WARMUP_STEPS)",

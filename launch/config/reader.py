@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from launch.config.macros import T5X, bound
+from launch.config.macros import RENAMED, T5X, bound
 from launch.config.settings import Settings, problems
 from launch.config.syntax import (
     REQUIRED,
@@ -379,6 +379,8 @@ class _Reader:
         return False
 
     def _unknown(self, macro: str) -> str:
+        if macro in RENAMED:
+            return f"{macro} is called {RENAMED[macro]} now"
         if macro in T5X:
             return f"{macro} is not a knob; here T5X's is {T5X[macro]}"
         return f"{macro} is not a knob{nearest(macro, self._default)}"

@@ -74,7 +74,10 @@ def flip(path: Path) -> None:
             ["train", TINY, "--gin.MESH_DATA=4"],
             "SIMULATED_DEVICES = 1 are fewer than the 4 of the mesh (MESH_DATA 4): set",
         ),
-        (["prepare", TINY, "--gin.VOCABULARY_SIZE='9'"], "must be an integer, without"),
+        (
+            ["prepare", TINY, "--gin.VOCABULARY_PIECES='9'"],
+            "must be an integer, without",
+        ),
         (
             ["evaluate", "--model_dir=there"],
             "UsageError: there/config.gin is not there",

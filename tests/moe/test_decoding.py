@@ -20,7 +20,7 @@ from moe.testing.whole_arrays import forward
 from partitioning.mesh import make_mesh
 
 B, L, V = 8, 8, 16
-VOCABULARY_SIZE = 12  # ids from here to V are never drawn
+VOCABULARY_PIECES = 12  # ids from here to V are never drawn
 NUM_TOKENS = 6
 SPARSE = ModelSettings(
     vocab_size=V,
@@ -187,7 +187,7 @@ def compiled_generate(name: str, mesh: str, temperature: float, **choices):
             generate,
             model_of(name, L, mesh),
             num_tokens=NUM_TOKENS,
-            vocabulary_size=VOCABULARY_SIZE,
+            vocabulary_size=VOCABULARY_PIECES,
             temperature=temperature,
             **choices,
         )
@@ -230,7 +230,7 @@ def likeliest_tokens(
         tokens = [0, *prompt_L[: max(length, 0)], *drawn_L][:L]
         input_L[: len(tokens)] = tokens
     logits_BLV = full_forward(name, input_BL, **features)
-    likeliest_BL = first_id + logits_BLV[..., first_id:VOCABULARY_SIZE].argmax(-1)
+    likeliest_BL = first_id + logits_BLV[..., first_id:VOCABULARY_PIECES].argmax(-1)
     return [
         likeliest_L[length : length + NUM_TOKENS]
         for likeliest_L, length in zip(likeliest_BL, length_B, strict=True)
@@ -338,7 +338,7 @@ def test_a_seed_draws_the_same_tokens_on_one_device_and_on_eight():
 def test_padding_and_ids_beyond_the_vocabulary_are_never_drawn():
     drawn = np.concatenate([continue_prompt(2, seed=seed) for seed in range(20)])
     # 960 draws from 11 flat choices find every one of them, and no other.
-    assert set(drawn.ravel()) == set(range(1, VOCABULARY_SIZE))
+    assert set(drawn.ravel()) == set(range(1, VOCABULARY_PIECES))
 
 
 @pytest.mark.fast

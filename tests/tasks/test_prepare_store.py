@@ -184,7 +184,7 @@ def test_a_vocabulary_that_loses_text_is_told(tmp_path):
         (
             "made_up",
             {"vocabulary": "sentencepiece", "vocabulary_size": 60_000},
-            "VOCABULARY_SIZE = 60000: SentencePiece cannot",
+            "VOCABULARY_PIECES = 60000: SentencePiece cannot",
         ),
     ],
 )

@@ -226,7 +226,7 @@ def test_a_sample_is_even_and_keeps_the_order():
 
 
 def test_more_pieces_than_the_text_has_are_refused():
-    with pytest.raises(StoreError, match="VOCABULARY_SIZE = 5000: SentencePiece"):
+    with pytest.raises(StoreError, match="VOCABULARY_PIECES = 5000: SentencePiece"):
         train_sentencepiece(["a few words"], 5000)
 
 

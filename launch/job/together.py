@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import importlib.metadata
 import io
+import json
 import os
 import signal
 import socket
@@ -133,6 +134,27 @@ def first_alone(what: str, first: Callable[[], T], others: Callable[[], T]) -> T
         return result
     together(what)
     return others()
+
+
+def as_first_finds(what: str, find: Callable[[], T]) -> T:
+    """Returns what process 0 finds on a disk, the same in all processes of a job.
+
+    Others may be shown a shared folder as it was a minute ago.
+
+    Args:
+        what: names it, once in a job.
+        find: returns what JSON can say.
+    """
+    import jax
+
+    if jax.process_count() == 1:
+        return find()
+    key = f"switchyard/found/{what}"
+    if is_first():
+        found = find()
+        client().key_value_set(key, json.dumps(found))
+        return found
+    return json.loads(client().blocking_key_value_get(key, WEEK_MILLISECONDS))
 
 
 def asked_to_stop(step: int) -> int | None:

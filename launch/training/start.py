@@ -71,7 +71,7 @@ def train(
         store, batches, measure = _data(
             config, run, programs, allowed_modules, quiet=quiet
         )
-        found = saved.latest()
+        found = together.as_first_finds("the newest checkpoint", saved.latest)
         if found is not None and found >= settings.train.train_steps:
             return _already_complete(
                 config, run, store, saved, found, measure, quiet=quiet
@@ -232,16 +232,10 @@ def _already_complete(
         f"{config.settings.train.train_steps:,}. Raise TRAIN_STEPS to go on, or take "
         "another MODEL_DIR to start afresh."
     )
-    scores = [
-        record
-        for record in read_metrics(loop_settings.model_dir)
-        if record["split"] == "heldout" and record["step"] == found
-    ]
+    scores = _recorded_scores(loop_settings.model_dir, found)
     report = Path(loop_settings.model_dir, "report.html")
-    has_report = report.exists()
-    together.together("looking for the report")
-    if scores and has_report:
-        _print_scores(scores[-1], store)
+    if scores and together.as_first_finds("the report", report.exists):
+        _print_scores(scores, store)
         print(f"checkpoint    {saved.path(found)}\nreport        {report}")
         return EXIT_DONE
     params = saved.restore_params(found, run)
@@ -253,6 +247,18 @@ def _already_complete(
         writer.write({"step": found, "split": "heldout"} | final)
     _finish(config, run, store, saved, params, final, quiet=quiet)
     return EXIT_DONE
+
+
+def _recorded_scores(model_dir: str, step: int) -> dict[str, Any] | None:
+    """The held-out metrics that were recorded of a step, if they were."""
+
+    def find() -> dict[str, Any] | None:
+        for record in read_metrics(model_dir):
+            if record["split"] == "heldout" and record["step"] == step:
+                return record
+        return None
+
+    return together.as_first_finds("the held-out metrics of the newest step", find)
 
 
 def _finish(

@@ -42,6 +42,31 @@ Batches.read = read
 sys.exit(cli.main())
 """
 
+# To process 1 the shared folder is shown as it was before the run.
+STALE = """
+import os, pathlib, sys
+from launch import cli
+from launch.job import together
+
+def run(job, work, config, original=together.run):
+    def stale():
+        from launch.checkpoints.store import Checkpoints
+        from launch.training import start
+
+        def exists(path, original=pathlib.Path.exists):
+            return path.name != "report.html" and original(path)
+
+        pathlib.Path.exists = exists
+        Checkpoints.latest = lambda saved: None
+        start.read_metrics = lambda folder: []
+        return work()
+
+    return original(job, stale if job.process else work, config)
+
+together.run = run
+sys.exit(cli.main())
+"""
+
 
 def free_port() -> int:
     with socket.socket() as one:
@@ -153,6 +178,18 @@ def test_what_two_saved_four_go_on_with_and_one_scores(trained, pair, tmp_path):
     assert [done.code for done in evaluated] == [0, 0], evaluated[0].err
     assert evaluated[0].out == scored.out
     assert evaluated[1].out == ""
+
+
+@pytest.mark.slow
+def test_all_processes_go_by_what_process_0_finds(trained, pair, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(pair[0], folder)
+    words = words_of(trained, folder, 1)
+    processes = start(trained, "train", 2, *words, program=STALE)
+    first, second = (commands.finish(process) for process in processes)
+    assert (first.code, second.code) == (0, 0), first.err + second.err
+    assert "is complete: step 4 of 4" in first.out
+    assert "scoring" not in first.err
 
 
 def wait_for_records(folder: Path, number: int) -> None:

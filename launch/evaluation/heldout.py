@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -55,6 +55,7 @@ def heldout(
     params: Any,
     eval_step: EvalStep,
     num_batches: int,
+    check: Callable[[], None] = lambda: None,
 ) -> Record:
     """Scores held-out batches of every Task and returns their metrics.
 
@@ -68,6 +69,7 @@ def heldout(
         num_batches: of each Task; 0 scores the whole split. Bits per byte are then
             exact, unless pairs were cut to their lengths; otherwise they use the
             split's average of bytes per token.
+        check: called before every batch; what it raises ends the scoring.
     Returns:
         Metrics of all Tasks together, each token with the same weight, and loss of each
         Task and each language. Bits per byte only where all text is predicted as it
@@ -79,7 +81,7 @@ def heldout(
     for task in store.tasks:
         tally = _Tally(store.split(task, data.heldout_split).manifest)
         for sums, nats_BL, language_BL in _scored(
-            run, store, task, params, eval_step, num_batches
+            run, store, task, params, eval_step, num_batches, check
         ):
             sums = jax.tree.map(lambda x: np.asarray(x, np.float64), sums)
             merged = sums if merged is None else jax.tree.map(np.add, merged, sums)
@@ -109,6 +111,7 @@ def _scored(
     params: Any,
     eval_step: EvalStep,
     num_batches: int,
+    check: Callable[[], None],
 ) -> Iterator[tuple[Sums, np.ndarray, np.ndarray | None]]:
     """Yields sums, nats and, where they are known, languages of each batch."""
     data, train = run.settings.data, run.settings.train
@@ -126,6 +129,7 @@ def _scored(
     )
     with feed:
         for batch in feed:
+            check()
             language_BL = batch.pop(_LANGUAGES, None)
             sums, nats_BL = jax.device_get(eval_step(params, batch))
             if language_BL is not None:

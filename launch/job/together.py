@@ -157,15 +157,18 @@ def as_first_finds(what: str, find: Callable[[], T]) -> T:
     return json.loads(client().blocking_key_value_get(key, WEEK_MILLISECONDS))
 
 
-def asked_to_stop(step: int) -> int | None:
-    """The signal to stop after this step, the same answer in all processes of a job.
+def asked_to_stop(ask: int) -> int | None:
+    """The signal to stop at this ask, the same answer in all processes of a job.
 
-    A signal to any of them stops all, at a step that all can still come to. Every
-    process must ask at every step.
+    A signal to any of them stops all, at an ask that all can still come to. Every
+    process must ask at the same points of its work.
+
+    Args:
+        ask: how many there were before, and this one.
     """
     from jax.experimental import multihost_utils
 
-    if multihost_utils.reached_preemption_sync_point(step):
+    if multihost_utils.reached_preemption_sync_point(ask):
         return signal.SIGTERM
     return None
 

@@ -30,6 +30,7 @@ from launch.run.programs import Programs
 from launch.terminal.lines import waiting
 from launch.terminal.training import TrainProgress
 from launch.training import loop
+from launch.training.signals import Signals, Stopped, listening
 from moe import architecture
 from moe.training.train_state import TrainState
 from tasks.batches import Batches
@@ -55,6 +56,23 @@ def train(
     Returns:
         The exit code.
     """
+    with listening(quiet=quiet) as signals:
+        try:
+            return _train(config, signals, allowed_modules, quiet=quiet)
+        except Stopped as stopped:
+            if not quiet:
+                print(stopped, file=sys.stderr)
+            return stopped.code
+
+
+def _train(
+    config: ResolvedConfig,
+    signals: Signals,
+    allowed_modules: tuple[str, ...],
+    *,
+    quiet: bool,
+) -> int:
+    """As `train`, in which signals are heard."""
     settings = config.settings
     run = assemble(config)
     if architecture.has_experts(settings.model) and not quiet:
@@ -69,13 +87,14 @@ def train(
     ):
         programs.during = functools.partial(waiting, quiet=quiet)
         store, batches, measure = _data(
-            config, run, programs, allowed_modules, quiet=quiet
+            config, run, programs, signals, allowed_modules, quiet=quiet
         )
         found = together.as_first_finds("the newest checkpoint", saved.latest)
         if found is not None and found >= settings.train.train_steps:
             return _already_complete(
-                config, run, store, saved, found, measure, quiet=quiet
+                config, run, store, saved, found, measure, signals, quiet=quiet
             )
+        was_scored = found is None or _scores_of(model_dir, found) is not None
         if found is None:  # drawing cannot fail, so compiling need not wait for it
             programs.begin()
         state = _start(run, store, saved, found, quiet=quiet)
@@ -90,9 +109,11 @@ def train(
             programs.during = measure.during = progress.waiting
             _check(run, progress, quiet=quiet)
             programs.wait()
-            hooks = _hooks(config, run, store, batches, programs, measure)
+            signals.check()  # of several processes one may have been asked meanwhile
+            hooks = _hooks(config, run, store, batches, programs, measure, signals)
             state, code = loop.train(
-                run, state, batches, hooks, saved, writer, progress
+                *(run, state, batches, hooks, saved, writer, progress, signals),
+                was_scored=was_scored,
             )
             if code != EXIT_DONE:
                 _explain(code, saved, quiet=quiet)
@@ -104,6 +125,7 @@ def train(
             writer.write(
                 {"step": settings.train.train_steps, "split": "heldout"} | final
             )
+        signals.check()
         _finish(config, run, store, saved, state.params, final, quiet=quiet)
     return EXIT_DONE
 
@@ -122,6 +144,7 @@ def _data(
     config: ResolvedConfig,
     run: Run,
     programs: Programs,
+    signals: Signals,
     allowed_modules: tuple[str, ...],
     *,
     quiet: bool,
@@ -149,6 +172,7 @@ def _data(
         programs.evaluation,
         allowed_modules=allowed_modules,
         during=functools.partial(waiting, quiet=quiet),
+        check=signals.check,
     )
     if settings.loop.task_metrics_period_steps:
         measure.load()
@@ -180,12 +204,13 @@ def _hooks(
     batches: Batches,
     programs: Programs,
     measure: TaskMetrics,
+    signals: Signals,
 ) -> loop.Hooks:
     """What the loop calls between steps."""
     return loop.Hooks(
         train_step=programs.train_step(),
         in_rounds=programs.rounds,
-        score=_scorer(run, store, measure.eval_step),
+        score=_scorer(run, store, measure.eval_step, signals),
         measure=measure,
         data_facts=_data_facts(batches, store),
         provenance=saving.provenance(config.operative, store.manifest),
@@ -205,11 +230,15 @@ def _data_facts(batches: Batches, store: TokenStore) -> Callable[[int], dict[str
     return facts
 
 
-def _scorer(run: Run, store: TokenStore, compiled: Callable[[], EvalStep]) -> Any:
-    """Held-out scoring."""
+def _scorer(
+    run: Run, store: TokenStore, compiled: Callable[[], EvalStep], signals: Signals
+) -> Any:
+    """Held-out scoring, which a signal stops between two batches."""
 
     def score(params: Any, num_batches: int) -> dict[str, Any]:
-        return heldout.heldout(run, store, params, compiled(), num_batches)
+        return heldout.heldout(
+            run, store, params, compiled(), num_batches, signals.check
+        )
 
     return score
 
@@ -221,6 +250,7 @@ def _already_complete(
     saved: Checkpoints,
     found: int,
     measure: TaskMetrics,
+    signals: Signals,
     *,
     quiet: bool,
 ) -> int:
@@ -232,7 +262,7 @@ def _already_complete(
         f"{config.settings.train.train_steps:,}. Raise TRAIN_STEPS to go on, or take "
         "another MODEL_DIR to start afresh."
     )
-    scores = _recorded_scores(loop_settings.model_dir, found)
+    scores = _scores_of(Path(loop_settings.model_dir), found)
     report = Path(loop_settings.model_dir, "report.html")
     if scores and together.as_first_finds("the report", report.exists):
         _print_scores(scores, store)
@@ -240,16 +270,17 @@ def _already_complete(
         return EXIT_DONE
     params = saved.restore_params(found, run)
     with waiting("scoring the whole held-out split", quiet=quiet):
-        final = _scorer(run, store, measure.eval_step)(params, 0)
+        final = _scorer(run, store, measure.eval_step, signals)(params, 0)
     if loop_settings.task_metrics_period_steps:
         final |= measure(params, found)
     with _writer(Path(loop_settings.model_dir), resume_step=None) as writer:
         writer.write({"step": found, "split": "heldout"} | final)
+    signals.check()
     _finish(config, run, store, saved, params, final, quiet=quiet)
     return EXIT_DONE
 
 
-def _recorded_scores(model_dir: str, step: int) -> dict[str, Any] | None:
+def _scores_of(model_dir: Path, step: int) -> dict[str, Any] | None:
     """The held-out metrics that were recorded of a step, if they were."""
 
     def find() -> dict[str, Any] | None:

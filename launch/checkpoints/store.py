@@ -64,6 +64,7 @@ class Checkpoints:
                 # Orbax's own `read_only` does no more than these, and warns of itself.
                 create=False,
                 cleanup_tmp_directories=not read_only,
+                single_host_load_and_broadcast=True,  # all know of the same steps
             ),
         )
 
@@ -108,7 +109,7 @@ class Checkpoints:
                 f"{self.path(step)} is not a checkpoint: it has no manifest. Move it "
                 "away to go on from the one before"
             )
-        return step
+        return None if step is None else int(step)  # NumPy's, in several processes
 
     def require(self, step: int | None) -> int:
         """Returns the step asked for, or the newest.

@@ -2,23 +2,28 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from launch.evaluation.task_metrics import EvalStep
 from launch.run.assemble import Run
-from launch.run.feed import Feed
+from launch.run.feed import Feed, Read
 from moe.training import losses
 from moe.training.losses import Sums
 from tasks import batches
+from tasks.batches import HeldoutBatches
+from tasks.manifest import SplitManifest
 from tasks.settings import DataSettings
-from tasks.store import Split, TokenStore
+from tasks.store import TokenStore
 
 Record = dict[str, Any]
+
+_LANGUAGES = "languages"  # beside the features of a batch, while it is on its way
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +55,7 @@ def heldout(
     params: Any,
     eval_step: EvalStep,
     num_batches: int,
+    check: Callable[[], None] = lambda: None,
 ) -> Record:
     """Scores held-out batches of every Task and returns their metrics.
 
@@ -63,6 +69,7 @@ def heldout(
         num_batches: of each Task; 0 scores the whole split. Bits per byte are then
             exact, unless pairs were cut to their lengths; otherwise they use the
             split's average of bytes per token.
+        check: called before every batch; what it raises ends the scoring.
     Returns:
         Metrics of all Tasks together, each token with the same weight, and loss of each
         Task and each language. Bits per byte only where all text is predicted as it
@@ -72,14 +79,13 @@ def heldout(
     totals: dict[str, Total] = {}
     merged: Sums | None = None
     for task in store.tasks:
-        part = store.split(task, data.heldout_split)
-        tally = _Tally(part)
-        for sums, nats_BL, document_BL in _scored(
-            run, store, task, params, eval_step, num_batches
+        tally = _Tally(store.split(task, data.heldout_split).manifest)
+        for sums, nats_BL, language_BL in _scored(
+            run, store, task, params, eval_step, num_batches, check
         ):
             sums = jax.tree.map(lambda x: np.asarray(x, np.float64), sums)
             merged = sums if merged is None else jax.tree.map(np.add, merged, sums)
-            tally.add(nats_BL, int(sums.weight), document_BL)
+            tally.add(nats_BL, int(sums.weight), language_BL)
         totals |= tally.totals(task)
     assert merged is not None  # a store never holds an empty split
     order = run.settings.layers.sparse_order
@@ -105,51 +111,67 @@ def _scored(
     params: Any,
     eval_step: EvalStep,
     num_batches: int,
+    check: Callable[[], None],
 ) -> Iterator[tuple[Sums, np.ndarray, np.ndarray | None]]:
-    """Yields sums, nats and, where languages are known, documents of each batch."""
+    """Yields sums, nats and, where they are known, languages of each batch."""
     data, train = run.settings.data, run.settings.train
     held = batches.heldout(
         store, task, data, batch_size=train.batch_size, seed=train.seed
     )
     in_all = held.num_eval_batches
+    language_D = store.split(task, data.heldout_split).languages()
     feed = Feed(
-        held.read,
+        held.read if language_D is None else _with_languages(held, language_D),
         start=0,
         stop=min(num_batches, in_all) or in_all,
         shape=(train.batch_size, data.length),
         sharding=run.batch_sharding,
     )
-    has_languages = bool(store.split(task, data.heldout_split).language_names)
     with feed:
-        for index, batch in enumerate(feed):
+        for batch in feed:
+            check()
+            language_BL = batch.pop(_LANGUAGES, None)
             sums, nats_BL = jax.device_get(eval_step(params, batch))
-            document_BL = None
-            if has_languages:
-                document_BL = held.documents(index, 0, train.batch_size)
-            yield sums, nats_BL, document_BL
+            if language_BL is not None:
+                language_BL = multihost_utils.process_allgather(language_BL, tiled=True)
+            yield sums, nats_BL, language_BL
+
+
+def _with_languages(held: HeldoutBatches, language_D: np.ndarray) -> Read:
+    """Reads with its rows the language of each target; -1 where nothing is predicted.
+
+    So that each host reads of the store what its own devices score, and no more.
+    """
+    language_D = language_D.astype(np.int32)
+
+    def read(index: int, start: int, stop: int) -> dict[str, np.ndarray]:
+        document_BL = held.documents(index, start, stop)
+        language_BL = np.where(document_BL >= 0, language_D[document_BL], -1)
+        return held.read(index, start, stop) | {_LANGUAGES: language_BL}
+
+    return read
 
 
 class _Tally:
     """Adds up the nats of a Task, and of each of its languages."""
 
-    def __init__(self, part: Split) -> None:
-        self._split = part.manifest
-        self._language_D = part.languages()
-        number = len(part.language_names)
+    def __init__(self, split: SplitManifest) -> None:
+        self._split = split
+        number = len(split.languages)
         self._nats, self._tokens = 0.0, 0
         self._nats_of = np.zeros(number)
         self._tokens_of = np.zeros(number, np.int64)
 
     def add(
-        self, nats_BL: np.ndarray, tokens: int, document_BL: np.ndarray | None
+        self, nats_BL: np.ndarray, tokens: int, language_BL: np.ndarray | None
     ) -> None:
-        """Adds a batch; only what is predicted has a document."""
+        """Adds a batch; only what is predicted has a language."""
         self._nats += nats_BL.sum(dtype=np.float64)
         self._tokens += tokens
-        if document_BL is None or self._language_D is None:
+        if language_BL is None:
             return
-        predicted_BL = document_BL >= 0
-        languages = self._language_D[document_BL[predicted_BL]]
+        predicted_BL = language_BL >= 0
+        languages = language_BL[predicted_BL]
         number, nats = len(self._nats_of), nats_BL[predicted_BL].astype(np.float64)
         self._nats_of += np.bincount(languages, nats, minlength=number)
         self._tokens_of += np.bincount(languages, minlength=number)

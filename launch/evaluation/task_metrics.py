@@ -41,6 +41,7 @@ class TaskMetrics:
         eval_step: returns the compiled scoring of one batch.
         allowed_modules: modules outside `tasks` that may be imported.
         during: shows a message while something is done.
+        check: called before every batch; what it raises ends the measuring.
     """
 
     def __init__(
@@ -51,12 +52,14 @@ class TaskMetrics:
         *,
         allowed_modules: tuple[str, ...] = (),
         during: Waiting = waiting,
+        check: Callable[[], None] = lambda: None,
     ) -> None:
         self._run = run
         self._store = store
         self.eval_step = eval_step
         self._allowed_modules = allowed_modules
         self.during = during
+        self._check = check
         self.notes: list[str] = []  # what was left out at the last call
         self.paths: list[str] = []  # where its predictions are
 
@@ -128,6 +131,7 @@ class TaskMetrics:
         data, rows = self._run.settings.data, self._run.settings.train.batch_size
         eval_step, scores = self.eval_step(), []
         for some in _cut(list(zip(task.inputs, task.targets, strict=True)), rows):
+            self._check()
             pairs = [[pair] for pair in some] + [[]] * (rows - len(some))
             batch = objectives.of_pairs(pairs, data)
             placed = {k: self._place(v, ("batch", "length")) for k, v in batch.items()}
@@ -142,6 +146,7 @@ class TaskMetrics:
         rows = settings.train.batch_size // settings.train.microbatches
         found: list[list[int]] = []
         for some in _cut(task.inputs, rows):
+            self._check()
             length_B = np.full(rows, -1, np.int32)
             length_B[: len(some)] = [len(ids) for ids in some]
             prompts = [*some, *[()] * (rows - len(some))]

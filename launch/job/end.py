@@ -92,7 +92,7 @@ class Bell:
                 self._wait_until_heard(self._number - 1)
         elif before["message"] != _outcome(0, error, lost=lost)["message"]:
             self._say(f"process {before['process']} ended: {before['message']}")
-        _leave(before["code"])
+        leave(before["code"])
 
     def done(self) -> None:
         """Says that all processes are done, and stops listening."""
@@ -120,7 +120,7 @@ class Bell:
                 client().key_value_set(f"{_HEARD}/{self._process}", "1")
             self._ending.acquire()
             self._say(f"process {outcome['process']} ended: {outcome['message']}")
-            _leave(outcome["code"])
+            leave(outcome["code"])
 
     def _watch(self) -> None:
         """Ends this process when another one has gone without a word."""
@@ -143,7 +143,7 @@ class Bell:
             self._say(f"process {told['process']} ended: {told['message']}")
         if self._process == 0:
             self._wait_until_heard(self._number - 2)
-        _leave(told["code"])
+        leave(told["code"])
 
     def _told(self, seconds: float) -> dict[str, Any] | None:
         """How the job ended by the word of another process, if it has said so."""
@@ -189,7 +189,7 @@ def _outcome(process: int, error: BaseException, *, lost: bool) -> dict[str, Any
     return {"process": process, "code": EXIT_FAULT, "message": message}
 
 
-def _leave(code: int) -> NoReturn:
+def leave(code: int) -> NoReturn:
     """Ends the process at once: an orderly end would wait for the others."""
     if sys.stderr.isatty():
         sys.stderr.write("\x1b[?25h")  # a live display hides the cursor

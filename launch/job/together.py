@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import importlib.metadata
 import io
+import json
 import os
 import signal
 import socket
@@ -137,15 +138,39 @@ def first_alone(what: str, first: Callable[[], T], others: Callable[[], T]) -> T
     return others()
 
 
-def asked_to_stop(step: int) -> int | None:
-    """The signal to stop after this step, the same answer in all processes of a job.
+def as_first_finds(what: str, find: Callable[[], T]) -> T:
+    """Returns what process 0 finds on a disk, the same in all processes of a job.
 
-    A signal to any of them stops all, at a step that all can still come to. Every
-    process must ask at every step.
+    Others may be shown a shared folder as it was a minute ago.
+
+    Args:
+        what: names it, once in a job.
+        find: returns what JSON can say.
+    """
+    import jax
+
+    if jax.process_count() == 1:
+        return find()
+    key = f"switchyard/found/{what}"
+    if is_first():
+        found = find()
+        client().key_value_set(key, json.dumps(found))
+        return found
+    return json.loads(client().blocking_key_value_get(key, WEEK_MILLISECONDS))
+
+
+def asked_to_stop(ask: int) -> int | None:
+    """The signal to stop at this ask, the same answer in all processes of a job.
+
+    A signal to any of them stops all, at an ask that all can still come to. Every
+    process must ask at the same points of its work.
+
+    Args:
+        ask: how many there were before, and this one.
     """
     from jax.experimental import multihost_utils
 
-    if multihost_utils.reached_preemption_sync_point(step):
+    if multihost_utils.reached_preemption_sync_point(ask):
         return signal.SIGTERM
     return None
 

@@ -6,12 +6,8 @@ wait for the host.
 
 import dataclasses
 import math
-import os
-import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from types import FrameType
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,38 +15,17 @@ import numpy as np
 
 from launch.checkpoints.store import Checkpoints
 from launch.config.settings import LoopSettings
-from launch.errors import (
-    EXIT_DONE,
-    EXIT_INTERRUPTED,
-    EXIT_NON_FINITE,
-    EXIT_PREEMPTED,
-    is_user_error,
-)
-from launch.job import together
+from launch.errors import EXIT_DONE, EXIT_NON_FINITE, is_user_error
 from launch.records.write import MetricWriter, NoMetrics
 from launch.run.assemble import Run
 from launch.run.feed import Feed
 from launch.terminal.training import TrainProgress
+from launch.training.signals import Signals, Stopped
 from moe.training.train_state import TrainState
 from tasks.batches import Batches
 
-_STOPPED = {signal.SIGINT: EXIT_INTERRUPTED, signal.SIGTERM: EXIT_PREEMPTED}
-
 Record = dict[str, Any]
 Step = Callable[[TrainState, Any, Any], tuple[TrainState, Record]]
-
-
-@dataclasses.dataclass
-class Signals:
-    """Which signal asked the run to stop, if any."""
-
-    received: int | None = None
-
-    def asked(self, step: int) -> int | None:
-        """The signal to stop after a step; the same in all processes of a job."""
-        if jax.process_count() > 1:
-            return together.asked_to_stop(step)
-        return self.received  # read once a step: it may come at any moment
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,12 +57,27 @@ def train(
     checkpoints: Checkpoints,
     writer: MetricWriter | NoMetrics,
     progress: TrainProgress,
+    signals: Signals,
+    *,
+    was_scored: bool,
 ) -> tuple[TrainState, int]:
     """Takes steps until the last one, a signal, or too many non-finite steps.
 
     A run that is asked to stop saves first, and so does one that cannot read on; one
     that gives up does not.
 
+    Args:
+        run: the assembled run.
+        state: to go on from.
+        batches: what is learnt from.
+        hooks: what is called between steps.
+        checkpoints: where states are saved.
+        writer: keeps metrics.
+        progress: shows them.
+        signals: says when to stop.
+        was_scored: whether held-out metrics of the first state are kept already, or
+            it is of step 0. Otherwise they are made first, if they are due: who saved
+            it may have ended before.
     Returns:
         The last state and the exit code.
     Raises:
@@ -115,26 +105,32 @@ def train(
     steps = Steps(state, hooks, log)
     between = _Between(steps, run, hooks, checkpoints, writer, log, saved_step=step)
     code, fault = EXIT_DONE, None
-    with listening() as signals, feed:
-        for index in range(data_index, data_index + last - step):
-            batch, fault = _next(feed)
-            if batch is None:
-                steps.settle()
-                break
-            step += 1
-            steps.take(Launched(step, index, batch, feed.wait_seconds))
-            stop = signals.asked(step)
-            due = _due(step, loop, last)
-            if due or stop:
-                steps.settle()
-            if log.skipped_in_a_row >= loop.max_skipped_steps:
-                code = EXIT_NON_FINITE
-                break
-            between(step, due, stopping=bool(stop))
-            if stop and step < last:
-                code = _STOPPED[signal.Signals(stop)]
-                break
-        if fault and between.saved_step < step and not log.skipped_in_a_row:
+    with signals.noted(), feed:
+        try:
+            if not was_scored:
+                between(step, _due(step, loop, last) - {"save"})
+            for index in range(data_index, data_index + last - step):
+                batch, fault = _next(feed)
+                if batch is None:
+                    steps.settle()
+                    break
+                step += 1
+                steps.take(Launched(step, index, batch, feed.wait_seconds))
+                code = signals.asked()
+                due = _due(step, loop, last)
+                if due or code:
+                    steps.settle()
+                if log.skipped_in_a_row >= loop.max_skipped_steps:
+                    code = EXIT_NON_FINITE
+                    break
+                # Whoever asked to stop may not wait for scores.
+                between(step, {"save"} if code else due)
+                if code:
+                    break
+        except Stopped as stopped:
+            code = stopped.code
+            between.save(step)
+        if fault and not log.skipped_in_a_row:
             between.save(step)
         with progress.waiting("finishing the checkpoint"):
             checkpoints.wait()
@@ -181,11 +177,14 @@ class _Between:
     log: "_Log"
     saved_step: int
 
-    def __call__(self, step: int, due: set[str], *, stopping: bool) -> None:
-        """Does what is due; saves first if the run was asked to stop."""
-        if stopping:  # whoever asked may not wait for scores
+    def __call__(self, step: int, due: set[str]) -> None:
+        """Does what is due; saves first: scores can be made again from what is saved.
+
+        Raises:
+            Stopped: the run was asked to stop while it scored.
+        """
+        if "save" in due:
             self.save(step)
-            self.checkpoints.wait()
         params, scores = self.steps.state.params, Record()
         if "score" in due:
             scores |= self.hooks.score(params, self.run.settings.loop.eval_batches)
@@ -193,12 +192,13 @@ class _Between:
             scores |= self.hooks.measure(params, step)
         if scores:  # of one split and step there is one record
             self.log.score(step, scores)
-        if "save" in due and not stopping:
-            self.save(step)
+        if due:
             self.log.pause()
 
     def save(self, step: int) -> None:
-        """Saves the state, and what was written of it."""
+        """Saves the state, and what was written of it, unless it is saved already."""
+        if self.saved_step == step:
+            return
         self.writer.flush()
         self.checkpoints.save(self.steps.state, self.run, self.hooks.provenance)
         self.saved_step = step
@@ -305,7 +305,6 @@ class _Log:
         record = {"step": step, "split": "heldout"} | metrics
         self._writer.write(record)
         self._progress.update(record)
-        self.pause()
 
     def pause(self) -> None:
         """Keeps what happened between two steps out of the next one's time."""
@@ -323,31 +322,3 @@ def _record(step: int, metrics: Record) -> Record:
         for name, value in fetched.items()
     }
     return {"step": step, "split": "train", **values}
-
-
-@contextmanager
-def listening() -> Iterator[Signals]:
-    """Notes SIGINT and SIGTERM instead of dying; the second one is not caught.
-
-    In a job of several processes jax notes SIGTERM, and tells the others.
-    """
-    signals = Signals()
-    several = jax.process_count() > 1
-    noted = (signal.SIGINT,) if several else (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.getsignal(number) for number in noted}
-
-    def note(number: int, frame: FrameType | None) -> None:
-        del frame
-        signals.received = number
-        for each, handler in before.items():
-            signal.signal(each, handler)
-        if several:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    for number in before:
-        signal.signal(number, note)
-    try:
-        yield signals
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

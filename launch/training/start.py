@@ -35,6 +35,7 @@ from launch.run.programs import Programs
 from launch.terminal.lines import waiting
 from launch.terminal.training import TrainProgress
 from launch.training import loop
+from launch.training.signals import Signals, Stopped, listening
 from moe import architecture
 from moe.training.optimizer import make_schedule
 from moe.training.train_state import TrainState
@@ -64,6 +65,30 @@ def train(
     Returns:
         The exit code.
     """
+    with listening(quiet=quiet) as signals:
+        try:
+            return _train(
+                config,
+                signals,
+                allowed_modules,
+                quiet=quiet,
+                allow_changes=allow_changes,
+            )
+        except Stopped as stopped:
+            if not quiet:
+                print(stopped, file=sys.stderr)
+            return stopped.code
+
+
+def _train(
+    config: ResolvedConfig,
+    signals: Signals,
+    allowed_modules: tuple[str, ...],
+    *,
+    quiet: bool,
+    allow_changes: bool,
+) -> int:
+    """As `train`, in which signals are heard."""
     settings = config.settings
     run = assemble(config)
     if settings.optimizer.offload and run.mesh.devices.flat[0].platform == "cpu":
@@ -86,15 +111,16 @@ def train(
     ):
         programs.during = functools.partial(waiting, quiet=quiet)
         store, batches, measure = _data(
-            config, run, programs, allowed_modules, quiet=quiet
+            config, run, programs, signals, allowed_modules, quiet=quiet
         )
         now = saving.provenance(config.operative, store.manifest)
-        found = saved.latest()
+        found = together.as_first_finds("the newest checkpoint", saved.latest)
         if found is not None and found >= settings.train.train_steps:
             saved.compare(found, run, now, allow_changes=allow_changes)
             return _already_complete(
-                config, run, store, saved, found, measure, quiet=quiet
+                config, run, store, saved, found, measure, signals, quiet=quiet
             )
+        was_scored = found is None or _scores_of(model_dir, found) is not None
         if found is None:  # drawing cannot fail, so compiling need not wait for it
             programs.begin()
             state = _initialised(run, quiet=quiet)
@@ -116,9 +142,11 @@ def train(
             programs.during = measure.during = progress.waiting
             _check(run, progress, quiet=quiet)
             programs.wait()
-            hooks = _hooks(run, store, batches, programs, measure, now)
+            signals.check()  # of several processes one may have been asked meanwhile
+            hooks = _hooks(run, store, batches, programs, measure, now, signals)
             state, code = loop.train(
-                run, state, batches, hooks, saved, writer, progress
+                *(run, state, batches, hooks, saved, writer, progress, signals),
+                was_scored=was_scored,
             )
             if code != EXIT_DONE:
                 _explain(code, saved, quiet=quiet)
@@ -130,6 +158,7 @@ def train(
             writer.write(
                 {"step": settings.train.train_steps, "split": "heldout"} | final
             )
+        signals.check()
         _finish(config, run, store, saved, state.params, final, quiet=quiet)
     return EXIT_DONE
 
@@ -148,6 +177,7 @@ def _data(
     config: ResolvedConfig,
     run: Run,
     programs: Programs,
+    signals: Signals,
     allowed_modules: tuple[str, ...],
     *,
     quiet: bool,
@@ -175,6 +205,7 @@ def _data(
         programs.evaluation,
         allowed_modules=allowed_modules,
         during=functools.partial(waiting, quiet=quiet),
+        check=signals.check,
     )
     if settings.loop.task_metrics_period_steps:
         measure.load()
@@ -224,12 +255,13 @@ def _hooks(
     programs: Programs,
     measure: TaskMetrics,
     provenance: dict[str, Any],
+    signals: Signals,
 ) -> loop.Hooks:
     """What the loop calls between steps."""
     return loop.Hooks(
         train_step=programs.train_step(),
         in_rounds=programs.rounds,
-        score=_scorer(run, store, measure.eval_step),
+        score=_scorer(run, store, measure.eval_step, signals),
         measure=measure,
         data_facts=_data_facts(batches, store),
         provenance=provenance,
@@ -249,11 +281,15 @@ def _data_facts(batches: Batches, store: TokenStore) -> Callable[[int], dict[str
     return facts
 
 
-def _scorer(run: Run, store: TokenStore, compiled: Callable[[], EvalStep]) -> Any:
-    """Held-out scoring."""
+def _scorer(
+    run: Run, store: TokenStore, compiled: Callable[[], EvalStep], signals: Signals
+) -> Any:
+    """Held-out scoring, which a signal stops between two batches."""
 
     def score(params: Any, num_batches: int) -> dict[str, Any]:
-        return heldout.heldout(run, store, params, compiled(), num_batches)
+        return heldout.heldout(
+            run, store, params, compiled(), num_batches, signals.check
+        )
 
     return score
 
@@ -265,6 +301,7 @@ def _already_complete(
     saved: Checkpoints,
     found: int,
     measure: TaskMetrics,
+    signals: Signals,
     *,
     quiet: bool,
 ) -> int:
@@ -275,28 +312,35 @@ def _already_complete(
         f"{config.settings.train.train_steps:,}. Raise TRAIN_STEPS to go on, or take "
         "another MODEL_DIR to start afresh."
     )
-    scores = [
-        record
-        for record in read_metrics(loop_settings.model_dir)
-        if record["split"] == "heldout" and record["step"] == found
-    ]
+    scores = _scores_of(Path(loop_settings.model_dir), found)
     report = Path(loop_settings.model_dir, "report.html")
-    has_report = report.exists()
-    together.together("looking for the report")
-    if scores and has_report:
-        _print_scores(scores[-1], store)
+    if scores and together.as_first_finds("the report", report.exists):
+        _print_scores(scores, store)
         print(f"checkpoint    {saved.path(found)}\nreport        {report}")
         return EXIT_DONE
     params = saved.restore_params(found, run)
     with waiting("scoring the held-out split", quiet=quiet):
-        score = _scorer(run, store, measure.eval_step)
+        score = _scorer(run, store, measure.eval_step, signals)
         final = score(params, loop_settings.last_eval_batches)
     if loop_settings.task_metrics_period_steps:
         final |= measure(params, found)
     with _writer(Path(loop_settings.model_dir), resume_step=None) as writer:
         writer.write({"step": found, "split": "heldout"} | final)
+    signals.check()
     _finish(config, run, store, saved, params, final, quiet=quiet)
     return EXIT_DONE
+
+
+def _scores_of(model_dir: Path, step: int) -> dict[str, Any] | None:
+    """The held-out metrics that were recorded of a step, if they were."""
+
+    def find() -> dict[str, Any] | None:
+        for record in read_metrics(model_dir):
+            if record["split"] == "heldout" and record["step"] == step:
+                return record
+        return None
+
+    return together.as_first_finds("the held-out metrics of the newest step", find)
 
 
 def _finish(

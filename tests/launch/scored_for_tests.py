@@ -7,11 +7,13 @@ import dataclasses
 import functools
 import json
 import sys
+import threading
 import types
 
 import jax
 import numpy as np
 import optax
+import pytest
 
 from launch.config.settings import SampleSettings
 from launch.evaluation import heldout as evaluation
@@ -31,6 +33,7 @@ from moe.training.train_step import Learner
 from partitioning import rules
 from partitioning.mesh import make_mesh
 from tasks import scoring
+from tasks.batches import HeldoutBatches
 from tasks.manifest import LanguageManifest, Manifest, SplitManifest, TaskManifest
 from tasks.settings import DataSettings
 
@@ -255,6 +258,18 @@ def heldout(mesh: str, data: DataSettings = DATA, num_batches: int = 0):
         )
 
 
+def note_documents(patch: pytest.MonkeyPatch) -> set[tuple[threading.Thread, int]]:
+    """Notes which thread asks for the documents of which rows of a batch."""
+    noted, documents = set(), HeldoutBatches.documents
+
+    def note(held, index, start, stop):
+        noted.update((threading.current_thread(), row) for row in range(start, stop))
+        return documents(held, index, start, stop)
+
+    patch.setattr(HeldoutBatches, "documents", note)
+    return noted
+
+
 def task_metrics(mesh: str, model_dir) -> TaskMetrics:
     return TaskMetrics(
         make_run(mesh, model_dir), Store(), lambda: compiled_eval_step(mesh)
@@ -269,7 +284,10 @@ def main(process: int, processes: int, port: str, model_dir: str) -> None:
     )
     scoring.load = lambda *_: TASKS
     metrics = task_metrics("d4e2", model_dir)
-    found = heldout("d4e2")
+    with pytest.MonkeyPatch.context() as patch:
+        read = note_documents(patch)
+        found = heldout("d4e2")
+    assert len({row for _, row in read}) == B // processes, "those of its own devices"
     with jax.set_mesh(make_mesh(MESHES["d4e2"])):
         first = metrics(parameters(), 5)
         assert metrics(parameters(), 6) == first

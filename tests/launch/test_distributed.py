@@ -1,5 +1,8 @@
 """Which process of which job this is, by configuration, environment and launcher."""
 
+import dataclasses
+import math
+
 import pytest
 
 from launch.config.settings import PlatformSettings
@@ -92,3 +95,32 @@ def test_the_others_hear_what_happened_in_one_line_and_its_exit_code():
         EXIT_LOST_PROCESS
     )
     assert _outcome(3, RuntimeError(""), lost=False)["message"] == "RuntimeError: "
+
+
+@dataclasses.dataclass
+class Coordinator:
+    """Keeps what processes say, as jax's does."""
+
+    said: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    def key_value_set(self, key, value):
+        assert key not in self.said
+        self.said[key] = value
+
+    def blocking_key_value_get(self, key, milliseconds):
+        return self.said[key]
+
+
+def test_what_process_0_finds_on_a_shared_disk_all_go_by(monkeypatch):
+    coordinator = Coordinator()
+    monkeypatch.setattr(together, "client", lambda: coordinator)
+    monkeypatch.setattr("jax.process_count", lambda: 2)
+    found = []
+    for process, shown in enumerate([{"step": 10, "loss": math.inf}, None]):
+        monkeypatch.setattr("jax.process_index", lambda process=process: process)
+        found.append(together.as_first_finds("the record", lambda shown=shown: shown))
+    assert found == [{"step": 10, "loss": math.inf}] * 2
+
+
+def test_a_process_alone_goes_by_what_it_finds():
+    assert together.as_first_finds("the newest checkpoint", lambda: 7) == 7

@@ -9,6 +9,7 @@ import re
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import jax
@@ -95,6 +96,13 @@ def test_losses_of_tasks_and_languages_are_those_of_single_documents(data):
     expected["tokens"] = tokens
     assert {name: found[name] for name in expected} == pytest.approx(expected, rel=2e-5)
     assert not {n for n in found if n.count("/") > 1} - expected.keys()
+
+
+def test_languages_are_read_ahead_with_the_rows_they_are_of(monkeypatch):
+    read = scored.note_documents(monkeypatch)
+    scored.heldout("d4e2", CAUSAL)
+    assert read, "one Task says the languages of its documents"
+    assert threading.main_thread() not in {thread for thread, _ in read}
 
 
 def test_where_not_all_text_is_predicted_there_are_no_bits_per_byte():

@@ -42,6 +42,64 @@ Batches.read = read
 sys.exit(cli.main())
 """
 
+# To process 1 the shared folder is shown as it was before the run.
+STALE = """
+import os, pathlib, sys
+from launch import cli
+from launch.job import together
+
+def run(job, work, config, original=together.run):
+    def stale():
+        from launch.checkpoints.store import Checkpoints
+        from launch.training import start
+
+        def exists(path, original=pathlib.Path.exists):
+            return path.name != "report.html" and original(path)
+
+        pathlib.Path.exists = exists
+        Checkpoints.latest = lambda saved: None
+        start.read_metrics = lambda folder: []
+        return work()
+
+    return original(job, stale if job.process else work, config)
+
+together.run = run
+sys.exit(cli.main())
+"""
+
+
+# Takes a second for every batch that is scored, or five to compile the train step, and
+# leaves a file when process 1 begins with it.
+SLOW = """
+import os, pathlib, sys, time
+from launch import cli
+from launch.job import together
+
+def slow(work, seconds):
+    def slowly(*arguments, **options):
+        pathlib.Path(os.environ["BEGUN"]).touch()
+        time.sleep(seconds)
+        return work(*arguments, **options)
+
+    return slowly
+
+def run(job, work, config, original=together.run):
+    def slowed():
+        from launch.run.assemble import Run
+        from launch.training.signals import Signals
+
+        if os.environ["SLOW"] == "scoring":
+            Signals.check = slow(Signals.check, 1)
+        else:
+            Run.compile_train_step = slow(Run.compile_train_step, 5)
+        return work()
+
+    return original(job, slowed if job.process else work, config)
+
+together.run = run
+sys.exit(cli.main())
+"""
+
 
 def free_port() -> int:
     with socket.socket() as one:
@@ -49,7 +107,9 @@ def free_port() -> int:
         return one.getsockname()[1]
 
 
-def start(trained: Trained, verb: str, number: int, *words: str, program=""):
+def start(
+    trained: Trained, verb: str, number: int, *words: str, program="", **exported
+):
     """Starts the processes of one job, which differ in their environment only."""
     job = [
         f"--gin.NUM_PROCESSES={number}",
@@ -60,6 +120,7 @@ def start(trained: Trained, verb: str, number: int, *words: str, program=""):
             *(verb, *words, *job),
             program=program,
             JAX_PROCESS_ID=str(process),
+            **exported,
         )
         for process in range(number)
     ]
@@ -155,6 +216,18 @@ def test_what_two_saved_four_go_on_with_and_one_scores(trained, pair, tmp_path):
     assert evaluated[1].out == ""
 
 
+@pytest.mark.slow
+def test_all_processes_go_by_what_process_0_finds(trained, pair, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(pair[0], folder)
+    words = words_of(trained, folder, 1)
+    processes = start(trained, "train", 2, *words, program=STALE)
+    first, second = (commands.finish(process) for process in processes)
+    assert (first.code, second.code) == (0, 0), first.err + second.err
+    assert "is complete: step 4 of 4" in first.out
+    assert "scoring" not in first.err
+
+
 def wait_for_records(folder: Path, number: int) -> None:
     deadline = time.monotonic() + 120
     path = folder / "metrics.jsonl"
@@ -182,6 +255,39 @@ def test_a_signal_to_one_process_saves_one_step_of_all(trained, tmp_path):
     (step,) = (int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir())
     assert f"stopped, and saved step {step}; the same command resumes" in dones[0].err
     assert arrays_of(tmp_path / "run", step)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("what", "knobs", "steps"),
+    [
+        ("compiling", {}, []),
+        ("scoring", {"EVAL_PERIOD": 2, "EVAL_BATCHES": 0}, ["2"]),
+        ("scoring", {}, ["4"]),  # the whole split, after the last step
+    ],
+)
+def test_a_signal_to_one_process_stops_all_while_they_compile_or_score(
+    trained, tmp_path, what, knobs, steps
+):
+    folder, begun = tmp_path / "run", tmp_path / "begun"
+    words = words_of(trained, folder, 1, **knobs)
+    exported = {"BEGUN": str(begun), "SLOW": what}
+    processes = start(trained, "train", 2, *words, program=SLOW, **exported)
+    deadline = time.monotonic() + 120
+    while not begun.exists():
+        assert time.monotonic() < deadline, "it never got so far"
+        time.sleep(0.01)
+    if what == "scoring":  # the first check is that before the first step
+        begun.unlink()
+        while not begun.exists():
+            assert time.monotonic() < deadline, "nothing was scored"
+            time.sleep(0.01)
+    processes[1].send_signal(signal.SIGTERM)
+    dones = [commands.finish(process) for process in processes]
+    assert [d.code for d in dones] == [EXIT_PREEMPTED] * 2, dones[0].err + dones[1].err
+    assert "the same command" in dones[0].err
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == steps
+    assert not [r for r in records_of(folder) if r["split"] == "heldout"]
 
 
 @pytest.mark.slow

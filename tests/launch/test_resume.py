@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -73,14 +74,25 @@ def assert_ended_alike(folder: Path, undisturbed: Path) -> None:
 
 
 class Life:
-    """A run in a process of its own, which waits before it reads a batch."""
+    """A run in a process of its own, which waits somewhere."""
 
-    def __init__(self, trained: Trained, folder: Path, pause_at: int) -> None:
-        self._process = trained.start(
-            *("train", "--self_check=off", *trained.knobs(folder)),
-            program=commands.PAUSED,
-            PAUSE_AT=str(pause_at),
-        )
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self._process = process
+
+    @classmethod
+    def before_batch(cls, trained: Trained, folder: Path, index: int) -> "Life":
+        words = ("train", "--self_check=off", *trained.knobs(folder))
+        exported = {"PAUSE_AT": str(index)}
+        return cls(trained.start(*words, program=commands.PAUSED, **exported))
+
+    @classmethod
+    def inside(
+        cls, where: str, trained: Trained, folder: Path, *, deaf: bool = False, **knobs
+    ) -> "Life":
+        """One that waits in a function, if it is deaf whatever signal comes."""
+        words = ("train", *trained.knobs(folder, **knobs))
+        exported = {"PAUSE_IN": where, "DEAF": "1" if deaf else ""}
+        return cls(trained.start(*words, program=commands.PAUSED_IN, **exported))
 
     def __enter__(self) -> "Life":
         return self
@@ -91,8 +103,8 @@ class Life:
     def wait(self) -> None:
         """Returns when it waits."""
         assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        assert line == "paused\n", self._process.communicate()
+        said = iter(self._process.stdout.readline, "")
+        assert "paused\n" in said, self._process.communicate()
 
     def end(self, number: signal.Signals) -> Done:
         self._process.send_signal(number)
@@ -123,13 +135,13 @@ class Story:
 def story(trained, tmp_path_factory) -> Story:
     """Three lives of one run of 20 steps, checkpoints at every tenth."""
     folder = tmp_path_factory.mktemp("story") / "run"
-    with Life(trained, folder, pause_at=14) as life:
+    with Life.before_batch(trained, folder, 14) as life:
         life.wait()
         wait_for_step(folder, 10)
         second = commands.inline("train", *trained.knobs(folder))
         killed = life.end(signal.SIGKILL)
     steps_after_kill = steps_of(folder)
-    with Life(trained, folder, pause_at=15) as life:
+    with Life.before_batch(trained, folder, 15) as life:
         life.wait()
         stopped = life.end(signal.SIGTERM)
     steps_after_stop = steps_of(folder)
@@ -246,7 +258,7 @@ def test_a_run_of_four_devices_goes_on_on_one(trained, tmp_path):
 @pytest.mark.slow
 def test_ctrl_c_saves_and_ends_as_the_shell_expects(trained, tmp_path):
     folder = tmp_path / "run"
-    with Life(trained, folder, pause_at=7) as life:
+    with Life.before_batch(trained, folder, 7) as life:
         life.wait()
         done = life.end(signal.SIGINT)
     assert done.code == EXIT_INTERRUPTED == 130, done.err
@@ -255,6 +267,101 @@ def test_ctrl_c_saves_and_ends_as_the_shell_expects(trained, tmp_path):
     assert f"stopped, and saved step {step}; the same command" in done.err
     assert trained.run("train", *trained.knobs(folder)).code == 0
     assert_ended_alike(folder, trained.folder)
+
+
+SCORING = "launch.evaluation.heldout:heldout"
+
+
+def heldout_of(folder: Path) -> list[int]:
+    """The steps of which held-out metrics are recorded, in the order of the file."""
+    return [r["step"] for r in records_of(folder) if r["split"] == "heldout"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_scores_that_were_stopped_are_made_by_the_next_life(trained, tmp_path):
+    folder = tmp_path / "run"
+    with Life.inside(SCORING, trained, folder, SELF_CHECK="off") as life:
+        life.wait()
+        wait_for_step(folder, 10)  # saved, and not scored yet
+        stopped = life.end(signal.SIGTERM)
+    assert stopped.code == EXIT_PREEMPTED, stopped.err
+    assert "stopped, and saved step 10; the same command resumes" in stopped.err
+    assert (steps_of(folder), heldout_of(folder)) == ([10], [])
+    with Life.inside(SCORING, trained, folder, SELF_CHECK="off") as life:
+        life.wait()
+        killed = life.end(signal.SIGKILL)
+    assert killed.code == -signal.SIGKILL
+    assert (steps_of(folder), heldout_of(folder)) == ([10], [])
+    assert trained.run("train", *trained.knobs(folder)).code == 0
+    assert heldout_of(folder) == [10, 20]
+    assert_ended_alike(folder, trained.folder)
+
+
+@pytest.mark.slow
+def test_scores_that_are_stopped_save_a_step_that_was_not_to_be_saved(
+    trained, tmp_path
+):
+    folder, knobs = tmp_path / "run", {"EVAL_PERIOD": 7, "SELF_CHECK": "off"}
+    with Life.inside(SCORING, trained, folder, **knobs) as life:
+        life.wait()
+        stopped = life.end(signal.SIGINT)
+    assert stopped.code == EXIT_INTERRUPTED, stopped.err
+    assert (steps_of(folder), heldout_of(folder)) == ([7], [])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("where", "number", "code"),
+    [
+        ("launch.run.assemble:Run.compile_train_step", signal.SIGINT, 130),
+        ("launch.run.assemble:Run.compile_train_step", signal.SIGTERM, 42),
+        ("launch.run.self_check:check", signal.SIGINT, 130),
+        ("launch.run.self_check:check", signal.SIGTERM, 42),
+        ("launch.checkpoints.store:Checkpoints.restore", signal.SIGTERM, 42),
+    ],
+)
+def test_before_the_first_step_a_signal_ends_a_run_at_once(
+    trained, tmp_path, where, number, code
+):
+    folder = moved(trained.folder, tmp_path / "run")
+    with Life.inside(where, trained, folder, deaf=True) as life:
+        life.wait()
+        began = time.monotonic()
+        done = life.end(number)
+    assert time.monotonic() - began < 10, "whatever it was doing takes minutes"
+    assert done.code == code, done.err
+    assert "stopped; the same command goes on from what is kept" in done.err
+    assert "Traceback" not in done.err
+    assert steps_of(folder) == [10]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_after_the_last_step_a_signal_ends_a_run_and_the_next_finishes_it(
+    trained, tmp_path
+):
+    folder = moved(trained.folder, tmp_path / "run")
+    (folder / "report.html").unlink()
+    for where in (
+        SCORING,
+        "launch.evaluation.sampling:continue_prompt",
+        "launch.report.run:write_report",
+    ):
+        knobs = {"SAMPLE_PROMPT": "def ", "SELF_CHECK": "off"}
+        with Life.inside(where, trained, folder, deaf=True, **knobs) as life:
+            life.wait()
+            began = time.monotonic()
+            done = life.end(signal.SIGTERM)
+        assert time.monotonic() - began < 10
+        assert done.code == EXIT_PREEMPTED, done.err
+        assert steps_of(folder) == [10, 20]
+        assert not (folder / "report.html").exists()
+    assert trained.run("train", *trained.knobs(folder)).code == 0
+    assert (folder / "report.html").is_file()
+    recorded = read_metrics(folder)
+    assert [r["step"] for r in recorded if r["split"] == "heldout"] == [10, 20]
+    assert state_of(folder, 20).keys() == state_of(trained.folder, 20).keys()
 
 
 @pytest.mark.slow

@@ -122,12 +122,11 @@ def import_module(module: str, allowed_modules: tuple[str, ...]) -> None:
     Raises:
         StoreError: it is neither, or it cannot be imported.
     """
-    if module.partition(".")[0] == "tasks" and not _is_ours(module):
-        hidden = "tasks.py" if Path("tasks.py").exists() else "tasks/"
+    if hidden := _hidden_by_ours(module):
         raise StoreError(
             f"MIXTURE_OR_TASK_MODULE = {module!r}: Switchyard has a package of the "
-            f"name `tasks`, which hides a {hidden} of yours: give that another name, "
-            "such as my_tasks"
+            f"name `tasks`, which hides your {hidden}: give that another name, such as "
+            "my_tasks"
         )
     if not module.startswith("tasks.") and module not in allowed_modules:
         raise StoreError(
@@ -144,11 +143,22 @@ def import_module(module: str, allowed_modules: tuple[str, ...]) -> None:
         ) from error
 
 
-def _is_ours(module: str) -> bool:
-    """Whether there is such a module in this package."""
-    path = Path(__file__).parent.joinpath(*module.split(".")[1:])
-    there = path.with_suffix(".py").exists() or path.is_dir() or module in sys.modules
-    return module != "tasks" and there
+def _hidden_by_ours(module: str) -> str:
+    """What lies in the working directory under the name of this package, if asked for.
+
+    T5X's users call their module of Tasks so.
+    """
+    names = module.split(".")
+    ours = Path(__file__).parent
+    there = ours.joinpath(*names[1:])
+    known = there.with_suffix(".py").exists() or there.is_dir() or module in sys.modules
+    if names[0] != "tasks" or (known and names[1:]):
+        return ""
+    if Path("tasks.py").exists():
+        return "tasks.py"
+    return (
+        "tasks/" if Path("tasks").is_dir() and Path("tasks").resolve() != ours else ""
+    )
 
 
 def features(task: Any) -> tuple[str, ...]:

@@ -6,27 +6,13 @@ from pathlib import Path
 
 from launch.config.reader import ResolvedConfig
 from launch.config.settings import Settings
-from launch.data.opening import check_embedding, open_checked, training_batches
+from launch.data.opening import check_embedding, training_batches
 from launch.errors import UsageError
 from launch.terminal import training
 from tasks import batches, vocabularies
 from tasks.manifest import Manifest
 from tasks.preparation import engines
-from tasks.store import TokenStore, is_there, open_store
-
-
-def ensure_store(
-    config: ResolvedConfig, *, allowed_modules: tuple[str, ...], quiet: bool
-) -> TokenStore:
-    """Opens the store of a run, and prepares it first if it is missing.
-
-    Raises:
-        StoreError: it cannot be prepared, is damaged, or was made with other settings.
-        ConfigError: its vocabulary is larger than the model's embedding.
-    """
-    if not is_there(config.settings.data.store_dir):
-        prepare(config, allowed_modules=allowed_modules, quiet=quiet)
-    return open_checked(config)
+from tasks.store import TokenStore, open_store
 
 
 def engine(

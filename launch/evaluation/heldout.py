@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from launch.evaluation.task_metrics import EvalStep
 from launch.run.assemble import Run
 from launch.run.feed import Feed, Read
 from moe.training import losses
@@ -22,6 +21,7 @@ from tasks.settings import DataSettings
 from tasks.store import TokenStore
 
 Record = dict[str, Any]
+EvalStep = Callable[[Any, Any], tuple[Sums, jax.Array]]
 
 _LANGUAGES = "languages"  # beside the features of a batch, while it is on its way
 

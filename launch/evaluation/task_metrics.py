@@ -15,16 +15,15 @@ from jax.experimental import multihost_utils
 
 from launch.config.settings import Settings
 from launch.evaluation.continuing import continuation, padded, until_end
+from launch.evaluation.heldout import EvalStep
 from launch.run.assemble import Run
 from launch.terminal.lines import waiting
-from moe.training.losses import Sums
 from partitioning import rules
 from tasks import files, objectives, scoring
 from tasks.errors import StoreError
 from tasks.scoring import ScoredTask
 from tasks.store import TokenStore
 
-EvalStep = Callable[[Any, Any], tuple[Sums, jax.Array]]
 Waiting = Callable[[str], contextlib.AbstractContextManager]
 
 

@@ -7,7 +7,7 @@ import jax
 from launch.config.reader import ResolvedConfig
 from launch.config.settings import Settings
 from launch.data import opening
-from launch.data.inspection import cut_words
+from launch.data.opening import cut_words
 from launch.run import attention_check
 from launch.run.assemble import Run
 from launch.terminal.lines import compact

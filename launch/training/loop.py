@@ -36,7 +36,8 @@ class Hooks:
         train_step: compiled; donates its state.
         in_rounds: returns the compiled step that always fits the row budget.
         score: held-out metrics of parameters, on some or on all (0) batches.
-        measure: the Tasks' own metrics of parameters, at a step.
+        measure: the Tasks' own metrics of parameters, at a step; None where none are
+            asked for.
         data_facts: what is known of the data before a batch index.
         provenance: what a checkpoint says of its origin.
     """
@@ -44,7 +45,7 @@ class Hooks:
     train_step: Step
     in_rounds: Callable[[], Step]
     score: Callable[[Any, int], Record]
-    measure: Callable[[Any, int], Record]
+    measure: Callable[[Any, int], Record] | None
     data_facts: Callable[[int], Record]
     provenance: Record
 
@@ -188,7 +189,7 @@ class _Between:
         params, scores = self.steps.state.params, Record()
         if "score" in due:
             scores |= self.hooks.score(params, self.run.settings.loop.eval_batches)
-        if "measure" in due:
+        if "measure" in due and self.hooks.measure is not None:
             scores |= self.hooks.measure(params, step)
         if scores:  # of one split and step there is one record
             self.log.score(step, scores)

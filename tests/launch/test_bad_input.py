@@ -15,7 +15,7 @@ from launch.checkpoints.store import Checkpoints
 from launch.config import reader
 from launch.evaluation.sampling import SampleError, encode_prompt
 from launch.run.assemble import Run
-from launch.training.start import ModelDirError, owned
+from launch.training.folder import ModelDirError, owned
 from tasks import vocabularies
 from tasks.manifest import read_manifest, write_manifest
 
@@ -111,10 +111,9 @@ def test_all_problems_are_in_one_error(verb, tmp_path, monkeypatch):
 # ------------------------------------------------------------------------- the store
 
 
-@pytest.mark.parametrize("verb", ["evaluate", "generate"])
-def test_a_store_that_is_missing_is_said(verb, trained, tmp_path):
+def test_a_store_that_is_missing_is_said(trained, tmp_path):
     words = [f"--model_dir={trained.folder}", f"--gin.STORE_DIR={tmp_path}/nowhere"]
-    error = error_of(inline(verb, *words))
+    error = error_of(inline("evaluate", *words))
     assert f"StoreError: there is no token store at {tmp_path}/nowhere" in error
     assert "switchyard prepare" in error
     assert list(tmp_path.iterdir()) == []
@@ -161,7 +160,7 @@ def test_a_complete_run_is_not_that_of_another_objective(trained):
     knobs = trained.knobs(trained.folder, OBJECTIVE="prefix_lm")
     error = error_of(inline("train", *knobs))
     assert "does not fit this run, in 1 place:" in error
-    assert "OBJECTIVE  causal_lm  prefix_lm" in error
+    assert "OBJECTIVE  'causal_lm'  'prefix_lm'" in error
 
 
 def test_a_store_that_is_another_one_is_said(trained, tmp_path):
@@ -201,11 +200,10 @@ def test_an_embedding_smaller_than_the_vocabulary_is_said(
     assert_nothing_begun(tmp_path / "run")
 
 
-@pytest.mark.parametrize("verb", ["evaluate", "generate"])
-def test_a_checkpoint_of_another_vocabulary_is_said(trained, wider_store, verb):
+def test_a_checkpoint_of_another_vocabulary_is_said(trained, wider_store):
     words = [f"--model_dir={trained.folder}", f"--gin.STORE_DIR={wider_store}"]
     words.append("--gin.VOCABULARY=task")
-    error = error_of(inline(verb, *words))
+    error = error_of(inline("evaluate", *words))
     assert "checkpoints/20 does not fit this run, in 1 place:" in error
     assert "\n  vocabulary_fingerprint " in error
 
@@ -320,7 +318,10 @@ def test_a_checkpoint_of_another_model_is_one_table(trained, folder):
     assert header.split() == ["saved", "wanted"]
     (router,) = [row for row in rows if row.startswith("  params/") and "router" in row]
     assert router.endswith("float32[1, 32, 4]      float32[1, 48, 8]")
-    assert len({row.index("float32") for row in rows}) == 1
+    arrays = [row for row in rows if row.startswith(("  params/", "  opt_state/"))]
+    assert len({row.index("float32") for row in arrays}) == 1
+    knobs = [row.split() for row in rows if row not in arrays]
+    assert knobs == [["EMBED_DIM", "32", "48"], ["NUM_EXPERTS", "4", "8"]]
     assert f"{folder}/config.gin" in remedy
     # It still says what the checkpoint was made with.
     assert (folder / "config.gin").read_text() == before

@@ -207,6 +207,17 @@ def test_a_module_is_imported_only_if_it_is_ours_or_allowed(tmp_path):
         prepare(missing)
 
 
+@pytest.mark.parametrize("name", ["tasks.py", "tasks/"])
+def test_a_module_that_ours_hides_is_named(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / name
+    file.mkdir() if name.endswith("/") else file.write_text("")
+    data = dataclasses.replace(settings("store"), mixture_or_task_module="tasks")
+    said = rf"a package of the name `tasks`, which hides your {name}: give that another"
+    with pytest.raises(StoreError, match=said):
+        prepare(data, allowed_modules=("tasks",))
+
+
 def test_a_file_in_the_way_is_said(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreError, match="store' cannot be made: Not a directory"):

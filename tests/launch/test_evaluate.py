@@ -277,7 +277,7 @@ def test_metrics_of_a_seqio_task_are_the_same_while_training_and_afterwards(tmp_
         SAMPLE_PROMPT="再见",
         SAMPLE_TEMPERATURE=0,
     )
-    paths = {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests' / 'tasks'}"}
+    paths = {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests' / 'support'}"}
     done = place.run("train", *knobs, "--allow_module", **paths)
     assert done.code == 0, done.err
     assert "│Zàijiàn" in done.out, "it has learnt its three pairs"

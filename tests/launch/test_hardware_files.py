@@ -24,6 +24,8 @@ SMALLEST = {
 }
 FITS = ["NUM_EXPERTS=64", "BATCH_SIZE=4096"]
 
+WORKER = Path(__file__).parents[1] / "support" / "flags_worker.py"
+
 
 def settings_of(path: Path) -> Settings:
     return reader.read(["runs/tiny.gin", str(path)], FITS).settings
@@ -39,7 +41,7 @@ def compile_under(flags: str, topology: str) -> subprocess.CompletedProcess:
     # The TPU's compiler reads XLA_FLAGS too, as it does while planning.
     assert (COMPILER / "libtpu").is_dir(), "no TPU compiler: run `make tpu-compiler`"
     return subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("flags_worker.py")), topology],
+        [sys.executable, str(WORKER), topology],
         env=os.environ
         | {"PYTHONPATH": f"{COMPILER}:{ROOT}"}
         | {"XLA_FLAGS": CPU_FLAG, "LIBTPU_INIT_ARGS": flags},

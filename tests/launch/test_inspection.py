@@ -2,23 +2,19 @@
 
 import dataclasses
 import re
-import sys
 import types
 from collections import Counter
 
+import memory_store
 import numpy as np
 import pytest
-from commands import ROOT
+from memory_store import VOCABULARY, on_disk, pair_store, text_store
 
 from launch.data import inspection
 from launch.data.opening import training_batches
 from tasks.manifest import LanguageManifest, write_manifest
 from tasks.settings import MixtureSettings
 from tasks.store import TokenStore, open_store
-
-sys.path.append(str(ROOT / "tests" / "tasks"))
-import memory_store
-from memory_store import VOCABULARY, on_disk, pair_store, text_store
 
 pytestmark = pytest.mark.fast
 

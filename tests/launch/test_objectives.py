@@ -9,7 +9,6 @@ import dataclasses
 import json
 import re
 import shutil
-import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -17,12 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import memory_store
 import numpy as np
 import pytest
 import scored_for_tests as scored
 import tensorstore as ts
-from commands import ROOT, Done, Place, inline
+from commands import Done, Place, inline
 from jax.experimental.compilation_cache import compilation_cache
+from memory_store import MemoryStore, on_disk, pair_store, text_store
 
 from launch.records.write import read_metrics
 from moe import architecture
@@ -40,10 +41,6 @@ from tasks.manifest import write_manifest
 from tasks.rows import TaskRows
 from tasks.settings import MixtureSettings
 from tasks.store import TokenStore, open_store
-
-sys.path.append(str(ROOT / "tests" / "tasks"))
-import memory_store
-from memory_store import MemoryStore, on_disk, pair_store, text_store
 
 SIZES = {"long": 40, "short": 6, "never": 3}
 RATES = {"long": 3.0, "short": 1.0, "never": 0.0}

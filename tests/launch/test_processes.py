@@ -51,14 +51,14 @@ from launch.job import together
 def run(job, work, config, original=together.run):
     def stale():
         from launch.checkpoints.store import Checkpoints
-        from launch.training import start
+        from launch.training import finish
 
         def exists(path, original=pathlib.Path.exists):
             return path.name != "report.html" and original(path)
 
         pathlib.Path.exists = exists
         Checkpoints.latest = lambda saved: None
-        start.read_metrics = lambda folder: []
+        finish.read_metrics = lambda folder: []
         return work()
 
     return original(job, stale if job.process else work, config)

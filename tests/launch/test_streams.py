@@ -29,7 +29,7 @@ from tasks.vocabularies import ByteVocabulary, to_files
 BATCH, LENGTH, LAST = 16, 24, 40
 RATES = {"first": 0.6, "second": 0.3, "third": 0.1}
 
-WORKER = Path(__file__).with_name("stream_worker.py")
+WORKER = Path(__file__).parents[1] / "support" / "stream_worker.py"
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import pytest
 from launch.config.platform import CPU_FLAG
 from moe.dispatch import auto
 
-SCRIPT = Path(__file__).with_name("compile_for_tpu.py")
+SCRIPT = Path(__file__).parents[1] / "support" / "compile_for_tpu.py"
 ATTENTION = SCRIPT.with_name("compile_attention_for_tpu.py")
 COMPILER = Path(sys.prefix, "tpu-compiler")
 REPOSITORY = SCRIPT.parents[2]

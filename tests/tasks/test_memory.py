@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-HERE = Path(__file__).parent
+SUPPORT = Path(__file__).parents[1] / "support"
 CORPUS_BYTES = int(os.environ.get("SWITCHYARD_MEMORY_TEST_BYTES", 2 << 30))
 BLOCK_BYTES = 32 << 20
 MOST_MORE_BYTES = 600_000_000
@@ -74,7 +74,7 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path):
         env={
             **os.environ,
             "CORPUS": str(folder),
-            "PYTHONPATH": os.pathsep.join([str(HERE), *filter(None, sys.path)]),
+            "PYTHONPATH": os.pathsep.join([str(SUPPORT), *filter(None, sys.path)]),
         },
     )
     assert done.returncode == 0, done.stderr

@@ -23,7 +23,7 @@ from tasks.settings import DataSettings, FilterSettings
 from tasks.store import StoreError, open_store, work_dir
 
 MODULE = "corpus_of_files"
-HERE = Path(__file__).parent
+SUPPORT = Path(__file__).parents[1] / "support"
 LANGUAGES = {"en": "the of a row token é ", "zh": "語言模型的學習資料", "": "0101"}
 
 # Forks from a process that has imported everything, so that a kill costs milliseconds.
@@ -128,7 +128,7 @@ def run_killed(data, *, kills, longest, workers=1) -> list[int]:
         capture_output=True,
         text=True,
         check=False,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), *sys.path])},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(SUPPORT), *sys.path])},
     )
     assert done.returncode == 0, done.stderr
     assert "Error" not in done.stderr, done.stderr
@@ -161,7 +161,7 @@ def test_killed_a_hundred_times_the_store_is_the_same(undisturbed, tmp_path, wor
 
 @pytest.mark.slow
 def test_processes_and_beam_make_the_same_store(undisturbed, tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(HERE))
+    monkeypatch.syspath_prepend(str(SUPPORT))
     for name, engine in (
         ("processes", engines.Processes(2)),
         ("beam", engines.Beam("DirectRunner")),
@@ -176,7 +176,7 @@ def test_processes_and_beam_make_the_same_store(undisturbed, tmp_path, monkeypat
     "engine", [engines.Processes(2), engines.Beam("DirectRunner")], ids=["2", "beam"]
 )
 def test_a_fault_in_a_worker_is_said_in_one_line(corpus, tmp_path, engine, monkeypatch):
-    monkeypatch.syspath_prepend(str(HERE))
+    monkeypatch.syspath_prepend(str(SUPPORT))
     broken = tmp_path / "corpus"
     broken.mkdir()
     write_corpus(broken)
@@ -202,7 +202,7 @@ def test_a_fault_in_a_worker_is_said_in_one_line(corpus, tmp_path, engine, monke
         capture_output=True,
         text=True,
         check=False,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), *sys.path])},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(SUPPORT), *sys.path])},
     )
     assert done.returncode == 1
     message = done.stderr.strip().splitlines()[-1]

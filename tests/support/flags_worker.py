@@ -1,6 +1,6 @@
 """Compiles a small product for a described TPU, under the flags in its environment.
 
-    python tests/launch/flags_worker.py TOPOLOGY
+    python tests/support/flags_worker.py TOPOLOGY
 
 In a process of its own, because a flag that the compiler does not know ends it.
 """

@@ -1,6 +1,6 @@
 """Compiles a sparse layer, forward and backward, with the TPU's own compiler.
 
-    python tests/moe/compile_for_tpu.py TOPOLOGY TRANSPORT DTYPE [in_rounds] [4x8]
+    python tests/support/compile_for_tpu.py TOPOLOGY TRANSPORT DTYPE [in_rounds] [4x8]
 
 The last word is data × expert, 4x4 by default.
 

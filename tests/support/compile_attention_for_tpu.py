@@ -1,6 +1,6 @@
 """Compiles the gradient of a dense model with the TPU's own compiler.
 
-    python tests/moe/compile_attention_for_tpu.py TOPOLOGY DTYPE ATTENTION_KERNEL
+    python tests/support/compile_attention_for_tpu.py TOPOLOGY DTYPE ATTENTION_KERNEL
 
 In a process of its own, because that compiler can end it. Needs `libtpu`, no TPU.
 Prints one line of JSON: kernels by name, collectives, arrays of all scores.

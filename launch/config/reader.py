@@ -314,6 +314,16 @@ class _Reader:
             if os.path.isfile(path):  # False, too, for what cannot be looked at
                 return path
         self._lost_a_file = True
+        if not name.strip():
+            self.problems.append(f"{place}a file has no name: write --gin_file=FILE")
+            return None
+        folders = [path for path in places if os.path.isdir(path)]
+        if folders:
+            self.problems.append(
+                f"{place}{_shown(folders[0])} is a folder: name a gin file that is in "
+                "it"
+            )
+            return None
         root = _configs()
         known = [str(path.relative_to(root)) for path in root.rglob("*.gin")]
         short = name.removeprefix("configs/")

@@ -108,6 +108,13 @@ def test_missing_macros_are_told_together(leaf):
     assert "--gin.BATCH_SIZE=" in problem
 
 
+def test_a_folder_or_nothing_is_no_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    assert only_problem_of("mine") == "mine is a folder: name a gin file that is in it"
+    assert only_problem_of("") == "a file has no name: write --gin_file=FILE"
+
+
 def test_a_missing_file_is_told_with_the_places_and_near_names(leaf):
     problem = only_problem_of(leaf('include "models/demo_swich.gin"', name="a/b.gin"))
     assert problem.startswith(

@@ -8,6 +8,7 @@ with. What a verb is stands in its own file of `launch/commands/`.
 import argparse
 import contextlib
 import dataclasses
+import functools
 import importlib.metadata
 import os
 import sys
@@ -132,6 +133,31 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(f"{message}; see {self.prog} --help")
 
 
+def parser(name: str, command: Command, width: int | None = None) -> "_Parser":
+    """Returns what reads the options of a verb, and writes its help.
+
+    Args:
+        name: of the verb.
+        command: the verb.
+        width: columns of the help; None takes the terminal's.
+    """
+    made = _Parser(
+        prog=f"switchyard {name}",
+        usage=f"switchyard {name} [OPTION=VALUE ...] [--gin.MACRO=VALUE ...]",
+        description=command.description,
+        epilog=_epilog(command),
+        formatter_class=functools.partial(
+            argparse.RawDescriptionHelpFormatter, width=width
+        ),
+        allow_abbrev=False,
+    )
+    kinds = typing.get_type_hints(command.options)
+    fields = dataclasses.fields(command.options)
+    for field in sorted(fields, key=lambda f: f.name in Options.__dataclass_fields__):
+        _add_flag(made, field, kinds[field.name])
+    return made
+
+
 def parse(
     name: str, command: Command, words: Sequence[str]
 ) -> tuple[Options, list[str]]:
@@ -140,34 +166,23 @@ def parse(
     Raises:
         UsageError: a word is neither.
     """
-    parser = _Parser(
-        prog=f"switchyard {name}",
-        usage=f"switchyard {name} [OPTION=VALUE ...] [--gin.MACRO=VALUE ...]",
-        description=command.description,
-        epilog=_epilog(command),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    kinds = typing.get_type_hints(command.options)
-    fields = dataclasses.fields(command.options)
-    for field in sorted(fields, key=lambda f: f.name in Options.__dataclass_fields__):
-        _add_flag(parser, field, kinds[field.name])
+    reads = parser(name, command)
     bindings = [word.removeprefix("--gin.") for word in words if _is_binding(word)]
     for binding in bindings:
         if "=" not in binding:
             raise UsageError(f"--gin.{binding} needs a value: --gin.{binding}=VALUE")
-    found, unknown = parser.parse_known_args(
+    found, unknown = reads.parse_known_args(
         [word for word in words if not _is_binding(word)]
     )
     if unknown:
         word = unknown[0]
-        known = [flag for flag in parser._option_string_actions if flag[:2] == "--"]
+        known = [flag for flag in reads._option_string_actions if flag[:2] == "--"]
         hint = nearest(word.partition("=")[0], known)
         if not word.startswith("-"):
             hint = "; options are written --name=value"
         elif word.lstrip("-").partition("=")[0].isupper():
             hint = f"; knobs are written --gin.{word.lstrip('-')}"
-        parser.error(f"{word!r} is not an option of {name}{hint}")
+        reads.error(f"{word!r} is not an option of {name}{hint}")
     values = {
         key: tuple(value) if isinstance(value, list) else value
         for key, value in vars(found).items()

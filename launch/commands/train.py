@@ -117,7 +117,8 @@ knobs of the command line; what is later wins:
 
 Text needs no quotes there; a tuple or dict needs those of the shell:
 --gin.TASK_FEATURE_LENGTHS="{'targets': 512}". A gin file is sought in the working
-directory, then beside the file that includes it, then among those of Switchyard.
+directory, then among those of Switchyard; an include beside its file first. A file in a
+folder models/ or hardware/ says all of its kind, and leaves nothing of one before it.
 """,
     ending="""\
 MODEL_DIR holds, while the run goes on: config.gin (every knob, its value, and the line

@@ -1,19 +1,17 @@
 """The page that a run leaves behind: one HTML file that refers to nothing else."""
 
-import html
-import importlib.resources
 import math
 import os
 import pathlib
-import string
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard
 
 import numpy as np
 
 from launch.records.write import read_metrics
-from launch.report import data, drawing, figures, page_parts, series
+from launch.report import data, drawing, figures, series
 from launch.report.about import About
+from launch.report.pages import Figure, render
 from launch.terminal.lines import compact, duration
 from launch.terminal.training import load_extremes
 
@@ -41,21 +39,20 @@ def write_report(model_dir: str | os.PathLike[str], about: About) -> pathlib.Pat
     heldout = [record for record in records if record["split"] == "heldout"]
     router = next((value for macro, value, _ in about.knobs if macro == "ROUTER"), "")
     by_cap = "expert_choice" in router
-    sections = [
-        _headline(train, heldout, rivals, about.tokens_per_step),
-        _loss(train, heldout, rivals, about.tokens_per_step),
-        data.data(train, heldout),
-        _routing(train, heldout, by_cap=by_cap),
-        _pace(train),
-        _sample(about.sample),
-        _settings(about.knobs),
-        _reproduce(about.command, about.checkpoint, about.manifest),
-    ]
-    template = importlib.resources.files("launch.report").joinpath("templates/run.html")
-    page = string.Template(template.read_text(encoding="utf-8")).substitute(
-        title=html.escape(about.title),
-        facts=page_parts.facts(about.facts),
-        sections="\n".join(section for section in sections if section),
+    load, routing = _routing(train)
+    page = render(
+        "run.html.jinja",
+        title=about.title,
+        facts=about.facts,
+        cards=_cards(train, heldout, rivals, about.tokens_per_step),
+        rivals=_beside(heldout, rivals),
+        loss=_loss(train, heldout, rivals, about.tokens_per_step),
+        data=data.data(train, heldout),
+        ledger=ledger(train, heldout, by_cap=by_cap),
+        load=load,
+        routing=routing,
+        pace=_pace(train),
+        about=about,
         max_points=drawing.MAX_POINTS,
     )
     path = pathlib.Path(model_dir) / REPORT_FILE
@@ -141,13 +138,13 @@ def ledger(
     return sentences
 
 
-def _headline(
+def _cards(
     train: Sequence[Record],
     heldout: Sequence[Record],
     rivals: Mapping[str, float],
     tokens_per_step: int | None,
-) -> str:
-    """The numbers a reader came for, and what they compare with."""
+) -> list[tuple[str, str, str]]:
+    """The numbers a reader came for: names, values, and what they compare with."""
     final = heldout[-1] if heldout else {}
     nats, bits = final.get("loss/nats_per_token"), final.get("loss/bits_per_byte")
     over = f"over {final['tokens']:,} tokens" if final.get("tokens") else ""
@@ -174,21 +171,20 @@ def _headline(
         cards.append(
             ("skipped", f"{max(skipped):,.0f}", "steps with a non-finite gradient")
         )
-    body = "".join(
-        f'<div class="card"><div class="name">{html.escape(name)}</div>'
-        f'<div class="value">{html.escape(value)}</div>'
-        f'<div class="note">{html.escape(note)}</div></div>'
-        for name, value, note in cards
+    return cards
+
+
+def _beside(heldout: Sequence[Record], rivals: Mapping[str, float]) -> Figure | None:
+    """Our bits per byte beside those of simpler models, where both are known."""
+    bits = heldout[-1].get("loss/bits_per_byte") if heldout else None
+    if not rivals or (bits is None and heldout):
+        return None
+    ours = {"this model": bits} if _is_finite(bits) else {}
+    return Figure(
+        figures.bars(ours, rivals, unit="bits per byte, less is better"),
+        "Bits that one byte of the held-out text takes: ours and simpler models.",
+        wide=True,
     )
-    if rivals and (bits is not None or not heldout):
-        ours = {"this model": bits} if _is_finite(bits) else {}
-        body += "</div>" + page_parts.figure_of(
-            figures.bars(ours, rivals, unit="bits per byte, less is better"),
-            "Bits that one byte of the held-out text takes: ours and simpler models.",
-            wide=True,
-        )
-        return f'<section><div class="cards">{body}</section>'
-    return f'<section><div class="cards">{body}</div></section>'
 
 
 def _loss(
@@ -196,12 +192,10 @@ def _loss(
     heldout: Sequence[Record],
     rivals: Mapping[str, float],
     tokens_per_step: int | None,
-) -> str:
+) -> Figure | None:
     """The loss curves."""
     if not train and not heldout:
-        return page_parts.section(
-            "Loss", '<p class="empty">No metrics were recorded.</p>'
-        )
+        return None
     reference = None
     final = heldout[-1] if heldout else {}
     nats, bits = final.get("loss/nats_per_token"), final.get("loss/bits_per_byte")
@@ -211,137 +205,72 @@ def _loss(
     svg = figures.loss(
         train, heldout, tokens_per_step=tokens_per_step, reference=reference
     )
-    return page_parts.section(
-        "Loss",
-        page_parts.figure_of(
-            svg,
-            "Cross-entropy without the auxiliary losses, on the batches being learnt "
-            "and on held-out text.",
-            wide=True,
-        ),
+    return Figure(
+        svg,
+        "Cross-entropy without the auxiliary losses, on the batches being learnt and "
+        "on held-out text.",
+        wide=True,
     )
 
 
-def _routing(
-    train: Sequence[Record], heldout: Sequence[Record], *, by_cap: bool
-) -> str:
-    """Load, drops and entropy per sparse layer; nothing for a dense model."""
-    body = "".join(
-        f"<p>{html.escape(' '.join(s))}</p>"
-        for s in [ledger(train, heldout, by_cap=by_cap)]
-        if s
-    )
+def _routing(train: Sequence[Record]) -> tuple[Figure | None, list[Figure]]:
+    """Load, and drops and entropy, per sparse layer; nothing for a dense model."""
+    load, pair = None, []
     loads = [record["router/load"] for record in train if record.get("router/load")]
     if loads:
         layers, experts = len(loads[-1]), len(loads[-1][0])
-        shown = (
-            ""
-            if layers <= drawing.MAX_LAYERS
-            else (f" {drawing.MAX_LAYERS} of {layers} layers are shown.")
+        words = (
+            "Load of each expert over the mean of its layer: white is balanced, red "
+            "overloaded, blue idle."
         )
+        if layers > drawing.MAX_LAYERS:
+            words += f" {drawing.MAX_LAYERS} of {layers} layers are shown."
         stride = math.ceil(experts / series.MAX_ROWS)
-        merged = (
-            ""
-            if stride == 1
-            else (
+        if stride > 1:
+            words += (
                 f" Each row shows the one of {stride} neighbouring experts that is "
                 "furthest from the mean."
             )
-        )
-        body += page_parts.figure_of(
-            figures.load(train),
-            "Load of each expert over the mean of its layer: white is balanced, red "
-            f"overloaded, blue idle.{shown}{merged}",
-            wide=True,
-        )
-    pair = ""
+        load = Figure(figures.load(train), words, wide=True)
     if any(record.get("router/dropped_fraction_per_layer") for record in train):
-        pair += page_parts.figure_of(
-            figures.dropped(train),
-            "Choices dropped in each sparse layer.",
-        )
+        words = "Choices dropped in each sparse layer."
+        pair.append(Figure(figures.dropped(train), words))
     # A router without probabilities, such as "hashed", has no entropy.
     if any(any(record.get("router/entropy_nats_per_layer", ())) for record in train):
-        pair += page_parts.figure_of(
-            figures.entropy(train),
+        words = (
             "Entropy of the router's probabilities: ln E means undecided among all "
-            "experts, 0 means certain.",
+            "experts, 0 means certain."
         )
-    if pair:
-        body += f'<div class="pair">{pair}</div>'
-    return page_parts.section("Routing", body) if body else ""
+        pair.append(Figure(figures.entropy(train), words))
+    return load, pair
 
 
-def _pace(train: Sequence[Record]) -> str:
+def _pace(train: Sequence[Record]) -> list[Figure]:
     """Speed and the optimizer."""
-    pair = ""
-    speeds = _numbers(train, "perf/tokens_per_second")
-    if speeds:
+    pair = []
+    if _numbers(train, "perf/tokens_per_second"):
         seconds = _numbers(train[:1], "perf/step_seconds")
         steady_records = _steady(train)
         later = _numbers(steady_records, "perf/step_seconds")
-        apart = ""
+        words = "Speed, and the share of each step spent waiting for data."
         if later:
             steady = float(np.median(later))
-            apart = f" The median step took {_unbroken(steady)}"
+            words += f" The median step took {_unbroken(steady)}"
             if seconds and seconds[0] > 1.5 * steady:
-                apart += f", the first step {_unbroken(seconds[0])}"
-            apart += "."
-        pair += page_parts.figure_of(
-            figures.throughput(steady_records if later else train),
-            f"Speed, and the share of each step spent waiting for data.{apart}",
-        )
+                words += f", the first step {_unbroken(seconds[0])}"
+            words += "."
+        shown = figures.throughput(steady_records if later else train)
+        pair.append(Figure(shown, words))
     if any("optimizer/gradient_norm" in record for record in train):
-        pair += page_parts.figure_of(
-            figures.optimization(train),
-            "Global gradient norm before clipping, and the learning rate.",
-        )
-    if not pair:
-        return ""
-    return page_parts.section(
-        "Speed and optimization", f'<div class="pair">{pair}</div>'
-    )
+        words = "Global gradient norm before clipping, and the learning rate."
+        pair.append(Figure(figures.optimization(train), words))
+    return pair
 
 
 def _steady(train: Sequence[Record]) -> list[Record]:
     """Records without the first step of each start, which would flatten the rest."""
     name = "perf/steps_since_start"
     return [r for i, r in enumerate(train) if r.get(name, i + 1) != 1]
-
-
-def _sample(sample: Mapping[str, str] | None) -> str:
-    if not sample:
-        return ""
-    prompt, continuation = (
-        html.escape(str(sample.get(name, ""))) for name in ("prompt", "continuation")
-    )
-    return page_parts.section(
-        "A sample",
-        "<p>The prompt is bold; the model wrote the rest.</p>"
-        f'<div class="sample"><span class="prompt">{prompt}</span>{continuation}</div>',
-    )
-
-
-def _settings(knobs: Sequence[Sequence[str]]) -> str:
-    if not knobs:
-        return ""
-    return page_parts.section(
-        "Settings",
-        f"<details open><summary>{len(knobs)} settings</summary>"
-        + page_parts.table(("setting", "value", "from"), knobs)
-        + "</details>",
-    )
-
-
-def _reproduce(command: str, checkpoint: str, manifest: Mapping[str, Any]) -> str:
-    body = ""
-    if command:
-        body += f"<p>Run:</p><pre>{html.escape(command)}</pre>"
-    if checkpoint:
-        body += f"<p>Last checkpoint: <code>{html.escape(checkpoint)}</code></p>"
-    if manifest:
-        body += page_parts.table(("provenance", ""), [*manifest.items()])
-    return page_parts.section("Reproduce", body) if body else ""
 
 
 def _rivals(baselines: Mapping[str, float]) -> dict[str, float]:

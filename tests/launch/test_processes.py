@@ -202,8 +202,8 @@ def test_what_two_saved_four_go_on_with_and_one_scores(trained, pair, tmp_path):
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
     scored = commands.inline(
-        "evaluate", f"--model_dir={folder}", "--gin.NUM_PROCESSES=1",
-        "--gin.COORDINATOR_ADDRESS=''", "--gin.SIMULATED_DEVICES=4",
+        "evaluate", f"--model_dir={folder}",
+        "--gin_file=hardware/cpu4_d2e2.gin",
     )  # fmt: skip
     assert scored.code == 0, scored.err
     evaluated = [

@@ -260,22 +260,38 @@ def test_two_processes_end_and_find_what_one_finds(tmp_path, stand_ins):
             assert a["score"] == pytest.approx(b["score"], rel=1e-6)
 
 
+SHAPES = {
+    "prefix": {"PREFIX_ATTENTION": "bidirectional"},
+    "two_stacks": {
+        "ARCHITECTURE": "encoder_decoder",
+        "POSITIONS": "relative",
+        "GROUP_SIZE": 24,
+        "ENCODER_GROUP_SIZE": 40,
+        "NUM_BEAMS": 2,
+        "TRAIN_STEPS": 120,
+        "TASK_METRICS_PERIOD": 120,
+    },
+}
+
+
 @pytest.mark.slow
-def test_metrics_of_a_seqio_task_are_the_same_while_training_and_afterwards(tmp_path):
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_metrics_of_a_seqio_task_are_the_same_while_training_and_afterwards(
+    shape, tmp_path
+):
     place, folder = Place(tmp_path), tmp_path / "run"
     knobs = place.knobs(
         folder,
         MIXTURE_OR_TASK_NAME="measured",
         MIXTURE_OR_TASK_MODULE="tasks_with_metrics",
         OBJECTIVE="seq2seq",
-        PREFIX_ATTENTION="bidirectional",
         TASK_FEATURE_LENGTHS="{'inputs': 40, 'targets': 24}",
-        TRAIN_STEPS=60,
         LEARNING_RATE=0.01,
-        TASK_METRICS_PERIOD=60,
         SELF_CHECK="off",
         SAMPLE_PROMPT="再见",
         SAMPLE_TEMPERATURE=0,
+        **{"TRAIN_STEPS": 60, "TASK_METRICS_PERIOD": 60, **SHAPES[shape]},
     )
     paths = {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests' / 'support'}"}
     done = place.run("train", *knobs, "--allow_module", **paths)
@@ -283,7 +299,7 @@ def test_metrics_of_a_seqio_task_are_the_same_while_training_and_afterwards(tmp_
     assert "│Zàijiàn" in done.out, "it has learnt its three pairs"
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     (last,) = [r for r in map(json.loads, lines) if "metric/measured/score" in r]
-    predicted = folder / "predictions" / "measured-60.jsonl"
+    (predicted,) = (folder / "predictions").iterdir()
     before = read_lines(predicted)
     assert [line["target"] for line in before][1] == "Nǐ hǎo, shìjiè"
     assert (

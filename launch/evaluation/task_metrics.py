@@ -221,8 +221,10 @@ def are_wanted(
 def predictions_path(run: Run, task: str, step: int) -> str:
     """Returns where the predictions of a step are kept."""
     folder = files.join(run.settings.loop.model_dir, "predictions")
-    name = task.replace("/", "_").replace(":", "_")
-    return files.join(folder, f"{name}-{step}.jsonl")
+    name, beams = task.replace("/", "_").replace(":", "_"), ""
+    if run.settings.sample.num_beams > 1:  # greedy predictions stay beside
+        beams = f"-{run.settings.sample.num_beams}_beams"
+    return files.join(folder, f"{name}-{step}{beams}.jsonl")
 
 
 def _cut(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:

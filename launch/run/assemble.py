@@ -143,8 +143,9 @@ def assemble(
             that is only described, to compile for it.
     Raises:
         DeviceError: jax finds none.
-        ConfigError: the mesh needs more devices than there are, an array does not
-            divide over it, or code of the user's was not admitted before.
+        ConfigError: the mesh needs more devices than there are or does not join their
+            slices, an array does not divide over it, or code of the user's was not
+            admitted before.
     """
     config = user_code.admitted(config)
     settings = config.settings
@@ -160,7 +161,10 @@ def assemble(
                 f"SIMULATED_DEVICES = {settings.mesh.num_devices}"
             ],
         )
-    mesh = make_mesh(settings.mesh, devices)
+    try:
+        mesh = make_mesh(settings.mesh, devices)
+    except ValueError as error:  # slices that its axes do not join
+        raise ConfigError(config.where, [str(error)]) from error
     _refuse_missing_exchange(config, mesh)
     specs = inventory.specs(settings.layers)
     optimizer = make_optimizer(settings.optimizer, settings.train.train_steps, specs)

@@ -6,6 +6,8 @@ from commands import TINY, Place, inline
 
 from launch.config import devices, reader
 from launch.config.settings import PlatformSettings
+from launch.errors import ConfigError
+from launch.run import assemble
 
 LIBTPU = (
     "Unable to initialize backend 'tpu': INTERNAL: Failed to open libtpu.so "
@@ -56,6 +58,16 @@ def test_a_model_of_a_platform_that_is_not_there_is_one_sentence(
     words = [f"--model_dir={tmp_path}", "--gin.PLATFORM=tpu"]  # else a device of here
     done = inline(verb, *words, "--quiet")
     assert (done.code, done.out, done.err) == (1, "", f"{NO_TPU}\n")
+
+
+@pytest.mark.fast
+def test_slices_that_no_axis_joins_are_a_problem_of_the_configuration(monkeypatch):
+    def make_mesh(settings, devices):
+        raise ValueError("the mesh data 2 lies over 2 slices: set MESH_REPLICA = 2")
+
+    monkeypatch.setattr(assemble, "make_mesh", make_mesh)
+    with pytest.raises(ConfigError, match="set MESH_REPLICA = 2"):
+        assemble.assemble(reader.read(["runs/tiny.gin"]))
 
 
 @pytest.mark.fast

@@ -137,7 +137,7 @@ def parser(name: str, command: Command, width: int | None = None) -> "_Parser":
     """Returns what reads the options of a verb, and writes its help.
 
     Args:
-        name: of the verb.
+        name: name of the verb.
         command: the verb.
         width: columns of the help; None takes the terminal's.
     """

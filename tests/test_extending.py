@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from launch import cli
+from launch import cli, commands
 from launch.config import reader
 from launch.run import user_code
 from moe import architecture
@@ -205,7 +205,11 @@ def test_a_verb_of_another_package_is_found(written, monkeypatch, capsys):
     entry = importlib.metadata.EntryPoint(
         "count", written["count"].__name__, "switchyard.commands"
     )
-    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [entry])
+    other = importlib.metadata.EntryPoint("train", entry.value, entry.group)
+    monkeypatch.setattr(
+        importlib.metadata, "entry_points", lambda group: [entry, other]
+    )
+    assert commands.modules()["train"] == "launch.commands.train"
     assert cli.main(["count", "--gin_file=runs/demo.gin"]) == 0
     assert cli.main(["count", "--gin_file=runs/demo.gin", "--active"]) == 0
     assert capsys.readouterr().out.split() == ["3148928", "1313920"]

@@ -59,12 +59,12 @@ class Attempt:
 
     Attributes:
         topology: the slice.
-        knobs: of the search, by macro.
+        knobs: knobs of the search, by macro.
         kind: "fits", "too_large", or that of a `Failure`, evaluation's too.
-        message: of a failure.
-        needed_bytes: of one device, as far as the compiler said.
+        message: words of a failure.
+        needed_bytes: memory of one device, as far as the compiler said.
         seconds: lowering and compiling, of both programs.
-        peak_host_bytes: of the compiler's process.
+        peak_host_bytes: memory of the compiler's process.
         largest: the largest values of what was too large.
     """
 
@@ -83,9 +83,9 @@ class Row:
     """A model on its slice.
 
     Attributes:
-        name: of its run.
-        parameters: in all.
-        fingerprint: of the configuration and the program.
+        name: name of its run.
+        parameters: number of them, in all.
+        fingerprint: digest of the configuration and the program.
         attempts: all compilations, the last one that of the result.
         compiled: the result; None where nothing compiled.
     """

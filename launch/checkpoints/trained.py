@@ -33,7 +33,7 @@ def restored(
     """Restores the parameters of a step, on the mesh of a run.
 
     Args:
-        config: of the run.
+        config: configuration of the run.
         run: the run, assembled.
         vocabulary: what the parameters must have learnt.
         step: step of the checkpoint; None takes the newest.

@@ -145,7 +145,8 @@ def modules() -> dict[str, str]:
     import launch.commands
 
     others = importlib.metadata.entry_points(group=ENTRY_POINTS)
-    return _within(launch.commands) | {one.name: one.value for one in others}
+    # Switchyard's own win: installing a package cannot change what `train` does.
+    return {one.name: one.value for one in others} | _within(launch.commands)
 
 
 def every() -> dict[str, Command]:

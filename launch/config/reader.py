@@ -161,7 +161,7 @@ def _places(name: str, folder: Path | None) -> list[Path]:
     """Where a gin file may be, in the order of the search.
 
     Args:
-        name: as it was written.
+        name: path of the file, as it was written.
         folder: that of the file that includes it; None on the command line.
     """
     ours = _configs() / name.removeprefix("configs/")

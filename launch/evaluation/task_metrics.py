@@ -201,7 +201,7 @@ def are_wanted(
 
     Args:
         asked: "on" or "off"; None where nothing was asked.
-        settings: of the run.
+        settings: settings of the run.
         allowed_modules: modules outside `tasks` that may be imported.
     """
     if asked is not None:

@@ -41,7 +41,7 @@ def answer(
 
     Args:
         config: what is planned.
-        options: of the verb.
+        options: options of the verb.
         console: where a search shows what it finds.
     Returns:
         The plan, and what was not compiled though that was asked for; "" if all was.

@@ -24,9 +24,9 @@ def show(
     """Prints knobs with their origin, counts, capacity, mesh, data and placement.
 
     Args:
-        config: of the run.
+        config: configuration of the run.
         devices: those that it would have, described; by default all that jax finds.
-        known: of those devices, in words.
+        known: what is known of those devices, in words.
     """
     run = assemble(config, devices)
     store = None

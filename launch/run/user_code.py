@@ -34,7 +34,7 @@ def admitted(config: ResolvedConfig, *, allowed: bool = False) -> ResolvedConfig
     """Imports what the configuration names, tries it, and puts it into the settings.
 
     Args:
-        config: as it was read.
+        config: configuration as it was read.
         allowed: whether modules that are not Switchyard's own may be imported.
     Raises:
         ConfigError: of every name that cannot be taken, why; or rules that the

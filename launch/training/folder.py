@@ -74,7 +74,7 @@ def keep(
         model_dir: the folder.
         config: configuration of this start.
         step: step that it goes on from.
-        vocabulary: of the tokens.
+        vocabulary: vocabulary of its tokens.
     """
     operative, store_dir = config.operative, config.settings.data.store_dir
     if "://" not in store_dir:

@@ -69,7 +69,7 @@ def train(
 
     Args:
         run: the assembled run.
-        state: to go on from.
+        state: state to go on from.
         batches: what is learnt from.
         hooks: what is called between steps.
         checkpoints: where states are saved.

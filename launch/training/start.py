@@ -56,7 +56,7 @@ def train(
     """Trains until TRAIN_STEPS, from the newest checkpoint on if there is one.
 
     Args:
-        config: of the run.
+        config: configuration of the run.
         quiet: whether results, warnings and errors alone are shown.
         allowed_modules: modules outside `tasks` that may be imported.
         allow_changes: whether a run may go on with another model, or other data.

@@ -44,7 +44,7 @@ def broken_rule_of_router(router: RouterSettings, num_experts: int) -> str:
     what is broken seldom may be missed. What the router raises is not caught.
 
     Args:
-        router: with its `own`.
+        router: settings of the router, with its `own`.
         num_experts: E.
     """
     S = min(router.group_size, _LONGEST)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import re
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from base_gin import (
 )
 
 from benchmarks.ladder.rows import is_shared
-from launch.config import reader
+from launch.config import diff, macros, reader
 from launch.config.syntax import statements
 from launch.errors import ConfigError
 
@@ -48,6 +49,16 @@ def test_every_knob_fills_a_setting_and_every_setting_has_a_knob():
     assert len(macros) == len(set(macros))
     assert {macro for _, macro in pairs} == set(macros)
     assert {setting for setting, _ in pairs} == fields_of_settings().keys()
+
+
+def test_rules_name_knobs_and_sections_that_exist():
+    knobs, titles = set(macros_of_base()), set(reader.sections().values())
+    named = diff._FREE | diff._FIXED | diff._OF_A_LIFE | set(reader._PATHS)
+    assert named | set(macros.RENAMED.values()) <= knobs
+    assert not knobs & {*macros.RENAMED, *macros.T5X}
+    assert {*diff._FIXED_SECTIONS, *itertools.chain(*reader._KINDS.values())} <= titles
+    settings = {setting for setting, _ in settings_and_macros()}
+    assert macros._NAMES.keys() <= settings
 
 
 def test_defaults_of_base_are_those_of_the_records():

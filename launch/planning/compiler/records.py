@@ -19,9 +19,9 @@ class Evaluation:
         lowering_seconds: tracing, and writing the program.
         compiling_seconds: the compiler's own.
         argument_bytes: parameters and batch.
-        temp_bytes: everything between.
+        temp_bytes: what is neither an argument nor a result, at its most.
         kept_bytes: the rest of the state, which stays where it is meanwhile.
-        total_bytes: all of these, the results and the program.
+        total_bytes: the most that is held at once, what is kept, and the program.
     """
 
     transport: str
@@ -48,9 +48,9 @@ class Compiled:
         argument_bytes: state and batch.
         output_bytes: state and metrics.
         alias_bytes: outputs that take the place of arguments.
-        temp_bytes: everything between.
+        temp_bytes: what is neither an argument nor a result, at its most.
         code_bytes: the program.
-        total_bytes: all of these, the shared ones once.
+        total_bytes: the most that is held at once, and the program.
         host_bytes: arguments and temporaries that were placed in the host's memory.
         memory_bytes: what a program may have on this chip.
         fits: whether the total is at most that, and evaluation's too if it was asked

@@ -49,7 +49,7 @@ class Device:
         coords: place on the torus; None if it has none, or it is not known.
         core_on_chip: its number among those of its chip.
         slice_index: number of its slice.
-        process_index: of its host.
+        process_index: number of its host.
     """
 
     id: int

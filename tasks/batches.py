@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from tasks import denoising, mixing, objectives
+from tasks import layouts, mixing
 from tasks.draws import name_key
 from tasks.errors import StoreError
 from tasks.permutation import permute
@@ -59,7 +59,7 @@ class Batches:
     @property
     def features(self) -> dict[str, int]:
         """L of what a batch holds, by name."""
-        return objectives.features(self.tasks[0].data)
+        return layouts.features(self.tasks[0].data)
 
     @property
     def length(self) -> int:
@@ -157,7 +157,7 @@ class HeldoutBatches:
     @property
     def features(self) -> dict[str, int]:
         """L of what a batch holds, by name."""
-        return objectives.features(self.task.data)
+        return layouts.features(self.task.data)
 
     @property
     def num_rows(self) -> int:
@@ -255,10 +255,9 @@ def _task_rows(
     store: TokenStore, tasks: Iterable[str], split: str, data: DataSettings
 ) -> tuple[TaskRows, ...]:
     """The rows of a split of each task, if they suit the objective."""
-    words = store.vocabulary
-    if found := denoising.problems(data, words.size, words.extra_ids):
-        raise StoreError("; ".join(found))
     rows = tuple(TaskRows(task, store.split(task, split), data) for task in tasks)
+    for row in rows:
+        _ = row.maker  # what keeps it from being made is said now
     if lacking := [r.task for r in rows if not {*r.features} <= {*r.part.features}]:
         raise StoreError(
             f"OBJECTIVE = {data.objective!r} needs the features "

@@ -12,7 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from tasks.draws import below, bits
-from tasks.settings import DENOISING, DataSettings
+from tasks.objectives import Asked, Maker
+from tasks.settings import DataSettings
+from tasks.vocabularies import Vocabulary
 
 MODES = ("R", "S", "X")  # their tokens are the lowest extra ids, in this order
 
@@ -47,62 +49,52 @@ UL2 = (
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class Corrupted:
-    """A row after corruption.
+def corruption(data: DataSettings, vocabulary: Vocabulary) -> Maker:
+    """Returns the maker of corrupted rows.
 
-    Attributes:
-        inputs: int[...]; the tokens with a sentinel for each masked span, and the end.
-        targets: int[...]; each sentinel with the tokens that it stands for, and the
-            end.
-        sources: int[...]; for each target, the place in the row of the token it is, or
-            for a sentinel of the first token it stands for, or for the end of the
-            last.
+    Sentinel i is V - 1 - i; modes are the lowest extra ids.
+
+    Raises:
+        ValueError: there can be none; says which numbers would do.
     """
+    if found := problems(data, vocabulary.size, vocabulary.extra_ids):
+        raise ValueError("; ".join(found))
+    denoisers = _denoisers(data)
+    return of_denoisers(denoisers, _raw_length(data, denoisers), vocabulary)
 
-    inputs: np.ndarray
-    targets: np.ndarray
-    sources: np.ndarray
 
+def of_denoisers(
+    denoisers: Sequence[Denoiser], row_tokens: int, vocabulary: Vocabulary
+) -> Maker:
+    """Returns the maker of rows that draw one of the denoisers, all equally likely."""
+    lowest = vocabulary.size - vocabulary.extra_ids
 
-@dataclasses.dataclass(frozen=True)
-class Corruption:
-    """How the rows of a run are corrupted.
-
-    Attributes:
-        denoisers: each row draws one of them, all equally likely.
-        raw_length: stored tokens per row.
-        vocabulary_size: V; sentinel i is V - 1 - i.
-        extra_ids: ids at the end of the vocabulary; modes are the lowest of them.
-        eos_id: ends inputs and targets.
-    """
-
-    denoisers: tuple[Denoiser, ...]
-    raw_length: int
-    vocabulary_size: int
-    extra_ids: int
-    eos_id: int
-
-    def __call__(self, tokens: np.ndarray, *key: int) -> Corrupted:
-        """Returns a row corrupted; the same key draws the same."""
+    def ask(tokens: np.ndarray, key: tuple[int, ...]) -> Asked:
         draws = bits(len(tokens) + 1, *key)
-        denoiser = self.denoisers[int(draws[0]) % len(self.denoisers)]
+        denoiser = denoisers[int(draws[0]) % len(denoisers)]
         mask = noise_mask(len(tokens), denoiser, draws[1:])
-        row = corrupt(tokens, mask, self.vocabulary_size, self.eos_id)
+        row = corrupt(tokens, mask, vocabulary.size, vocabulary.eos_id)
         if not denoiser.mode:
             return row
-        lowest = self.vocabulary_size - self.extra_ids
         mode = lowest + MODES.index(denoiser.mode)
-        return dataclasses.replace(row, inputs=np.concatenate([[mode], row.inputs]))
+        return row._replace(inputs=np.concatenate([[mode], row.inputs]))
+
+    def num_positions(num_tokens: int) -> float:
+        each = [sum(lengths(num_tokens, denoiser)) for denoiser in denoisers]
+        return sum(each) / len(each)
+
+    return Maker(row_tokens, ask, num_positions)
 
 
-def corruption(
-    data: DataSettings, vocabulary_size: int, extra_ids: int, eos_id: int
-) -> Corruption:
-    """Returns the corruption that settings ask for; `problems` must be none."""
-    denoisers = _denoisers(data)
-    raw_length = _raw_length(data, denoisers)
-    return Corruption(denoisers, raw_length, vocabulary_size, extra_ids, eos_id)
+def prefix(data: DataSettings, vocabulary: Vocabulary) -> Maker:
+    """Returns the maker of rows whose first tokens are given."""
+    del vocabulary
+
+    def ask(tokens: np.ndarray, key: tuple[int, ...]) -> Asked:
+        given = prefix_length(len(tokens), *key)
+        return Asked(tokens[:given], tokens[given:], np.arange(given, len(tokens)))
+
+    return Maker(data.length, ask, float)
 
 
 def span_corruption_lengths(
@@ -183,12 +175,13 @@ def noise_mask(num_tokens: int, denoiser: Denoiser, draws: np.ndarray) -> np.nda
 
 def corrupt(
     tokens: np.ndarray, mask: np.ndarray, vocabulary_size: int, eos_id: int
-) -> Corrupted:
+) -> Asked:
     """Returns inputs and targets of tokens, of which some are masked.
 
     T5's `noise_span_to_unique_sentinel` and `nonnoise_span_to_unique_sentinel`, and
     the end after each. No sentinel stands for nothing at the end of targets; T5's
-    masks have none there.
+    masks have none there. The source of a sentinel is that of the first token that it
+    stands for, and of the end that of the last.
 
     Args:
         tokens: int[n], at least one.
@@ -203,7 +196,7 @@ def corrupt(
     sentinels = np.flatnonzero(~mask[sources])
     sources[sentinels] = sources[np.minimum(sentinels + 1, len(sources) - 1)]
     end = np.asarray([eos_id])
-    return Corrupted(
+    return Asked(
         np.concatenate([inputs, end]),
         np.concatenate([targets, end]),
         np.concatenate([sources, sources[-1:]]),
@@ -219,15 +212,13 @@ def prefix_length(num_tokens: int, *key: int) -> int:
 
 
 def problems(data: DataSettings, vocabulary_size: int, extra_ids: int) -> list[str]:
-    """Lists what keeps settings from corrupting rows, each with numbers that would do.
+    """Lists what keeps rows from being corrupted, each with numbers that would do.
 
     Args:
         data: its lengths are those of inputs and targets.
         vocabulary_size: V, with the extra ids.
         extra_ids: how many ids at its end stand for no text.
     """
-    if data.objective not in DENOISING:
-        return []
     given = dict(data.task_feature_lengths)
     denoisers = _denoisers(data)
     if data.objective == "span_corruption":

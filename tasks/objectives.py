@@ -1,223 +1,120 @@
-"""What a row of tokens asks the model to predict.
+"""What rows of tokens ask a model to predict. Read before jax: standard library only.
 
-The layouts are those of SeqIO's feature converters with packing. SeqIO tells padding
-by its token, 0; here rows say how many of their tokens are real, so that 0 may be
-one. SeqIO gives pairs without targets a target of padding; stored documents are never
-empty.
+A gin file names an objective: one of Switchyard's, in `OBJECTIVES`, or one of your own,
+as in OBJECTIVE = "my_lab.objectives:infill".
 """
 
 import dataclasses
-from collections.abc import Sequence
+import importlib
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
 
-from tasks.settings import DataSettings
-
-FEATURES = (
-    "decoder_target_tokens",
-    "decoder_input_tokens",
-    "decoder_loss_weights",
-    "decoder_segment_ids",
-    "decoder_positions",
-)
+    from tasks.settings import DataSettings
+    from tasks.vocabularies import Vocabulary
 
 
-ENCODER_FEATURES = (
-    "encoder_input_tokens",
-    "encoder_segment_ids",
-    "encoder_positions",
-)
+class Asked(NamedTuple):
+    """What is made of a row of stored tokens.
 
+    Attributes:
+        inputs: int[...], tokens that are given; may be empty.
+        targets: int[...], tokens that are predicted, at least one.
+        sources: int[...], for each target the place in the row of the token that it
+            is, or stands for: scores by document and language go by it.
+    """
 
-def features(data: DataSettings) -> dict[str, int]:
-    """Returns L of what a batch holds, int32[B, L] each, by name."""
-    if data.layout == "encoder":
-        names = tuple(name.replace("decoder", "encoder") for name in FEATURES)
-        return dict.fromkeys(names, data.length)
-    found = dict.fromkeys(FEATURES, data.length)
-    if data.layout == "encoder_decoder":
-        found |= dict.fromkeys(ENCODER_FEATURES, data.encoder_length)
-    if data.prefix_attention == "bidirectional":
-        found["decoder_causal_attention"] = data.length
-    return found
+    inputs: "np.ndarray"
+    targets: "np.ndarray"
+    sources: "np.ndarray"
 
 
 @dataclasses.dataclass(frozen=True)
-class Rows:
-    """Tokens of rows, one piece after the other.
+class Maker:
+    """Makes inputs and targets of stored text, a row at a time.
 
     Attributes:
-        tokens_BL: int[B, L]; beyond the pieces, anything.
-        begins_BL: bool[B, L], true where a piece begins; beyond them, anything.
-        num_tokens_B: int[B], how many tokens of each row are real.
-        given_BL: bool[B, L], true on tokens that are given and not predicted, the
-            first of their piece; beyond the pieces, anything.
+        row_tokens: stored tokens of a row. What is made of so many, or fewer, fits
+            the lengths of TASK_FEATURE_LENGTHS, whatever is drawn.
+        ask: function (tokens, key) that returns an Asked. `tokens` is int[n], n from 1
+            to `row_tokens`; `key` a tuple of integers that no other row of any epoch
+            has. Draws are `tasks.draws.bits(count, *key)`: the same key, the same row.
+        num_positions: function of n that returns how many tokens are made of n, inputs
+            and targets together, on average; None: as many as there are room for.
     """
 
-    tokens_BL: np.ndarray
-    begins_BL: np.ndarray
-    num_tokens_B: np.ndarray
-    given_BL: np.ndarray
+    row_tokens: int
+    ask: Callable[["np.ndarray", tuple[int, ...]], Asked]
+    num_positions: Callable[[int], float] | None = None
 
 
-def rows_of(pieces: Sequence[Sequence[np.ndarray]], length: int) -> Rows:
-    """Returns rows of whole pieces, of which every token is predicted.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Objective:
+    """An objective, and what the rest of Switchyard must know of it.
 
-    Args:
-        pieces: of each row; together at most `length` tokens.
-        length: L.
+    Attributes:
+        maker: function (data, vocabulary, **options) that returns a Maker, and raises
+            ValueError, with what to change, if there can be none; OBJECTIVE_OPTIONS
+            are its further arguments. "module:name" is imported when it is needed. None
+            where rows hold stored tokens as they are.
+        lengths: features that TASK_FEATURE_LENGTHS must have.
+        layouts: values of ARCHITECTURE that it is for.
+        sentinels: least number of EXTRA_IDS. Where it is not 0, `<extra_id_0>` in a
+            prompt is the last id of the vocabulary, `<extra_id_1>` the one before it.
+        answers: whether a prompt is taken for inputs, which end as documents do, and
+            answered by targets; else it is continued.
+        fills: whether an answer says what each sentinel of its prompt stands for.
+        predicts_all: whether every stored target is predicted, so that bits per byte
+            mean something.
+        packs: whether PACKING means something.
+        reads: stored features.
     """
-    nothing = np.zeros(0, np.int64)
-    return joined([[(nothing, piece) for piece in row] for row in pieces], length)
+
+    maker: Callable[..., Maker] | str | None = None
+    lengths: tuple[str, ...] = ("targets",)
+    layouts: tuple[str, ...] = ("decoder",)
+    sentinels: int = 0
+    answers: bool = False
+    fills: bool = False
+    predicts_all: bool = False
+    packs: bool = False
+    reads: tuple[str, ...] = ("targets",)
+
+    def make(self, data: "DataSettings", vocabulary: "Vocabulary") -> Maker | None:
+        """Returns the maker of a run; None if rows hold what is stored.
+
+        Raises:
+            ValueError: the settings do not allow for one; says what to change.
+        """
+        maker = self.maker
+        if isinstance(maker, str):
+            module, _, name = maker.partition(":")
+            maker = getattr(importlib.import_module(module), name)
+        return maker and maker(data, vocabulary, **data.objective_options)
 
 
-def joined(
-    pairs: Sequence[Sequence[tuple[np.ndarray, np.ndarray]]], length: int
-) -> Rows:
-    """Returns rows in which targets follow their inputs, which are given.
+_DENOISING = Objective(
+    maker="tasks.denoising:corruption",
+    lengths=("inputs", "targets"),
+    layouts=("decoder", "encoder_decoder"),
+    sentinels=1,
+    answers=True,
+    fills=True,
+)
 
-    Args:
-        pairs: the inputs and targets of each row; together at most `length` tokens.
-        length: L.
-    """
-    shape = (len(pairs), length)
-    rows = Rows(
-        np.zeros(shape, np.int32),
-        np.zeros(shape, bool),
-        np.zeros(len(pairs), np.int64),
-        np.zeros(shape, bool),
-    )
-    for row, row_pairs in enumerate(pairs):
-        place = 0
-        for inputs, targets in row_pairs:
-            middle = place + len(inputs)
-            end = middle + len(targets)
-            rows.begins_BL[row, place : min(place + 1, end)] = True
-            rows.given_BL[row, place:middle] = True
-            rows.tokens_BL[row, place:middle] = inputs
-            rows.tokens_BL[row, middle:end] = targets
-            place = end
-        rows.num_tokens_B[row] = place
-    return rows
-
-
-def decoder(rows: Rows, *, bidirectional: bool = False) -> dict[str, np.ndarray]:
-    """Returns the features of a decoder alone.
-
-    The layout is that of SeqIO's `DecoderFeatureConverter` with packing: each piece
-    predicts its own tokens from those before them in the same piece, its first from
-    0; no loss on given tokens.
-
-    Args:
-        rows: what to lay out.
-        bidirectional: add "decoder_causal_attention", 1 where a position sees all
-            others that have 1 in the same piece, whatever their order: where a given
-            token is read, and so one position beyond those where it is predicted.
-    Returns:
-        int32[B, L] under each name in `FEATURES`. Segments count from 1 in each row
-        and are 0 on padding; positions count from 0 in each piece; weights are 0 on
-        padding.
-    """
-    real_BL, segment_BL, position_BL = _packed(rows)
-    target_BL = np.where(real_BL, rows.tokens_BL, 0).astype(np.int32)
-    batch = {
-        "decoder_target_tokens": target_BL,
-        "decoder_input_tokens": np.where(
-            rows.begins_BL | ~real_BL, 0, _shift_right(target_BL)
-        ).astype(np.int32),
-        "decoder_loss_weights": (real_BL & ~rows.given_BL).astype(np.int32),
-        "decoder_segment_ids": segment_BL,
-        "decoder_positions": position_BL,
-    }
-    if bidirectional:
-        given_before_BL = _shift_right(rows.given_BL) | rows.begins_BL
-        seen_BL = real_BL & (rows.given_BL | given_before_BL)
-        batch["decoder_causal_attention"] = seen_BL.astype(np.int32)
-    return batch
-
-
-def encoder_decoder(inputs: Rows, targets: Rows) -> dict[str, np.ndarray]:
-    """Returns the features of an encoder and a decoder.
-
-    The layout is that of SeqIO's `EncDecFeatureConverter` with packing.
-
-    Args:
-        inputs: rows of inputs.
-        targets: rows of the targets that belong to them, piece by piece.
-    Returns:
-        Those of `decoder` for the targets, and int32[B, L of inputs] as
-        "encoder_input_tokens", "encoder_segment_ids" and "encoder_positions".
-    """
-    real_BL, segment_BL, position_BL = _packed(inputs)
-    return decoder(targets) | {
-        "encoder_input_tokens": np.where(real_BL, inputs.tokens_BL, 0).astype(np.int32),
-        "encoder_segment_ids": segment_BL,
-        "encoder_positions": position_BL,
-    }
-
-
-def sides(
-    pairs: Sequence[Sequence[tuple[np.ndarray, np.ndarray]]], data: DataSettings
-) -> tuple[Rows, ...]:
-    """Returns inputs and targets in one row, or in a row each; the targets last.
-
-    Args:
-        pairs: the inputs and targets of each row, neither of them empty where they
-            have rows of their own: segments are counted on each side.
-        data: whose rows they are, and their lengths.
-    """
-    if data.layout == "decoder":
-        return (joined(pairs, data.length),)
-    lengths = data.encoder_length, data.length
-    return tuple(
-        rows_of([[pair[side] for pair in row] for row in pairs], length)
-        for side, length in enumerate(lengths)
-    )
-
-
-def of_pairs(
-    pairs: Sequence[Sequence[tuple[np.ndarray, np.ndarray]]], data: DataSettings
-) -> dict[str, np.ndarray]:
-    """Returns the features of inputs and targets; see `sides`."""
-    *inputs, targets = sides(pairs, data)
-    if inputs:
-        return encoder_decoder(inputs[0], targets)
-    return decoder(targets, bidirectional=data.prefix_attention == "bidirectional")
-
-
-def encoder(rows: Rows, read_BL: np.ndarray) -> dict[str, np.ndarray]:
-    """Returns the features of an encoder alone.
-
-    The layout is that of SeqIO's `EncoderFeatureConverter` with packing, but for the
-    weights: SeqIO's are 1 where the mask is read, these where a token is predicted.
-
-    Args:
-        rows: what stands there; tokens that are not predicted are given.
-        read_BL: int[B, L], what is read in their place.
-    Returns:
-        int32[B, L] under names as those of `decoder`.
-    """
-    real_BL, segment_BL, position_BL = _packed(rows)
-    return {
-        "encoder_target_tokens": np.where(real_BL, rows.tokens_BL, 0).astype(np.int32),
-        "encoder_input_tokens": np.where(real_BL, read_BL, 0).astype(np.int32),
-        "encoder_loss_weights": (real_BL & ~rows.given_BL).astype(np.int32),
-        "encoder_segment_ids": segment_BL,
-        "encoder_positions": position_BL,
-    }
-
-
-def _packed(rows: Rows) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Where tokens are real, their segment from 1 and their position from 0."""
-    place_L = np.arange(rows.tokens_BL.shape[1], dtype=np.int32)
-    real_BL = place_L < rows.num_tokens_B[:, None]
-    segment_BL = np.cumsum(rows.begins_BL, axis=1, dtype=np.int32)
-    start_BL = np.maximum.accumulate(np.where(rows.begins_BL, place_L, 0), axis=1)
-    position_BL = (place_L - start_BL).astype(np.int32)
-    return real_BL, segment_BL * real_BL, position_BL * real_BL
-
-
-def _shift_right(value_BL: np.ndarray) -> np.ndarray:
-    shifted_BL = np.zeros_like(value_BL)
-    shifted_BL[:, 1:] = value_BL[:, :-1]
-    return shifted_BL
+OBJECTIVES: Mapping[str, Objective] = {
+    "causal_lm": Objective(packs=True, predicts_all=True),
+    "prefix_lm": Objective(maker="tasks.denoising:prefix"),
+    "span_corruption": _DENOISING,
+    "ul2": _DENOISING,
+    "seq2seq": Objective(
+        lengths=("inputs", "targets"),
+        layouts=("decoder", "encoder_decoder"),
+        answers=True,
+        predicts_all=True,
+        reads=("inputs", "targets"),
+    ),
+    "masked_lm": Objective(layouts=("encoder",), sentinels=1, packs=True),
+}

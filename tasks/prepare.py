@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from tasks import denoising, files, seqio_tasks, settings, vocabularies
+from tasks import files, seqio_tasks, settings, vocabularies
 from tasks.baselines import COMPRESSED_BYTES, baselines
 from tasks.errors import StoreError
 from tasks.manifest import (
@@ -261,9 +261,11 @@ def _vocabulary(work: str, plan: Plan, found: Found, reporter: _Reporter) -> Non
 
 def _refuse_unsuited_vocabulary(work: str, data: DataSettings) -> None:
     """Says what an objective lacks before hours are spent on tokens."""
-    vocabulary = tokenise.read_vocabulary(work)
-    if faults := denoising.problems(data, vocabulary.size, vocabulary.extra_ids):
-        raise StoreError("; ".join(faults))
+    try:
+        if data.asks is not None:
+            data.asks.make(data, tokenise.read_vocabulary(work))
+    except ValueError as error:
+        raise StoreError(str(error)) from error
 
 
 def _write_files(folder: str, contents: Mapping[str, bytes]) -> None:

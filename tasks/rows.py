@@ -6,10 +6,11 @@ import itertools
 
 import numpy as np
 
-from tasks import denoising, masked_tokens, objectives, packing
+from tasks import layouts, masked_tokens, packing
 from tasks.draws import name_key
 from tasks.errors import StoreError
-from tasks.settings import DENOISING, DataSettings
+from tasks.objectives import Asked, Maker, Objective
+from tasks.settings import DataSettings
 from tasks.store import Split
 
 
@@ -17,8 +18,9 @@ from tasks.store import Split
 class TaskRows:
     """What the rows of a split hold.
 
-    Text is cut into rows by `data.packing` for "causal_lm". The other objectives on
-    text make one piece of each row, cut from the stream as T5 does, documents or not.
+    Text is cut into rows by `data.packing` for "causal_lm" and "masked_lm". The other
+    objectives on text make one piece of each row, cut from the stream as T5 does,
+    documents or not.
 
     Attributes:
         task: its name.
@@ -31,11 +33,16 @@ class TaskRows:
     data: DataSettings
 
     @property
+    def asks(self) -> Objective:
+        """The objective."""
+        asks = self.data.asks
+        assert asks is not None, "what a configuration names is imported by now"
+        return asks
+
+    @property
     def features(self) -> tuple[str, ...]:
         """Which stored features are read."""
-        if self.data.objective == "seq2seq":
-            return ("inputs", "targets")
-        return ("targets",)
+        return self.asks.reads
 
     @property
     def is_empty(self) -> bool:
@@ -55,33 +62,31 @@ class TaskRows:
     @property
     def padding_fraction(self) -> float:
         """The part of all row positions that holds no token, on average."""
-        if self.corruption is None:
+        if self.maker is None or self.maker.num_positions is None:
             return self.index.padding_fraction
         last = self.num_tokens - (self.num_rows - 1) * self.index.length
-        each = [
-            (self.num_rows - 1) * sum(denoising.lengths(self.index.length, denoiser))
-            + sum(denoising.lengths(last, denoiser))
-            for denoiser in self.corruption.denoisers
-        ]
-        positions = self.num_rows * self.data.tokens_per_row
-        return 1.0 - sum(each) / len(each) / positions
+        made = (self.num_rows - 1) * self.maker.num_positions(self.index.length)
+        made += self.maker.num_positions(last)
+        return 1.0 - made / (self.num_rows * self.data.tokens_per_row)
 
     @property
     def truncation(self) -> packing.Truncation:
         """What pairs that are too long lose; text loses nothing."""
-        if self.data.objective != "seq2seq":
+        if "inputs" not in self.features:
             return packing.Truncation(0, {"targets": 0})
         return packing.truncation(self._offsets, self.data.task_feature_lengths)
 
     @functools.cached_property
-    def corruption(self) -> denoising.Corruption | None:
-        """How rows are corrupted, if they are."""
-        if self.data.objective not in DENOISING:
-            return None
-        words = self.part.vocabulary
-        return denoising.corruption(
-            self.data, words.size, words.extra_ids, words.eos_id
-        )
+    def maker(self) -> Maker | None:
+        """What makes pairs of text, if pairs are made of it.
+
+        Raises:
+            StoreError: the settings or the vocabulary do not allow for it.
+        """
+        try:
+            return self.asks.make(self.data, self.part.vocabulary)
+        except ValueError as error:
+            raise StoreError(str(error)) from error
 
     @functools.cached_property
     def masking(self) -> masked_tokens.Masking | None:
@@ -103,11 +108,9 @@ class TaskRows:
         num_tokens, length = self.part.num_tokens("targets"), self.data.length
         if self.is_empty:  # of rate 0
             return packing.Stream(length, 0)
-        if self.corruption is not None:
-            return packing.Stream(self.corruption.raw_length, num_tokens)
-        if self.data.objective == "prefix_lm":
-            return packing.Stream(length, num_tokens)
-        if self.data.objective == "seq2seq":
+        if self.maker is not None:
+            return packing.Stream(self.maker.row_tokens, num_tokens)
+        if "inputs" in self.features:
             return self._pairs()
         if self.data.packing == "stream":
             return packing.Stream(length, num_tokens, self._offsets["targets"])
@@ -128,22 +131,21 @@ class TaskRows:
             epochs: int64[B]; a row draws anew in each.
             seed: of the draws.
         Returns:
-            int32[B, L] under each name in `objectives.features(data)`, each with its L.
+            int32[B, L] under each name in `layouts.features(data)`, each with its L.
         """
         (*inputs, targets), read_BL, _ = self._lay_out(rows, epochs, seed)
         if inputs:
-            return objectives.encoder_decoder(inputs[0], targets)
+            return layouts.encoder_decoder(inputs[0], targets)
         if read_BL is not None:
-            return objectives.encoder(targets, read_BL)
-        return objectives.decoder(
+            return layouts.encoder(targets, read_BL)
+        return layouts.decoder(
             targets, bidirectional=self.data.prefix_attention == "bidirectional"
         )
 
     def documents(self, rows: np.ndarray, epochs: np.ndarray, seed: int) -> np.ndarray:
         """Returns int64[B, L]: of which document each predicted token is; else -1.
 
-        A sentinel is of the document of the first token that it stands for, and the
-        end of corrupted targets of that of the last.
+        What is no stored token is of the document of its source (`Asked`).
         """
         (*_, targets), _, sources = self._lay_out(rows, epochs, seed)
         place_L = np.arange(self.data.length)
@@ -156,15 +158,15 @@ class TaskRows:
 
     def _lay_out(
         self, rows: np.ndarray, epochs: np.ndarray, seed: int
-    ) -> tuple[tuple[objectives.Rows, ...], np.ndarray | None, np.ndarray]:
+    ) -> tuple[tuple[layouts.Rows, ...], np.ndarray | None, np.ndarray]:
         """Rows of each side, the predicted last; what is read; and where it is from.
 
         What is read in place of the tokens is None if they are read themselves. The
         last says where predicted tokens, in order, are in stored targets.
         """
-        if self.data.objective == "seq2seq":
+        if "inputs" in self.features:
             pairs, sources = self._pairs_of(rows)
-            return objectives.sides(pairs, self.data), None, sources
+            return layouts.sides(pairs, self.data), None, sources
         bounds = [self.index.bounds(int(row)) for row in rows]
         ranges = self.part.read(
             "targets", [b[0] for b in bounds], [b[-1] for b in bounds]
@@ -173,21 +175,21 @@ class TaskRows:
             (seed, self._name_key, int(epoch), int(row))
             for epoch, row in zip(epochs, rows, strict=True)
         ]
-        if self.corruption is not None:
-            pairs, sources = self._corrupted(bounds, ranges, keys)
-            return objectives.sides(pairs, self.data), None, sources
-        laid_out, sources = self._lay_out_text(bounds, ranges, keys)
+        if self.maker is not None:
+            pairs, sources = self._made(self.maker, bounds, ranges, keys)
+            return layouts.sides(pairs, self.data), None, sources
+        laid_out, sources = self._lay_out_text(bounds, ranges)
         if self.masking is None:
             return (laid_out,), None, sources
         return self._masked(laid_out, bounds, ranges, keys)
 
     def _masked(
         self,
-        laid_out: objectives.Rows,
+        laid_out: layouts.Rows,
         bounds: list[np.ndarray],
         ranges: list[np.ndarray],
         keys: list[tuple[int, int, int, int]],
-    ) -> tuple[tuple[objectives.Rows, ...], np.ndarray, np.ndarray]:
+    ) -> tuple[tuple[layouts.Rows, ...], np.ndarray, np.ndarray]:
         """Rows of which some tokens are predicted, and what is read in their place."""
         assert self.masking is not None
         read_BL, given_BL = laid_out.tokens_BL.copy(), laid_out.given_BL.copy()
@@ -201,46 +203,41 @@ class TaskRows:
         return (predicted,), read_BL, _concatenate(sources)
 
     def _lay_out_text(
-        self,
-        bounds: list[np.ndarray],
-        ranges: list[np.ndarray],
-        keys: list[tuple[int, int, int, int]],
-    ) -> tuple[objectives.Rows, np.ndarray]:
-        """Rows of stored tokens as they are; of a prefix LM, the first are given."""
-        shape = (len(bounds), self.data.length)
-        tokens_BL, begins_BL = np.zeros(shape, np.int32), np.zeros(shape, bool)
-        num_given_B = np.zeros(len(bounds), np.int64)
-        for row, (bound, tokens) in enumerate(zip(bounds, ranges, strict=True)):
-            tokens_BL[row, : len(tokens)] = tokens
-            begins_BL[row, bound[:-1] - bound[0]] = True
-            if self.data.objective == "prefix_lm":
-                num_given_B[row] = denoising.prefix_length(len(tokens), *keys[row])
-        num_tokens_B = np.asarray([len(tokens) for tokens in ranges], np.int64)
-        given_BL = np.arange(self.data.length) < num_given_B[:, None]
-        sources = [
-            np.arange(bound[0] + given, bound[-1])
-            for bound, given in zip(bounds, num_given_B, strict=True)
+        self, bounds: list[np.ndarray], ranges: list[np.ndarray]
+    ) -> tuple[layouts.Rows, np.ndarray]:
+        """Rows of stored tokens as they are, all of them predicted."""
+        pieces = [
+            [tokens[i:j] for i, j in itertools.pairwise((bound - bound[0]).tolist())]
+            for bound, tokens in zip(bounds, ranges, strict=True)
         ]
-        laid_out = objectives.Rows(tokens_BL, begins_BL, num_tokens_B, given_BL)
-        return laid_out, _concatenate(sources)
+        sources = [np.arange(bound[0], bound[-1]) for bound in bounds]
+        return layouts.rows_of(pieces, self.data.length), _concatenate(sources)
 
-    def _corrupted(
+    def _made(
         self,
+        maker: Maker,
         bounds: list[np.ndarray],
         ranges: list[np.ndarray],
         keys: list[tuple[int, int, int, int]],
     ) -> tuple[list[list[tuple[np.ndarray, np.ndarray]]], np.ndarray]:
-        """One pair of each row: the corrupted tokens, and those that were masked."""
-        assert self.corruption is not None
-        corrupted = [
-            self.corruption(tokens, *key)
-            for tokens, key in zip(ranges, keys, strict=True)
-        ]
+        """One pair of each row, made of its tokens."""
+        made = list(map(maker.ask, ranges, keys))
+        if self.data.own is not None:
+            for asked, tokens in zip(made, ranges, strict=True):
+                self._check_own(asked, len(tokens))
         sources = [
-            bound[0] + row.sources for bound, row in zip(bounds, corrupted, strict=True)
+            bound[0] + row.sources for bound, row in zip(bounds, made, strict=True)
         ]
-        pairs = [[(row.inputs, row.targets)] for row in corrupted]
-        return pairs, _concatenate(sources)
+        return [[(row.inputs, row.targets)] for row in made], _concatenate(sources)
+
+    def _check_own(self, asked: Asked, num_tokens: int) -> None:
+        """Refuses what an objective of somebody's own may not make."""
+        size = self.part.vocabulary.size
+        if broken := layouts.broken_rule(asked, num_tokens, self.data, size):
+            raise StoreError(
+                f"OBJECTIVE = {self.data.objective!r}, of {num_tokens} tokens of "
+                f"{self.task!r}: {broken}"
+            )
 
     def _pairs_of(
         self, rows: np.ndarray

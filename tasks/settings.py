@@ -4,10 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Literal
 
-# Objectives that corrupt the stored stream themselves, and so need sentinels.
-DENOISING = ("span_corruption", "ul2")
-# Of text without inputs of its own.
-TEXT_ONLY = ("causal_lm", "prefix_lm", "masked_lm")
+from tasks.objectives import OBJECTIVES, Objective
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +18,10 @@ class DataSettings:
         task_feature_lengths: tokens of each feature in one row: `{"targets": 256}`
             for text, `{"inputs": 512, "targets": 114}` where inputs are given.
         store_dir: where the prepared tokens are: a folder, `gs://` or `s3://`.
-        objective: what a row asks the model to predict.
+        objective: what a row asks the model to predict; or "module:name" of an
+            `Objective` of your own.
+        objective_options: further arguments of the maker of one of your own.
+        own: what that name stands for, once it is imported.
         layout: whose features a batch has: a "decoder"'s, in whose rows targets follow
             their inputs; an "encoder_decoder"'s, with a row for each; an "encoder"'s.
         packing: how "causal_lm" and "masked_lm" cut text into rows. "next_fit" keeps a
@@ -53,9 +53,14 @@ class DataSettings:
     mixture_or_task_module: str
     task_feature_lengths: Mapping[str, int]
     store_dir: str
-    objective: Literal[
-        "causal_lm", "prefix_lm", "span_corruption", "ul2", "seq2seq", "masked_lm"
-    ] = "causal_lm"
+    objective: (
+        Literal[
+            "causal_lm", "prefix_lm", "span_corruption", "ul2", "seq2seq", "masked_lm"
+        ]
+        | str
+    ) = "causal_lm"
+    objective_options: Mapping[str, object] = dataclasses.field(default_factory=dict)
+    own: Objective | None = dataclasses.field(default=None, metadata={"knob": False})
     layout: Literal["decoder", "encoder_decoder", "encoder"] = "decoder"
     packing: Literal["next_fit", "stream"] = "next_fit"
     prefix_attention: Literal["causal", "bidirectional"] = "causal"
@@ -71,6 +76,11 @@ class DataSettings:
     shuffle: bool = True
     bad_utf8: Literal["error", "replace", "drop"] = "error"
     read_retries: int = 5
+
+    @property
+    def asks(self) -> Objective | None:
+        """The objective; None where it is your own, and not imported yet."""
+        return OBJECTIVES.get(self.objective, self.own)
 
     @property
     def length(self) -> int:
@@ -157,20 +167,21 @@ def problems(
 
 def _length_problems(data: DataSettings) -> list[str]:
     """Which features an objective needs, and how long."""
-    lengths = dict(data.task_feature_lengths)
-    text_only = data.objective in TEXT_ONLY
-    wanted = {"targets"} if text_only else {"inputs", "targets"}
-    example = "{'targets': 256}" if text_only else "{'inputs': 512, 'targets': 114}"
+    lengths, asks = dict(data.task_feature_lengths), data.asks
+    wanted = set(lengths) if asks is None else set(asks.lengths)
     found = []
     if set(lengths) != wanted or not all(
         isinstance(n, int) and n >= 2 for n in lengths.values()
     ):
+        example = "{'targets': 256}"
+        if "inputs" in wanted:
+            example = "{'inputs': 512, 'targets': 114}"
         found.append(
             f"TASK_FEATURE_LENGTHS = {lengths}: OBJECTIVE = {data.objective!r} has "
             f"{' and '.join(map(repr, sorted(wanted)))}, each of at least 2 tokens, "
             f"such as {example}"
         )
-    if data.packing == "stream" and data.objective not in ("causal_lm", "masked_lm"):
+    if data.packing == "stream" and not (asks and asks.packs):
         found.append(
             "PACKING = 'stream' is for OBJECTIVE = 'causal_lm' and 'masked_lm', and "
             f"would be ignored with {data.objective!r}: set it to 'next_fit'"
@@ -181,18 +192,19 @@ def _length_problems(data: DataSettings) -> list[str]:
             "PREFIX_ATTENTION = 'bidirectional' has no prefix to act on with "
             "OBJECTIVE = 'causal_lm': set it to 'causal'"
         )
+    if data.objective_options and data.objective in OBJECTIVES:
+        found.append(
+            f"OBJECTIVE_OPTIONS = {data.objective_options} means nothing to OBJECTIVE "
+            f"= {data.objective!r}, only to one of your own: set it to {{}}"
+        )
     return found
 
 
 def _layout_problems(data: DataSettings) -> list[str]:
     """Which objectives suit which shape of model."""
-    suits = {
-        "decoder": ("causal_lm", "prefix_lm", *DENOISING, "seq2seq"),
-        "encoder_decoder": (*DENOISING, "seq2seq"),
-        "encoder": ("masked_lm",),
-    }[data.layout]
     found = []
-    if data.objective not in suits:
+    if data.asks is not None and data.layout not in data.asks.layouts:
+        suits = [name for name, o in OBJECTIVES.items() if data.layout in o.layouts]
         found.append(
             f"OBJECTIVE = {data.objective!r} is not for ARCHITECTURE = "
             f"{data.layout!r}, which can have {', '.join(map(repr, suits))}"
@@ -239,15 +251,16 @@ def _vocabulary_problems(data: DataSettings) -> list[str]:
         )
     if data.extra_ids < 0:
         found.append(f"EXTRA_IDS = {data.extra_ids}: cannot be negative")
-    if data.objective in DENOISING and data.extra_ids < 1:
+    needed = data.asks.sentinels if data.asks else 0
+    if data.extra_ids < needed:
+        uses = "marks what it asks for with sentinels"
+        remedy = f"set it to {needed} or more (T5 has 100)"
+        if data.objective == "masked_lm":
+            uses = "puts the last of EXTRA_IDS in the place of masked tokens"
+            remedy = "set it to 1"
         found.append(
-            f"OBJECTIVE = {data.objective!r} marks masked spans with sentinels, and "
-            f"EXTRA_IDS = {data.extra_ids} has none: T5 has 100"
-        )
-    if data.objective == "masked_lm" and data.extra_ids < 1:
-        found.append(
-            "OBJECTIVE = 'masked_lm' puts the last of EXTRA_IDS in the place of masked "
-            f"tokens, and EXTRA_IDS = {data.extra_ids} has none: set it to 1"
+            f"OBJECTIVE = {data.objective!r} {uses}, and EXTRA_IDS = {data.extra_ids} "
+            f"has {'too few' if data.extra_ids > 0 else 'none'}: {remedy}"
         )
     return found
 

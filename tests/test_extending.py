@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from memory_store import text_store
 
 from launch import cli, commands
 from launch.config import reader
@@ -31,6 +32,8 @@ from moe.settings import (
 )
 from moe.testing import check_assignment
 from moe.testing.whole_arrays import forward, layer
+from tasks.batches import training
+from tasks.settings import MixtureSettings
 
 PAGE = Path(__file__).parents[1] / "docs" / "extending.md"
 B, L, M, E = 8, 8, 8, 8
@@ -45,7 +48,11 @@ def python_of_page() -> list[tuple[str, str]]:
 def my_lab(tmp_path, monkeypatch):
     """A folder with the modules of the user's that the page has, and its gin lines."""
     modules = [(p, text) for p, text in python_of_page() if p.startswith("my_lab/")]
-    assert [path for path, _ in modules] == ["my_lab/routers.py", "my_lab/optim.py"]
+    assert [path for path, _ in modules] == [
+        "my_lab/routers.py",
+        "my_lab/optim.py",
+        "my_lab/objectives.py",
+    ]
     (tmp_path / "my_lab").mkdir()
     for path, text in modules:
         (tmp_path / path).write_text(text, encoding="utf-8")
@@ -135,6 +142,34 @@ def test_the_router_of_the_users_own(my_lab, meshes):
     assert abs(other[0] - one[0]) > 1, "tau tells"
 
 
+def test_the_objective_of_the_users_own(my_lab):
+    config = reader.read(["runs/tiny.gin", "mine.gin"], [])
+    data = user_code.admitted(config, allowed=True).settings.data
+    store = text_store(a=40)
+    batches = training(store, data, MixtureSettings(), batch_size=8, seed=0)
+    (rows,) = batches.tasks
+    V, L = store.vocabulary.size, data.length
+    assert rows.padding_fraction < 0.1
+    middles = set()
+    for row in range(rows.num_rows - 1):
+        one = np.asarray([row])
+        batch = rows.read(one, one * 0, 0)
+        tokens_L = batch["decoder_target_tokens"][0]
+        begin, end, middle = (
+            int(np.flatnonzero(tokens_L == V - 1 - i)[0]) for i in range(3)
+        )
+        assert begin == 0
+        asked = batch["decoder_loss_weights"][0].astype(bool)
+        np.testing.assert_array_equal(asked, np.arange(L) > middle)
+        assert tokens_L[-1] == store.vocabulary.eos_id
+        whole = [tokens_L[1:end], tokens_L[middle + 1 : -1], tokens_L[end + 1 : middle]]
+        bounds = rows.index.bounds(row)
+        stored = rows.part.read("targets", [bounds[0]], [bounds[-1]])[0]
+        np.testing.assert_array_equal(np.concatenate(whole), stored)
+        middles.add(len(whole[1]))
+    assert len(middles) > 10, "cuts differ"
+
+
 def test_all_that_is_the_users_own_is_the_same_on_eight_devices(
     my_lab, monkeypatch, capsys
 ):
@@ -145,7 +180,7 @@ def test_all_that_is_the_users_own_is_the_same_on_eight_devices(
     words += ["--mesh=data=2,expert=4", "--gin.NUM_LAYERS=1", "--gin.MOE_EVERY=1"]
     assert cli.main(["verify", *words]) == 1
     refused = capsys.readouterr().err
-    assert refused.count("add --allow_module to the command") == 3
+    assert refused.count("add --allow_module to the command") == 4
     assert "my_lab.routers" not in sys.modules
     assert cli.main(["verify", *words, "--allow_module"]) == 0, capsys.readouterr().err
 

@@ -36,7 +36,7 @@ class GenerateOptions(RunOptions):
 def run(config: "ResolvedConfig", options: GenerateOptions) -> int:
     """Prints a prompt and its continuation; nothing else goes to standard output."""
     from launch.checkpoints.trained import restored, vocabulary_of
-    from launch.evaluation import sampling
+    from launch.evaluation import prompts, sampling
     from launch.run import user_code
     from launch.run.assemble import assemble
     from launch.terminal.lines import waiting
@@ -48,7 +48,7 @@ def run(config: "ResolvedConfig", options: GenerateOptions) -> int:
     given = config, run, vocabulary, options.step
     with restored(*given, quiet=options.quiet) as (params, _), during("drawing tokens"):
         text = sampling.continue_prompt(run, params, vocabulary)
-    print(sampling.with_prompt(config.settings, text))
+    print(prompts.with_prompt(config.settings, text))
     return EXIT_DONE
 
 

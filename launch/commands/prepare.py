@@ -58,9 +58,12 @@ def run(config: "ResolvedConfig", options: PrepareOptions) -> int:
     """Prepares the token store of a configuration, or says what is in it."""
     _refuse(options)
     from launch.data import opening, preparing
+    from launch.run import user_code
     from tasks.store import is_there, open_store
 
-    settings, allowed = config.settings, allowed_modules(config, options)
+    allowed = allowed_modules(config, options)
+    config = user_code.with_objective(config, allowed=options.allow_module)
+    settings = config.settings
     store_dir = settings.data.store_dir
     if options.train_vocabulary:
         preparing.train_vocabulary(

@@ -142,6 +142,13 @@ class Settings:
         """What the model's words mean for each layer."""
         return architecture.describe(self.model, self.router, self.encoder_router)
 
+    @property
+    def names_code(self) -> bool:
+        """Whether it names code that is not Switchyard's own, as "module:name"."""
+        router, beside, optimizer = self.router, self.encoder_router, self.optimizer
+        names = (router.family, beside.family, optimizer.name, optimizer.schedule)
+        return any(":" in name for name in (*names, self.data.objective))
+
     def length_of(self, stack: str) -> int:
         """Returns the tokens of a row that go through a stack."""
         beside = stack == "encoder" and self.data.layout == "encoder_decoder"

@@ -141,6 +141,9 @@ def _is_option(value: Any) -> bool:
     return is_text or isinstance(value, bool) or _is_number(value)
 
 
+_OPTIONS_RULE = (
+    "a dict of numbers, texts, True, False, or tuples of them, such as {'tau': 0.3}"
+)
 _RULES: dict[Any, tuple[str, Callable[[Any], bool]]] = {
     bool: ("True or False", lambda value: isinstance(value, bool)),
     int: ("an integer", _is_int),
@@ -148,11 +151,8 @@ _RULES: dict[Any, tuple[str, Callable[[Any], bool]]] = {
     str: ("text in quotes", lambda value: isinstance(value, str)),
     tuple[str, ...]: ("a tuple of texts, such as ('--flag=1',)", _is_texts),
     tuple[int, ...]: ("a tuple of integers, such as (32, 64)", _is_integers),
-    Options: (
-        "a dict of numbers, texts, True, False, or tuples of them, such as {'tau': "
-        "0.3}",
-        _is_options,
-    ),
+    Options: (_OPTIONS_RULE, _is_options),
+    Mapping[str, object]: (_OPTIONS_RULE, _is_options),
     Mapping[str, int]: ("a dict of integers, such as {'targets': 256}", _is_lengths),
     Mapping[str, float]: ("a dict of numbers, such as {'a': 0.3, 'b': 0.7}", _is_rates),
     Mapping[int, Mapping[str, float]]: (

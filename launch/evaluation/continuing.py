@@ -10,18 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from launch.config.settings import SampleSettings, Settings
+from launch.config.settings import SampleSettings
 from launch.run.assemble import Run
 from moe.model import beam, decoding
 from moe.model.memories import Encoded
 from partitioning import rules
-from tasks.settings import DENOISING
 from tasks.vocabularies import Vocabulary
-
-
-def answers(settings: Settings) -> bool:
-    """Whether inputs are answered by targets, rather than text continued."""
-    return settings.data.objective in ("seq2seq", *DENOISING)
 
 
 def continuation(

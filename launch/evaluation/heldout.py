@@ -209,7 +209,7 @@ def predicts_text(data: DataSettings) -> bool:
     Denoising predicts what was masked, between sentinels, and a prefix LM what follows
     its prefix.
     """
-    return data.objective in ("causal_lm", "seq2seq")
+    return data.asks is not None and data.asks.predicts_all
 
 
 def table(record: Record, store: TokenStore, data: DataSettings) -> list[str]:

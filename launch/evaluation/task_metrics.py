@@ -19,7 +19,7 @@ from launch.evaluation.heldout import EvalStep
 from launch.run.assemble import Run
 from launch.terminal.lines import waiting
 from partitioning import rules
-from tasks import files, objectives, scoring
+from tasks import files, layouts, scoring
 from tasks.errors import StoreError
 from tasks.scoring import ScoredTask
 from tasks.store import TokenStore
@@ -132,7 +132,7 @@ class TaskMetrics:
         for some in _cut(list(zip(task.inputs, task.targets, strict=True)), rows):
             self._check()
             pairs = [[pair] for pair in some] + [[]] * (rows - len(some))
-            batch = objectives.of_pairs(pairs, data)
+            batch = layouts.of_pairs(pairs, data)
             placed = {k: self._place(v, ("batch", "length")) for k, v in batch.items()}
             _, nats_BL = jax.device_get(eval_step(params, placed))
             scores.append(-nats_BL[: len(some)].sum(axis=1, dtype=np.float64))

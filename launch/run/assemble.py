@@ -24,7 +24,7 @@ from moe.training.train_state import TrainState
 from moe.training.train_step import Learner, train_step
 from partitioning import placement, rules
 from partitioning.mesh import describe, make_mesh
-from tasks import objectives
+from tasks import layouts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Run:
         B = self.settings.train.batch_size
         return {
             name: jax.ShapeDtypeStruct((B, L), "int32", sharding=self.batch_sharding)
-            for name, L in objectives.features(self.settings.data).items()
+            for name, L in layouts.features(self.settings.data).items()
         }
 
     def placed_shapes(self) -> TrainState:

@@ -63,10 +63,14 @@ def data_facts(settings: Settings, store: TokenStore | None) -> list[tuple[str, 
     """
     data = settings.data
     each = ", ".join(f"{name} {n}" for name, n in data.task_feature_lengths.items())
-    words = f"{data.objective}, rows of {data.length:,} tokens ({each})"
+    words = data.objective
+    if data.objective_options:
+        words += f" with {dict(data.objective_options)}"
     if data.layout == "encoder_decoder":
-        words = f"{data.objective}, rows of {each} tokens"
-    if data.objective in ("causal_lm", "masked_lm"):
+        words += f", rows of {each} tokens"
+    else:
+        words += f", rows of {data.length:,} tokens ({each})"
+    if data.asks and data.asks.packs:
         words += f", packing {data.packing}"
     if data.prefix_attention == "bidirectional":
         words += ", what is given sees itself whole"

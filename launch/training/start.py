@@ -16,7 +16,7 @@ from launch.config.settings import Settings
 from launch.data import opening
 from launch.data.opening import cut_words
 from launch.errors import EXIT_DONE, ConfigError
-from launch.evaluation import heldout
+from launch.evaluation import heldout, prompts
 from launch.job import together
 from launch.run import compiler_check, describe, self_check
 from launch.run.assemble import Run, assemble
@@ -197,9 +197,7 @@ def _data(
         functools.partial(opening.open_checked, config),
     )
     if settings.sample.prompt:  # too long a one is not first said when all is done
-        from launch.evaluation import sampling  # with all of drawing
-
-        sampling.encode_prompt(settings, store.vocabulary)
+        prompts.encode_prompt(settings, store.vocabulary)
     batches = opening.training_batches(store, settings)
     if (words := cut_words(batches)) and together.is_first():
         print(f"  data{words}", file=sys.stderr, flush=True)

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from launch.config.settings import Settings
-from tasks import objectives
+from tasks import layouts
 
 
 def draw(settings: Settings, tail: int, seed: int) -> dict[str, np.ndarray]:
@@ -21,7 +21,7 @@ def draw(settings: Settings, tail: int, seed: int) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
     B, layers = settings.train.batch_size, settings.layers
     features: dict[str, Any] = {
-        name: np.zeros((B, L)) for name, L in objectives.features(settings.data).items()
+        name: np.zeros((B, L)) for name, L in layouts.features(settings.data).items()
     }
     for name in reversed(layers.stacks):  # the scored one draws first
         side = {

@@ -22,6 +22,8 @@ _FREE = {
     "store_dir",
     "task_feature_lengths",
     "objective",
+    "objective_options",
+    "own",
     "packing",
     "prefix_attention",
     "noise_density",

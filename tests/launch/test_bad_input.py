@@ -13,7 +13,7 @@ from commands import TINY, Done, inline
 
 from launch.checkpoints.store import Checkpoints
 from launch.config import reader
-from launch.evaluation.sampling import SampleError, encode_prompt
+from launch.evaluation.prompts import SampleError, encode_prompt
 from launch.run.assemble import Run
 from launch.training.folder import ModelDirError, owned
 from tasks import vocabularies

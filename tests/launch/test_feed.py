@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from launch.run.feed import Feed, place_batch
 from partitioning import rules
-from tasks import objectives
+from tasks import layouts
 
 pytestmark = pytest.mark.fast
 
@@ -31,7 +31,7 @@ class Reader:
         rows = np.arange(start, stop)[:, None] * L + np.arange(L)
         return {
             name: (1000 * index + 100 * number + rows).astype(np.int32)
-            for number, name in enumerate(objectives.FEATURES)
+            for number, name in enumerate(layouts.FEATURES)
         }
 
     @property
@@ -58,7 +58,7 @@ def test_batches_come_in_order_and_then_end(meshes):
         firsts = [int(batch["decoder_target_tokens"][0, 0]) for batch in batches]
         with pytest.raises(StopIteration):
             next(batches)
-    number = objectives.FEATURES.index("decoder_target_tokens")
+    number = layouts.FEATURES.index("decoder_target_tokens")
     assert firsts == [1000 * index + 100 * number for index in range(7, 12)]
     assert reader.indices == [7, 8, 9, 10, 11]
 
@@ -69,7 +69,7 @@ def test_the_arrays_on_every_mesh_are_those_of_the_reader(meshes, name):
     with feed(reader, meshes[name], stop=2) as batches:
         for index, batch in enumerate(batches):
             wanted = Reader()(index, 0, B)
-            assert batch.keys() == wanted.keys() == set(objectives.FEATURES)
+            assert batch.keys() == wanted.keys() == set(layouts.FEATURES)
             for feature, array in batch.items():
                 assert array.shape == SHAPE
                 assert array.sharding.mesh == meshes[name]

@@ -8,7 +8,7 @@ from commands import Place
 
 from launch.config import reader
 from launch.config.reader import ConfigError
-from launch.evaluation.sampling import SampleError, encode_prompt, filled
+from launch.evaluation.prompts import SampleError, encode_prompt, filled
 from launch.run import self_check
 from launch.run.assemble import assemble
 from tasks.vocabularies import ByteVocabulary

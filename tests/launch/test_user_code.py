@@ -136,6 +136,58 @@ def below(peak, num_steps):
 def vector(peak, num_steps):
     return lambda count: jnp.ones(2)
 """
+OBJECTIVES = """
+import numpy as np
+
+from tasks.draws import below
+from tasks.objectives import Asked, Maker, Objective
+
+
+def half(data, vocabulary, *, first=0.5):
+    def ask(tokens, key):
+        n = int(first * len(tokens))
+        return Asked(tokens[:n], tokens[n:], np.arange(n, len(tokens)))
+
+    return Maker(data.length, ask)
+
+
+def of(ask, **more):
+    return Objective(maker=lambda data, vocabulary: Maker(data.length, ask), **more)
+
+
+def all_of(tokens, sources=None):
+    sources = np.arange(len(tokens)) if sources is None else sources
+    return Asked(tokens[:0], tokens, sources)
+
+
+def writing(tokens, key):
+    tokens[0] = 7
+    return all_of(tokens)
+
+
+def refusing(data, vocabulary):
+    raise ValueError("TASK_FEATURE_LENGTHS: make them longer")
+
+
+tail = Objective(maker=half)
+long = of(lambda tokens, key: all_of(np.append(tokens, 1), np.arange(len(tokens) + 1)))
+longer = of(lambda t, key: Asked(t, np.append(t, 1), np.append(np.arange(len(t)), 0)))
+unsourced = of(lambda tokens, key: all_of(tokens, np.arange(0)))
+foreign = of(lambda tokens, key: all_of(tokens + 10_000))
+halves = of(lambda tokens, key: all_of(tokens / 2))
+silent = of(lambda tokens, key: all_of(tokens[:0]))
+pair = of(lambda tokens, key: (tokens, tokens))
+writer = of(writing)
+moody = of(lambda tokens, key: all_of(tokens + np.random.default_rng().integers(2)))
+none = Objective(maker=lambda data, vocabulary: None)
+empty = Objective(maker=lambda data, vocabulary: Maker(0, None))
+unmade = Objective()
+stored = Objective(maker=half, reads=("inputs", "targets"))
+marked = Objective(maker=half, sentinels=2)
+encoded = Objective(maker=half, layouts=("encoder_decoder",))
+paired = Objective(maker=half, lengths=("inputs", "targets"))
+refused = Objective(maker=refusing)
+"""
 
 
 @pytest.fixture
@@ -143,6 +195,7 @@ def lab(tmp_path, monkeypatch):
     """A working directory with modules of the user's."""
     (tmp_path / "routers_of_lab.py").write_text(ROUTERS)
     (tmp_path / "optim_of_lab.py").write_text(OPTIM)
+    (tmp_path / "objectives_of_lab.py").write_text(OBJECTIVES)
     (tmp_path / "faulty_of_lab.py").write_text("1 / 0\n")
     (tmp_path / "needy_of_lab.py").write_text("import not_there_of_lab\n")
     monkeypatch.chdir(tmp_path)
@@ -208,7 +261,8 @@ def test_options_are_plain_values_by_name(options, is_right):
         return
     config = reader.read([TINY], knobs)
     hash(config.settings.router)
-    with_text = [line for line in config.operative.splitlines() if "OPTIONS" in line]
+    lines = config.operative.splitlines()
+    with_text = [line for line in lines if line.startswith("ROUTER_OPTIONS")]
     again = reader.read([TINY], ["ROUTER=lab:soft", with_text[0].split("  #")[0]])
     assert again.settings.router == config.settings.router
 
@@ -222,7 +276,7 @@ def test_equal_options_have_one_hash():
 
 
 @pytest.mark.fast
-@pytest.mark.parametrize("macro", ["ROUTER", "OPTIMIZER", "SCHEDULE"])
+@pytest.mark.parametrize("macro", ["ROUTER", "OPTIMIZER", "SCHEDULE", "OBJECTIVE"])
 def test_options_mean_nothing_to_switchyards_own(macro):
     with pytest.raises(ConfigError, match=f"{macro}_OPTIONS = .* means nothing to"):
         reader.read([TINY], [f"{macro}_OPTIONS={{'a': 1}}"])
@@ -281,10 +335,11 @@ def test_a_gin_file_alone_runs_no_code(lab):
         "ROUTER=faulty_of_lab:soft",
         "OPTIMIZER=faulty_of_lab:lion",
         "SCHEDULE=faulty_of_lab:line",
+        "OBJECTIVE=faulty_of_lab:tail",
     ]
     problems = problems_of(*knobs, allowed=False)
-    assert len(problems) == 3
-    for problem, macro in zip(problems, ("ROUTER", "OPTIM", "SCHED"), strict=True):
+    macros = ("ROUTER", "OBJECT", "OPTIM", "SCHED")
+    for problem, macro in zip(problems, macros, strict=True):
         assert problem.startswith(macro)
         assert "faulty_of_lab is not one of Switchyard's own modules" in problem
         assert problem.endswith("add --allow_module to the command")
@@ -383,6 +438,30 @@ def test_numbers_of_choices_and_logits_are_those_described(lab):
             "OPTIMIZER=optim_of_lab:lion OPTIMIZER_OPTIONS={'b3':0.9}",
             "takes no option 'b3' of OPTIMIZER_OPTIONS; ",
         ),
+        ("OBJECTIVE=objectives_of_lab:half", "is a function, not a tasks.objectives.O"),
+        ("OBJECTIVE=objectives_of_lab:stored", "is made of stored targets alone"),
+        ("OBJECTIVE=objectives_of_lab:unmade", "is a NoneType, not a function"),
+        ("OBJECTIVE=objectives_of_lab:none", "its maker returned a NoneType, not a M"),
+        ("OBJECTIVE=objectives_of_lab:empty", "its row_tokens is 0: it must be at l"),
+        ("OBJECTIVE=objectives_of_lab:pair", "it made a tuple, not an Asked, of 1 t"),
+        ("OBJECTIVE=objectives_of_lab:longer", "which do not fit TASK_FEATURE_LENGTHS"),
+        ("OBJECTIVE=objectives_of_lab:long", "sources has 0 to 1, not from 0 to 0"),
+        ("OBJECTIVE=objectives_of_lab:unsourced", "it made 1 targets of 0 sources: "),
+        ("OBJECTIVE=objectives_of_lab:silent", "it made 0 targets of 0 sources: the"),
+        ("OBJECTIVE=objectives_of_lab:foreign", "targets has 10"),
+        ("OBJECTIVE=objectives_of_lab:halves", "targets is float64[1], not a row of"),
+        ("OBJECTIVE=objectives_of_lab:writer", "it changes the 1 tokens that it is g"),
+        ("OBJECTIVE=objectives_of_lab:moody", "it makes other rows of 1 tokens with"),
+        ("OBJECTIVE=objectives_of_lab:refused", "TASK_FEATURE_LENGTHS: make them lon"),
+        ("OBJECTIVE=objectives_of_lab:marked", "EXTRA_IDS = 0 has none: set it to 2"),
+        (
+            "OBJECTIVE=objectives_of_lab:encoded",
+            "is not for ARCHITECTURE = 'decoder', which can have 'causal_lm', ",
+        ),
+        (
+            "OBJECTIVE=objectives_of_lab:tail OBJECTIVE_OPTIONS={'frist':0.9}",
+            "takes no option 'frist' of OBJECTIVE_OPTIONS; nearest: first; it takes f",
+        ),
         ("SCHEDULE=optim_of_lab:below", "the rate of step 0 of 15 is -0.0"),
         ("SCHEDULE=optim_of_lab:vector", "the rate of a step is not one number"),
         (
@@ -395,6 +474,12 @@ def test_what_cannot_be_taken_is_told_in_a_line(lab, knobs, words):
     (problem,) = problems_of(*knobs.split())
     assert problem.startswith(knobs.split("=")[0])
     assert words in problem
+
+
+def test_lengths_that_an_objective_does_not_have_are_refused(lab):
+    (problem,) = problems_of("OBJECTIVE=objectives_of_lab:paired")
+    assert problem.startswith("TASK_FEATURE_LENGTHS = {'targets': 64}: OBJECTIVE")
+    assert "has 'inputs' and 'targets', each of at least 2 tokens" in problem
 
 
 def test_a_router_that_is_not_causal_needs_leave(lab):
@@ -413,6 +498,8 @@ def test_every_verb_takes_a_run_with_code_of_the_users(trained, lab):
         "ROUTER_OPTIONS": "{'tau': 0.5}",
         "OPTIMIZER": "optim_of_lab:lion",
         "SCHEDULE": "optim_of_lab:line",
+        "OBJECTIVE": "objectives_of_lab:tail",
+        "OBJECTIVE_OPTIONS": "{'first': 0.25}",
     }
     folder = lab / "run"
     words = trained.knobs(folder, **knobs)
@@ -421,11 +508,16 @@ def test_every_verb_takes_a_run_with_code_of_the_users(trained, lab):
     for command in (["train", *words], ["train", "--dry_run", *words], plan):
         refused = inline(*command)
         assert refused.code == 1
-        assert refused.err.count("add --allow_module to the command") == 3
+        assert refused.err.count("add --allow_module to the command") == 4
     assert not folder.exists()
     done = inline("train", *words, "--allow_module")
     assert done.code == 0, done.err
     assert "routers_of_lab:soft with {'tau': 0.5}" in done.err
+    inspect = ["prepare", "--inspect", *words]
+    assert inline(*inspect).err.count("add --allow_module to the command") == 1
+    shown = inline(*inspect, "--allow_module")
+    assert shown.code == 0, shown.err
+    assert "as OBJECTIVE = 'objectives_of_lab:tail' makes them" in shown.out
     for command in (["evaluate", *of_run], ["generate", *of_run, "--prompt=def "]):
         assert "add --allow_module" in inline(*command).err
         done = inline(*command, "--allow_module")

@@ -15,7 +15,7 @@ from memory_store import (
 
 from tasks.batches import Batches, heldout, training
 from tasks.errors import StoreError
-from tasks.objectives import FEATURES
+from tasks.layouts import FEATURES
 from tasks.settings import MixtureSettings
 from tasks.store import open_store
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from memory_store import settings
 
-from tasks.objectives import FEATURES, Rows, decoder, encoder_decoder, features, joined
+from tasks.layouts import FEATURES, Rows, decoder, encoder_decoder, features, joined
 
 pytestmark = pytest.mark.fast
 

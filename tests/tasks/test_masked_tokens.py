@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from memory_store import MemorySplit, MemoryStore, documents, settings
 
-from tasks import objectives
+from tasks import layouts
 from tasks.batches import training
 from tasks.masked_tokens import Masking
 from tasks.settings import MixtureSettings
@@ -123,4 +123,4 @@ def test_objectives_that_do_not_suit_the_shape_are_refused(changes, said):
     data = dataclasses.replace(settings("causal_lm"), **changes)
     assert any(said in problem for problem in problems(data))
     assert not problems(settings("causal_lm"))
-    assert objectives.features(data)
+    assert layouts.features(data)

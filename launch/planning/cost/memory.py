@@ -20,7 +20,7 @@ from launch.planning.cost.local import BYTES, FLOAT32, Attention, Local, Weight
 from moe.layers import Block, of_kind
 from moe.routing.capacity import capacity
 from moe.settings import DenseSettings, SparseSettings
-from tasks import objectives
+from tasks import layouts
 
 # How often something is in memory at once, where the compiler decides. Few, so that
 # they can be measured.
@@ -123,7 +123,7 @@ def _batch(settings: Settings, platform: str) -> int:
     rows = -(-settings.train.batch_size // settings.mesh.batch_shards)
     tiled = platform == "tpu"
     found = local.tiled_bytes((), 4) if tiled else 4
-    for length in objectives.features(settings.data).values():
+    for length in layouts.features(settings.data).values():
         shape = (rows, -(-length // settings.mesh.context))
         found += local.tiled_bytes(shape, 4) if tiled else math.prod(shape) * 4
     return found

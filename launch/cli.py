@@ -26,6 +26,7 @@ from launch.errors import (
     EXIT_DONE,
     EXIT_FAULT,
     EXIT_INTERRUPTED,
+    EXIT_PREEMPTED,
     EXIT_USER_ERROR,
     UsageError,
     is_user_error,
@@ -102,11 +103,22 @@ def _run(words: list[str]) -> int:
     # there by itself, the console script does not.
     if "" not in sys.path and os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
+    work = functools.partial(_work, command, config, options)
     if job is None:
-        return command.run(config, options)
+        return work()
     from launch.job import together
 
-    return together.run(job, lambda: command.run(config, options), config)
+    return together.run(job, work, config)
+
+
+def _work(command: Command, config: "ResolvedConfig", options: Options) -> int:
+    """Runs the command; if it keeps nothing, a signal ends it at once."""
+    if not command.keeps_nothing:
+        return command.run(config, options)
+    from launch.job.signals import listening
+
+    with listening("stopped", quiet=options.quiet):
+        return command.run(config, options)
 
 
 def _before_jax(platform: "PlatformSettings") -> tuple["Job | None", list[str]]:
@@ -220,9 +232,12 @@ def _epilog(command: Command) -> str:
 
 
 def _codes(command: Command) -> list[tuple[int, str]]:
-    found = []
-    for code in sorted(command.exit_codes):
-        words = command.exit_codes[code] or EXIT_CODES[code]
+    codes, found = dict(command.exit_codes), []
+    if command.keeps_nothing:
+        codes[EXIT_PREEMPTED] = "preempted: restart the same command"
+        codes[EXIT_INTERRUPTED] = ""
+    for code in sorted(codes):
+        words = codes[code] or EXIT_CODES[code]
         found.append((code, textwrap.fill(words, 80, subsequent_indent=" " * 6)))
     return found
 

@@ -28,11 +28,6 @@ if TYPE_CHECKING:
 
 ENTRY_POINTS = "switchyard.commands"
 _DEVICES = {"cuda": ("/dev/nvidia[0-9]*",), "tpu": ("/dev/accel*", "/dev/vfio/[0-9]*")}
-# What says that this process is one of several.
-_OF_A_JOB = {
-    *("JAX_PROCESS_ID", "JAX_COORDINATOR_ADDRESS", "SLURM_PROCID"),
-    *("OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK"),
-}
 # In the order of help; other groups follow.
 GROUPS = ("Train", "Use a model", "Data", "Before paying for a pod")
 
@@ -98,6 +93,8 @@ class Command:
         devices: function of the configuration and the options; returns the
             configuration whose platform and mesh jax is started for. None if the verb
             starts no jax, or starts it by itself.
+        keeps_nothing: whether a signal may end the verb as it is, be it inside the
+            compiler. One that has something to keep, or ends others, sees to it.
         about: function of the configuration and the options; returns what the first
             line says after the configuration's name, where it is not the devices.
     """
@@ -115,6 +112,7 @@ class Command:
     )
     reads: Callable[[Any], tuple[list[str], list[str]]] | None = None
     devices: Callable[["ResolvedConfig", Any], "ResolvedConfig"] | None = _as_read
+    keeps_nothing: bool = False
     about: Callable[["ResolvedConfig", Any], list[str]] | None = None
 
 
@@ -133,7 +131,9 @@ def find(words: Sequence[str]) -> tuple[str, Command, list[str]]:
                 f"{f'{name} {word}'.strip()!r} is not a verb{nearest(word, verbs)}; "
                 f"the verbs are {', '.join(verbs)}; see switchyard --help"
             )
-        name, module = f"{name} {word}".strip(), importlib.import_module(verbs[word])
+        name, module = f"{name} {word}".strip(), _imported(verbs[word])
+        if isinstance(module, str):
+            raise UsageError(f"{name}, a verb of another package, {module}")
         if hasattr(module, "COMMAND"):
             return name, module.COMMAND, list(words[place:])
         verbs = _within(module)
@@ -150,13 +150,18 @@ def modules() -> dict[str, str]:
 
 
 def every() -> dict[str, Command]:
-    """Returns all commands by name, those of folders as "VERB SUBVERB"."""
+    """Returns all commands by name, those of folders as "VERB SUBVERB".
+
+    One of another package that cannot be had is there with the reason as its summary.
+    """
     found: dict[str, Command] = {}
 
     def visit(prefix: str, verbs: dict[str, str]) -> None:
         for word, path in verbs.items():
-            module = importlib.import_module(path)
-            if hasattr(module, "COMMAND"):
+            module = _imported(path)
+            if isinstance(module, str):
+                found[f"{prefix}{word}"] = _missing(module)
+            elif hasattr(module, "COMMAND"):
                 found[f"{prefix}{word}"] = module.COMMAND
             else:
                 visit(f"{prefix}{word} ", _within(module))
@@ -165,6 +170,29 @@ def every() -> dict[str, Command]:
     order = {group: place for place, group in enumerate(GROUPS)}
     return dict(
         sorted(found.items(), key=lambda item: order.get(item[1].group, len(order)))
+    )
+
+
+def _imported(path: str) -> ModuleType | str:
+    """The module of a verb; of one of another package that fails, in what way."""
+    try:
+        module = importlib.import_module(path)
+    except Exception as error:  # whatever another package raises
+        if path.startswith(f"{__name__}."):
+            raise
+        return f"cannot be imported: {type(error).__name__}: {error}"
+    if hasattr(module, "COMMAND") or hasattr(module, "__path__"):
+        return module
+    return f"cannot be used: {path} has no COMMAND"
+
+
+def _missing(reason: str) -> Command:
+    return Command(
+        group="Not to be had",
+        summary=reason,
+        description=reason,
+        run=lambda config, options: EXIT_USER_ERROR,
+        options=Options,
     )
 
 
@@ -210,11 +238,13 @@ def _is_here(config: str) -> bool:
     A GPU or TPU shows in the file system; and who belongs to a job is told so by what
     started it.
     """
+    from launch.job.together import OF_A_JOB
+
     kept = dict(re.findall(r"^(PLATFORM|NUM_PROCESSES) = (\S+)", config, re.MULTILINE))
     devices = _DEVICES.get(kept.get("PLATFORM", "").strip("'\""), ())
     there = not devices or any(glob.glob(pattern) for pattern in devices)
     alone = kept.get("NUM_PROCESSES", "1") == "1"
-    return there and (alone or bool(_OF_A_JOB & os.environ.keys()) or bool(devices))
+    return there and (alone or bool(OF_A_JOB & os.environ.keys()) or bool(devices))
 
 
 def _runs_beside(folder: Path) -> str:
@@ -237,7 +267,8 @@ def allow_module() -> Any:
     """Describes the flag with which code of the user's may run."""
     return option(
         "import what the configuration names and is not Switchyard's own "
-        "(MIXTURE_OR_TASK_MODULE, ROUTER, OPTIMIZER, SCHEDULE), and so run its code",
+        "(MIXTURE_OR_TASK_MODULE, ROUTER, OBJECTIVE, OPTIMIZER, SCHEDULE), and so run "
+        "its code",
         False,
     )
 

@@ -84,5 +84,6 @@ The run's own config.gin is read first; files and knobs given here override it.
 """,
     options=EvaluateOptions,
     reads=kept_by_run,
+    keeps_nothing=True,
     run=run,
 )

@@ -70,5 +70,6 @@ output.
 """,
     options=GenerateOptions,
     reads=kept_by_run,
+    keeps_nothing=True,
     run=run,
 )

@@ -71,5 +71,6 @@ what is compared, and why each tolerance is what it is.
     },
     options=VerifyOptions,
     devices=devices,
+    keeps_nothing=True,
     run=run,
 )

@@ -73,15 +73,23 @@ def heldout(
     Returns:
         Metrics of all Tasks together, each token with the same weight, and loss of each
         Task and each language. Bits per byte only where all text is predicted as it
-        is.
+        is. Under "eval/scored_fraction" the part of the split's rows that was scored.
     """
-    data = run.settings.data
+    data, train = run.settings.data, run.settings.train
+    scored_rows = all_rows = 0
     totals: dict[str, Total] = {}
     merged: Sums | None = None
     for task in store.tasks:
-        tally = _Tally(store.split(task, data.heldout_split).manifest)
+        split = store.split(task, data.heldout_split)
+        held = batches.heldout(
+            store, task, data, batch_size=train.batch_size, seed=train.seed
+        )
+        stop = min(num_batches, held.num_eval_batches) or held.num_eval_batches
+        scored_rows += min(stop * train.batch_size, held.num_rows)
+        all_rows += held.num_rows
+        tally, languages = _Tally(split.manifest), split.languages()
         for sums, nats_BL, language_BL in _scored(
-            run, store, task, params, eval_step, num_batches, check
+            run, held, languages, params, eval_step, stop, check
         ):
             sums = jax.tree.map(lambda x: np.asarray(x, np.float64), sums)
             merged = sums if merged is None else jax.tree.map(np.add, merged, sums)
@@ -101,30 +109,25 @@ def heldout(
     together = sum((totals[task] for task in store.tasks), Total())
     for name, total in {"": together, **totals}.items():
         record |= _losses(total, f"/{name}" if name else "", data)
+    record["eval/scored_fraction"] = scored_rows / all_rows
     return record | {"tokens": together.tokens}
 
 
 def _scored(
     run: Run,
-    store: TokenStore,
-    task: str,
+    held: HeldoutBatches,
+    language_D: np.ndarray | None,
     params: Any,
     eval_step: EvalStep,
     num_batches: int,
     check: Callable[[], None],
 ) -> Iterator[tuple[Sums, np.ndarray, np.ndarray | None]]:
     """Yields sums, nats and, where they are known, languages of each batch."""
-    data, train = run.settings.data, run.settings.train
-    held = batches.heldout(
-        store, task, data, batch_size=train.batch_size, seed=train.seed
-    )
-    in_all = held.num_eval_batches
-    language_D = store.split(task, data.heldout_split).languages()
     feed = Feed(
         held.read if language_D is None else _with_languages(held, language_D),
         start=0,
-        stop=min(num_batches, in_all) or in_all,
-        shape=(train.batch_size, data.length),
+        stop=num_batches,
+        shape=(held.batch_size, run.settings.data.length),
         sharding=run.batch_sharding,
     )
     with feed:

@@ -39,6 +39,8 @@ _LOST = re.compile(
     re.IGNORECASE,
 )
 
+_bell: list["Bell"] = []  # that of this process, in a job
+
 
 def client() -> Any:
     """The connection to the coordinator."""
@@ -74,6 +76,7 @@ class Bell:
         self._listener.start()
         self._done = False
         self._lines = lines
+        _bell.append(self)
         threading.Thread(target=self._watch, name="who is alive", daemon=True).start()
 
     def fail(self, error: BaseException) -> NoReturn:
@@ -94,12 +97,21 @@ class Bell:
             self._say(f"process {before['process']} ended: {before['message']}")
         leave(before["code"])
 
+    def stop(self, code: int, message: str) -> NoReturn:
+        """Ends this process, and so all, because it was told to."""
+        self._ending.acquire()
+        told = self._tell({"process": self._process, "code": code, "message": message})
+        if self._process == 0:
+            self._wait_until_heard(self._number - 1)
+        leave(told["code"])
+
     def done(self) -> None:
         """Says that all processes are done, and stops listening."""
         if self._process == 0:
             self._tell({"process": _ALL_DONE, "code": 0, "message": ""})
         self._listener.join()
         self._done = True
+        _bell.clear()
         client().wait_at_barrier("all have heard", WEEK_MILLISECONDS)
 
     def _listen(self) -> None:
@@ -187,6 +199,18 @@ def _outcome(process: int, error: BaseException, *, lost: bool) -> dict[str, Any
         return {"process": process, "code": EXIT_LOST_PROCESS, "message": message}
     message = f"{type(error).__name__}: {first[:500]}"
     return {"process": process, "code": EXIT_FAULT, "message": message}
+
+
+def in_job() -> bool:
+    """Says whether this process has met others, and is not done."""
+    return bool(_bell)
+
+
+def leave_all(code: int, message: str) -> NoReturn:
+    """Ends this process at once, and the others of its job, which are told why."""
+    for bell in _bell:
+        bell.stop(code, message)
+    leave(code)
 
 
 def leave(code: int) -> NoReturn:

@@ -30,6 +30,8 @@ T = TypeVar("T")
 Work = Callable[[], int]
 
 _RANKS = ("SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK")
+# What says that this process is one of several.
+OF_A_JOB = frozenset({"JAX_PROCESS_ID", "JAX_COORDINATOR_ADDRESS", *_RANKS})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,12 +15,12 @@ from launch.config.reader import ResolvedConfig
 from launch.errors import EXIT_DONE, EXIT_NON_FINITE
 from launch.evaluation import heldout
 from launch.job import together
+from launch.job.signals import Signals
 from launch.records.write import MetricWriter, NoMetrics, read_metrics
 from launch.report.about import About
 from launch.run import describe
 from launch.run.assemble import Run
 from launch.terminal.lines import waiting
-from launch.training.signals import Signals
 from tasks.store import TokenStore
 
 Record = dict[str, Any]
@@ -74,6 +74,7 @@ def complete(life: Life, found: int) -> int:
     report = life.model_dir / "report.html"
     if scores and together.as_first_finds("the report", report.exists):
         _print_scores(scores, life.store)
+        _say_what_was_left_out(scores, life)
         print(f"checkpoint    {life.saved.path(found)}\nreport        {report}")
         return EXIT_DONE
     params = life.saved.restore_params(found, life.run)
@@ -126,6 +127,7 @@ def finish(life: Life, params: Any, final: Record) -> None:
         about.save(life.model_dir)
         report = write_report(life.model_dir, about)
     _print_scores(final, life.store)
+    _say_what_was_left_out(final, life)
     if sample:
         print(f"sample        {sample['prompt']}│{sample['continuation']}")
     print(f"checkpoint    {checkpoint}\nreport        {report}")
@@ -167,6 +169,16 @@ def _print_scores(final: Record, store: TokenStore) -> None:
         shown = "–" if math.isnan(nats) else f"{nats:.4f}"
         print(f"{name:13} {shown:>10} {bits:>10.4f}")
     print(by_task)
+
+
+def _say_what_was_left_out(final: Record, life: Life) -> None:
+    fraction = final.get("eval/scored_fraction", 1.0)
+    if fraction < 1:
+        number = life.config.settings.loop.last_eval_batches
+        print(
+            f"of the first {100 * fraction:.3g} % of the held-out rows "
+            f"(LAST_EVAL_BATCHES = {number:,} of each Task; 0 scores all)\n"
+        )
 
 
 def explain(code: int, saved: Checkpoints, *, quiet: bool) -> None:

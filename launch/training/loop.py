@@ -16,11 +16,11 @@ import numpy as np
 from launch.checkpoints.store import Checkpoints
 from launch.config.settings import LoopSettings
 from launch.errors import EXIT_DONE, EXIT_NON_FINITE, is_user_error
+from launch.job.signals import Signals, Stopped
 from launch.records.write import MetricWriter, NoMetrics
 from launch.run.assemble import Run
 from launch.run.feed import Feed
 from launch.terminal.training import TrainProgress
-from launch.training.signals import Signals, Stopped
 from moe.training.train_state import TrainState
 from tasks.batches import Batches
 

@@ -18,6 +18,7 @@ from launch.data.opening import cut_words
 from launch.errors import EXIT_DONE, ConfigError
 from launch.evaluation import heldout, prompts
 from launch.job import together
+from launch.job.signals import GOES_ON, Signals, Stopped, listening
 from launch.run import compiler_check, describe, self_check
 from launch.run.assemble import Run, assemble
 from launch.run.programs import Programs
@@ -35,7 +36,6 @@ from launch.training.finish import (
     writer_of,
 )
 from launch.training.folder import keep, owned
-from launch.training.signals import Signals, Stopped, listening
 from moe import architecture
 from moe.training.optimizer import make_schedule
 from moe.training.train_state import TrainState
@@ -63,7 +63,7 @@ def train(
     Returns:
         The exit code.
     """
-    with listening(quiet=quiet) as signals:
+    with listening(GOES_ON, quiet=quiet) as signals:
         try:
             return _train(
                 config,

@@ -19,6 +19,7 @@ from launch.config import platform as environment
 from launch.config import reader
 from launch.config.platform import CPU_FLAG
 from launch.config.settings import PlatformSettings
+from launch.job import together
 from tasks.errors import StoreError
 
 pytestmark = pytest.mark.fast
@@ -565,7 +566,7 @@ def test_places_that_cannot_be_written_are_refused_at_once(
 def test_a_run_of_elsewhere_is_used_on_a_device_of_here(
     hardware, environ, there, tmp_path, monkeypatch
 ):
-    for name in commands._OF_A_JOB:
+    for name in together.OF_A_JOB:
         monkeypatch.delenv(name, raising=False)
     for name, value in environ.items():
         monkeypatch.setenv(name, value)

@@ -336,6 +336,30 @@ def test_before_the_first_step_a_signal_ends_a_run_at_once(
     assert steps_of(folder) == [10]
 
 
+@pytest.mark.parametrize(
+    ("where", "words", "number", "code"),
+    [
+        (SCORING, ["evaluate"], signal.SIGINT, EXIT_INTERRUPTED),
+        pytest.param(
+            "launch.evaluation.sampling:continue_prompt",
+            ["generate", "--prompt=def "],
+            *(signal.SIGTERM, EXIT_PREEMPTED),
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_what_keeps_nothing_ends_at_once(trained, where, words, number, code):
+    words = [*words, f"--model_dir={trained.folder}"]
+    exported = {"PAUSE_IN": where, "DEAF": "1"}
+    with Life(trained.start(*words, program=commands.PAUSED_IN, **exported)) as life:
+        life.wait()
+        began = time.monotonic()
+        done = life.end(number)
+    assert time.monotonic() - began < 10, "what it does takes minutes"
+    assert done.code == code, done.err
+    assert done.err.endswith("stopped\n")
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_after_the_last_step_a_signal_ends_a_run_and_the_next_finishes_it(

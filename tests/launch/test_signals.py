@@ -16,9 +16,9 @@ import pytest
 
 from launch.config.settings import LoopSettings
 from launch.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_PREEMPTED
-from launch.job import together
-from launch.training import loop, signals
-from launch.training.signals import Stopped, listening
+from launch.job import end, together
+from launch.job.signals import GOES_ON, Stopped, listening
+from launch.training import loop
 
 pytestmark = pytest.mark.fast
 
@@ -29,16 +29,14 @@ BOTH = [(signal.SIGINT, EXIT_INTERRUPTED), (signal.SIGTERM, EXIT_PREEMPTED)]
 def left(monkeypatch) -> queue.Queue:
     """The codes that the process would have ended with, and when."""
     codes = queue.Queue()
-    monkeypatch.setattr(
-        signals, "leave", lambda code: codes.put((code, time.monotonic()))
-    )
+    monkeypatch.setattr(end, "leave", lambda code: codes.put((code, time.monotonic())))
     return codes
 
 
 @pytest.mark.parametrize(("number", "code"), BOTH)
 def test_a_signal_is_heard_inside_a_compiler(number, code, left, capsys):
     before = signal.getsignal(number)
-    with listening(quiet=False):
+    with listening(GOES_ON, quiet=False):
         threading.Timer(0.1, os.kill, (os.getpid(), number)).start()
         # A second or more in which no handler of Python's runs.
         hashlib.pbkdf2_hmac("sha256", b"", b"", 3_000_000)
@@ -52,7 +50,7 @@ def test_a_signal_is_heard_inside_a_compiler(number, code, left, capsys):
 
 @pytest.mark.parametrize(("number", "code"), BOTH)
 def test_a_signal_is_noted_where_something_is_to_be_saved(number, code, left):
-    with listening(quiet=True) as heard:
+    with listening(GOES_ON, quiet=True) as heard:
         with heard.noted():
             before = heard.asked()
             signal.raise_signal(number)
@@ -70,8 +68,8 @@ def test_processes_of_a_job_stop_at_the_same_ask(monkeypatch):
         return signal.SIGTERM if ask == 3 else None
 
     monkeypatch.setattr(together, "asked_to_stop", asked_to_stop)
-    monkeypatch.setattr("jax.process_count", lambda: 2)
-    with listening(quiet=True) as heard, heard.noted():
+    monkeypatch.setattr(end, "in_job", lambda: True)
+    with listening(GOES_ON, quiet=True) as heard, heard.noted():
         heard.check()
         assert heard.asked() == EXIT_DONE
         with pytest.raises(Stopped, match="the same command"):
@@ -169,7 +167,7 @@ class Recorder:
         hooks = loop.Hooks(self.step, None, self.score, None, lambda _: {}, {})
         with (
             pytest.MonkeyPatch.context() as patch,
-            listening(quiet=True) as self.heard,
+            listening(GOES_ON, quiet=True) as self.heard,
         ):
             patch.setattr(loop, "time", self)
             _, code = loop.train(

@@ -1,11 +1,13 @@
-"""SIGTERM and Ctrl-C, heard at any moment of a run.
+"""SIGTERM and Ctrl-C, heard at any moment.
 
 Where nothing would be lost, before the first step and once the last one is saved, a
-signal ends the process as it is, be it inside the compiler. From the first step on it
-is noted, and whoever takes steps or scores asks for it.
+signal ends the process as it is, be it inside the compiler, and with it the others of
+its job. From the first step on it is noted, and whoever takes steps or scores asks for
+it.
 """
 
 import contextlib
+import ctypes
 import os
 import signal
 import socket
@@ -14,11 +16,8 @@ import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
 
-import jax
-
 from launch.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_PREEMPTED
-from launch.job import together
-from launch.job.end import leave
+from launch.job import end, together
 
 GOES_ON = "stopped; the same command goes on from what is kept"
 
@@ -41,11 +40,18 @@ class Signals:
     """Which signal asked the run to stop, if any.
 
     Args:
-        quiet: whether nothing is said at the end.
+        said: what is said where a signal ends the process.
+        quiet: whether it is said to the other processes of a job alone.
+        of_jax: what jax does at a SIGTERM: it tells the other processes of a job, and
+            asks all to stop at the same moment. None in a process alone.
     """
 
-    def __init__(self, *, quiet: bool) -> None:
+    def __init__(
+        self, said: str, quiet: bool, of_jax: "ctypes.Array[ctypes.c_char] | None"
+    ) -> None:
+        self._said = said
         self._quiet = quiet
+        self._of_jax = of_jax
         self._received: int | None = None
         self._asks = 0
         self._nothing_to_lose = True
@@ -58,7 +64,7 @@ class Signals:
         often as the others: after every step, and before every batch that is scored.
         """
         stop = self._received  # read once: it may come at any moment
-        if jax.process_count() > 1:
+        if self._of_jax is not None:
             self._asks += 1
             stop = together.asked_to_stop(self._asks)
         return EXIT_DONE if stop is None else _CODES[signal.Signals(stop)]
@@ -78,10 +84,11 @@ class Signals:
         with self._deciding:
             self._nothing_to_lose = False
         try:
-            # jax tells the other processes of a job of a SIGTERM, and of no Ctrl-C.
-            several = jax.process_count() > 1
-            with _caught(_pass_on, *([signal.SIGINT] if several else [])):
+            if self._of_jax is None:
                 yield
+            else:
+                with _lent(self._of_jax), _caught(_pass_on, signal.SIGINT):
+                    yield
         finally:
             with self._deciding:
                 self._nothing_to_lose = True
@@ -96,21 +103,20 @@ class Signals:
             self._received = number
             if self._nothing_to_lose:
                 if not self._quiet:
-                    print(GOES_ON, file=sys.stderr)
-                leave(_CODES[signal.Signals(number)])
+                    print(self._said, file=sys.stderr)
+                end.leave_all(_CODES[signal.Signals(number)], self._said)
 
 
 @contextlib.contextmanager
-def listening(*, quiet: bool) -> Iterator[Signals]:
+def listening(said: str, *, quiet: bool) -> Iterator[Signals]:
     """Hears SIGINT and SIGTERM instead of dying; the second one is not caught.
 
-    In a job of several processes jax notes SIGTERM, and tells the others; Ctrl-C ends
-    all at once where nothing is lost (`launch.job.end`).
+    Args:
+        said: what is said where one of them ends the process.
+        quiet: whether it is said to the other processes of a job alone.
     """
-    signals = Signals(quiet=quiet)
-    if jax.process_count() > 1:
-        yield signals
-        return
+    of_jax = _action() if end.in_job() else None
+    signals = Signals(said, quiet, of_jax)
     # Handlers of Python wait until the main thread leaves the compiler; a number that
     # the system writes into a socket does not.
     reader, writer = socket.socketpair()
@@ -128,6 +134,8 @@ def listening(*, quiet: bool) -> Iterator[Signals]:
             signal.set_wakeup_fd(before)
             writer.close()
             listener.join()
+            if of_jax is not None:
+                _set_action(of_jax)
 
 
 def _listen(reader: socket.socket, signals: Signals) -> None:
@@ -156,6 +164,31 @@ def _caught(take: Callable[[int], None], *numbers: int) -> Iterator[None]:
         yield
     finally:
         restore()
+
+
+@contextlib.contextmanager
+def _lent(of_jax: "ctypes.Array[ctypes.c_char]") -> Iterator[None]:
+    """Lets jax take SIGTERM meanwhile."""
+    mine = signal.getsignal(signal.SIGTERM)
+    _set_action(of_jax)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, mine)
+
+
+# jax sets what happens at a SIGTERM below Python, which could not set it again.
+
+
+def _action() -> "ctypes.Array[ctypes.c_char]":
+    """What happens at a SIGTERM, as C has it."""
+    kept = ctypes.create_string_buffer(1024)  # more than any `struct sigaction`
+    ctypes.CDLL(None).sigaction(signal.SIGTERM, None, kept)
+    return kept
+
+
+def _set_action(kept: "ctypes.Array[ctypes.c_char]") -> None:
+    ctypes.CDLL(None).sigaction(signal.SIGTERM, kept, None)
 
 
 def _pass_on(number: int) -> None:

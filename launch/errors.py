@@ -35,6 +35,10 @@ class UsageError(UserError):
     """A command line that cannot be understood."""
 
 
+class ProcessError(UserError):
+    """The processes of a job do not find one another, or do not agree."""
+
+
 class ConfigError(UserError):
     """Every fault of a configuration, in one message.
 

@@ -19,7 +19,7 @@ from launch.run import user_code
 from moe import architecture
 from moe.dispatch import auto
 from moe.layers import Sublayer
-from moe.model import block, exchange, inventory, sparse, transformer
+from moe.model import block, inventory, sparse, transformer
 from moe.model.execution import Execution
 from moe.model.view import Routed
 from moe.routing.assignment import RouterContext
@@ -116,13 +116,13 @@ def assert_close(actual, expected) -> None:
 
 
 def test_the_router_of_the_page(written, meshes, monkeypatch):
-    monkeypatch.setitem(sparse.ROUTERS, "round_robin", written["round_robin"].route)
+    monkeypatch.setitem(sys.modules, "moe.routing.round_robin", written["round_robin"])
     router = RouterSettings(
         family="round_robin", num_selected=2, group_size=L, capacity_factor=1.0
     )
     mask_GS = np.arange(3 * L).reshape(3, L) % 5 > 0
     logits_GSE = np.random.default_rng(0).normal(size=(3, L, E)).astype(np.float32)
-    assignment = sparse.ROUTERS["round_robin"](
+    assignment = sparse.route_of(router)(
         logits_GSE, RouterContext(jnp.asarray(mask_GS)), router, capacity=4
     )
     check_assignment(assignment, mask_GS)
@@ -186,7 +186,7 @@ def test_all_that_is_the_users_own_is_the_same_on_eight_devices(
 
 
 def test_the_transport_of_the_page(written, meshes, monkeypatch):
-    monkeypatch.setitem(exchange.TRANSPORTS, "gathered", written["gathered"])
+    monkeypatch.setitem(sys.modules, "moe.dispatch.gathered", written["gathered"])
     monkeypatch.setattr(auto, "PADDED", (*auto.PADDED, "gathered"))
     router = RouterSettings(num_selected=2, group_size=L, capacity_factor=1.0)
     wanted = run_layer(meshes, "d1", router, "einsum")

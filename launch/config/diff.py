@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from launch.config.reader import sections
+from launch.config.places import sections
 from launch.config.syntax import Binding, MacroUse, statements
 
 # Sections of `base.gin` whose knobs say what is learnt, and from what.

@@ -5,14 +5,13 @@ leaves, give values to macros and include other leaves. There is no global state
 """
 
 import dataclasses
-import functools
-import importlib.resources
 import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from launch.config import places
 from launch.config.macros import RENAMED, T5X, bound
 from launch.config.settings import Settings, problems
 from launch.config.syntax import (
@@ -38,7 +37,6 @@ _KINDS = {
     "models": ("the model", "the sparse layers"),
     "hardware": ("the hardware",),
 }
-_SECTION = re.compile(r"# -{10,} (.+)")
 _PATHS = ("MODEL_DIR", "STORE_DIR", "VOCABULARY", "COMPILATION_CACHE_DIR")
 _WHAT_TO_GIVE = {
     "MODEL_DIR": "the folder of the run, such as 'runs/mine'",
@@ -124,56 +122,6 @@ def _operative(knobs: Iterable[Knob], where: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-# -------------------------------------------------------------------------- files
-
-
-def _configs() -> Path:
-    """The installed `configs` folder."""
-    return Path(str(importlib.resources.files("configs")))
-
-
-def _base() -> str:
-    return (_configs() / "base.gin").read_text(encoding="utf-8")
-
-
-@functools.cache
-def sections() -> dict[str, str]:
-    """Returns the title under which `base.gin` lists each knob."""
-    found, title = {}, ""
-    for line in _base().splitlines():
-        if heading := _SECTION.fullmatch(line):
-            title = heading[1]
-        elif knob := re.match(r"([A-Z][A-Z0-9_]*) = ", line):
-            found[knob[1]] = title
-    return found
-
-
-def _shown(path: Path) -> str:
-    """Names a file as a reader would: relative to here, or to `configs`."""
-    absolute = Path(os.path.abspath(path))
-    for root, prefix in ((Path.cwd(), Path()), (_configs(), Path("configs"))):
-        if absolute.is_relative_to(root):
-            return str(prefix / absolute.relative_to(root))
-    return str(absolute)
-
-
-def _places(name: str, folder: Path | None) -> list[Path]:
-    """Where a gin file may be, in the order of the search.
-
-    Args:
-        name: path of the file, as it was written.
-        folder: that of the file that includes it; None on the command line.
-    """
-    ours = _configs() / name.removeprefix("configs/")
-    if folder is None:
-        places = [Path(name), ours]
-    elif folder.resolve().is_relative_to(_configs().resolve()):
-        places = [folder / name, ours]  # not what happens to lie here
-    else:
-        places = [folder / name, Path(name), ours]
-    return list({os.path.abspath(place): place for place in places}.values())
-
-
 class _Assigned(NamedTuple):
     value: Any
     origin: str
@@ -197,10 +145,10 @@ class _Reader:
 
     def read_base(self) -> None:
         """Reads the list of knobs; a fault in it is ours."""
-        text = _base()
+        text = places.base()
         kind_of = {title: kind for kind, titles in _KINDS.items() for title in titles}
         self._kind_of = {
-            macro: kind_of.get(title, "") for macro, title in sections().items()
+            macro: kind_of.get(title, "") for macro, title in places.sections().items()
         }
         for statement in statements(text):
             assert isinstance(statement, Binding), statement
@@ -233,7 +181,7 @@ class _Reader:
         text = None if path is None else self._text(path, place, open_files)
         if path is None or text is None:
             return set()
-        shown = _shown(path)
+        shown = places.shown(path)
         kind = path.parent.name if path.parent.name in _KINDS else ""
         set_here: dict[str, int] = {}
         set_by_includes: set[str] = set()
@@ -288,8 +236,8 @@ class _Reader:
 
     def _text(self, path: Path, place: str, open_files: tuple[Path, ...]) -> str | None:
         """What is in a file; None, and a problem, if it cannot be read here."""
-        shown = _shown(path)
-        if path.resolve() == (_configs() / "base.gin").resolve():
+        shown = places.shown(path)
+        if path.resolve() == (places.configs() / "base.gin").resolve():
             self.problems.append(
                 f"{place}{shown} is always read first: take it out of the files to read"
             )
@@ -305,32 +253,11 @@ class _Reader:
         return None
 
     def _find(self, name: str, folder: Path | None, place: str) -> Path | None:
-        if not is_utf8(name):
-            self._lost_a_file = True
-            self.problems.append(f"{place}{name!r} is not UTF-8: rename that file")
-            return None
-        places = _places(name, folder)
-        for path in places:
-            if os.path.isfile(path):  # False, too, for what cannot be looked at
-                return path
+        found = places.find(name, folder)
+        if isinstance(found, Path):
+            return found
         self._lost_a_file = True
-        if not name.strip():
-            self.problems.append(f"{place}a file has no name: write --gin_file=FILE")
-            return None
-        folders = [path for path in places if os.path.isdir(path)]
-        if folders:
-            self.problems.append(
-                f"{place}{_shown(folders[0])} is a folder: name a gin file that is in "
-                "it"
-            )
-            return None
-        root = _configs()
-        known = [str(path.relative_to(root)) for path in root.rglob("*.gin")]
-        short = name.removeprefix("configs/")
-        self.problems.append(
-            f"{place}{name} was not found; looked at "
-            f"{', '.join(_shown(path) for path in places)}{nearest(short, known)}"
-        )
+        self.problems.append(f"{place}{found}")
         return None
 
     def _read_statement(

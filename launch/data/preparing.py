@@ -8,7 +8,7 @@ from launch.config.reader import ResolvedConfig
 from launch.config.settings import Settings
 from launch.data.opening import check_embedding, training_batches
 from launch.errors import UsageError
-from launch.terminal import training
+from launch.terminal import preparing as display
 from tasks import batches, vocabularies
 from tasks.manifest import Manifest
 from tasks.preparation import engines
@@ -40,7 +40,7 @@ def prepare(
     settings = config.settings
     _refuse_small_embedding(config)
     try:
-        with training.preparing(quiet=quiet) as report:
+        with display.preparing(quiet=quiet) as report:
             prepare(
                 settings.data,
                 report,
@@ -109,7 +109,7 @@ def train_vocabulary(
             f"{path} is there already, and stores may have been made with it: name a "
             "new file, or add --force"
         )
-    with training.preparing(quiet=quiet) as report:
+    with display.preparing(quiet=quiet) as report:
         vocabulary, fit = train_vocabulary_of(
             data, report, allowed_modules=allowed_modules
         )

@@ -14,7 +14,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from launch.errors import UserError
+from launch.errors import ProcessError
 
 _LONGEST_LINE = 1 << 20  # of JSON, in bytes
 _RETRY_SECONDS = 0.2
@@ -28,10 +28,6 @@ _KEEP_ALIVE = {
     "TCP_KEEPCNT": 10,  # without an answer, before the other end is taken for dead
 }
 _PROTOCOL = "switchyard roll call 1"
-
-
-class ProcessError(UserError):
-    """The processes of a job do not find one another, or do not agree."""
 
 
 def call(

@@ -21,10 +21,8 @@ from typing import TextIO, TypeVar
 from launch.config import devices
 from launch.config.reader import ResolvedConfig
 from launch.config.settings import PlatformSettings
-from launch.errors import ConfigError
-from launch.job import meet
+from launch.errors import ConfigError, ProcessError
 from launch.job.end import WEEK_MILLISECONDS, Bell, client
-from launch.job.meet import ProcessError
 
 T = TypeVar("T")
 Work = Callable[[], int]
@@ -223,6 +221,8 @@ def _ask_launcher(platform: PlatformSettings, address: str, process: int | None)
 def _join(job: Job, config: ResolvedConfig) -> dict[int, socket.socket]:
     """Meets the others, then lets jax do the same."""
     import jax
+
+    from launch.job import meet  # of several processes alone
 
     platform = config.settings.platform
     bind_address = os.environ.get("JAX_COORDINATOR_BIND_ADDRESS")

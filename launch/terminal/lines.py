@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 Clock = Callable[[], float]
+PLAIN_PERIOD_SECONDS = 10.0  # between lines where none can be redrawn
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from typing import Any
 
 import moe.constraints
 from launch.config.macros import bound
-from launch.config.reader import sections
+from launch.config.places import sections
 from launch.config.settings import PlatformSettings, Settings
 from launch.errors import ConfigError
 from launch.verification import meshes

@@ -1,20 +1,13 @@
 """Which transport carries the tokens of a pass, and how much room it has."""
 
 import dataclasses
-from types import ModuleType
+import importlib
 from typing import Any
 
-from moe.dispatch import all_to_all, auto, einsum, ragged, ring
+from moe.dispatch import auto
 from moe.dispatch.room import Room, room_for
 from moe.model.execution import Execution
 from moe.settings import SparseSettings
-
-TRANSPORTS: dict[str, ModuleType] = {
-    "all_to_all": all_to_all,
-    "einsum": einsum,
-    "ring": ring,
-    "ragged": ragged,
-}
 
 
 def exchange_of(
@@ -45,4 +38,4 @@ def exchange_of(
     )
     if name in auto.PADDED:  # the rectangle holds all that have a slot
         room = dataclasses.replace(room, num_rounds=1)
-    return TRANSPORTS[name], name, room
+    return importlib.import_module(f"moe.dispatch.{name}"), name, room

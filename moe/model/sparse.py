@@ -6,6 +6,7 @@ tokens by it, experts see rows.
 
 import dataclasses
 import functools
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -18,19 +19,12 @@ from moe.model.feed_forward import dense, experts
 from moe.model.parameters import Spec, vector
 from moe.model.rounds import in_rounds
 from moe.model.view import Routed, View
-from moe.routing import expert_choice, hashed, prototypes, sinkhorn, token_choice
+from moe.routing import hashed
 from moe.routing.assignment import Assignment, RouterContext, RouterSums, Trace
 from moe.routing.capacity import capacity
 from moe.routing.logits import Keys, group_keys, logits_of
-from moe.settings import SparseSettings
+from moe.settings import RouterSettings, SparseSettings
 
-ROUTERS: dict[str, Callable[..., Assignment]] = {
-    "token_choice": token_choice.route,
-    "prototypes": prototypes.route,
-    "expert_choice": expert_choice.route,
-    "hashed": hashed.route,
-    "sinkhorn": sinkhorn.route,
-}
 ROUTER_STDDEV = 0.02
 
 Weights = dict[str, Any]
@@ -160,13 +154,18 @@ def route(
         logits_GSE, clean_GSE = logits_of(x_GSM, w["router"], keys, s.router)
         context = dataclasses.replace(context, clean_logits_GSE=clean_GSE)
     slots = capacity(s.router, s.num_experts, train=keys is not None)
-    own = s.router.own
-    choose = ROUTERS[s.router.family] if own is None else own.route
-    assignment = choose(
+    assignment = route_of(s.router)(
         logits_GSE, context, s.router, capacity=slots, **s.router.options
     )
     trace = Trace(logits_GSE, assignment.slot_of_choice_GSJ)
     return dataclasses.replace(assignment, trace=trace)
+
+
+def route_of(router: RouterSettings) -> Callable[..., Assignment]:
+    """Returns the function of a router: the user's own, or `route` of its file."""
+    if router.own is not None:
+        return router.own.route
+    return importlib.import_module(f"moe.routing.{router.family}").route
 
 
 def _compute(

@@ -7,7 +7,6 @@ one token at a time; it imports no router, no transport and no expert.
 from moe.testing.contract import MESHES, broken_rule, check_assignment
 from moe.testing.decisions import Decision, Told, decide, router_sums
 from moe.testing.one_token import OracleResult, one_token_at_a_time
-from moe.testing.trial import broken_rule_of_router
 
 __all__ = [
     "MESHES",
@@ -15,7 +14,6 @@ __all__ = [
     "OracleResult",
     "Told",
     "broken_rule",
-    "broken_rule_of_router",
     "check_assignment",
     "decide",
     "one_token_at_a_time",

@@ -6,10 +6,9 @@ import math
 import pytest
 
 from launch.config.settings import PlatformSettings
-from launch.errors import EXIT_LOST_PROCESS
+from launch.errors import EXIT_LOST_PROCESS, ProcessError
 from launch.job import together
 from launch.job.end import _outcome
-from launch.job.meet import ProcessError
 from launch.job.together import Job
 from tasks.errors import StoreError
 

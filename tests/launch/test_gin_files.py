@@ -16,7 +16,7 @@ from base_gin import (
 )
 
 from benchmarks.ladder.rows import is_shared
-from launch.config import diff, macros, reader
+from launch.config import diff, macros, places, reader
 from launch.config.syntax import statements
 from launch.errors import ConfigError
 
@@ -52,7 +52,7 @@ def test_every_knob_fills_a_setting_and_every_setting_has_a_knob():
 
 
 def test_rules_name_knobs_and_sections_that_exist():
-    knobs, titles = set(macros_of_base()), set(reader.sections().values())
+    knobs, titles = set(macros_of_base()), set(places.sections().values())
     named = diff._FREE | diff._FIXED | diff._OF_A_LIFE | set(reader._PATHS)
     assert named | set(macros.RENAMED.values()) <= knobs
     assert not knobs & {*macros.RENAMED, *macros.T5X}

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from launch.terminal import training
 from launch.terminal.lines import compact, duration, waiting
+from launch.terminal.preparing import preparing
 from launch.terminal.training import Extreme, TrainProgress, load_extremes
 from tasks.prepare import Progress
 
@@ -201,7 +201,7 @@ def test_quiet_says_nothing():
             pass
     with waiting("compiling", quiet=True, console=console):
         pass
-    with training.preparing(quiet=True, console=console) as callback:
+    with preparing(quiet=True, console=console) as callback:
         callback(_prepared(1))
     assert _printed(console) == []
 
@@ -242,7 +242,7 @@ def _prepared(documents, phase="train"):
 
 def test_preparing_shows_totals_and_rate_per_split():
     console, clock = _plain_console(), _Clock()
-    with training.preparing(console=console, clock=clock) as callback:
+    with preparing(console=console, clock=clock) as callback:
         callback(_prepared(1000))
         clock.now += 10
         callback(_prepared(5000))
@@ -258,7 +258,7 @@ def test_preparing_shows_totals_and_rate_per_split():
 
 def test_preparing_takes_phases_that_count_less():
     console, clock = _plain_console(), _Clock()
-    with training.preparing(console=console, clock=clock) as callback:
+    with preparing(console=console, clock=clock) as callback:
         callback(Progress("vocabulary", documents=7, text_bytes=2000))
         clock.now += 4
         callback(Progress("baselines"))

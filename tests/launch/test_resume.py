@@ -1,11 +1,16 @@
 """A run that was killed, stopped or moved goes on as if nothing had happened."""
 
+import ast
 import dataclasses
+import importlib.util
+import io
 import json
+import re
 import shutil
 import signal
 import subprocess
 import time
+import tokenize
 from pathlib import Path
 
 import commands
@@ -149,6 +154,36 @@ def story(trained, tmp_path_factory) -> Story:
     return Story(
         folder, second, killed, steps_after_kill, stopped, steps_after_stop, ended
     )
+
+
+def lines_of_code(module: str) -> int:
+    """Lines of a module that are neither blank, nor a comment or a docstring."""
+    source = Path(importlib.util.find_spec(module).origin).read_text()
+    texts = {
+        line
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        for line in range(node.lineno, node.end_lineno + 1)
+    }
+    none = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT}
+    none |= {tokenize.DEDENT, tokenize.ENDMARKER}
+    code = {
+        line
+        for token in tokenize.generate_tokens(io.StringIO(source).readline)
+        if token.type not in none
+        for line in range(token.start[0], token.end[0] + 1)
+    }
+    return len(code - texts)
+
+
+def test_a_run_imports_what_it_uses_and_no_more(story):
+    (names,) = re.findall(r"^imported (.*)$", story.ended.out, re.MULTILINE)
+    modules = names.split()
+    assert "moe.training.train_step" in modules
+    unused = ("planning", "verification", "report.run", "preparation", "quality")
+    for name in (*unused, "sampling", "task_metrics", "own_code"):
+        assert not [m for m in modules if f".{name}" in m]
+    assert sum(map(lines_of_code, modules)) <= 13_000
 
 
 def test_a_second_run_in_the_same_folder_is_refused(story):

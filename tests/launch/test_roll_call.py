@@ -6,8 +6,8 @@ import time
 
 import pytest
 
+from launch.errors import ProcessError
 from launch.job import meet
-from launch.job.meet import ProcessError
 
 
 def free_address() -> str:

@@ -14,7 +14,7 @@ from launch.run.assemble import Run, assemble
 from launch.run.self_check import Comparison, SelfCheckError
 from moe.dispatch import all_to_all
 from moe.model.attention import kernel, kernel_method
-from moe.model.sparse import ROUTERS
+from moe.routing import token_choice
 
 KNOBS = ("TRANSPORT='all_to_all'", "GROUP_SIZE=16")
 ON_FOUR = ("SIMULATED_DEVICES=4", "MESH_DATA=2", "MESH_EXPERT=2")
@@ -51,7 +51,7 @@ def test_what_a_run_without_drops_computes_is_checked_in_rounds_too():
 
 
 def test_a_fault_of_evaluation_alone_stops_the_run(monkeypatch):
-    def route(*given, original=ROUTERS["token_choice"], **named):
+    def route(*given, original=token_choice.route, **named):
         assignment = original(*given, **named)
         return dataclasses.replace(assignment, gate_GSJ=1.01 * assignment.gate_GSJ)
 
@@ -60,7 +60,7 @@ def test_a_fault_of_evaluation_alone_stops_the_run(monkeypatch):
 
     def second_evaluation_is_wrong(s, execution, arguments, *, train):
         if not train and next(patched):
-            monkeypatch.setitem(ROUTERS, "token_choice", route)
+            monkeypatch.setattr(token_choice, "route", route)
         return results(s, execution, arguments, train=train)
 
     monkeypatch.setattr(self_check, "_results", second_evaluation_is_wrong)

@@ -389,7 +389,7 @@ def routed():
             order_V=jnp.array(told["order"]) if "order" in told else None,
         )
         settings = RouterSettings(family=family, **given)
-        assignment = sparse.ROUTERS[family](
+        assignment = sparse.route_of(settings)(
             logits_GSE, context, settings, capacity=slots
         )
         sums, slot_GSJ = assignment.sums, assignment.slot_of_choice_GSJ

@@ -6,7 +6,7 @@ import functools
 import pytest
 
 from benchmarks.ladder.rows import is_shared
-from launch.config import reader
+from launch.config import places, reader
 from moe import accounting
 from moe.architecture import describe
 from moe.routing.capacity import mean_choices
@@ -224,7 +224,7 @@ def test_published_parameters_are_ours_or_it_is_said_why_not(name):
 
 @pytest.mark.fast
 def test_every_model_of_a_paper_is_in_the_table():
-    folder = reader._configs() / "runs"
+    folder = places.configs() / "runs"
     names = {path.stem for path in folder.glob("*.gin")}
     runs = {name for name in names if not is_shared(folder / f"{name}.gin")}
     small = {"demo", "demo_span", "demo_bert", "tiny"}

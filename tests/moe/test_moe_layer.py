@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+from typing import get_args, get_type_hints
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,6 @@ import numpy as np
 import pytest
 
 from moe.model import sparse
-from moe.model.exchange import TRANSPORTS
 from moe.model.execution import Execution
 from moe.model.feed_forward.dense import feed_forward
 from moe.model.view import Routed
@@ -36,6 +36,9 @@ FREE = RouterSettings(
 replace = dataclasses.replace
 
 # What transports see differently: J, slots per expert, order, drops and runs of 0 rows.
+TRANSPORTS = sorted(
+    set(get_args(get_type_hints(ExecutionSettings)["transport"])) - {"auto"}
+)
 ROUTERS = {
     "switch": TIGHT,
     "glam": replace(

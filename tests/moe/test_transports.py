@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
+from moe.dispatch import all_to_all, einsum, ragged, ring
 from moe.dispatch.room import Room
-from moe.model.exchange import TRANSPORTS
 from moe.routing.assignment import Assignment
 from partitioning.settings import BATCH_AXES
 
@@ -117,6 +117,12 @@ def there_and_back(p, mesh, transport: str, room: Room):
     return y, d_x, d_gate, excess
 
 
+TRANSPORTS = {
+    "all_to_all": all_to_all,
+    "einsum": einsum,
+    "ring": ring,
+    "ragged": ragged,
+}
 PLACES = {
     # mesh, J, rows, rounds: room for all at once, or for five rows at a time. With ten
     # choices sums over them are loops.

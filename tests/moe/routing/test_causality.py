@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe.model.sparse import ROUTERS
+from moe.model.sparse import route_of
 from moe.routing.assignment import RouterContext
 from moe.settings import RouterSettings
 
@@ -37,7 +37,7 @@ def compiled(router: RouterSettings, capacity: int, *, train: bool = True):
             if router.selection_bias
             else None,
         )
-        route = ROUTERS[router.family]
+        route = route_of(router)
         assignment = route(logits_GSE, context, router, capacity=capacity)
         slot_GSJ = assignment.slot_of_choice_GSJ
         expert_GSJ = jnp.where(slot_GSJ >= 0, slot_GSJ // capacity, -1)

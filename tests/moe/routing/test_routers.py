@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from moe.constraints import problems
-from moe.model.sparse import ROUTERS
+from moe.model.sparse import route_of
+from moe.routing import token_choice
 from moe.routing.assignment import RouterContext
 from moe.routing.hashed import vocabulary_order
 from moe.routing.sinkhorn import balanced
@@ -176,7 +177,7 @@ def compiled(router: RouterSettings, capacity: int, *, train: bool = True):
             token_GS=data["token_GS"],
             order_V=order,
         )
-        route = ROUTERS[router.family]
+        route = route_of(router)
         assignment = route(logits_GSE, context, router, capacity=capacity)
         kept_GSJ = assignment.slot_of_choice_GSJ >= 0
         gate_GSJ = jnp.where(kept_GSJ, assignment.gate_GSJ, 0)
@@ -265,7 +266,7 @@ def test_one_token_per_group_is_routed_like_any_other():
 
     def run(logits_GSE):
         mask_GS = jnp.ones(logits_GSE.shape[:2], bool)
-        route = ROUTERS[router.family]
+        route = route_of(router)
         return route(
             logits_GSE,
             RouterContext(mask_GS=mask_GS),
@@ -304,7 +305,7 @@ def test_a_float32_router_tells_128_and_a_half_from_128():
     logits_GSE[..., -1] = 128.5
     context = RouterContext(mask_GS=jnp.ones((1, 1), bool))
     route = jax.jit(
-        lambda logits: ROUTERS["token_choice"](logits, context, TOP1, capacity=1)
+        lambda logits: token_choice.route(logits, context, TOP1, capacity=1)
     )
     assignment = route(logits_GSE)
     assert assignment.slot_of_choice_GSJ.item() == 10
@@ -326,7 +327,7 @@ def test_chances_of_being_chosen_again_follow_the_normal_distribution():
     context = RouterContext(
         mask_GS=jnp.ones((1, 1), bool), clean_logits_GSE=jnp.asarray(clean_GSE)
     )
-    route = ROUTERS["token_choice"]
+    route = token_choice.route
     sums = jax.jit(lambda x: route(x, context, router, capacity=1).sums)(noisy_GSE)
     by_hand = [0.841345, 0.5, 0.158655, 0.0000317]
     np.testing.assert_allclose(sums.load_GE[0], by_hand, atol=2e-6)
@@ -342,7 +343,7 @@ def test_gradients_of_the_chances_reach_noisy_and_clean_logits():
         context = RouterContext(
             mask_GS=jnp.ones((G, S), bool), clean_logits_GSE=clean_GSE
         )
-        route = ROUTERS["token_choice"]
+        route = token_choice.route
         sums = route(logits_GSE, context, router, capacity=C).sums
         return jnp.sum(sums.load_GE * data.bias_E)
 
@@ -485,7 +486,7 @@ def test_sigmoid_scores_of_almost_zero_have_finite_gradients():
 
     def objective(logits_GSE):
         mask_GS = jnp.arange(4)[None] < 3  # the last token is padding
-        route = ROUTERS[settings.family]
+        route = route_of(settings)
         found = route(logits_GSE, RouterContext(mask_GS), settings, capacity=4)
         return jnp.sum(found.gate_GSJ) + jnp.sum(found.sums.probability_GE**2)
 

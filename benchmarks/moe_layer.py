@@ -32,7 +32,7 @@ class Case:
         mlp_dim: F of one expert.
         num_experts: E.
         num_selected: K.
-        dtype: of activations and of the weights as they are read.
+        dtype: type of activations, and of the weights as they are read.
     """
 
     name: str
@@ -142,7 +142,7 @@ class Layer:
     Attributes:
         run: returns its gradients.
         dropped: share of choices without a slot.
-        peak_bytes: of temporaries, as the compiler plans them.
+        peak_bytes: most bytes of temporaries at once, as the compiler plans them.
     """
 
     run: Callable[[], Any]

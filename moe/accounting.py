@@ -37,7 +37,7 @@ class Counts:
         total: parameters.
         active: parameters that one token meets: all, but of the experts only those
             that it chooses, or that choose it on average.
-        embedding: of them, in the input embedding.
+        embedding: parameters of the input embedding, a part of `total`.
         positions: in tables of positions.
         products: weights in matrix products outside the experts; a tied embedding is
             one. With two stacks, the mean over the tokens of both.

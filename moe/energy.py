@@ -49,7 +49,8 @@ def utilisation(
         flops: operations of all chips together.
         chips: how many there are.
         hours: how long they ran.
-        peak_flops: of one chip, per second, in the type of the products.
+        peak_flops: peak operations per second of one chip, in the type of the
+            products.
     """
     return flops / (chips * hours * 3600 * peak_flops)
 
@@ -78,9 +79,9 @@ class Ledger:
         routers: whether the routers' products are in them.
         chip_hours: chips times hours.
         watts: mean power of a chip.
-        pue: of the data centre.
-        tonnes_per_mwh: of CO2 equivalents; net of what was bought free of carbon, or
-            gross, as `carbon` says.
+        pue: power of the data centre over that of its machines.
+        tonnes_per_mwh: carbon intensity of the energy, as CO2 equivalents; net of what
+            was bought free of carbon, or gross, as `carbon` says.
         carbon: "net" or "gross".
         origin: whether the hours were measured, or estimated from a plan.
     """

@@ -78,10 +78,10 @@ def logits(
     for any K if E divides the tokens: their preferences are rotations of one order.
 
     Args:
-        name: of `WORKLOADS`.
+        name: key of `WORKLOADS`.
         shape_GSE: groups, tokens, experts.
-        seed: of the draws.
-        step: of a workload that changes.
+        seed: PRNG seed for the draws.
+        step: number of the step, with draws of its own; some workloads change with it.
         devices: size of the expert axis, for those that single out a device.
     Returns:
         float32 [G, S, E].

@@ -57,7 +57,7 @@ def add_text_files(
     """Registers a Task whose documents are whole files.
 
     Args:
-        name: of the Task; a name can be registered once.
+        name: key of the Task in SeqIO's registry; each can be registered once.
         files: for each split a path, local or `gs://`, in which `*`, `?`, `[...]` and
             (locally) `**` match; or several. Files are read in the order of their
             names. Those that end in `.gz` and `.zst` are decompressed.
@@ -94,7 +94,7 @@ def add_json_lines(name: str, files: Files, **fields_and_task: Any) -> seqio.Tas
     """Registers a Task whose documents are JSON objects, one on each line.
 
     Args:
-        name: of the Task.
+        name: key of the Task in SeqIO's registry.
         files: as in `add_text_files`.
         **fields_and_task: as in `add_records`.
     """
@@ -140,7 +140,7 @@ def add_documents(
     """Registers a Task whose documents Python functions yield.
 
     Args:
-        name: of the Task.
+        name: key of the Task in SeqIO's registry.
         splits: for each split a function that yields documents, always the same in the
             same order: (name, text), or `tasks.sources.Document`. Several
             functions are several shards, that several processes may read.
@@ -181,7 +181,7 @@ def add_tfds(
     """Registers a Task of a dataset of TensorFlow Datasets that is on disk.
 
     Args:
-        name: of the Task.
+        name: key of the Task in SeqIO's registry.
         dataset: its name, config and version, such as "c4/en:3.1.0".
         splits: for each split the dataset's, such as {"validation": "train[:1%]"}.
         text: as in `add_records`, with the fields that follow it.
@@ -221,7 +221,7 @@ def add_records(
     """Registers a Task of records with fields.
 
     Args:
-        name: of the Task.
+        name: key of the Task in SeqIO's registry.
         files: as in `add_text_files`.
         cut: returns the shards of a pattern.
         read: yields the documents of a shard; it is given `fields`.
@@ -253,11 +253,11 @@ def add_task(
     """Registers a Task and returns it.
 
     Args:
-        name: of the Task; a name can be registered once.
-        source: of examples with a text for each feature.
+        name: key of the Task in SeqIO's registry; each can be registered once.
+        source: SeqIO data source whose examples have a text for each feature.
         features: ("targets",) or ("inputs", "targets").
-        vocabulary: of the Task itself; bytes unless given. `prepare` puts the
-            vocabulary of the settings in its place unless that is "task".
+        vocabulary: the Task's own; bytes unless given. `prepare` puts the vocabulary
+            of the settings in its place unless that is "task".
         preprocessors: SeqIO's, of examples that are still text. They cost time: a Task
             without them is read without TensorFlow.
         postprocess_fn: SeqIO's, from the text that a model generated.

@@ -21,7 +21,7 @@ class LanguageManifest:
 
     Attributes:
         documents: how many there are.
-        tokens: of their targets, ends among them.
+        tokens: number in their targets, ends among them.
         text_bytes: bytes of UTF-8 that those tokens stand for.
     """
 
@@ -36,10 +36,11 @@ class SplitManifest:
 
     Attributes:
         documents: how many it holds.
-        tokens: of each feature, the end of each document among them.
+        tokens: number in each feature, the end of each document among them.
         text_bytes: bytes of UTF-8 that the tokens of "targets" stand for.
         fingerprint: digest of every token and of where documents end.
-        languages: of documents that say theirs; in the order of their numbers.
+        languages: counts by language, of documents that say theirs; in the order of
+            the languages' numbers.
         replaced_documents: stored with U+FFFD where they were not UTF-8.
         removed: documents left out, by reason: "empty", "bad_utf8",
             "exact_duplicates", "near_duplicates", "low_quality".
@@ -79,7 +80,7 @@ class Manifest:
     """A whole store.
 
     Attributes:
-        name: of the SeqIO Task or Mixture.
+        name: key of the Task or Mixture in SeqIO's registry.
         vocabulary: "bytes", "sentencepiece" (trained), "model" (a file) or "task".
         vocabulary_size: V, of the model's embedding at least.
         vocabulary_fingerprint: digest of the vocabulary.
@@ -89,10 +90,10 @@ class Manifest:
         tasks: each Task by its name, in the order of the Mixture.
         filters: the FilterSettings that the train splits went through.
         bad_utf8: what became of documents that were not UTF-8.
-        lossy_fraction: of sampled documents, those whose text the vocabulary does not
-            give back: bits per byte then count text that no token holds.
+        lossy_fraction: share of sampled texts that the vocabulary does not give back:
+            bits per byte then count text that no token holds.
         quality: what the quality classifier reported; empty without one.
-        format_version: of the store's layout.
+        format_version: number of the store's layout.
     """
 
     name: str

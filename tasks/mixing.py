@@ -139,8 +139,9 @@ def scheduled(rates: Mapping[int, Sequence[float] | np.ndarray]) -> Mixture:
     """Returns a mixture that changes.
 
     Args:
-        rates: of each task from some rows on. They are made to add up to 1 there;
-            the shares in between are linear, those before the first are its own.
+        rates: weights of the tasks, by the row from which they hold. They are made to
+            add up to 1 there; the shares in between are linear, those before the first
+            are its own.
     """
     knots = sorted(rates)
     shares = [np.asarray(rates[knot], np.float64) for knot in knots]
@@ -158,7 +159,7 @@ def proportional(
     T5's temperature-scaled mixing (arXiv:1910.10683, section 3.5.2).
 
     Args:
-        sizes: of each task.
+        sizes: amount of data in each task, in any unit.
         temperature: rates are raised to 1 / temperature; 1 is proportional.
         cap: no task counts as larger; 0: no cap.
     """

@@ -126,7 +126,7 @@ def pack_pairs(
     every `max(lengths)` pairs, full or not.
 
     Args:
-        offsets: of the documents of each feature, as in `pack`.
+        offsets: boundaries of the documents of each feature, as in `pack`.
         lengths: most tokens of each feature in a pair; what is beyond is cut off.
         joined: a row holds the inputs and targets of its pairs, together at most
             the sum of `lengths` tokens (a decoder alone); else at most

@@ -26,11 +26,11 @@ class ScoredTask:
     """The held-out examples of a Task that has metrics, in stored order.
 
     Attributes:
-        name: of the Task.
+        name: key of the Task in SeqIO's registry.
         task: the SeqIO Task; its ids are bytes if `reads_bytes`.
         reads_bytes: whether ids are handed to it as those of SeqIO's byte vocabulary,
             from which it gets the text back exactly; else they are its own.
-        vocabulary: of the ids below.
+        vocabulary: mapping between the ids below and text.
         examples: what the Task's preprocessors give, for `postprocess_fn`.
         inputs: tokens of each example, the end among them unless it was cut off.
         targets: likewise.

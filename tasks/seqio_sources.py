@@ -20,7 +20,7 @@ class SourceShard:
     """What one worker reads in one go.
 
     Attributes:
-        name: of the shard.
+        name: text that tells the shard from the others of its split.
         read: yields its documents. Of files it can be pickled, and called in a process
             without TensorFlow.
         paths: files that it reads, if it does.

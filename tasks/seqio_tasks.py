@@ -30,7 +30,7 @@ class Found:
 
     Attributes:
         tasks: each Task by its name; one, or those of a Mixture.
-        rates: of each Task in the Mixture; 1 for a Task alone.
+        rates: weight of each Task in the Mixture; 1 for a Task alone.
     """
 
     tasks: dict[str, Any]
@@ -97,7 +97,7 @@ def task_named(
     """Returns a registered Task.
 
     Args:
-        name: of the Task.
+        name: key of the Task in SeqIO's registry.
         data: names the module that should register it.
         macro: that named it.
 
@@ -195,7 +195,7 @@ def examples(
     Args:
         seqio: the module.
         task: the Task.
-        split: of its source.
+        split: name of a split of its source.
         shard: which of `num_shards`.
         num_shards: as `shards` counts them.
         skip: examples at the beginning that are passed over.

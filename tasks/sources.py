@@ -49,7 +49,7 @@ class Shard:
     """What one worker reads in one go: some files, or a range of bytes of one.
 
     Attributes:
-        paths: of the files, in order.
+        paths: locations of the files, in order.
         start: a document belongs to the shard if it begins at this byte or later.
         stop: and before this one; None is the end of the file.
     """

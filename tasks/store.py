@@ -34,7 +34,7 @@ class Split:
     Attributes:
         path: its place in the store.
         manifest: its counts.
-        vocabulary: of its tokens.
+        vocabulary: mapping between its tokens and text.
         read_retries: how often a failed read is tried again.
     """
 

@@ -26,9 +26,9 @@ class Statistics:
     """How well a vocabulary fits the sample that it was trained on.
 
     Attributes:
-        sample_bytes: of UTF-8 in the sample.
+        sample_bytes: size of the sample in UTF-8.
         tokens: that it became.
-        byte_tokens: of them, bytes of characters that have no piece.
+        byte_tokens: number of them that are bytes of characters without a piece.
     """
 
     sample_bytes: int
@@ -61,7 +61,8 @@ def train_vocabulary(
         num_pieces: as in `train_sentencepiece`, without the extra ids.
         model_type: as in `train_sentencepiece`.
         extra_ids: ids after the pieces that stand for no text.
-        sample_bytes: of more text an even sample of this size is used.
+        sample_bytes: limit on the text in UTF-8; of more an even sample of this size is
+            used.
     Raises:
         StoreError: the text has too few different words for so many pieces.
     """
@@ -95,7 +96,8 @@ def train_sentencepiece(
         model_type: "bpe", byte-pair merges (arXiv:1508.07909), or "unigram", the
             likeliest pieces (arXiv:1804.10959): it compresses about as well, and
             takes twenty times as long to train.
-        sample_bytes: of more text an even sample of this size is used.
+        sample_bytes: limit on the text in UTF-8; of more an even sample of this size is
+            used.
     Raises:
         StoreError: the text has too few different words for so many pieces.
     """

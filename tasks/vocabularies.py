@@ -202,7 +202,8 @@ def from_file(
     Args:
         path: local, `gs://` or `s3://`.
         extra_ids: ids after its own that stand for no text.
-        eos_token: of a tokenizer.json, the token that ends a document.
+        eos_token: piece of a tokenizer.json that ends a document; "" takes the first of
+            the usual names that it has.
     Raises:
         StoreError: there is no such file, it is neither, or it has no end of a
             document.

@@ -25,11 +25,11 @@ def problems(
     Args:
         mesh: every axis is at least 1.
         partition: what is cut over them.
-        model: of heads, widths, vocabulary and experts.
+        model: numbers of heads and experts, widths, and size of the vocabulary.
         routers: settings of groups, and tokens of a row, of each stack, by the macro
             of the groups' size.
         execution: pieces of the vocabulary.
-        train: of the batch.
+        train: size of the batch, and how many microbatches it is cut into.
     """
     found = []
     sparse = architecture.has_experts(model)

@@ -67,7 +67,8 @@ class TaskMetrics:
 
         Args:
             params: on the run's mesh.
-            step: of the parameters; names the files of predictions.
+            step: train steps that led to the parameters; names the files of
+                predictions.
         Returns:
             `metric/TASK/NAME` for each number.
         Raises:

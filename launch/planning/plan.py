@@ -41,15 +41,16 @@ class Plan:
         topology: the chips.
         counts: parameters and operations of the model.
         memory: predicted, of one device.
-        drops: of choices, by chance alone; None where no law holds.
+        drops: expected fraction of choices that chance alone drops; None where no law
+            holds.
         few_slots: a warning, or "".
-        warnings: of the mesh.
-        estimate: of a step; of the compiled step's traffic if there is one.
-        prices: of the run.
+        warnings: remarks on mesh axes that share a dimension of the torus.
+        estimate: time of a step, by the compiled step's traffic if there is one.
+        prices: unit costs of the run's energy and hours.
         imbalance: the step under uneven loads.
         capacities: the step under other capacities.
         compiled: what the compiler said, if it was asked.
-        candidates: of a search, the best first.
+        candidates: results of a search, the best first.
     """
 
     config: ResolvedConfig
@@ -68,7 +69,7 @@ class Plan:
 
     @property
     def settings(self) -> Settings:
-        """Of the run."""
+        """Configuration of the run."""
         return self.config.settings
 
     @property
@@ -103,7 +104,7 @@ class Plan:
 
     @property
     def tokens(self) -> int:
-        """Of the whole run."""
+        """Number in the whole run."""
         return self.estimate.tokens * self.estimate.steps
 
     @property
@@ -150,9 +151,9 @@ def make(
     Args:
         config: for that kind of chip (`knobs.moved`), with a mesh that fits.
         topology: the chips.
-        prices: of energy and hours.
+        prices: unit costs of energy and hours.
         compiled: what the compiler said.
-        candidates: of a search.
+        candidates: results of a search, the best first.
     """
     settings = config.settings
     model, router = settings.model, settings.router

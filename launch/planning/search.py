@@ -82,9 +82,9 @@ def search(
     """Ranks what fits, the shortest step first; one for each mesh and placement.
 
     Args:
-        settings: of the run, for a chip of that kind (`knobs.moved`).
+        settings: configuration of the run, for a chip of that kind (`knobs.moved`).
         topology: the chips.
-        margin: of the usable memory that may be filled.
+        margin: fraction of the usable memory that may be filled.
     """
     limit = topology.chip.device().usable_bytes * margin
     found = []

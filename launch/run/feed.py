@@ -50,7 +50,7 @@ class Feed:
         read: as in `place_batch`.
         start: index of the first batch.
         stop: index after the last.
-        shape: of the global batch.
+        shape: rows and length of the global batch, as in `place_batch`.
         sharding: where it goes.
         depth: batches in flight at most; bounds memory.
     """

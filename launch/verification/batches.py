@@ -12,9 +12,10 @@ def draw(settings: Settings, tail: int, seed: int) -> dict[str, np.ndarray]:
     """Draws rows of several documents with padding, one row of nothing else.
 
     Args:
-        settings: of the batch, and whether it has prefixes.
+        settings: configuration that decides the batch's shape and whether it has
+            prefixes.
         tail: tokens at the end of every row that are padding, on each side.
-        seed: of the draws.
+        seed: PRNG seed for the draws.
     Returns:
         SeqIO's features of each stack, int32[B, L].
     """

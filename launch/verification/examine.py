@@ -91,8 +91,8 @@ def examine(
     Args:
         config: for messages.
         shrunk: what is run.
-        seed: of parameters and data.
-        parts: of `PARTS`, what is compared beside a train step.
+        seed: PRNG seed for parameters and data.
+        parts: names in `PARTS` of what is compared beside a train step.
         waiting: shows a message while something takes long.
     """
     began = time.monotonic()

@@ -31,7 +31,7 @@ class Start(NamedTuple):
 
     Attributes:
         params: drawn once.
-        opt_state: of the run's own optimizer.
+        opt_state: state of the run's own optimizer before the first step.
         clip: norm that the step of gradient descent clips to.
         rate: its learning rate.
     """
@@ -58,7 +58,7 @@ class Step:
 
     Attributes:
         metrics: by name.
-        gradient: of each parameter, summed over the devices.
+        gradient: derivative of the loss by each parameter, summed over the devices.
         descended: parameters after clipping and a step of gradient descent.
         params: parameters after the run's own optimizer.
     """
@@ -74,7 +74,7 @@ class Decisions:
     """Logits of the model and what its routers did.
 
     Attributes:
-        logits_BLV: of every position.
+        logits_BLV: the model's outputs at every position.
         routers: traces of each sparse sublayer, whose arrays lead with layers and
             groups; empty in a dense model.
     """

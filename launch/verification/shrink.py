@@ -112,7 +112,7 @@ def shrink(
     """Finds small settings that suit all the meshes, and one device.
 
     Args:
-        settings: of the run.
+        settings: configuration of the run.
         asked: meshes of the run, as large as they are.
         where: the configuration as the user named it.
         most: devices of a shrunk mesh.

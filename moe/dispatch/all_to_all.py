@@ -18,7 +18,7 @@ def dispatch(
         x_gSM: this device's groups of tokens.
         assignment: who sits where, for the same groups.
         room: size of the mesh axis `expert`.
-        first_row: of the round; every row passes in the first.
+        first_row: start of the round; ignored, as every row passes in the first.
     Returns:
         rows_eRM, zero where a slot is empty; sizes, None: every row of the rectangle
         counts; and the plan of the way back, None: the assignment is enough.

@@ -24,9 +24,10 @@ class Plan:
     """The way back.
 
     Attributes:
-        choice_of_row_L: of this device's tokens, sorted by expert.
+        choice_of_row_L: choice in each row, from this device's tokens, sorted by
+            expert.
         row_of_choice_TJ: its inverse.
-        route: of the exchange; None on an axis of 1.
+        route: offsets of the exchange; None on an axis of 1.
         arrival_of_row_R: where each sorted row arrived.
         row_of_arrival_R: its inverse.
         excess: rows that this window and those before it had no room for.
@@ -49,7 +50,7 @@ def dispatch(
         x_gSM: this device's groups of tokens.
         assignment: who sits where, for the same groups.
         room: size of the axis, and R.
-        first_row: of all rows that come to a device, where this round begins.
+        first_row: start of this round, among all rows that come to a device.
     Returns:
         rows_RM sorted by expert, size_e, and the plan of the way back.
     """

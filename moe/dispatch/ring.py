@@ -25,7 +25,8 @@ class Plan:
     """The way back.
 
     Attributes:
-        choice_of_row_R: of all tokens on the axis, for this device's experts.
+        choice_of_row_R: choice in each row, from all tokens on the axis, for this
+            device's experts.
         row_of_choice_TJ: its inverse.
         gate_TJ: gates of all tokens on the axis.
         excess: rows that this window and those before it had no room for.
@@ -46,7 +47,7 @@ def dispatch(
         x_gSM: this device's groups of tokens.
         assignment: who sits where, for the same groups.
         room: size of the axis, and R.
-        first_row: of the rows sorted by expert, where this round begins.
+        first_row: start of this round, among the rows sorted by expert.
     Returns:
         rows_RM sorted by expert, size_e, and the plan of the way back.
     """

@@ -15,7 +15,7 @@ class Room:
         num_rows: R, rows that reach the experts of a device in one round, for
             transports whose rows are not a rectangle.
         num_rounds: rounds in which even the worst assignment passes.
-        platform: of the mesh: "cpu", "gpu" or "tpu".
+        platform: kind of the mesh's devices: "cpu", "gpu" or "tpu".
     """
 
     axis_size: int
@@ -45,7 +45,7 @@ def room_for(
         num_experts: E.
         tokens: on each device.
         axis_size: size of the mesh axis `expert`.
-        platform: of the mesh.
+        platform: kind of the mesh's devices.
         row_budget: room for rows over an even share, where nothing drops.
         train: whether capacity is that of training.
     """

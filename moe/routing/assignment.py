@@ -54,7 +54,7 @@ class RouterSums:
         first_GE: tokens whose first choice was the expert.
         chosen_GE: choices made, before capacity.
         kept_GE: choices that received a slot.
-        spilled_GE: of them, those that received it at a second attempt.
+        spilled_GE: choices of `kept_GE` that received theirs at a second attempt.
         padding_G: choices that padding tokens would have made.
         z_G: squared log-sum-exp of the logits.
         entropy_G: entropy of the router's probabilities, in nats.

@@ -44,7 +44,7 @@ class Decision:
     """What was decided for one group.
 
     Attributes:
-        picked: of each real token, the experts it picked, in order of choice.
+        picked: experts that each real token picked, in order of choice.
         wanted: expert of every choice that asks for a slot.
         seated: expert and slot of every choice that got one.
         spilled: choices that got it at their second attempt.

@@ -67,12 +67,12 @@ def one_token_at_a_time(
         experts: "up" [E, M, F], or [E, M, 2, F] if gated, "down" [E, F, M], and maybe
             "up_bias" and "down_bias".
         told_G: mask, and what else the router knows, of each group.
-        settings: of the router.
+        settings: options of the router.
         capacity: C, slots per expert per group.
-        activation: of the experts.
+        activation: nonlinearity of the experts.
         d_y_GSM: weights of the outputs in the objective.
-        d_probability_GE: of the summed probabilities.
-        d_z: of the summed z.
+        d_probability_GE: weights of the summed probabilities, likewise.
+        d_z: weight of the summed z, likewise.
     """
     G, S, _ = x_GSM.shape
     x_GSM, router_ME = x_GSM.astype(np.float64), router_ME.astype(np.float64)

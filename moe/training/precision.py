@@ -69,7 +69,7 @@ def apply_updates(
     """Adds updates to parameters, in float32, and rounds to the parameters' type.
 
     Args:
-        params: of any type.
+        params: parameters before the update, of any type.
         updates: float32.
         opt_state: after the update.
         rounding: "nearest", "stochastic" or "master"; see `OptimizerSettings`.

@@ -32,7 +32,7 @@ class Learner:
         schedule: the learning rate it uses, for the log.
         loss: weights of the losses.
         microbatches: pieces the batch is computed in.
-        seed: of every random draw.
+        seed: PRNG seed for every random draw.
         rounding: how updates reach the parameters.
         opt_shardings: where the optimizer's state belongs on the devices, if it is kept
             on their hosts between steps; else None.

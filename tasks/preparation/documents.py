@@ -26,8 +26,9 @@ class Document:
     Attributes:
         number: in its shard, those that are left out counted too.
         name: what it is called where faults are reported.
-        text: of each feature; empty if the Task's own tokens are kept.
-        ids: of each feature, the Task's own tokens without their end.
+        text: content of each feature; empty if the Task's own tokens are kept.
+        ids: the Task's own tokens of each feature, an end among them if the Task adds
+            one; else empty.
         language: that it says it is of; "" if it says none.
         fault: "" or what was wrong with its UTF-8: "replaced" or "bad_utf8".
     """
@@ -47,7 +48,7 @@ def read(
 
     Args:
         task: the SeqIO Task.
-        split: of its source.
+        split: name of a split of its source.
         shard: which of the split's shards.
         data: says what becomes of text that is not UTF-8, and whose tokens are kept.
         skip: documents at the beginning that are passed over.

@@ -49,7 +49,7 @@ class Processes:
     """Processes of this machine, each of which takes the next item when it is free.
 
     Attributes:
-        number: of processes.
+        number: most processes at a time.
     """
 
     number: int
@@ -93,7 +93,7 @@ class Beam:
 
     Attributes:
         runner: such as "DirectRunner", "FlinkRunner" or "DataflowRunner".
-        options: of Beam, such as ("--region=europe-west4",).
+        options: flags for Beam, such as ("--region=europe-west4",).
     """
 
     runner: str

@@ -30,9 +30,9 @@ class Part:
         consumed: documents of the unit that were read by its end.
         last: whether the unit ends with it.
         documents: how many it holds.
-        tokens: of each feature.
+        tokens: number in each feature.
         text_bytes: bytes of UTF-8 that the tokens of "targets" stand for.
-        digest: of its tokens and lengths.
+        digest: SHA-256 of its tokens and lengths.
         languages: documents, tokens and bytes of text by language.
         replaced: documents that were not UTF-8 and are kept.
         removed: documents that were left out, by reason.
@@ -58,8 +58,8 @@ class PartWriter:
         work: folder of the preparation.
         unit: what the part is of.
         number: which part of it.
-        features: of the Task.
-        dtype: of tokens.
+        features: names of the Task's features.
+        dtype: integer type of tokens.
         size: V, of the vocabulary.
     """
 

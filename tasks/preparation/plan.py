@@ -57,11 +57,11 @@ class Plan:
         filters: which documents of the train split are left out.
         allowed_modules: modules outside `tasks` that may be imported.
         shards: names of the shards of each split of each Task, in stored order.
-        rates: of each Task in its Mixture.
-        features: of every Task.
+        rates: weight of each Task in its Mixture.
+        features: names of each Task's features.
         state: size and time of change of the files of the sources and of the
             vocabulary that are on this machine.
-        part_bytes: of text in a part.
+        part_bytes: amount of text after which a part ends.
     """
 
     data: DataSettings

@@ -110,9 +110,9 @@ def sampled_texts(
 
     Args:
         tasks: SeqIO Tasks.
-        plan: of the preparation.
+        plan: description of the preparation.
         report: told of what was read.
-        most_documents: of all shards together; None is no limit.
+        most_documents: limit for all shards together; None is no limit.
     """
     units = [
         (task, shard)

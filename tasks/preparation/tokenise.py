@@ -28,7 +28,7 @@ class Amount:
     Attributes:
         documents: read.
         tokens: made of their targets.
-        text_bytes: of their targets.
+        text_bytes: size of their targets in UTF-8; before tokenising, of all features.
     """
 
     documents: int = 0
@@ -52,7 +52,7 @@ def tokenise(work: str, plan: Plan, task: Any, unit: Unit, report: Report) -> No
 
     Args:
         work: folder of the preparation, with vocabulary and filters in it.
-        plan: of the preparation.
+        plan: description of the preparation.
         task: the SeqIO Task.
         unit: what to do.
         report: told of what was done since it was last told; those parts that were

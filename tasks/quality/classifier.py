@@ -45,7 +45,7 @@ class Classifier:
 
     Attributes:
         weights: float32[2^18], of each hashed feature.
-        bias: of a text without any.
+        bias: logit of a text without any.
     """
 
     weights: np.ndarray
@@ -119,7 +119,7 @@ class Report:
         good_scores: float64, scores of the good documents held out, ascending.
         raw_scores: float64, scores of the raw documents held out, ascending.
         auc: probability that a good document scores above a raw one.
-        fingerprint: of the classifier.
+        fingerprint: digest of the classifier.
     """
 
     learnt: int
@@ -193,7 +193,7 @@ def train(
     Args:
         good_texts: text of the kind that is wanted.
         raw_texts: text of the kind that is to be filtered.
-        seed: of the order, and of what is held out.
+        seed: salt of the digests that order the texts, and so choose what is held out.
     Raises:
         StoreError: a side has fewer than ten different documents, or scikit-learn is
             not installed.
@@ -245,10 +245,10 @@ def keep(score: float, document_digest: bytes, alpha: float, seed: int) -> bool:
     the seed, so that whoever decides, and in whatever order, decides alike.
 
     Args:
-        score: of the document, in [0, 1].
+        score: quality of the document, in [0, 1].
         document_digest: stands for its text: `duplicates.digest`.
         alpha: shape; 9, as in GPT-3, keeps 0.2 % of documents of score 0.
-        seed: of the draws.
+        seed: number that, with the digest, decides the draw.
     """
     key = hashlib.blake2b(b"keep %d " % seed + document_digest, digest_size=8).digest()
     uniform = (int.from_bytes(key, "big") + 0.5) / 2**64
@@ -259,8 +259,8 @@ def draw_scores(report: Report, path: str | Path, *, alpha: float = 9.0) -> None
     """Draws the scores of held-out documents, and what a Pareto draw keeps of them.
 
     Args:
-        report: of `train`.
-        path: of the figure; its ending says the format.
+        report: result of `train`.
+        path: file of the figure; its ending says the format.
         alpha: the shape that is marked.
     """
     from matplotlib.figure import Figure

@@ -105,7 +105,8 @@ def find(records: np.ndarray, filters: FilterSettings) -> Found:
     `numpy.memmap`, and about 0.4 kB for each document that shares a band with another.
 
     Args:
-        records: of all documents in stored order, of `record_type(filters)`:
+        records: fingerprints of all documents in stored order, as an array of
+            `record_type(filters)`:
             `np.frombuffer(b"".join(fingerprints), record_type(filters))`.
         filters: the settings that the fingerprints were made with.
     Raises:

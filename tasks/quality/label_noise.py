@@ -120,7 +120,7 @@ def rank(examples: Iterable[Example], *, seed: int = 0) -> Ranking:
 
     Args:
         examples: in an order that does not change.
-        seed: of the cut into fifths.
+        seed: PRNG seed for the cut into fifths, and for the classifiers.
     Raises:
         StoreError: there are fewer than two labels of five examples, or scikit-learn
             or cleanlab is not installed.
@@ -165,8 +165,9 @@ def write(ranking: Ranking, path: str | Path, limit: int = 0) -> int:
     """Writes a new file of JSON lines for review and returns how many it has.
 
     Args:
-        ranking: of `rank`.
-        path: of the file; one that is there is left alone, as it may hold a review.
+        ranking: result of `rank`.
+        path: the file to write; one that is there is left alone, as it may hold a
+            review.
         limit: how many examples; 0 takes all.
     Raises:
         StoreError: the file is there already, or cannot be written.

@@ -35,7 +35,7 @@ def compiled_forward():
 
 
 def log_probabilities(rows) -> np.ndarray:
-    """Of every next token, each row one document, shifted right."""
+    """Log-softmax for every next token, each row one document, shifted right."""
     input_BL = np.zeros((B, L), np.int32)
     for input_L, row in zip(input_BL, rows, strict=False):
         input_L[1 : len(row) + 1] = row[: L - 1]
@@ -50,7 +50,7 @@ def log_probabilities(rows) -> np.ndarray:
 
 
 def nats_of(given, wanted) -> float:
-    """Of the tokens of one document, given others before them."""
+    """Cost of the tokens of one document, given others before them."""
     log_p_LV = log_probabilities([[*given, *wanted]])[0]
     return -sum(log_p_LV[len(given) + i, token] for i, token in enumerate(wanted))
 

@@ -128,8 +128,8 @@ class Task:
     """As `tasks.scoring.ScoredTask`, without SeqIO; what it measures needs the order.
 
     Attributes:
-        name: of the Task.
-        inputs: of each held-out example, cut to their length.
+        name: title of the Task, in the names of its metrics.
+        inputs: tokens of each held-out example, cut to their length.
         targets: likewise.
     """
 

@@ -51,7 +51,7 @@ def shapes_of(R, e, dtype="float32", dims=(X, Y)):
 
 
 def flops(equation):
-    """Of a product in a jaxpr; 0 of anything else."""
+    """Operations of a product in a jaxpr; 0 for anything else."""
     if equation.primitive.name != "dot_general":
         return 0
     (contracted, _), _ = equation.params["dimension_numbers"]

@@ -78,7 +78,7 @@ def case_of(rows: str, shared: bool) -> Case:
 
 
 def bucket_of(distance: int) -> int:
-    """Of 6 buckets to distance 12: 0, 1, 2, 3–4, 5–7, and beyond; 3·4^(1/3) is 4.8."""
+    """One of 6 up to distance 12: 0, 1, 2, 3–4, 5–7, and beyond; 3·4^(1/3) is 4.8."""
     return sum(distance >= edge for edge in (1, 2, 3, 5, 8))
 
 
@@ -167,7 +167,7 @@ def compiled(way: str):
 
 
 def run(way: str, case: Case, queries: Who | None = None):
-    """Of a case, or of one in which others ask."""
+    """Results of a case, or of one in which others ask."""
     who = queries or case.who, case.who
     given = case.query, case.key, case.value, case.table, case.sink
     return jax.device_get(compiled(way)(*given, who, case.d_mixed))

@@ -365,7 +365,7 @@ def whole_model():
 
 
 def log_probabilities(drawn_BL: np.ndarray) -> np.ndarray:
-    """Of every next token, by the whole model at once; [B, L, V]."""
+    """Log-softmax for every next token, by the whole model at once; [B, L, V]."""
     real = (np.arange(T) < LENGTHS[:, None]).astype(np.int32)
     shifted = np.zeros((B, L), np.int32)
     shifted[:, 1:] = drawn_BL[:, : L - 1]

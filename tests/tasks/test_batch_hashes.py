@@ -49,7 +49,7 @@ MIXTURES = {
 
 
 def digest(batch: dict[str, np.ndarray]) -> str:
-    """Of every feature, its name and its shape."""
+    """Hash of every feature with its name and its shape."""
     hashed = hashlib.sha256()
     for name in sorted(batch):
         feature = batch[name].astype("<i8")
@@ -58,7 +58,7 @@ def digest(batch: dict[str, np.ndarray]) -> str:
 
 
 def digests() -> dict[str, list[str]]:
-    """Of some batches of every objective and mixture."""
+    """Hashes of some batches of every objective and mixture."""
     found = {}
     for case, changes in CASES.items():
         objective = case.split()[0]

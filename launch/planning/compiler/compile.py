@@ -64,9 +64,9 @@ def compile_step(
 
     Args:
         config: gin text, such as `ResolvedConfig.operative`.
-        topology: of TPUs.
+        topology: TPUs to compile for.
         time_limit_s: after which the compiler is ended.
-        memory_limit_bytes: of this machine, likewise.
+        memory_limit_bytes: most memory of this machine that it may take, likewise.
         compiler: the folder of libtpu; by default what `find_compiler` finds.
         hlo_file: where to keep the compiled train step's text; "" keeps none.
         evaluation: whether evaluation's program is compiled as well.

@@ -67,7 +67,7 @@ def collectives(module: Module, sizes: Mapping[str, int]) -> list[Collective]:
 
     Args:
         module: the compiled program of one device.
-        sizes: of the mesh's axes, in its order.
+        sizes: devices along each of the mesh's axes, in its order.
     """
     totals: dict[tuple, list[float]] = {}
     groups = functools.cache(lambda text: members(text, math.prod(sizes.values())))

@@ -36,7 +36,7 @@ class Array:
 
     @property
     def bytes(self) -> int:
-        """Of the elements alone."""
+        """Bytes of the elements alone."""
         return math.prod(self.sizes) * BYTES.get(self.dtype, 0)
 
     @property

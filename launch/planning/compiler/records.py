@@ -14,8 +14,8 @@ class Evaluation:
     """The scoring of one batch as the compiler made it. Bytes are those of one device.
 
     Attributes:
-        transport: of its sparse layers, which may not be that of training; "" in a
-            dense model.
+        transport: method by which rows of its sparse layers travel, which may not be
+            that of training; "" in a dense model.
         lowering_seconds: tracing, and writing the program.
         compiling_seconds: the compiler's own.
         argument_bytes: parameters and batch.
@@ -123,7 +123,7 @@ class Failure:
             not possible there.
         message: what happened, in the words of who found it.
         advice: what to do.
-        needed_bytes: of the chip's memory, where the compiler said so.
+        needed_bytes: demand on the chip's memory, where the compiler said so.
         available_bytes: what it may use, likewise.
         largest_buffers: the largest, where the compiler listed them.
         seconds: until it failed.

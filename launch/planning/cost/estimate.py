@@ -56,13 +56,15 @@ class Estimate:
         parts: the work.
         peak_seconds: the model's operations alone, at the peak.
         network: seconds that each mesh axis needs.
-        network_source: of the bytes; bandwidths are estimates in any case.
-        tokens: of a step, on all chips.
-        model_flops: of a step, on all chips: forward and backward, nothing twice.
+        network_source: origin of the bytes, "estimated" or "compiled"; bandwidths are
+            estimates in any case.
+        tokens: number in a step, on all chips.
+        model_flops: the model's operations in a step, on all chips: forward and
+            backward, nothing twice.
         num_devices: on which it runs.
-        peak_flops: of one.
-        steps: of the whole run.
-        watts: of one device.
+        peak_flops: operations per second of one device, at its peak.
+        steps: number in the whole run.
+        watts: power of one device at work.
     """
 
     parts: tuple[PartTime, ...]
@@ -131,12 +133,12 @@ def estimate(
     """Estimates a step.
 
     Args:
-        settings: of the run; its mesh must fit the topology.
+        settings: configuration of the run; its mesh must fit the topology.
         topology: the chips.
-        attainable: of the peak, what products reach.
+        attainable: fraction of the peak that products reach.
         load: rows of the busiest chip's experts, over the mean.
-        collectives: of a compiled step, with `kind`, `axes` and `bytes` that a chip
-            sends per step, instead of those of `traffic`.
+        collectives: traffic of a compiled step, with `kind`, `axes` and `bytes` that a
+            chip sends per step, instead of the flows of `traffic`.
     """
     device = topology.chip.device()
     chip = topology.chip.name
@@ -220,7 +222,8 @@ def outcome(
         found: the estimate, for the sizes of the run.
         step: seconds of a step, by a bound of the estimate or as measured.
         pue: power of the building over that of the chips.
-        tonnes_per_mwh: of CO2-equivalent; none is said without it.
+        tonnes_per_mwh: carbon intensity of the energy, as CO2 equivalents; no
+            emissions are said without it.
         price_per_chip_hour: in any currency; no cost is said without it.
         devices_per_chip: devices that one chip is.
     """

@@ -19,7 +19,7 @@ class Flow:
         purpose: what for.
         axes: mesh axes larger than 1 that it goes over; the first moves the whole, each
             other what the ones before it have left.
-        whole_bytes: of one collective, what is gathered, scattered or exchanged.
+        whole_bytes: size of all that one collective gathers, scatters or exchanges.
         times: collectives per step; a sum of all counts as two.
         pattern: "ring" for gathers and sums, "all_to_all".
         formula: how `whole_bytes` and `times` come about.

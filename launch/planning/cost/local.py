@@ -45,7 +45,7 @@ class Weight:
         itemsize: bytes per element.
         logical: its logical axes.
         cut: the mesh axes that each dimension is cut over.
-        sizes: of the mesh axes.
+        sizes: devices along each mesh axis.
     """
 
     path: str
@@ -139,7 +139,7 @@ class Local:
 
     @property
     def platform(self) -> str:
-        """Of the chip: "tpu", "gpu" or "cpu"."""
+        """Kind of the chip: "tpu", "gpu" or "cpu"."""
         return CHIPS[self.chip].kind if self.chip in CHIPS else self.chip
 
     @property

@@ -43,7 +43,7 @@ class MemoryPlan:
         optimizer: its state.
         counters: the rest of the state.
         batch: arrays of tokens.
-        host: of the optimizer's state, what is kept in the host's memory instead.
+        host: optimizer state that is kept in the host's memory instead.
         moments: per part of the step, what it holds beyond the arguments.
     """
 
@@ -56,7 +56,7 @@ class MemoryPlan:
 
     @property
     def arguments(self) -> int:
-        """Of the whole step, between steps too."""
+        """Bytes held in the whole step, and between steps too."""
         return self.parameters + self.optimizer + self.counters + self.batch
 
     @property
@@ -91,7 +91,7 @@ def predict(settings: Settings, chip: str = "tpu") -> MemoryPlan:
     """Predicts the memory of one chip.
 
     Args:
-        settings: of the run; its mesh says how many chips there are.
+        settings: configuration of the run; its mesh says how many chips there are.
         chip: its name, or the platform. TPUs pad small arrays, and transports differ.
     """
     sides = local.sides(settings, chip)
@@ -327,7 +327,7 @@ def _recomputed(sizes: Local, block: Block) -> int:
 
 
 def _weights_in_use(sizes: Local, parameters: tuple[Weight, ...], block: Block) -> int:
-    """Of one layer: each matrix whole in d bytes, its gradient in `reduce_dtype`.
+    """Bytes of one layer: matrices whole in d bytes, gradients in `reduce_dtype`.
 
     Evaluation has no gradients. Where nothing is gathered, the copy in d bytes alone,
     unless all layers' are there.

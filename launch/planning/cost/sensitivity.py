@@ -19,9 +19,9 @@ class Case:
 
     Attributes:
         load: rows that choose the busiest chip's experts, over the mean.
-        capacity_factor: of training; 0 drops nothing.
-        dropped: of the choices that meet the busiest chip, how many find no slot if
-            they are spread evenly over its experts and groups; a lower bound.
+        capacity_factor: value of TRAIN_CAPACITY_FACTOR; 0 drops nothing.
+        dropped: fraction of the busiest chip's choices that find no slot if they are
+            spread evenly over its experts and groups; a lower bound.
         estimate: the step.
     """
 
@@ -79,7 +79,7 @@ def _case(
 def _dropped(settings: Settings, load: float) -> float:
     """1 - slots / choices of an expert and group, where choices are more.
 
-    Of the layer that drops most.
+    The layer that drops most counts.
     """
 
     def dropped(s: SparseSettings) -> float:

@@ -36,7 +36,7 @@ def flows(
     """Lists everything that a chip sends in a step, largest first.
 
     Args:
-        settings: of the run.
+        settings: configuration of the run.
         chip: its name, or the platform; it decides the transport.
         fastest_first: the mesh axes by bandwidth, which decides over which of several
             most bytes go; see `topologies.fastest_first`.

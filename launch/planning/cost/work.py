@@ -48,7 +48,7 @@ def parts(settings: Settings, chip: str, load: float = 1.0) -> tuple[Part, ...]:
     """Lists the work of a step of the busiest chip.
 
     Args:
-        settings: of the run.
+        settings: configuration of the run.
         chip: its name, or the platform; it decides the transport.
         load: rows of the busiest chip's experts, over the mean. Slots of fixed
             capacity are computed whether they are full or not.
@@ -86,14 +86,14 @@ def _product(
     """Work of products [t, k] × [k, n], forward, twice that backward, and repeated.
 
     Args:
-        sizes: of the chip.
-        name: of the part.
+        sizes: dimensions on one chip, of one microbatch and one stack.
+        name: label of the part.
         shape: t, k and n, of one microbatch.
-        number: of such products in a forward pass, over all layers.
+        number: count of such products in a forward pass, over all layers.
         again: forward passes of it that remat adds in a step.
         stacked: matrices of the shape [k, n] that the t rows meet, each some.
         model_tokens: t without padding, if that is less.
-        cost: of one operation, in those of `dtype`.
+        cost: number of operations in `dtype` that take as long as one.
     """
     t, k, n = shape
     microbatches = sizes.settings.train.microbatches

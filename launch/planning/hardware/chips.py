@@ -20,7 +20,7 @@ class Chip:
         name: as a topology names it.
         kind: "tpu" or "gpu".
         peak_flops: multiply-adds count twice; bfloat16, float16 on V100.
-        memory_bytes: of the whole chip, before what the system keeps for itself.
+        memory_bytes: capacity of the whole chip, with what the system keeps for itself.
         usable_bytes: TPU: what its compiler gives a program. GPU: all of it, which
             takes XLA_PYTHON_CLIENT_MEM_FRACTION near 1.
         memory_bandwidth: bytes/s between that memory and the cores.

@@ -33,8 +33,9 @@ def lay_out(
     another of the same kind.
 
     Args:
-        sizes: of the axes, in the mesh's order; they multiply to the shape's product.
-        shape: of the torus.
+        sizes: lengths of the axes, in the mesh's order; they multiply to the shape's
+            product.
+        shape: lengths of the torus's dimensions.
         closed: per dimension, whether it is a ring.
     """
     left = dict(enumerate(shape))

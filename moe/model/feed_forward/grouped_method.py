@@ -26,8 +26,8 @@ def pick(
     """Returns the method for the experts of a device, and the reason in a few words.
 
     Args:
-        platform: of the mesh: "cpu", "gpu" or "tpu".
-        device_kind: name of its devices, as jax gives it.
+        platform: kind of the mesh's devices: "cpu", "gpu" or "tpu".
+        device_kind: name of these devices, as jax gives it.
         dtype: name of the dtype of the rows.
         num_experts: e, on one device.
         mlp_dim: F, the part of an expert that one device has.

@@ -43,9 +43,9 @@ class Batches:
 
     Attributes:
         tasks: rows of each.
-        mixture: of them.
+        mixture: which of them each row is of.
         batch_size: B, rows of a global batch.
-        seed: of the order, and of what objectives draw.
+        seed: seed for the order, and for what objectives draw.
         shuffle: visit rows in an order keyed by seed, task and epoch; else as stored.
     """
 
@@ -146,7 +146,7 @@ class HeldoutBatches:
     Attributes:
         task: its rows.
         batch_size: B, rows of a global batch; the last is filled with empty rows.
-        seed: of what objectives draw, the same in every pass.
+        seed: seed for what objectives draw, the same in every pass.
     """
 
     task: TaskRows

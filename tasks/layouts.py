@@ -65,7 +65,8 @@ def rows_of(pieces: Sequence[Sequence[np.ndarray]], length: int) -> Rows:
     """Returns rows of whole pieces, of which every token is predicted.
 
     Args:
-        pieces: of each row; together at most `length` tokens.
+        pieces: documents or parts of them, for each row; together at most `length`
+            tokens.
         length: L.
     """
     nothing = np.zeros(0, np.int64)

@@ -47,10 +47,10 @@ class Progress:
     Attributes:
         phase: "SeqIO", "vocabulary", "quality", "duplicates", "tokens", "store" or
             "baselines".
-        documents: of this phase so far.
-        tokens: of this phase so far.
-        text_bytes: of this phase so far.
-        expected_bytes: of the whole phase, as far as the sources know; 0 if not.
+        documents: number of documents in this phase so far.
+        tokens: number of tokens in this phase so far.
+        text_bytes: bytes of text in this phase so far.
+        expected_bytes: bytes of the whole phase, if the sources know; 0 if not.
     """
 
     phase: str
@@ -85,7 +85,7 @@ def prepare(
         allowed_modules: modules outside `tasks` that may be imported.
         engine: who does the work.
         force: forget what an unfinished preparation has done.
-        part_bytes: of text that an interruption may cost.
+        part_bytes: bytes of text that an interruption may cost.
     Raises:
         StoreError: the settings, a Task or a document keep the store from being made.
     """

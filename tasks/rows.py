@@ -129,7 +129,7 @@ class TaskRows:
         Args:
             rows: int64[B], each in [0, num_rows).
             epochs: int64[B]; a row draws anew in each.
-            seed: of the draws.
+            seed: seed for the draws of all rows.
         Returns:
             int32[B, L] under each name in `layouts.features(data)`, each with its L.
         """

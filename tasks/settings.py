@@ -29,7 +29,7 @@ class DataSettings:
         prefix_attention: whether the tokens that are given, and not predicted, see
             one another whole ("bidirectional") or only those before them ("causal").
         noise_density: fraction of tokens that "span_corruption" and "masked_lm" mask.
-        mean_noise_span_length: of its spans, in tokens.
+        mean_noise_span_length: mean length of its spans, in tokens.
         vocabulary: "bytes", "sentencepiece" (trained on the train split when the
             store is prepared), the path of a SentencePiece model or of a Hugging Face
             `tokenizer.json`, or "task", which keeps the tokens of a Task that
@@ -109,7 +109,7 @@ class MixtureSettings:
     Attributes:
         weighting: "rates" takes `rates`, or those of the SeqIO Mixture;
             "proportional" takes each Task's number of tokens.
-        rates: of each Task by its name; empty: those of the Mixture.
+        rates: share of each Task by its name; empty: those of the Mixture.
         temperature: rates are raised to 1 / temperature ("proportional").
         cap_tokens: no Task counts as larger than this ("proportional"); 0: no cap.
         schedule: rates at some steps, `{0: {"a": 1, "b": 0}, 1000: {"a": 1, "b": 1}}`,

@@ -174,7 +174,7 @@ class _Reader:
         Args:
             name: as written in the command line or in an `include`.
             folder: that of the including file.
-            place: of the `include`, for messages: "file:line: ".
+            place: where the `include` stands, for messages: "file:line: ".
             open_files: the files that are being read, to find a cycle.
         """
         path = self._find(name, folder, place)

@@ -39,9 +39,9 @@ class PlatformSettings:
             chooses a folder of the user's.
         num_processes: that run this one job together; 0 asks the cluster's launcher.
         coordinator_address: "host:port" of process 0; "" asks the cluster's launcher.
-        process_id: of this one, counted from 0; -1 is told by the environment.
+        process_id: number of this one, from 0; -1 is told by the environment.
         join_timeout_seconds: how long processes wait for one another at the start.
-        heartbeat_timeout_seconds: of silence after which a process counts as dead.
+        heartbeat_timeout_seconds: silence after which a process counts as dead.
     """
 
     name: Literal["auto", "cpu", "cuda", "tpu"] = "auto"
@@ -98,10 +98,10 @@ class SampleSettings:
     Attributes:
         prompt: text to continue when training ends; "" draws none.
         num_tokens: tokens to draw at most.
-        temperature: of the softmax; 0 takes the likeliest token.
+        temperature: divisor of the logits; 0 takes the likeliest token.
         top_k: draw from the k likeliest tokens; 0 from all.
         top_p: draw from the smallest set of this probability; 1 from all.
-        seed: of the draws.
+        seed: PRNG seed for the draws.
         num_beams: hypotheses of beam search, which takes the place of drawing; 1 draws.
         length_penalty: power of (5 + length) / 6, over which log-probabilities of
             beams are compared.

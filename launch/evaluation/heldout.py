@@ -33,7 +33,7 @@ class Total:
     Attributes:
         nats: summed cross-entropy.
         tokens: that were predicted.
-        text_bytes: of UTF-8 that they stand for.
+        text_bytes: bytes of UTF-8 that they stand for.
     """
 
     nats: float = 0.0
@@ -66,7 +66,7 @@ def heldout(
         store: the data.
         params: on the run's mesh.
         eval_step: compiled.
-        num_batches: of each Task; 0 scores the whole split. Bits per byte are then
+        num_batches: batches of each Task; 0 scores the whole split. Bits per byte are then
             exact, unless pairs were cut to their lengths; otherwise they use the
             split's average of bytes per token.
         check: called before every batch; what it raises ends the scoring.

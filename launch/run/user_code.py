@@ -14,8 +14,8 @@ def admitted(config: ResolvedConfig, *, allowed: bool = False) -> ResolvedConfig
         config: configuration as it was read.
         allowed: whether modules that are not Switchyard's own may be imported.
     Raises:
-        ConfigError: of every name that cannot be taken, why; or rules that the
-            settings break now that more is known.
+        ConfigError: a name cannot be taken, and why; or the settings break rules now
+            that more is known.
     """
     if not config.settings.names_code:
         return config

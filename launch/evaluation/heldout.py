@@ -66,8 +66,8 @@ def heldout(
         store: the data.
         params: on the run's mesh.
         eval_step: compiled.
-        num_batches: batches of each Task; 0 scores the whole split. Bits per byte are then
-            exact, unless pairs were cut to their lengths; otherwise they use the
+        num_batches: batches of each Task; 0 scores the whole split. Bits per byte are
+            then exact, unless pairs were cut to their lengths; otherwise they use the
             split's average of bytes per token.
         check: called before every batch; what it raises ends the scoring.
     Returns:

@@ -10,7 +10,7 @@ from benchmarks.ladder.rows import is_shared
 from launch import cli, commands
 from launch.checkpoints.store import named_arrays
 from launch.config import reader
-from launch.config.reader import _configs as configs_folder
+from launch.config.places import configs as configs_folder
 from launch.config.settings import Settings
 from launch.run.assemble import assemble
 from moe.accounting import Counts, count

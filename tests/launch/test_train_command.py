@@ -63,6 +63,7 @@ HELDOUT_METRICS = {
     "loss/nats_per_token/python_topics_small",
     "loss/bits_per_byte/python_topics_small",
     "tokens",
+    "eval/scored_fraction",
 }
 SPLITS = {"train": TRAIN_METRICS, "heldout": HELDOUT_METRICS}
 

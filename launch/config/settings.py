@@ -71,7 +71,19 @@ class LoopSettings:
         task_metrics_period_steps: between measurements by the Tasks' own metric
             functions; the last step then has one too. 0: none while training.
         log_period_steps: between records of metrics.
-        max_skipped_steps: consecutive non-finite steps after which the run gives up.
+        max_skipped_steps: consecutive skipped steps after which the run goes back to
+            its newest checkpoint, and passes over the data since.
+        max_rollbacks: times that it does so without a new checkpoint in between, before
+            it gives up; 0 gives up at once.
+        spike_action: what becomes of a step whose loss is a spike: "none" is looked
+            for; "skip" leaves it out, as one that is not finite; "rollback" goes back
+            at once.
+        spike_stddevs: deviations of the loss above its running mean from which on it is
+            a spike.
+        replay_period_steps: steps between those that are computed twice, and must come
+            out the same to the bit; 0 computes none twice.
+        compare_replicas: whether devices that hold the same parameters are compared
+            before each save.
         self_check: whether the sparse layer is compared with the oracle before
             training, and the CPU's compiler with NumPy before anything is computed.
         compile_ahead: what is compiled before the first step: "all" that the run may
@@ -87,6 +99,11 @@ class LoopSettings:
     task_metrics_period_steps: int = 0
     log_period_steps: int = 10
     max_skipped_steps: int = 10
+    max_rollbacks: int = 3
+    spike_action: Literal["none", "skip", "rollback"] = "none"
+    spike_stddevs: float = 6.0
+    replay_period_steps: int = 0
+    compare_replicas: Literal["on", "off"] = "off"
     self_check: Literal["on", "off"] = "on"
     compile_ahead: Literal["all", "train_step"] = "all"
 
@@ -202,6 +219,9 @@ def _range_problems(settings: Settings) -> list[str]:
         "LAST_EVAL_BATCHES": loop.last_eval_batches,
         "TRAIN_TOKENS": settings.train.train_tokens,
         "TASK_METRICS_PERIOD": loop.task_metrics_period_steps,
+        "MAX_ROLLBACKS": loop.max_rollbacks,
+        "REPLAY_PERIOD": loop.replay_period_steps,
+        "SPIKE_STDDEVS": loop.spike_stddevs,
         "AUX_LOSS_FACTOR": loss.balance_weight,
         "ROUTER_Z_LOSS_FACTOR": loss.router_z_weight,
         "IMPORTANCE_LOSS_FACTOR": loss.importance_weight,

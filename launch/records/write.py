@@ -89,6 +89,12 @@ class MetricWriter:
         if time.monotonic() - self._flushed > _FLUSH_SECONDS:
             self._flush_events()
 
+    def rewind(self, step: int) -> None:
+        """Removes the records of later steps: the run has gone back to this one."""
+        self.close()
+        self._events.clear()
+        self.__init__(self._dir, resume_step=step)  # type: ignore[misc]
+
     def flush(self) -> None:
         """Puts everything written on disk: call it before a checkpoint commits."""
         self._file.flush()
@@ -142,6 +148,9 @@ class NoMetrics:
 
     def flush(self) -> None:
         """Has nothing to flush."""
+
+    def rewind(self, step: int) -> None:
+        """Has nothing to remove."""
 
 
 def read_metrics(model_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:

@@ -116,8 +116,13 @@ class Run:
             donate_argnums=0,
             out_shardings=(self.shardings, rules.replicated(self.mesh)),
         )
-        index = jax.ShapeDtypeStruct((), "int32", sharding=rules.replicated(self.mesh))
-        return step.lower(self.placed_shapes(), self.batch_shapes(), index)
+        scalar = functools.partial(
+            jax.ShapeDtypeStruct, (), sharding=rules.replicated(self.mesh)
+        )
+        given = [scalar(dtype="int32")]
+        if self.settings.loop.spike_action == "skip":
+            given.append(scalar(dtype="float32"))  # the limit of the loss
+        return step.lower(self.placed_shapes(), self.batch_shapes(), *given)
 
     def compile_eval_step(self) -> Callable[..., tuple[Sums, jax.Array]]:
         """Compiles the scoring of one batch; see `lower_eval_step`."""

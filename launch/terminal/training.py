@@ -258,6 +258,10 @@ class TrainProgress:
         left = pace * (self._total - step) - (self._clock() - seen)
         return max(left, 0.0) if math.isfinite(left) else None
 
+    def say(self, line: str) -> None:
+        """Prints a line above the display."""
+        self._say(line)
+
     def _say(self, line: str) -> None:
         if not self._quiet:
             print_line(self._console, line)

@@ -11,7 +11,7 @@ from launch.records.write import MetricWriter, NoMetrics
 from launch.terminal.training import TrainProgress
 
 if TYPE_CHECKING:
-    from launch.training.loop import Launched
+    from launch.training.steps import Launched
 
 Record = dict[str, Any]
 
@@ -39,7 +39,7 @@ class Log:
         self._tokens = tokens_per_step
         self._clock = time.perf_counter()
 
-    def add(self, launched: Launched, *, again: bool) -> None:
+    def add(self, launched: "Launched", *, again: bool) -> None:
         """Waits for a step and deals with its metrics."""
         step = launched.step
         record = _record(step, launched.metrics)

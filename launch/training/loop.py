@@ -6,26 +6,23 @@ wait for the host.
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import numpy as np
 
 from launch.checkpoints.store import Checkpoints
 from launch.config.settings import LoopSettings
 from launch.errors import EXIT_DONE, EXIT_NON_FINITE, is_user_error
 from launch.job.signals import Signals, Stopped
-from launch.records.write import MetricWriter, NoMetrics
 from launch.run.assemble import Run
 from launch.run.feed import Feed
-from launch.terminal.training import TrainProgress
+from launch.training.books import Books
 from launch.training.log import Log
+from launch.training.steps import Launched, Record, Step, Steps
+from launch.training.watch import Watch
 from moe.training.train_state import TrainState
 from tasks.batches import Batches
-
-Record = dict[str, Any]
-Step = Callable[[TrainState, Any, Any], tuple[TrainState, Record]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +36,8 @@ class Hooks:
         measure: the Tasks' own metrics of parameters, at a step; None where none are
             asked for.
         data_facts: what is known of the data before a batch index.
+        go_back: returns the state of the newest checkpoint and what it kept for
+            `Watch`; of none the state that the run began with.
         provenance: what a checkpoint says of its origin.
     """
 
@@ -47,6 +46,7 @@ class Hooks:
     score: Callable[[Any, int], Record]
     measure: Callable[[Any, int], Record] | None
     data_facts: Callable[[int], Record]
+    go_back: Callable[[], tuple[TrainState, Mapping[str, Any] | None]]
     provenance: Record
 
 
@@ -56,16 +56,17 @@ def train(
     batches: Batches,
     hooks: Hooks,
     checkpoints: Checkpoints,
-    writer: MetricWriter | NoMetrics,
-    progress: TrainProgress,
+    books: Books,
     signals: Signals,
     *,
+    kept: Mapping[str, Any] | None,
     was_scored: bool,
 ) -> tuple[TrainState, int]:
     """Takes steps until the last one, a signal, or too many non-finite steps.
 
-    A run that is asked to stop saves first, and so does one that cannot read on; one
-    that gives up does not.
+    A run that is asked to stop saves first, and so does one that cannot read on. One
+    that learns nothing any more goes back to its newest checkpoint and passes over the
+    data since; one that has done so too often gives up, and does not save.
 
     Args:
         run: the assembled run.
@@ -73,9 +74,9 @@ def train(
         batches: what is learnt from.
         hooks: what is called between steps.
         checkpoints: where states are saved.
-        writer: keeps metrics.
-        progress: shows them.
+        books: what else is kept.
         signals: says when to stop.
+        kept: what the checkpoint of the state kept for `Watch`; None if there is none.
         was_scored: whether held-out metrics of the first state are kept already, or
             it is of step 0. Otherwise they are made first, if they are due: who saved
             it may have ended before.
@@ -84,60 +85,141 @@ def train(
     Raises:
         StoreError: the data cannot be read on.
     """
-    settings, loop = run.settings, run.settings.loop
-    step, data_index = int(state.step), int(state.data_index)
-    last = settings.train.train_steps
-    shape = (settings.train.batch_size, settings.data.length)
-    feed = Feed(
-        batches.read,
-        start=data_index,
-        stop=data_index + last - step,
-        shape=shape,
-        sharding=run.batch_sharding,
-    )
+    loop = run.settings.loop
+    watch = Watch(loop, books.events, kept)
     log = Log(
-        writer,
-        progress,
+        books.writer,
+        books.progress,
         hooks.data_facts,
         period_steps=loop.log_period_steps,
-        last_step=last,
-        tokens_per_step=math.prod(shape),
+        last_step=run.settings.train.train_steps,
+        tokens_per_step=math.prod(_shape(run)),
     )
-    steps = Steps(state, hooks, log)
-    between = _Between(steps, run, hooks, checkpoints, writer, log, saved_step=step)
-    code, fault = EXIT_DONE, None
-    with signals.noted(), feed:
-        try:
-            if not was_scored:
-                between(step, _due(step, loop, last) - {"save"})
-            for index in range(data_index, data_index + last - step):
-                batch, fault = _next(feed)
-                if batch is None:
-                    steps.settle()
-                    break
-                step += 1
-                steps.take(Launched(step, index, batch, feed.wait_seconds))
-                code = signals.asked()
-                due = _due(step, loop, last)
-                if due or code:
-                    steps.settle()
-                if log.skipped_in_a_row >= loop.max_skipped_steps:
-                    code = EXIT_NON_FINITE
-                    break
-                # Whoever asked to stop may not wait for scores.
-                between(step, {"save"} if code else due)
-                if code:
-                    break
-        except Stopped as stopped:
-            code = stopped.code
-            between.save(step)
-        if fault and not log.skipped_in_a_row:
-            between.save(step)
-        with progress.waiting("finishing the checkpoint"):
+    between = _Between(run, hooks, checkpoints, books, log, watch, int(state.step))
+    with signals.noted():
+        while True:
+            steps = Steps(
+                state,
+                hooks.train_step,
+                hooks.in_rounds,
+                log,
+                watch,
+                replay_period_steps=loop.replay_period_steps,
+            )
+            code, fault = _walk(
+                run, steps, batches, between, signals, was_scored=was_scored
+            )
+            if not watch.going_back or code != EXIT_NON_FINITE:
+                break
+            if watch.rollbacks >= loop.max_rollbacks:
+                _give_up(books, watch, loop)
+                break
+            state = _gone_back(steps, hooks, checkpoints, books, between)
+            was_scored = True
+        with books.progress.waiting("finishing the checkpoint"), books.clock.of("save"):
             checkpoints.wait()
     if fault:
         raise fault
     return steps.state, code
+
+
+def _walk(
+    run: Run,
+    steps: Steps,
+    batches: Batches,
+    between: "_Between",
+    signals: Signals,
+    *,
+    was_scored: bool,
+) -> tuple[int, Exception | None]:
+    """Takes steps as long as nothing is in the way.
+
+    Returns:
+        The exit code, and what is wrong with the data. EXIT_NON_FINITE where the run
+        must go back.
+    """
+    step, data_index = int(steps.state.step), int(steps.state.data_index)
+    last, loop = run.settings.train.train_steps, run.settings.loop
+    clock, watch = between.books.clock, between.watch
+    feed = Feed(
+        batches.read,
+        start=data_index,
+        stop=data_index + last - step,
+        shape=_shape(run),
+        sharding=run.batch_sharding,
+    )
+    code, fault = EXIT_DONE, None
+    with feed:
+        try:
+            if not was_scored:
+                between(steps, step, _due(step, loop, last) - {"save"})
+            for index in range(data_index, data_index + last - step):
+                with clock.of("data_wait"):
+                    batch, fault = _next(feed)
+                if batch is None:
+                    steps.settle()
+                    break
+                step += 1
+                due = _due(step, loop, last)
+                clock.steps += 1
+                with clock.of("step"):
+                    steps.take(Launched(step, index, batch, feed.wait_seconds))
+                    code = signals.asked()
+                    if due or code:
+                        steps.settle()
+                if watch.going_back:
+                    return EXIT_NON_FINITE, None
+                # Whoever asked to stop may not wait for scores.
+                between(steps, step, {"save"} if code else due)
+                if code:
+                    break
+        except Stopped as stopped:
+            code = stopped.code
+            between.save(steps, step)
+        if fault and not watch.skipped_in_a_row:
+            between.save(steps, step)
+    return code, fault
+
+
+def _gone_back(
+    steps: Steps,
+    hooks: Hooks,
+    checkpoints: Checkpoints,
+    books: Books,
+    between: "_Between",
+) -> TrainState:
+    """The state of the newest checkpoint, which goes on with later data."""
+    watch, most = between.watch, between.run.settings.loop.max_rollbacks
+    why, watch.rollbacks = watch.going_back, watch.rollbacks + 1
+    with books.clock.of("restore"):
+        checkpoints.wait()
+        reached = int(steps.state.step)
+        state, kept = hooks.go_back()
+    step, passed = int(state.step), watch.resume_index - int(state.data_index)
+    books.clock.lose(reached - step)
+    books.events.note("rollback", step, why=why, passed_over_batches=passed)
+    books.progress.say(
+        f"{why}: goes back to step {step:,}, and passes over {passed:,} batches "
+        f"(rollback {watch.rollbacks} of MAX_ROLLBACKS = {most})"
+    )
+    books.writer.rewind(step)
+    watch.restore(kept)
+    between.saved_step = step
+    number = jax.device_put(state.data_index + passed, state.data_index.sharding)
+    return dataclasses.replace(state, data_index=number)
+
+
+def _give_up(books: Books, watch: Watch, loop: LoopSettings) -> None:
+    """Says why the run ends, if going back did not help."""
+    message = watch.going_back
+    if loop.max_rollbacks:
+        message += f", and MAX_ROLLBACKS = {loop.max_rollbacks} rollbacks did not help"
+    books.events.note("fault", message=message)
+    books.progress.say(message)
+
+
+def _shape(run: Run) -> tuple[int, int]:
+    return run.settings.train.batch_size, run.settings.data.length
 
 
 def _next(feed: Feed) -> tuple[Any, Exception | None]:
@@ -170,89 +252,45 @@ def _due(step: int, loop: LoopSettings, last: int) -> set[str]:
 class _Between:
     """What is done after a step, before the next one."""
 
-    steps: "Steps"
     run: Run
     hooks: Hooks
     checkpoints: Checkpoints
-    writer: MetricWriter | NoMetrics
+    books: Books
     log: Log
+    watch: Watch
     saved_step: int
 
-    def __call__(self, step: int, due: set[str]) -> None:
+    def __call__(self, steps: Steps, step: int, due: set[str]) -> None:
         """Does what is due; saves first: scores can be made again from what is saved.
 
         Raises:
             Stopped: the run was asked to stop while it scored.
         """
         if "save" in due:
-            self.save(step)
-        params, scores = self.steps.state.params, Record()
-        if "score" in due:
-            scores |= self.hooks.score(params, self.run.settings.loop.eval_batches)
-        if "measure" in due and self.hooks.measure is not None:
-            scores |= self.hooks.measure(params, step)
+            self.save(steps, step)
+        params, scores = steps.state.params, Record()
+        with self.books.clock.of("score"):
+            if "score" in due:
+                batches = self.run.settings.loop.eval_batches
+                scores |= self.hooks.score(params, batches)
+            if "measure" in due and self.hooks.measure is not None:
+                scores |= self.hooks.measure(params, step)
         if scores:  # of one split and step there is one record
             self.log.score(step, scores)
+            self.books.events.note("scored", step)
         if due:
             self.log.pause()
 
-    def save(self, step: int) -> None:
+    def save(self, steps: Steps, step: int) -> None:
         """Saves the state, and what was written of it, unless it is saved already."""
         if self.saved_step == step:
             return
-        self.writer.flush()
-        self.checkpoints.save(self.steps.state, self.run, self.hooks.provenance)
+        if not self.watch.skipped_in_a_row:
+            self.watch.rollbacks = 0  # it has learnt since
+        kept = {"watch": self.watch.kept()}
+        with self.books.clock.of("save"):
+            self.books.writer.flush()
+            provenance = self.hooks.provenance | kept
+            self.checkpoints.save(steps.state, self.run, provenance)
         self.saved_step = step
-
-
-@dataclasses.dataclass
-class Launched:
-    """A step on its way: its number, its batch, and in the end its metrics."""
-
-    step: int
-    index: int
-    batch: Any
-    waited_seconds: float
-    metrics: Record = dataclasses.field(default_factory=dict)
-
-
-class Steps:
-    """Launches each step before the one before has been looked at.
-
-    A step that found no room for its rows left the state as it was, and so did the one
-    launched after it: the first is taken again in rounds, then the second.
-    """
-
-    def __init__(self, state: TrainState, hooks: Hooks, log: Log) -> None:
-        self.state = state
-        self._hooks = hooks
-        self._log = log
-        self._pending: Launched | None = None
-
-    def take(self, launched: Launched) -> None:
-        """Launches a step, and settles the one before."""
-        before, self._pending = self._pending, launched
-        self._launch(launched, self._hooks.train_step)
-        if before is not None and not self._settled(before):
-            self._launch(launched, self._hooks.train_step)
-
-    def settle(self) -> None:
-        """Waits for the step that was launched last."""
-        if self._pending is not None:
-            launched, self._pending = self._pending, None
-            self._settled(launched)
-
-    def _launch(self, launched: Launched, step: Step) -> None:
-        index = np.int32(launched.index)
-        self.state, launched.metrics = step(self.state, launched.batch, index)
-
-    def _settled(self, launched: Launched) -> bool:
-        """Logs a step that is done; False if it had to be taken again."""
-        fitted = bool(launched.metrics["state/taken"])
-        if not fitted:
-            too_many = launched.metrics["router/over_budget_rows"]
-            self._launch(launched, self._hooks.in_rounds())
-            assert launched.metrics["state/taken"], "rounds make room for everything"
-            launched.metrics["router/over_budget_rows"] = too_many
-        self._log.add(launched, again=not fitted)
-        return fitted
+        self.books.note("saved", step)

@@ -2,7 +2,7 @@
 
 import functools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +23,8 @@ from launch.run import compiler_check, describe, self_check
 from launch.run.assemble import Run, assemble
 from launch.run.programs import Programs
 from launch.terminal.lines import waiting
-from launch.terminal.training import TrainProgress
 from launch.training import loop
+from launch.training.books import Books, opened
 from launch.training.finish import (
     Life,
     Record,
@@ -33,9 +33,9 @@ from launch.training.finish import (
     explain,
     finish,
     scores_of,
-    writer_of,
 )
 from launch.training.folder import keep, owned
+from launch.training.goodput import Clock
 from moe import architecture
 from moe.training.optimizer import make_schedule
 from moe.training.train_state import TrainState
@@ -103,9 +103,11 @@ def _train(
         store, batches = _data(config, allowed_modules, quiet=quiet)
         measure = _measure(run, store, programs, signals, allowed_modules, quiet=quiet)
         score = _scorer(run, store, programs, signals)
+        clock = Clock()
         life = Life(config, run, store, saved, score, measure, signals, quiet)
         now = saving.provenance(config.operative, store.manifest)
         found = together.as_first_finds("the newest checkpoint", saved.latest)
+        changed, kept = [], None
         if found is None:  # drawing cannot fail, so compiling need not wait for it
             programs.begin()
             state = _initialised(run, quiet=quiet)
@@ -114,21 +116,23 @@ def _train(
             if found >= last:
                 return complete(life, found)
             _say_changes(changed, found, settings, quiet=quiet)
-            with waiting(f"resuming from {saved.path(found)}", quiet=quiet):
+            with (
+                waiting(f"resuming from {saved.path(found)}", quiet=quiet),
+                clock.of("restore"),
+            ):
                 state = saved.restore(found, run, now, allow_changes=allow_changes)
+            kept = saved.manifest(found).get("watch")
         was_scored = found is None or scores_of(model_dir, found) is not None
         programs.begin()
         if together.is_first():
             keep(model_dir, config, found or 0, store.vocabulary)
             about_start(life).save(model_dir)
-        with (
-            writer_of(model_dir, resume_step=found or 0) as writer,
-            TrainProgress(last, start_step=found or 0, quiet=quiet) as progress,
-        ):
-            programs.during = progress.waiting
+        with opened(model_dir, found, last, clock, changed, quiet=quiet) as books:
+            progress = books.progress
+            programs.during = books.waiting("compile")
             if measure is not None:
                 measure.during = progress.waiting
-            _check(run, progress, quiet=quiet)
+            _check(run, books, quiet=quiet)
             programs.wait()
             signals.check()  # of several processes one may have been asked meanwhile
             hooks = loop.Hooks(
@@ -137,18 +141,22 @@ def _train(
                 score=score,
                 measure=measure,
                 data_facts=_data_facts(batches, store),
+                go_back=functools.partial(_newest, run, saved, now),
                 provenance=now,
             )
             state, code = loop.train(
-                *(run, state, batches, hooks, saved, writer, progress, signals),
+                *(run, state, batches, hooks, saved, books, signals),
+                kept=kept,
                 was_scored=was_scored,
             )
             if code != EXIT_DONE:
+                books.note("stop", int(state.step), code=code)
                 explain(code, saved, quiet=quiet)
                 return code
-            with progress.waiting("scoring the held-out split"):
+            with progress.waiting("scoring the held-out split"), clock.of("score"):
                 final = life.last_scores(state.params, last)
-            writer.write({"step": last, "split": "heldout"} | final)
+            books.writer.write({"step": last, "split": "heldout"} | final)
+            books.note("done", last)
         signals.check()
         finish(life, state.params, final)
     return EXIT_DONE
@@ -165,11 +173,11 @@ def _refuse_offload_on_cpu(config: ResolvedConfig, run: Run) -> None:
         )
 
 
-def _check(run: Run, progress: TrainProgress, *, quiet: bool) -> None:
+def _check(run: Run, books: Books, *, quiet: bool) -> None:
     """Compares compiler and sparse layer with their oracles, unless told not to."""
     if run.settings.loop.self_check == "on":
         compiler_check.check()
-        with progress.waiting("comparing the sparse layer with the oracle"):
+        with books.waiting("check")("comparing the sparse layer with the oracle"):
             checked = self_check.check(run)
         if checked and not quiet:
             print(f"self-check: {checked}", file=sys.stderr)
@@ -240,6 +248,17 @@ def _scorer(
         return heldout.heldout(run, store, params, compiled, num_batches, signals.check)
 
     return score
+
+
+def _newest(
+    run: Run, saved: Checkpoints, now: Record
+) -> tuple[TrainState, Mapping[str, Any] | None]:
+    """The state of the newest checkpoint, and what it kept; else that of the start."""
+    found = together.as_first_finds("the checkpoint to go back to", saved.latest)
+    if found is None:
+        return run.init_state(), None
+    state = saved.restore(found, run, now, allow_changes=True)
+    return state, saved.manifest(found).get("watch")
 
 
 def _initialised(run: Run, *, quiet: bool) -> TrainState:

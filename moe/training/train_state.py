@@ -16,7 +16,7 @@ class TrainState:
     Attributes:
         step: int32, steps taken.
         data_index: int32, the next batch to learn from.
-        skipped_steps: int32, steps whose gradients were not finite.
+        skipped_steps: int32, steps that were not finite, or whose loss was a spike.
         skipped_in_a_row: int32, the last of them that came one after the other.
         params: pure dict of arrays of `param_dtype`; selection biases are float32.
         opt_state: what the optimizer keeps.

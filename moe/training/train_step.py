@@ -49,7 +49,12 @@ class Learner:
 
 
 def train_step(
-    state: TrainState, batch: Batch, batch_index: jax.Array, learner: Learner
+    state: TrainState,
+    batch: Batch,
+    batch_index: jax.Array,
+    loss_limit: jax.Array | None = None,
+    *,
+    learner: Learner,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """Learns from one batch.
 
@@ -58,13 +63,15 @@ def train_step(
     next, and one whose experts got more rows than their budget. The caller then takes
     the latter again with `scoring.in_rounds(learner)`, and all those after it.
 
-    A step whose loss or gradient is not finite leaves parameters and optimizer as
-    they were; it is counted, and its batch is passed over.
+    A step whose loss or gradient is not finite, or whose loss is above a limit, leaves
+    parameters and optimizer as they were; it is counted, and its batch is passed over.
 
     Args:
         state: before the step; donated by the caller's `jit`.
         batch: SeqIO's decoder features, each [B, L].
         batch_index: int32 scalar, which batch it is.
+        loss_limit: float32 scalar, largest "loss/total" that is learnt from; None for
+            no limit.
         learner: static.
     Returns:
         The state after the step, and metrics named `area/quantity_unit`;
@@ -102,6 +109,8 @@ def train_step(
             master = move_selection_biases(opt_state.master, sums.router, layers)
             opt_state = opt_state._replace(master=master)
     finite = jnp.isfinite(gradient_norm) & jnp.isfinite(metrics["loss/total"])
+    if loss_limit is not None:
+        finite &= metrics["loss/total"] <= loss_limit
     params, opt_state = jax.tree.map(
         lambda new, old: jnp.where(taken & finite, new, old),
         (params, opt_state),

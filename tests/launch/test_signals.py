@@ -18,7 +18,10 @@ from launch.config.settings import LoopSettings
 from launch.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_PREEMPTED
 from launch.job import end, together
 from launch.job.signals import GOES_ON, Stopped, listening
-from launch.training import loop
+from launch.records.events import EventLog
+from launch.training import log, loop
+from launch.training.books import Books
+from launch.training.goodput import Clock
 
 pytestmark = pytest.mark.fast
 
@@ -111,7 +114,8 @@ class Recorder:
 
     def step(self, state, batch, index):
         state = State(state.step + 1, state.data_index + 1, state.step + 1)
-        return state, {"state/taken": 1, "state/skipped_in_a_row": 0}
+        kept = {"state/taken": 1, "state/skipped_in_a_row": 0, "loss/total": 1.0}
+        return state, kept
 
     def score(self, step, number):
         self.clock += 1000
@@ -164,15 +168,17 @@ class Recorder:
             ),
             batch_sharding=jax.sharding.NamedSharding(device, spec),
         )
-        hooks = loop.Hooks(self.step, None, self.score, None, lambda _: {}, {})
+        hooks = loop.Hooks(self.step, None, self.score, None, lambda _: {}, None, {})
+        books = Books(self, EventLog(None), Clock(), self)
         with (
             pytest.MonkeyPatch.context() as patch,
             listening(GOES_ON, quiet=True) as self.heard,
         ):
-            patch.setattr(loop, "time", self)
+            patch.setattr(log, "time", self)
             _, code = loop.train(
                 *(run, State(start, start, start), Batches(), hooks),
-                *(self, self, self, self.heard),
+                *(self, books, self.heard),
+                kept=None,
                 was_scored=was_scored,
             )
         return code

@@ -15,7 +15,7 @@ def digests(arrays: Mapping[str, jax.Array]) -> dict[str, str]:
     """
     jax.block_until_ready(arrays)
     return {
-        name: f"{int(jax.block_until_ready(_digest(_on_device(array)))):08x}"
+        name: f"{int(jax.block_until_ready(digest_of(_on_device(array)))):08x}"
         for name, array in arrays.items()
     }
 
@@ -29,8 +29,8 @@ def _on_device(array: jax.Array) -> jax.Array:
 
 
 @jax.jit
-def _digest(array: jax.Array) -> jax.Array:
-    """A checksum that does not depend on how the array is sharded.
+def digest_of(array: jax.Array) -> jax.Array:
+    """Returns a checksum, uint32, that does not depend on how the array is sharded.
 
     The sum modulo 2³² of every element's bits, mixed with its index. Any change of one
     element changes it for certain, and other changes, such as elements that change

@@ -11,7 +11,8 @@ from typing import Any
 
 import jax
 
-from launch.checkpoints.store import Checkpoints
+from launch.checkpoints import replicas
+from launch.checkpoints.store import Checkpoints, named_arrays
 from launch.config.settings import LoopSettings
 from launch.errors import EXIT_DONE, EXIT_NON_FINITE, is_user_error
 from launch.job.signals import Signals, Stopped
@@ -285,6 +286,8 @@ class _Between:
         """Saves the state, and what was written of it, unless it is saved already."""
         if self.saved_step == step:
             return
+        if self.run.settings.loop.compare_replicas == "on":
+            self._compare_replicas(steps.state, step)
         if not self.watch.skipped_in_a_row:
             self.watch.rollbacks = 0  # it has learnt since
         kept = {"watch": self.watch.kept()}
@@ -294,3 +297,16 @@ class _Between:
             self.checkpoints.save(steps.state, self.run, provenance)
         self.saved_step = step
         self.books.note("saved", step)
+
+    def _compare_replicas(self, state: TrainState, step: int) -> None:
+        """Refuses to save what devices do not hold alike."""
+        with self.books.clock.of("check"):
+            found = replicas.differing(named_arrays(state))
+        if found:
+            self.watch.failed(
+                step,
+                f"at step {step:,} devices that hold the same piece of an array hold "
+                f"other bits: {'; '.join(found[:5])}{' ...' if found[5:] else ''}. "
+                "Nothing of it is saved; take that machine out, and start the same "
+                "command again",
+            )

@@ -5,9 +5,12 @@ import math
 from pathlib import Path
 
 import commands
+import jax
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
+from launch.checkpoints import replicas
 from launch.errors import EXIT_DONE, EXIT_FAULT, EXIT_NON_FINITE
 from launch.records.events import EventLog, read
 from launch.run.assemble import Run
@@ -112,6 +115,66 @@ def test_a_device_that_computes_wrong_once_is_noticed(trained, tmp_path, monkeyp
     assert done.code == EXIT_FAULT, done.err
     assert "step 7 came out otherwise when it was computed again, in par" in done.err
     assert events_of(folder, "fault")[0]["step"] == 7
+    assert not list((folder / "checkpoints").iterdir())
+
+
+@pytest.mark.fast
+def test_devices_that_hold_other_bits_of_the_same_piece_are_named(meshes):
+    mesh = meshes["d2e4"]
+    spec = PartitionSpec("expert")  # on two devices each, one of "data" 0 and of 1
+    place = NamedSharding(mesh, spec)
+    whole = np.arange(32, dtype=np.float32).reshape(8, 4)
+    index = place.devices_indices_map(whole.shape)
+    copies = {device: whole[piece].copy() for device, piece in index.items()}
+
+    def array():
+        return jax.make_array_from_single_device_arrays(
+            whole.shape, place, [jax.device_put(c, d) for d, c in copies.items()]
+        )
+
+    alone = jax.device_put(
+        whole, NamedSharding(mesh, PartitionSpec(("data", "expert")))
+    )
+    assert replicas.differing({"same": array(), "alone": alone}) == []
+    device = mesh.devices.flat[5]
+    copies[device].view("u4")[1, 2] ^= 1  # one bit
+    (found,) = replicas.differing({"same": alone, "odd": array()})
+    assert found.startswith("odd: device ")
+    assert "holds other bits than 1 of 2 devices do" in found
+
+
+def flipped(array: jax.Array) -> jax.Array:
+    """The array, of which the last device holds one bit otherwise."""
+    copies = [np.array(shard.data) for shard in array.addressable_shards]
+    copies[-1].view("u4").flat[0] ^= 1
+    devices = [shard.device for shard in array.addressable_shards]
+    placed = [jax.device_put(c, d) for c, d in zip(copies, devices, strict=True)]
+    place = array.sharding
+    return jax.make_array_from_single_device_arrays(array.shape, place, placed)
+
+
+def test_a_run_whose_devices_disagree_is_not_saved(trained, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+
+    def compile_train_step(run, *, rounds=False, original=Run.compile_train_step):
+        step = original(run, rounds=rounds)
+
+        def faulty(state, batch, index):
+            state, metrics = step(state, batch, index)
+            if index == 4:
+                norm = state.params["decoder"]["norm"]
+                norm["scale"] = flipped(norm["scale"])
+            return state, metrics
+
+        return faulty
+
+    monkeypatch.setattr(Run, "compile_train_step", compile_train_step)
+    knobs = {"COMPARE_REPLICAS": "on", "MESH_DATA": 2, "SIMULATED_DEVICES": 2}
+    words = trained.knobs(folder, CHECKPOINT_PERIOD=5, SELF_CHECK="off", **knobs)
+    done = commands.inline("train", *words)
+    assert done.code == EXIT_FAULT, done.err
+    assert "at step 5 devices that hold the same piece of an array hold ot" in done.err
+    assert "params/decoder/norm/scale: device 1 of process 0 holds oth" in done.err
     assert not list((folder / "checkpoints").iterdir())
 
 

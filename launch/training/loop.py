@@ -87,7 +87,7 @@ def train(
         StoreError: the data cannot be read on.
     """
     loop = run.settings.loop
-    watch = Watch(loop, books.events, kept)
+    watch = Watch(loop, books.events, books.progress.say, kept)
     log = Log(
         books.writer,
         books.progress,

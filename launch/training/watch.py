@@ -1,14 +1,16 @@
 """What is looked at after every step: whether it was kept, and how its loss is."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
 from launch.config.settings import LoopSettings
 from launch.job import together
 from launch.records.events import EventLog
+from launch.training.health import Health
 from launch.training.spikes import Spikes
 
 
@@ -18,6 +20,7 @@ class Watch:
     Args:
         loop: periods and limits.
         events: keeps what happens.
+        say: shows a line.
         kept: what the checkpoint that the run goes on from kept of this; None if there
             is none.
 
@@ -30,10 +33,16 @@ class Watch:
     """
 
     def __init__(
-        self, loop: LoopSettings, events: EventLog, kept: Mapping[str, Any] | None
+        self,
+        loop: LoopSettings,
+        events: EventLog,
+        say: Callable[[str], None],
+        kept: Mapping[str, Any] | None,
     ) -> None:
         self._loop = loop
         self._events = events
+        self._say = say
+        self._health = Health()
         self._asks_step = loop.spike_action == "skip"
         self.restore(kept)
         self.rollbacks = 0 if kept is None else int(kept["rollbacks"])
@@ -76,6 +85,8 @@ class Watch:
             self._events.note("again", step, over_budget_rows=rows)
         if skipped:
             self._events.note("skipped", step, in_a_row=skipped, **facts)
+        if step % self._loop.log_period_steps == 0:
+            self._look(step, metrics)
         if self.going_back:
             return  # launched before it was known
         self.skipped_in_a_row, self.resume_index = skipped, index + 1
@@ -88,6 +99,15 @@ class Watch:
             )
         elif skipped >= self._loop.max_skipped_steps:
             self.going_back = f"{skipped} steps in a row were left out"
+
+    def _look(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Says what begins to be wrong with the routers, and what is over."""
+        here = {name: x for name, x in metrics.items() if name.startswith("router/")}
+        for alarm in self._health.look(step, jax.device_get(here)):
+            kind = "alarm" if alarm.layers else "cleared"
+            facts = {"since": alarm.since, "layers": list(alarm.layers)}
+            self._events.note(kind, step, about=alarm.kind, words=alarm.words, **facts)
+            self._say(f"routers: {alarm.words}")
 
     def replayed(self, step: int) -> None:
         """Notes that a step was computed twice, with one result."""

@@ -147,6 +147,9 @@ class Recorder:
     def update(self, record):
         pass
 
+    def say(self, line):
+        pass
+
     def waiting(self, message):
         return contextlib.nullcontext()
 

@@ -84,7 +84,7 @@ def test_dead_experts_are_those_without_tokens_for_long():
     ((step, words),) = alarms([metrics()] * 5 + [metrics(load=load)] * 20)
     assert step == 170, "after ten looks, and three more to be sure"
     assert words.startswith(
-        "1 experts had no token at the last 10 looks in sparse layer 1, since step 50: raise"
+        "1 experts had no token at the last 10 looks in sparse layer 1, since step 50"
     )
     absent = load.copy()
     absent[1, 5] = np.nan  # a layer of fewer experts

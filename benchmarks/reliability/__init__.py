@@ -1,0 +1,1 @@
+"""Faults, injected for real into a tiny run, and what became of it."""

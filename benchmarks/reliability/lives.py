@@ -1,0 +1,134 @@
+"""Lives of a run, begun in milliseconds: forks of a process that has all imported.
+
+A life is `switchyard train` (or another verb) with its own process, files and signals.
+"""
+
+import contextlib
+import importlib
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+IMPORTED = (
+    *("jax", "optax", "orbax.checkpoint", "tensorstore", "rich.live", "tensorboardX"),
+    *("launch.training.start", "launch.report.run", "launch.evaluation.sampling"),
+    *("launch.commands.train", "launch.commands.evaluate"),
+    *("launch.checkpoints.trained", "launch.config.reader"),
+)
+FLAGS = (
+    "--xla_backend_optimization_level=0",
+    "--xla_llvm_disable_expensive_passes=true",
+)
+
+
+def warm_up(cache: Path) -> None:
+    """Imports what a run needs; starts no backend of jax, and no thread that matters.
+
+    Args:
+        cache: folder of compiled programs, which all lives share.
+    """
+    # jax reads these when it is imported.
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(cache)
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    for name in IMPORTED:
+        importlib.import_module(name)
+
+
+class Life:
+    """A command in a forked process.
+
+    Args:
+        words: words of the command line.
+        output: file that its output is added to.
+    """
+
+    def __init__(self, words: Sequence[str], output: Path) -> None:
+        self.began = time.monotonic()
+        self.pid = os.fork()
+        if self.pid == 0:
+            os._exit(_run(words, output))
+
+    def signal(self, number: signal.Signals) -> None:
+        """Sends a signal, if the process is still there."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, number)
+
+    def is_over(self) -> bool:
+        """Says whether the process has ended, and leaves its exit code for `end`."""
+        status = Path(f"/proc/{self.pid}/stat").read_text()
+        return status.rpartition(") ")[2][0] == "Z"
+
+    def poll(self) -> int | None:
+        """Returns the exit code, negative for a signal; None while it goes on."""
+        pid, status = os.waitpid(self.pid, os.WNOHANG)
+        return None if pid == 0 else os.waitstatus_to_exitcode(status)
+
+    def end(self, seconds: float = 600.0) -> int:
+        """Waits for the exit code.
+
+        Raises:
+            TimeoutError: it hangs; it is killed.
+        """
+        deadline = time.monotonic() + seconds
+        while (code := self.poll()) is None:
+            if time.monotonic() > deadline:
+                self.signal(signal.SIGKILL)
+                os.waitpid(self.pid, 0)
+                raise TimeoutError(f"process {self.pid} did not end")
+            time.sleep(0.005)
+        return code
+
+
+def _run(words: Sequence[str], output: Path) -> int:
+    """What the forked process does."""
+    os.setsid()
+    file = os.open(output, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
+    sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+    from launch import cli
+    from launch.config import platform
+
+    platform.sys = type("Modules", (), {"modules": {}})  # jax is there, not started
+    code = cli.main(list(words))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return code
+
+
+def words_of(folder: Path, store: Path, **knobs: object) -> list[str]:
+    """Words of a run of 40 tiny steps that saves every 4th, and scores every 10th."""
+    given = {
+        "MODEL_DIR": folder,
+        "STORE_DIR": store,
+        "XLA_FLAGS": FLAGS,
+        "NUM_LAYERS": 1,
+        "MOE_EVERY": 1,
+        "TRAIN_STEPS": 40,
+        "LOG_PERIOD": 1,
+        "CHECKPOINT_PERIOD": 4,
+        "EVAL_PERIOD": 10,
+        "EVAL_BATCHES": 2,
+        "LAST_EVAL_BATCHES": 4,
+        "SELF_CHECK": "off",
+        "COMPILE_AHEAD": "train_step",
+        **knobs,
+    }
+    knob_words = [f"--gin.{name}={value}" for name, value in given.items()]
+    return ["train", "--gin_file=configs/runs/tiny.gin", "--quiet", *knob_words]
+
+
+def fresh(folder: Path) -> Path:
+    """Returns the folder, empty."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder

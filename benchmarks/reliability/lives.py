@@ -132,3 +132,11 @@ def fresh(folder: Path) -> Path:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     return folder
+
+
+def prepare(store: Path) -> None:
+    """Makes the tokens of the runs, in a process of its own."""
+    words = ["prepare", "--gin_file=configs/runs/tiny.gin", "--quiet"]
+    life = Life([*words, f"--gin.STORE_DIR={store}"], store.with_suffix(".log"))
+    if code := life.end():
+        raise RuntimeError(f"preparing {store} ended with {code}")

@@ -12,6 +12,8 @@ from pathlib import Path
 
 from benchmarks.reliability import compare, lives
 from launch.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED
+from launch.records import events
+from launch.training import goodput
 
 LAST_STEP = 40
 # What a life was doing, by the last line that it said.
@@ -146,28 +148,31 @@ def soak(
     store: Path,
     *,
     seconds: float,
-    most_faults: int,
+    least_faults: int,
     seed: int,
     say: Callable[[str], None],
 ) -> Tally:
-    """Disturbs one run after the other, for so long, or until so many faults.
+    """Disturbs one run after the other, for so long, and until so many faults.
 
     Args:
         shared: folder for the runs.
         store: prepared tokens.
-        seconds: time after which no other run is begun.
-        most_faults: number of faults after which no other run is begun.
+        seconds: time until which runs are begun.
+        least_faults: number of faults until which runs are begun.
         seed: of the instants, and of what is injected.
         say: shows a line.
     """
     base, length = undisturbed(shared, store)
     tally, rng, began = Tally(), random.Random(seed), time.monotonic()
-    while time.monotonic() - began < seconds and tally.number < most_faults:
+    while time.monotonic() - began < seconds or tally.number < least_faults:
         folder = lives.fresh(shared / "disturbed")
         found = list(_disturb(folder, store, length, rng, tally))
         if not found:
             found = compare.differences(folder, base, LAST_STEP)
         tally.runs += 1
+        tally.goodput.append(
+            goodput.fraction(goodput.of_events(events.read(folder)[0]))
+        )
         if found:
             kept = shared / f"wrong_{tally.runs}"
             shutil.rmtree(kept, ignore_errors=True)

@@ -22,7 +22,7 @@ KINDS = {
     "start": "a life of the run begins",
     "resume": "it goes on from a checkpoint",
     "changes": "knobs that are not as they were",
-    "saved": "a checkpoint is complete",
+    "saved": "the state was copied, to be written as a checkpoint",
     "scored": "held-out text was scored",
     "skipped": "a step that was not finite, or whose loss was a spike, was left out",
     "again": "a step was taken again in rounds, which have room for all rows",

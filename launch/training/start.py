@@ -19,11 +19,12 @@ from launch.errors import EXIT_DONE, ConfigError
 from launch.evaluation import heldout, prompts
 from launch.job import together
 from launch.job.signals import GOES_ON, Signals, Stopped, listening
+from launch.records.events import read as events_of
 from launch.run import compiler_check, describe, self_check
 from launch.run.assemble import Run, assemble
 from launch.run.programs import Programs
 from launch.terminal.lines import waiting
-from launch.training import loop
+from launch.training import goodput, loop
 from launch.training.books import Books, opened
 from launch.training.finish import (
     Life,
@@ -159,6 +160,9 @@ def _train(
             books.note("done", last)
         signals.check()
         finish(life, state.params, final)
+        if together.is_first() and not quiet:
+            events, _ = events_of(model_dir)
+            print(f"goodput       {goodput.words(goodput.of_events(events))}")
     return EXIT_DONE
 
 

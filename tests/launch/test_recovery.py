@@ -235,6 +235,10 @@ def test_goodput_by_hand():
     assert total["step"] == 80
     assert total["lost"] == 3 * 2.0, "at the pace of the first life"
     assert goodput.fraction(total) == 80 / (80 + 5 + 9 + 6)
+    assert goodput.words(total) == (
+        "80 % of 1 min 40 s: compiling 9.0 s, steps that were taken again after a kill "
+        "or a rollback 6.0 s, everything else 5.0 s"
+    )
 
 
 @pytest.mark.fast

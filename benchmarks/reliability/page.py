@@ -17,8 +17,9 @@ nothing had happened (same kind of machine and versions); continue on another me
 another number of processes and it continues up to rounding; damage a checkpoint or a
 store, and you are told exactly what is damaged and what is used instead.**
 
-How that is done is said in [checkpoints.md](checkpoints.md), [processes.md](processes.md)
-and [data.md](data.md). Here is what was injected, for real, and what came of it.
+How that is done is said in [checkpoints.md](checkpoints.md),
+[processes.md](processes.md) and [data.md](data.md). Here is what was injected, for real,
+and what came of it.
 `python -m benchmarks.reliability` injects it again and writes this page; `make test`
 injects a few of each kind, `make test-all` more.
 """
@@ -33,15 +34,16 @@ def _soak(tally: Tally) -> list[str]:
     """Faults of runs, by kind and by what the run was doing."""
     phases = sorted({phase for _, phase in tally.faults})
     names = sorted({name for name, _ in tally.faults})
+    every = tally.seconds / max(tally.number, 1)
     lines = [
         "## Runs, disturbed until they were done",
         "",
         f"{tally.number:,} faults in {tally.runs:,} runs of 40 steps, in "
-        f"{duration(tally.seconds)}: one every {tally.seconds / max(tally.number, 1):.1f}"
-        " s. Each run was compared with one that was left in peace: every bit of "
-        "parameters, optimizer and counters, the order of the data, and every record of "
-        f"metrics. **{tally.runs - len(tally.wrong):,} of {tally.runs:,} ended as it "
-        f"did; lost: {len(tally.wrong)}.**",
+        f"{duration(tally.seconds)}: one every {every:.1f} s. Each run was compared "
+        "with one that was left in peace: every bit of parameters, optimizer and "
+        "counters, the order of the data, and every record of metrics. "
+        f"**{tally.runs - len(tally.wrong):,} of {tally.runs:,} ended as it did; "
+        f"lost: {len(tally.wrong)}.**",
         "",
         f"| fault | injected | {' | '.join(phases)} |",
         f"|---|--:|{'--:|' * len(phases)}",
@@ -80,13 +82,36 @@ def _stores(spoilt: Counter[tuple[str, str]]) -> list[str]:
     return lines
 
 
-_ELSEWHERE = """\
-## Proved by tests
-
-| fault | outcome | test |
-|---|---|---|
-| a burst of steps that are not finite | skipped, then back to the last checkpoint, and that data passed over; never for ever | `tests/launch/test_recovery.py` |
-| a spike of the loss | skipped or rolled back, by `SPIKE_ACTION` | `tests/launch/test_recovery.py` |
-| a device that computes wrong once | found by `REPLAY_PERIOD`, nothing of it saved | `tests/launch/test_recovery.py` |
-| a device that remembers wrong | found by `COMPARE_REPLICAS`, named, not saved | `tests/launch/test_recovery.py` |
-"""
+_TESTED = (
+    (
+        "a burst of steps that are not finite",
+        "skipped, then back to the last checkpoint, and that data passed over; never "
+        "for ever",
+        "tests/launch/test_recovery.py",
+    ),
+    (
+        "a spike of the loss",
+        "skipped or rolled back, by `SPIKE_ACTION`",
+        "tests/launch/test_recovery.py",
+    ),
+    (
+        "a device that computes wrong once",
+        "found by `REPLAY_PERIOD`; nothing of it is saved",
+        "tests/launch/test_recovery.py",
+    ),
+    (
+        "a device that remembers wrong",
+        "found by `COMPARE_REPLICAS`, named, and not saved",
+        "tests/launch/test_recovery.py",
+    ),
+)
+_ELSEWHERE = "\n".join(
+    [
+        "## Proved by tests",
+        "",
+        "| fault | outcome | test |",
+        "|---|---|---|",
+        *(f"| {fault} | {outcome} | `{test}` |" for fault, outcome, test in _TESTED),
+        "",
+    ]
+)

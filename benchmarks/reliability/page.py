@@ -18,8 +18,8 @@ another number of processes and it continues up to rounding; damage a checkpoint
 store, and you are told exactly what is damaged and what is used instead.**
 
 How that is done is said in [checkpoints.md](checkpoints.md),
-[processes.md](processes.md) and [data.md](data.md). Here is what was injected, for real,
-and what came of it.
+[processes.md](processes.md) and [data.md](data.md). Here is what was injected, for
+real, and what came of it.
 `python -m benchmarks.reliability` injects it again and writes this page; `make test`
 injects a few of each kind, `make test-all` more.
 """

@@ -10,9 +10,9 @@ import seqio
 import tensorflow as tf
 
 from tasks.errors import StoreError
-from tasks.sources import Document
+from tasks.sources import Document, document_of, encoded
 
-Reader = Callable[[], Iterator[Document]]
+Reader = Callable[[], Iterator[Any]]  # of documents, or of names and texts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,8 +68,15 @@ class DocumentSource(seqio.DataSource):
         return tuple(dict.fromkeys(paths))
 
     def documents(self, split: str, shard: int) -> Iterator[Document]:
-        """Yields the documents of one shard, in order."""
-        return iter(self._shards_of(split)[shard].read())
+        """Yields the documents of one shard, in order; their texts are bytes.
+
+        Raises:
+            TypeError: what its reader yields is no document, or a text of it is none.
+        """
+        chosen = self._shards_of(split)[shard]
+        for number, given in enumerate(chosen.read()):
+            where = f"document {number:,} of shard {chosen.name!r}"
+            yield document_of(given, self.features, where)
 
     def get_dataset(
         self,
@@ -86,14 +93,14 @@ class DocumentSource(seqio.DataSource):
         if shuffle:
             random.Random(None if seed is None else int(seed)).shuffle(chosen)
 
-        def examples() -> Iterator[dict[str, str | bytes]]:
+        def examples() -> Iterator[dict[str, bytes]]:
             for shard in chosen:
                 for document in self.documents(split, shard):
                     yield {
                         **document.features,
-                        "name": document.name,
-                        "language": document.language,
-                        "label": document.label,
+                        "name": encoded(document.name),
+                        "language": encoded(document.language),
+                        "label": encoded(document.label),
                     }
 
         keys = (*self.features, "name", "language", "label")

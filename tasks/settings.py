@@ -249,6 +249,16 @@ def _vocabulary_problems(data: DataSettings) -> list[str]:
             f"VOCABULARY_PIECES = {data.vocabulary_size}: a SentencePiece vocabulary "
             "with byte fallback needs at least 300 pieces"
         )
+    if data.eos_token and data.vocabulary in ("bytes", "sentencepiece", "task"):
+        found.append(
+            f"EOS_TOKEN = {data.eos_token!r} would be ignored with VOCABULARY = "
+            f"{data.vocabulary!r}, which says itself what ends a document: set it to ''"
+        )
+    if data.bad_utf8 == "replace" and data.vocabulary == "task":
+        found.append(
+            "BAD_UTF8 = 'replace' cannot mend text with VOCABULARY = 'task', whose "
+            "Tasks have tokenised it already: set it to 'error' or 'drop'"
+        )
     if data.extra_ids < 0:
         found.append(f"EXTRA_IDS = {data.extra_ids}: cannot be negative")
     needed = data.asks.sentinels if data.asks else 0

@@ -214,7 +214,7 @@ def open_store(
     if not is_there(path):
         raise StoreError(_missing(path))
     manifest = read_manifest(path)
-    if data is not None and (found := _mismatches(manifest, data, filters)):
+    if data is not None and (found := _mismatches(path, manifest, data, filters)):
         raise StoreError(
             f"the store {path} is another one than the settings describe: "
             f"{'; '.join(found)}. Set STORE_DIR to a folder of its own, or prepare "
@@ -260,18 +260,35 @@ def _keep_pack(folder: str, index: packing.Pack) -> None:
 
 
 def _mismatches(
-    manifest: Manifest, data: DataSettings, filters: FilterSettings | None
+    path: str, manifest: Manifest, data: DataSettings, filters: FilterSettings | None
 ) -> list[str]:
     """Those of the manifest, and whether a model file is the one that was used."""
     found = mismatches(manifest, data, filters)
-    if not found and manifest.vocabulary == "model" and Path(data.vocabulary).exists():
-        model = vocabularies.from_file(data.vocabulary, data.extra_ids, data.eos_token)
-        if model.fingerprint != manifest.vocabulary_fingerprint:
-            found.append(
-                f"VOCABULARY = {data.vocabulary!r} is another model than the store "
-                "was prepared with"
-            )
+    if found or manifest.vocabulary != "model":
+        return found
+    if not Path(data.vocabulary).exists():
+        if data.eos_token:
+            found += _other_end(data.eos_token, path)
+        return found
+    model = vocabularies.from_file(data.vocabulary, data.extra_ids, data.eos_token)
+    if isinstance(model, vocabularies.HuggingFaceVocabulary):
+        found += _other_end(model.end, path)
+    if not found and model.fingerprint != manifest.vocabulary_fingerprint:
+        found.append(
+            f"VOCABULARY = {data.vocabulary!r} is another model than the store was "
+            "prepared with"
+        )
     return found
+
+
+def _other_end(asked: str, path: str) -> list[str]:
+    """Says if the documents of a store end with another token than is asked for."""
+    held = vocabularies.from_files(
+        lambda name: files.read(files.join(path, name)), path
+    )
+    if not isinstance(held, vocabularies.HuggingFaceVocabulary) or held.end == asked:
+        return []
+    return [f"EOS_TOKEN is {asked!r}, but the store was prepared with {held.end!r}"]
 
 
 def work_dir(store_dir: str | Path) -> str:

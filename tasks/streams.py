@@ -35,15 +35,15 @@ def opened(path: str, *, decompress: bool = True) -> Iterator[BinaryIO]:
     """
     try:
         with contextlib.ExitStack() as stack:
-            file = _RemoteFile(path) if is_remote(path) else io.FileIO(path)
-            raw = stack.enter_context(io.BufferedReader(file, _BUFFER_BYTES))
+            file: io.RawIOBase = (
+                _RemoteFile(path) if is_remote(path) else io.FileIO(path)
+            )
+            raw: BinaryIO = stack.enter_context(_buffered(file))
             kind = COMPRESSIONS.get(os.path.splitext(path)[1]) if decompress else None
             if kind == "gzip":
-                unpacked = _GzipFile(path, raw)
-                raw = stack.enter_context(io.BufferedReader(unpacked, _BUFFER_BYTES))
+                raw = stack.enter_context(_buffered(_GzipFile(path, raw)))
             elif kind == "zstd":
-                stream = _ZstdFile(path, raw)
-                raw = stack.enter_context(io.BufferedReader(stream, _BUFFER_BYTES))
+                raw = stack.enter_context(_buffered(_ZstdFile(path, raw)))
             yield raw
     except OSError as error:
         raise StoreError(f"{path} cannot be read: {error}") from error
@@ -99,6 +99,10 @@ def tensorflow() -> Any:
     with contextlib.nullcontext() if "tensorflow" in sys.modules else quiet_stderr():
         import tensorflow as tf
     return tf
+
+
+def _buffered(file: io.RawIOBase) -> BinaryIO:
+    return io.BufferedReader(file, _BUFFER_BYTES)
 
 
 @functools.cache  # a file is read several times, and one note is enough

@@ -2,11 +2,11 @@
 
     python -m benchmarks.large_store [--documents=50000000] [--parts=20000]
 
-A made-up store of so many documents of 20 tokens each is written as arrays, and opened
-as a run opens it, by several processes of one after the other; then the descriptions of
-so many parts of a made-up preparation are gathered as `prepare` gathers them. Memory is
-what Linux says of a process that has read random rows: what is its own, and what it maps
-and other processes share.
+A made-up store of so many documents of 20 tokens is written as arrays, and opened as a
+run opens it, by one process after the other; then the descriptions of so many parts of
+a made-up preparation are gathered as `prepare` gathers them. Memory is what Linux says
+of a process that has read random rows: its own, and of files that it maps, which the
+processes of a machine share.
 """
 
 import argparse

@@ -2,9 +2,9 @@
 
 The arrays of a store are compressed, and reading one number decodes thousands. Rows are
 read at random, so boundaries also lie beside their array as they are in memory, in a
-file that every process of a machine maps and the operating system keeps once, as far as
-there is room. The file repeats the array, which has the checksums: it is made by whoever
-finds none, and again by whoever finds it damaged or of other data. Where it cannot be
+file that every process of a machine maps; the operating system keeps one copy, as far
+as there is room. The file repeats the array, which has the checksums: whoever finds
+none makes it, and again whoever finds it damaged or of other data. Where it cannot be
 written, as in a bucket, a process keeps its own among temporary files.
 """
 

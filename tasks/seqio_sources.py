@@ -1,5 +1,6 @@
 """Where the text of a SeqIO Task comes from. Importing this file imports TensorFlow."""
 
+import contextlib
 import dataclasses
 import functools
 import random
@@ -51,6 +52,8 @@ class DocumentSource(seqio.DataSource):
     ):
         super().__init__(splits=tuple(splits))
         self.features = tuple(features)
+        self._failed: Exception | None = None
+        self._holds_failures = False
         self._shards = {split: functools.cache(splits[split]) for split in splits}
 
     @property
@@ -94,6 +97,14 @@ class DocumentSource(seqio.DataSource):
             random.Random(None if seed is None else int(seed)).shuffle(chosen)
 
         def examples() -> Iterator[dict[str, bytes]]:
+            try:
+                yield from in_order()
+            except Exception as error:  # whatever a reader raises
+                if not self._holds_failures:
+                    raise
+                self._failed = error
+
+        def in_order() -> Iterator[dict[str, bytes]]:
             for shard in chosen:
                 for document in self.documents(split, shard):
                     yield {
@@ -108,6 +119,20 @@ class DocumentSource(seqio.DataSource):
         return tf.data.Dataset.from_generator(
             examples, output_signature=dict.fromkeys(keys, text)
         )
+
+    @contextlib.contextmanager
+    def raising(self) -> Iterator[None]:
+        """Raises here what a reader raises while a dataset of the source is read.
+
+        TensorFlow would write a stack, and raise something else.
+        """
+        self._holds_failures, self._failed = True, None
+        try:
+            yield
+        finally:
+            self._holds_failures = False
+        if self._failed is not None:
+            raise self._failed
 
     def _shards_of(self, split: str) -> Sequence[SourceShard]:
         if split not in self._shards:

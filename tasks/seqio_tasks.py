@@ -216,7 +216,9 @@ def examples(
             shard_info=info,
             try_in_mem_cache=False,
         )
-        yield from dataset.skip(skip).as_numpy_iterator()
+        raising = getattr(task.source, "raising", contextlib.nullcontext)
+        with raising():
+            yield from dataset.skip(skip).as_numpy_iterator()
 
 
 def reading_bytes(seqio: Any, task: Any) -> Any:

@@ -39,7 +39,7 @@ from typing import Any
 import seqio
 import tensorflow as tf
 
-from tasks import records, sources
+from tasks import examples, records, sources
 from tasks.errors import StoreError
 from tasks.records import Fields
 from tasks.seqio_sources import DocumentSource, SourceShard, TfdsSource
@@ -116,7 +116,7 @@ def add_tf_examples(name: str, files: Files, **fields_and_task: Any) -> seqio.Ta
     Arguments: see `add_json_lines`.
     """
     return add_records(
-        name, files, _one_file_each, records.read_tf_records, **fields_and_task
+        name, files, _one_file_each, examples.read_tf_records, **fields_and_task
     )
 
 
@@ -126,7 +126,7 @@ def add_array_records(name: str, files: Files, **fields_and_task: Any) -> seqio.
     Arguments: see `add_json_lines`.
     """
     return add_records(
-        name, files, _one_file_each, records.read_array_records, **fields_and_task
+        name, files, _one_file_each, examples.read_array_records, **fields_and_task
     )
 
 

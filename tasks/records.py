@@ -1,17 +1,17 @@
-"""Reads documents from files of records: JSON lines, Parquet, and tf.Example.
+"""Reads documents from files of records: JSON lines and Parquet.
 
-`Fields` says which field of a record becomes what. See `tasks.sources` for shards.
+`Fields` says which field of a record becomes what. See `tasks.sources` for shards, and
+`tasks.examples` for files of tf.Examples.
 """
 
 import dataclasses
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from tasks.errors import StoreError
 from tasks.sources import Document, Shard, encoded, lines
-from tasks.streams import opened, tensorflow
+from tasks.streams import opened
 
 _ROWS_AT_ONCE = 128
 
@@ -109,48 +109,6 @@ def read_parquet(shard: Shard, fields: Fields) -> Iterator[Document]:
                 raise StoreError(
                     f"{path} cannot be read as Parquet: {reason}"
                 ) from None
-
-
-def read_tf_records(shard: Shard, fields: Fields) -> Iterator[Document]:
-    """Yields the tf.Examples of TFRecord files, which may be `.gz`.
-
-    Raises:
-        StoreError: a file is damaged, a record is no tf.Example or lacks a field.
-    """
-    tf = tensorflow()
-    for path in shard.paths:
-        kind = "GZIP" if path.endswith(".gz") else ""
-        records = tf.data.TFRecordDataset(path, compression_type=kind)
-        try:
-            yield from _examples(records.as_numpy_iterator(), path, fields)
-        except tf.errors.OpError as error:
-            reason = str(error).partition("\n")[0][:200]
-            raise StoreError(f"{path} cannot be read as TFRecord: {reason}") from None
-
-
-def read_array_records(shard: Shard, fields: Fields) -> Iterator[Document]:
-    """Yields the tf.Examples of ArrayRecord files.
-
-    Raises:
-        StoreError: a file is damaged, a record is no tf.Example or lacks a field.
-    """
-    from array_record.python.array_record_module import ArrayRecordReader
-
-    for path in shard.paths:
-        if not os.path.isfile(path):
-            raise StoreError(
-                f"{path}: ArrayRecord files are read from local disks only"
-            )
-        try:
-            reader = ArrayRecordReader(path)
-            records = (reader.read() for _ in range(reader.num_records()))
-            yield from _examples(records, path, fields)
-            reader.close()  # tells of damage that no record lies in
-        except (RuntimeError, IndexError) as error:
-            reason = str(error).partition("\n")[0][:200]
-            raise StoreError(
-                f"{path} cannot be read as ArrayRecord: {reason}"
-            ) from None
 
 
 def _parsed(line: bytes) -> Any:
@@ -324,35 +282,3 @@ def _is_text(kind: Any) -> bool:
             types.is_fixed_size_binary,
         )
     )
-
-
-def _examples(
-    records: Iterable[bytes], path: str, fields: Fields
-) -> Iterator[Document]:
-    """Serialised tf.Examples as documents."""
-    tf = tensorflow()
-    from google.protobuf.message import DecodeError
-
-    for number, record in enumerate(records):
-        where = f"{path}:{number}"
-        try:
-            values = tf.train.Example.FromString(record).features.feature
-        except DecodeError:
-            raise StoreError(f"{where} is no tf.Example") from None
-        try:
-            found = [_first(values, name) for name in fields.names]
-        except ValueError as error:
-            raise StoreError(f"{where}: {error}") from None
-        yield fields.document(found, where)
-
-
-def _first(values: Any, name: str) -> bytes:
-    if name not in values:
-        raise ValueError(missing(name, values))
-    kind = values[name].WhichOneof("kind")
-    held = getattr(values[name], kind).value if kind else ()
-    if len(held) > 1:
-        raise ValueError(f"field {name!r} holds {len(held):,} values, and not one text")
-    if not held:
-        return b""
-    return held[0] if kind == "bytes_list" else str(held[0]).encode()

@@ -38,8 +38,9 @@ class DataSettings:
         vocabulary_model: kind of pieces of a vocabulary that is trained.
         extra_ids: ids after the vocabulary's own: sentinels of the denoising
             objectives, from the top down.
-        eos_token: the piece of a `tokenizer.json` that ends a document; "" takes the
-            first of the usual names that it has.
+        eos_token: the piece of a `tokenizer.json` that ends a document; "" asks the
+            files beside it, its post-processor, and then which of its special tokens
+            has a usual name.
         train_split: split that is learnt.
         heldout_split: split that is only scored.
         shuffle: visit rows in a keyed random order, another one each epoch.

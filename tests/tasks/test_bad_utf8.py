@@ -86,7 +86,7 @@ def of_parquet(kind, depth=0):
     return register
 
 
-def of_examples(call):
+def of_examples(call, ending=""):
     def register(name, folder, factories):
         import tensorflow as tf
         from array_record.python.array_record_module import ArrayRecordWriter
@@ -103,9 +103,10 @@ def of_examples(call):
             ).SerializeToString()
             for text in (GOOD, BAD)
         ]
-        path = folder / "a.records"
+        path = folder / f"a.records{ending}"
         if call == "add_tf_examples":
-            with tf.io.TFRecordWriter(str(path)) as writer:
+            packing = "GZIP" if ending else None
+            with tf.io.TFRecordWriter(str(path), packing) as writer:
                 for record in records:
                     writer.write(record)
         else:
@@ -193,6 +194,7 @@ WAYS = {
     "parquet_nested": of_parquet(pa.string(), 1),
     "parquet_nested_binary": of_parquet(pa.large_binary(), 2),
     "tf_examples": of_examples("add_tf_examples"),
+    "tf_examples_gz": of_examples("add_tf_examples", ".gz"),
     "array_records": of_examples("add_array_records"),
     "python_bytes": of_python(BAD),
     "python_str": of_python(HALF),

@@ -39,7 +39,7 @@ from typing import Any
 import seqio
 import tensorflow as tf
 
-from tasks import records, sources
+from tasks import examples, records, sources
 from tasks.errors import StoreError
 from tasks.records import Fields
 from tasks.seqio_sources import DocumentSource, SourceShard, TfdsSource
@@ -116,7 +116,7 @@ def add_tf_examples(name: str, files: Files, **fields_and_task: Any) -> seqio.Ta
     Arguments: see `add_json_lines`.
     """
     return add_records(
-        name, files, _one_file_each, records.read_tf_records, **fields_and_task
+        name, files, _one_file_each, examples.read_tf_records, **fields_and_task
     )
 
 
@@ -126,7 +126,7 @@ def add_array_records(name: str, files: Files, **fields_and_task: Any) -> seqio.
     Arguments: see `add_json_lines`.
     """
     return add_records(
-        name, files, _one_file_each, records.read_array_records, **fields_and_task
+        name, files, _one_file_each, examples.read_array_records, **fields_and_task
     )
 
 
@@ -330,18 +330,20 @@ def _fields(
     return Fields(features, language, language_field, label)
 
 
-def _documents_of(function: Generator) -> Iterator[Document]:
-    for given in function():
-        if isinstance(given, Document):
-            yield given
-        else:
-            name, text = given
-            raw = text.encode() if isinstance(text, str) else text
-            yield Document({"targets": raw}, name)
+def _documents_of(function: Generator) -> Iterator[Any]:
+    found = function()
+    if not isinstance(found, Iterable):
+        raise TypeError(
+            f"its function returned {type(found).__name__}, and must yield documents"
+        )
+    return iter(found)
 
 
 def _renamed(dataset: tf.data.Dataset, fields: Fields) -> tf.data.Dataset:
     """Examples whose keys are those of a `DocumentSource`."""
+    for name in fields.names:
+        if fault := _fault(dataset.element_spec, name):
+            raise ValueError(fault)
 
     def found(example: Mapping[str, Any], name: str) -> tf.Tensor:
         value: Any = example
@@ -360,3 +362,18 @@ def _renamed(dataset: tf.data.Dataset, fields: Fields) -> tf.data.Dataset:
         return {**texts, "language": language, "label": label}
 
     return dataset.map(renamed)
+
+
+def _fault(specs: Any, name: str) -> str:
+    """Why examples have no text, or no number, in a field; or ""."""
+    value, outer = specs, []
+    for part in [name] if name in specs else name.split("."):
+        if not isinstance(value, Mapping):
+            return records.no_fields(name, outer, "no table")
+        if part not in value:
+            return records.missing(name, value, outer)
+        value = value[part]
+        outer.append(part)
+    if not isinstance(value, tf.TensorSpec) or value.shape.rank:
+        return f"field {name!r} is no single text: it is {value}"
+    return ""

@@ -7,13 +7,14 @@ needs no other library to reach a bucket. A file appears whole or not at all.
 import contextlib
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import tensorstore as ts
 
 from tasks.errors import StoreError
 
+_AT_ONCE = 256  # files that are asked for before the first answer is waited for
 _BUCKETS = {"gs://": "gcs", "s3://": "s3"}
 
 
@@ -74,6 +75,29 @@ def read(path: str | Path) -> bytes | None:
     except Exception as error:  # TensorStore raises several kinds
         raise StoreError(f"{path} cannot be read: {reason(error)}") from None
     return bytes(found.value) if found.state == "value" else None
+
+
+def read_many(paths: Sequence[str]) -> Iterator[bytes | None]:
+    """Yields what files hold, or None, in order; many are read at the same time.
+
+    Raises:
+        StoreError: one cannot be read.
+    """
+    folders: dict[str, ts.KvStore] = {}
+    for first in range(0, len(paths), _AT_ONCE):
+        some = paths[first : first + _AT_ONCE]
+        waiting = []
+        for path in some:
+            folder, name = _parted(path)
+            if folder not in folders:
+                folders[folder] = _open(folder)
+            waiting.append(folders[folder].read(name))
+        for path, future in zip(some, waiting, strict=True):
+            try:
+                found = future.result()
+            except Exception as error:  # TensorStore raises several kinds
+                raise StoreError(f"{path} cannot be read: {reason(error)}") from None
+            yield bytes(found.value) if found.state == "value" else None
 
 
 def write(path: str | Path, content: bytes) -> None:

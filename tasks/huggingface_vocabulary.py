@@ -7,19 +7,7 @@ from collections.abc import Iterable
 
 import tokenizers
 
-from tasks.errors import StoreError
-
-# What the makers of public models call the end of a document.
-_EOS_TOKENS = (
-    "</s>",
-    "<|endoftext|>",
-    "<|end_of_text|>",
-    "<eos>",
-    "<|eos|>",
-    "<|eot_id|>",
-    "<\uff5cend\u2581of\u2581sentence\uff5c>",
-    "<|im_end|>",
-)
+from tasks import end_of_document
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +18,8 @@ class HuggingFaceVocabulary:
 
     Attributes:
         tokenizer: the bytes of tokenizer.json.
-        eos_token: ends a document; "" takes the first of the usual names.
+        eos_token: ends a document; "" takes the one that the file says, or that has a
+            usual name.
         extra_ids: ids after the tokenizer's own that stand for no text.
     """
 
@@ -59,7 +48,7 @@ class HuggingFaceVocabulary:
     @functools.cached_property
     def eos_id(self) -> int:
         """The id of `eos_token`."""
-        return self._loaded.get_vocab(with_added_tokens=True)[self._end]
+        return self._loaded.get_vocab(with_added_tokens=True)[self.end]
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -81,31 +70,15 @@ class HuggingFaceVocabulary:
         return max(self._loaded.get_vocab(with_added_tokens=True).values()) + 1
 
     @functools.cached_property
-    def _end(self) -> str:
+    def end(self) -> str:
         """The token that ends a document."""
-        model = tokenizers.Tokenizer.from_str(self.tokenizer.decode())
-        names = (self.eos_token,) if self.eos_token else _EOS_TOKENS
-        for name in names:
-            if model.token_to_id(name) is not None:
-                return name
-        added = model.get_added_tokens_decoder().values()
-        special = [token.content for token in added if token.special]
-        wanted = (
-            f"EOS_TOKEN = {self.eos_token!r} is no token of the tokenizer.json"
-            if self.eos_token
-            else "the tokenizer.json has no token of a usual name for the end of a "
-            "document"
-        )
-        raise StoreError(
-            f"{wanted}: set EOS_TOKEN to one of its special tokens, "
-            f"{', '.join(map(repr, special[:20])) or 'of which it has none'}"
-        )
+        return end_of_document.find(self.tokenizer, lambda name: None, self.eos_token)
 
     @functools.cached_property
     def _loaded(self) -> tokenizers.Tokenizer:
         model = tokenizers.Tokenizer.from_str(self.tokenizer.decode())
         model.no_truncation()  # which a file may ask for
         model.no_padding()
-        model.add_special_tokens([self._end])
+        model.add_special_tokens([self.end])
         model.encode_special_tokens = True
         return model

@@ -13,7 +13,7 @@ A stream is cut every L tokens. Its rows need no index.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 
@@ -105,20 +105,39 @@ class Truncation:
     tokens: Mapping[str, int]
 
 
-def pack(offsets: np.ndarray, length: int) -> Pack:
+def _in_memory(size: int) -> np.ndarray:
+    return np.empty(size, np.int64)
+
+
+def pack(
+    offsets: np.ndarray, length: int, room: Callable[[int], np.ndarray] = _in_memory
+) -> Pack:
     """Returns the rows of `length` tokens that documents at `offsets` fill.
 
     Args:
         offsets: int64[documents + 1], rising from 0; document d is the tokens
             [offsets[d], offsets[d + 1]).
         length: L, at least 1.
+        room: gives int64[n] for the arrays of the index, which may be large.
     """
-    pieces = _cut(offsets.astype(np.int64), length)
-    return Pack(length, pieces, _fill((pieces, length)))
+    num_pieces = sum(
+        int((-(-np.diff(block) // length)).sum()) for block in _bounded(offsets)
+    )
+    pieces = room(num_pieces + 1)
+    pieces[0], place = offsets[0], 1
+    for block in _bounded(offsets):
+        ends = _cut(block.astype(np.int64), length)
+        pieces[place : place + len(ends)] = ends
+        place += len(ends)
+    return Pack(length, pieces, _fill(room, (pieces, length)))
 
 
 def pack_pairs(
-    offsets: Mapping[str, np.ndarray], lengths: Mapping[str, int], *, joined: bool
+    offsets: Mapping[str, np.ndarray],
+    lengths: Mapping[str, int],
+    *,
+    joined: bool,
+    room: Callable[[int], np.ndarray] = _in_memory,
 ) -> Pack:
     """Returns the rows that pairs of inputs and targets fill, next-fit.
 
@@ -131,34 +150,36 @@ def pack_pairs(
         joined: a row holds the inputs and targets of its pairs, together at most
             the sum of `lengths` tokens (a decoder alone); else at most
             `lengths[feature]` of each feature (encoder and decoder).
+        room: as in `pack`.
     """
     ends = {
-        feature: np.append(
-            0, np.cumsum(np.minimum(np.diff(offsets[feature]), lengths[feature]))
-        )
+        feature: _trimmed_ends(offsets[feature], lengths[feature], room)
         for feature in ("inputs", "targets")
     }
-    both, length = ends["inputs"] + ends["targets"], sum(lengths.values())
+    both, length = room(len(ends["inputs"])), sum(lengths.values())
+    np.add(ends["inputs"], ends["targets"], out=both)
     limits = (
         [(both, length)]
         if joined
         else [(ends[feature], lengths[feature]) for feature in ends]
     )
-    return Pack(length, both, _fill(*limits))
+    return Pack(length, both, _fill(room, *limits))
 
 
 def truncation(
     offsets: Mapping[str, np.ndarray], lengths: Mapping[str, int]
 ) -> Truncation:
     """Counts what `pack_pairs` cuts off."""
-    lost = {
-        feature: np.maximum(np.diff(offsets[feature]) - lengths[feature], 0)
-        for feature in ("inputs", "targets")
-    }
-    return Truncation(
-        examples=int(((lost["inputs"] > 0) | (lost["targets"] > 0)).sum()),
-        tokens={feature: int(tokens.sum()) for feature, tokens in lost.items()},
-    )
+    names = ("inputs", "targets")
+    examples, lost = 0, dict.fromkeys(names, 0)
+    for blocks in zip(*(_bounded(offsets[name]) for name in names), strict=True):
+        some = np.zeros(len(blocks[0]) - 1, bool)
+        for name, block in zip(names, blocks, strict=True):
+            over = np.maximum(np.diff(block) - lengths[name], 0)
+            lost[name] += int(over.sum())
+            some |= over > 0
+        examples += int(some.sum())
+    return Truncation(examples, lost)
 
 
 def faults(index: Pack, num_tokens: int | None = None) -> list[str]:
@@ -173,21 +194,51 @@ def faults(index: Pack, num_tokens: int | None = None) -> list[str]:
         found.append(f"its pieces end at token {pieces[-1]:,}, not at {num_tokens:,}")
     if rows[0] != 0 or rows[-1] != len(pieces) - 1:
         found.append("its rows do not hold every piece")
-    if (np.diff(pieces) < 1).any() or (np.diff(rows) < 1).any():
+    if any(
+        (block[1:] <= block[:-1]).any()
+        for bounds in (pieces, rows)
+        for block in _bounded(bounds)
+    ):
         found.append("its boundaries do not rise")
-    elif not found and (np.diff(pieces[rows]) > index.length).any():
+    elif not found and any(
+        (np.diff(pieces[block]) > index.length).any() for block in _bounded(rows)
+    ):
         found.append(f"a row holds more than {index.length} tokens")
     return found
 
 
-def _fill(*limits: tuple[np.ndarray, int]) -> np.ndarray:
+def _bounded(bounds: np.ndarray) -> Iterator[np.ndarray]:
+    """Boundaries in blocks, each of which begins with the last of the one before."""
+    for start in range(0, len(bounds) - 1, _BLOCK):
+        yield bounds[start : start + _BLOCK + 1]
+
+
+def _trimmed_ends(
+    offsets: np.ndarray, length: int, room: Callable[[int], np.ndarray]
+) -> np.ndarray:
+    """Where documents begin that are cut to `length` tokens, and the end."""
+    ends = room(len(offsets))
+    ends[0], place = 0, 1
+    for block in _bounded(offsets):
+        kept = np.minimum(np.diff(block), length)
+        following = ends[place : place + len(kept)]
+        np.cumsum(kept, out=following)
+        following += ends[place - 1]
+        place += len(kept)
+    return ends
+
+
+def _fill(
+    room: Callable[[int], np.ndarray], *limits: tuple[np.ndarray, int]
+) -> np.ndarray:
     """Boundaries of the rows: each takes as many pieces as every limit allows.
 
     A limit is where pieces begin on some count, and the most of it in a row. The row
     that begins with piece i ends before the first piece that reaches too far.
     """
     num_pieces = len(limits[0][0]) - 1
-    rows, piece = [np.zeros(1, np.int64)], 0
+    rows, num_rows, piece = room(num_pieces + 1), 0, 0
+    rows[0] = 0
     while piece < num_pieces:
         first = piece
         stop = min(first + _BLOCK, num_pieces)
@@ -201,17 +252,20 @@ def _fill(*limits: tuple[np.ndarray, int]) -> np.ndarray:
         while piece < stop:
             piece = following[piece - first]
             block.append(piece)
-        rows.append(np.asarray(block, np.int64))
-    return np.concatenate(rows)
+        rows[num_rows + 1 : num_rows + 1 + len(block)] = block
+        num_rows += len(block)
+    return rows[: num_rows + 1]
 
 
 def _cut(offsets: np.ndarray, length: int) -> np.ndarray:
-    """Boundaries of the pieces: each document's start, and every L tokens after it."""
+    """Ends of the pieces: every L tokens of each document, and its end."""
     sizes = np.diff(offsets)
     sizes = sizes[sizes > 0]  # empty documents have no piece
+    if not len(sizes):
+        return sizes
     num_pieces = -(-sizes // length)
-    last = np.cumsum(num_pieces)  # the boundary that ends each document
-    boundaries = np.full(last[-1] + 1, length)
-    boundaries[last] -= num_pieces * length - sizes
-    boundaries[0] = offsets[0]
-    return np.cumsum(boundaries, out=boundaries)
+    last = np.cumsum(num_pieces) - 1  # the piece that ends each document
+    ends = np.full(last[-1] + 1, length)
+    ends[last] -= num_pieces * length - sizes
+    ends[0] += offsets[0]
+    return np.cumsum(ends, out=ends)

@@ -24,14 +24,24 @@ from tasks.manifest import (
     vocabulary_kind,
     write_manifest,
 )
-from tasks.preparation import assembly, folders, selection, stages, tokenise
+from tasks.preparation import (
+    assembly,
+    folders,
+    gathering,
+    selection,
+    sharing,
+    stages,
+    tokenise,
+)
 from tasks.preparation import plan as plans
 from tasks.preparation.engines import Engine, WorkerLostError, in_this_process
+from tasks.preparation.gathering import Gathered
 from tasks.preparation.plan import PART_BYTES, Plan
 from tasks.preparation.tokenise import Amount
 from tasks.seqio_tasks import Found
 from tasks.settings import DataSettings, FilterSettings
 from tasks.store import Split, split_path, work_dir
+from tasks.streams import note
 from tasks.train_vocabulary import Statistics, train_vocabulary
 from tasks.vocabularies import SentencePieceVocabulary, Vocabulary
 
@@ -96,6 +106,8 @@ def prepare(
     reporter.phase("SeqIO")  # takes seconds to import
     found = seqio_tasks.find(data, allowed_modules)
     plan = _plan(found, data, filters, allowed_modules, part_bytes)
+    if shared := sharing.described(found, data, filters):
+        note(shared)
     work = work_dir(data.store_dir)
     folders.refuse_what_is_no_store(data.store_dir, work)
     with folders.alone(work):
@@ -111,8 +123,8 @@ def prepare(
             if filters.duplicates != "keep":
                 reporter.phase("duplicates")
             selection.find_duplicates(work, plan, engine, reporter.add)
-            _tokenise(work, plan, engine, reporter)
-            manifest = _assemble(work, plan, found, quality, engine, reporter)
+            gathered = _tokenise(work, plan, engine, reporter)
+            manifest = _assemble(work, plan, found, gathered, quality, engine, reporter)
         except WorkerLostError:
             raise
         except StoreError:
@@ -303,12 +315,24 @@ def _vocabulary_of_tasks(found: Found) -> Vocabulary:
     return vocabulary
 
 
-def _tokenise(work: str, plan: Plan, engine: Engine, reporter: _Reporter) -> None:
-    """Tokenises every document into parts."""
+def _tokenise(
+    work: str, plan: Plan, engine: Engine, reporter: _Reporter
+) -> dict[tuple[str, str], Gathered]:
+    """Tokenises every document into parts, and gathers those of each split."""
+    gathered, vocabulary = {}, tokenise.read_vocabulary(work)
     reporter.phase("tokens", _expected_bytes(plan))
-    items = [dataclasses.asdict(unit) for unit in plan.units()]
-    engine(work, stages.TOKENISE, items, reporter.add)
+    # What is held out is little, and what is wrong with it is said before the rest.
+    for split in (plan.data.heldout_split, plan.data.train_split):
+        items = [dataclasses.asdict(unit) for unit in plan.units(split)]
+        engine(work, stages.TOKENISE, items, reporter.add)
+        for task in plan.shards:
+            found = gathering.gather(work, plan, task, split)
+            gathering.refuse_what_stands_for_no_text(
+                work, found, vocabulary, plan.data.vocabulary
+            )
+            gathered[task, split] = found
     reporter.end()
+    return gathered
 
 
 def _expected_bytes(plan: Plan) -> int:
@@ -324,17 +348,13 @@ def _assemble(
     work: str,
     plan: Plan,
     found: Found,
+    gathered: Mapping[tuple[str, str], Gathered],
     quality: Mapping[str, Any],
     engine: Engine,
     reporter: _Reporter,
 ) -> Manifest:
     """Makes the store of the parts, in place of one that was there."""
     data, store_dir = plan.data, plan.data.store_dir
-    gathered = {
-        (task, split): assembly.gather(work, plan, task, split)
-        for task, of_split in plan.shards.items()
-        for split in of_split
-    }
     reporter.phase("store")
     folders.begin_store(work, store_dir)
     vocabulary = tokenise.read_vocabulary(work)
@@ -343,11 +363,14 @@ def _assemble(
         files.write(selection.figure_path(store_dir), figure)
     items = [
         dataclasses.asdict(job)
-        for (task, split), of_split in gathered.items()
-        for job in assembly.jobs(plan, task, split, of_split)
+        for of_split in gathered.values()
+        for job in assembly.jobs(of_split)
     ]
     engine(work, stages.ASSEMBLE, items, lambda amount: None)
-    splits = {key: assembly.finish(work, store_dir, plan, *key) for key in gathered}
+    splits = {
+        key: assembly.finish(work, store_dir, of_split)
+        for key, of_split in gathered.items()
+    }
     reporter.phase("baselines")
     return Manifest(
         name=data.mixture_or_task_name,
@@ -361,9 +384,7 @@ def _assemble(
             task: TaskManifest(
                 splits={split: splits[task, split] for split in of_split},
                 rate=plan.rates[task],
-                baselines=_baselines(
-                    work, plan, task, splits[task, data.heldout_split], vocabulary
-                ),
+                baselines=_baselines(work, data, task, gathered, splits, vocabulary),
             )
             for task, of_split in plan.shards.items()
         },
@@ -385,10 +406,15 @@ def _lossy_fraction(plan: Plan, found: Found, vocabulary: Vocabulary) -> float:
 
 
 def _baselines(
-    work: str, plan: Plan, task: str, held: SplitManifest, vocabulary: Vocabulary
+    work: str,
+    data: DataSettings,
+    task: str,
+    gathered: Mapping[tuple[str, str], Gathered],
+    splits: Mapping[tuple[str, str], SplitManifest],
+    vocabulary: Vocabulary,
 ) -> dict[str, float]:
     """What the held-out text of a Task costs without a network."""
-    data = plan.data
+    held = splits[task, data.heldout_split]
     split = Split(
         split_path(data.store_dir, task, data.heldout_split), held, vocabulary
     )
@@ -404,8 +430,8 @@ def _baselines(
         texts += [vocabulary.decode(of_document).encode() for of_document in ids]
         size, number = sum(map(len, texts)), stop
     return baselines(
-        assembly.counts(work, task, data.train_split),
-        assembly.counts(work, task, data.heldout_split),
+        assembly.counts(work, gathered[task, data.train_split]),
+        assembly.counts(work, gathered[task, data.heldout_split]),
         held.text_bytes,
         b"".join(texts)[:COMPRESSED_BYTES],
     )

@@ -1,16 +1,17 @@
-"""Reads documents from files of records: JSON lines, Parquet, and tf.Example.
+"""Reads documents from files of records: JSON lines and Parquet.
 
-`Fields` says which field of a record becomes what. See `tasks.sources` for shards.
+`Fields` says which field of a record becomes what. See `tasks.sources` for shards, and
+`tasks.examples` for files of tf.Examples.
 """
 
 import dataclasses
 import json
-import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from tasks.errors import StoreError
-from tasks.sources import Document, Shard, lines, opened, tensorflow
+from tasks.sources import Document, Shard, encoded, lines
+from tasks.streams import opened
 
 _ROWS_AT_ONCE = 128
 
@@ -71,7 +72,7 @@ def read_json_lines(shard: Shard, fields: Fields) -> Iterator[Document]:
     names = fields.names
     for path, begin, line in lines(shard):
         try:
-            record = json.loads(_as_text(line, begin))
+            record = _parsed(line)
             if not isinstance(record, dict):
                 raise ValueError(f"a {type(record).__name__} is no object")
             values = [_as_bytes(_value(record, name)) for name in names]
@@ -110,55 +111,25 @@ def read_parquet(shard: Shard, fields: Fields) -> Iterator[Document]:
                 ) from None
 
 
-def read_tf_records(shard: Shard, fields: Fields) -> Iterator[Document]:
-    """Yields the tf.Examples of TFRecord files, which may be `.gz`.
-
-    Raises:
-        StoreError: a file is damaged, a record is no tf.Example or lacks a field.
-    """
-    tf = tensorflow()
-    for path in shard.paths:
-        kind = "GZIP" if path.endswith(".gz") else ""
-        records = tf.data.TFRecordDataset(path, compression_type=kind)
-        try:
-            yield from _examples(records.as_numpy_iterator(), path, fields)
-        except tf.errors.OpError as error:
-            reason = str(error).partition("\n")[0][:200]
-            raise StoreError(f"{path} cannot be read as TFRecord: {reason}") from None
-
-
-def read_array_records(shard: Shard, fields: Fields) -> Iterator[Document]:
-    """Yields the tf.Examples of ArrayRecord files.
-
-    Raises:
-        StoreError: a file is damaged, a record is no tf.Example or lacks a field.
-    """
-    from array_record.python.array_record_module import ArrayRecordReader
-
-    for path in shard.paths:
-        if not os.path.isfile(path):
-            raise StoreError(
-                f"{path}: ArrayRecord files are read from local disks only"
-            )
-        try:
-            reader = ArrayRecordReader(path)
-            records = (reader.read() for _ in range(reader.num_records()))
-            yield from _examples(records, path, fields)
-            reader.close()  # tells of damage that no record lies in
-        except (RuntimeError, IndexError) as error:
-            reason = str(error).partition("\n")[0][:200]
-            raise StoreError(
-                f"{path} cannot be read as ArrayRecord: {reason}"
-            ) from None
-
-
-def _as_text(line: bytes, begin: int) -> str:
-    if begin == 0:
-        line = line.removeprefix(b"\xef\xbb\xbf")  # a byte-order mark is no JSON
+def _parsed(line: bytes) -> Any:
+    """A line of JSON; a number that Python refuses to convert stays its digits."""
     try:
-        return line.decode()
+        text = line.decode()
     except UnicodeDecodeError:
-        return line.decode(errors="surrogateescape")
+        text = line.decode(errors="surrogateescape")
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        raise
+    except ValueError:  # only thousands of digits; looking at each number takes time
+        return json.loads(text, parse_int=_number)
+
+
+def _number(digits: str) -> int | str:
+    try:
+        return int(digits)
+    except ValueError:
+        return digits
 
 
 def _value(record: Mapping[str, Any], name: str) -> Any:
@@ -166,15 +137,41 @@ def _value(record: Mapping[str, Any], name: str) -> Any:
     if name in record:
         return record[name]
     value: Any = record
+    outer: list[str] = []
     for part in name.split("."):
-        if not isinstance(value, dict) or part not in value:
-            raise ValueError(_missing(name, record))
+        if not isinstance(value, dict):
+            kind = "null" if value is None else f"a {type(value).__name__}"
+            raise ValueError(no_fields(name, outer, kind))
+        if part not in value:
+            raise ValueError(missing(name, value, outer))
         value = value[part]
+        outer.append(part)
     return value
 
 
-def _missing(name: str, there: Iterable[str]) -> str:
-    return f"there is no field {name!r} among {', '.join(map(repr, sorted(there)))}"
+def missing(name: str, there: Iterable[str], outer: Sequence[str] = ()) -> str:
+    """Says which level of a field is missing, and what is there in its place.
+
+    Args:
+        name: that was asked for, with dots between the levels.
+        there: names at the level that lacks one.
+        outer: levels above it.
+    """
+    names = ", ".join(map(repr, sorted(there))) or "none at all"
+    if not outer:
+        return f"there is no field {name.split('.')[0]!r}{_of(name)} among {names}"
+    part = name.split(".")[len(outer)]
+    return f"field {'.'.join(outer)!r} has no field {part!r}{_of(name)} among {names}"
+
+
+def no_fields(name: str, outer: Sequence[str], kind: str) -> str:
+    """Says that a level of a field, of another kind, holds no fields."""
+    part = name.split(".")[len(outer)]
+    return f"field {'.'.join(outer)!r} is {kind}, and has no field {part!r}{_of(name)}"
+
+
+def _of(name: str) -> str:
+    return f" of {name!r}" if "." in name else ""
 
 
 def _as_bytes(value: Any) -> bytes:
@@ -182,18 +179,7 @@ def _as_bytes(value: Any) -> bytes:
         return b""
     if isinstance(value, list | dict):
         raise ValueError(f"a {type(value).__name__} cannot be text: {str(value)[:60]}")
-    text = value if isinstance(value, str) else json.dumps(value)
-    try:
-        return text.encode()
-    except UnicodeEncodeError:  # from here on it is faulty UTF-8
-        return b"".join(
-            char.encode(
-                errors="surrogateescape"
-                if "\udc80" <= char <= "\udcff"
-                else "surrogatepass"
-            )
-            for char in text
-        )
+    return encoded(value if isinstance(value, str) else json.dumps(value))
 
 
 def _line_number(path: str, begin: int) -> int:
@@ -208,10 +194,9 @@ def _line_number(path: str, begin: int) -> int:
 
 def _rows(table: Any, path: str, shard: Shard, fields: Fields) -> Iterator[Document]:
     """The rows of those row groups of a file that begin in the shard."""
-    there = table.schema_arrow.names
     for name in fields.names:
-        if name not in there and name.split(".")[0] not in there:
-            raise StoreError(f"{path}: {_missing(name, there)}")
+        if fault := _column_fault(table.schema_arrow, name):
+            raise StoreError(f"{path}: {fault}")
     row = 0
     for number in range(table.num_row_groups):
         group = table.metadata.row_group(number)
@@ -232,6 +217,25 @@ def _rows(table: Any, path: str, shard: Shard, fields: Fields) -> Iterator[Docum
         row += group.num_rows
 
 
+def _column_fault(schema: Any, name: str) -> str:
+    """Why a schema has no column, or no column within a column, of a name; or ""."""
+    import pyarrow as pa
+
+    if name in schema.names:
+        return ""
+    fields, outer = {field.name: field.type for field in schema}, []
+    for part in name.split("."):
+        if outer:
+            kind = fields[outer[-1]]
+            if not pa.types.is_struct(kind):
+                return no_fields(name, outer, f"of type {kind}")
+            fields = {field.name: field.type for field in kind}
+        if part not in fields:
+            return missing(name, fields, outer)
+        outer.append(part)
+    return ""
+
+
 def _first_byte(group: Any) -> int:
     column = group.column(0)
     dictionary = column.dictionary_page_offset if column.has_dictionary_page else None
@@ -248,7 +252,8 @@ def _column(batch: Any, name: str, path: str) -> list[bytes]:
     else:
         outer, *inner = name.split(".")
         column = pc.struct_field(batch.column(outer), inner)
-    if pa.types.is_dictionary(column.type):
+    kind = column.type
+    if pa.types.is_dictionary(kind):
         column = column.dictionary_decode()
     try:
         if not _is_text(column.type):
@@ -256,52 +261,24 @@ def _column(batch: Any, name: str, path: str) -> list[bytes]:
         values = column.cast(pa.large_binary()).to_pylist()
     except pa.ArrowException:
         raise StoreError(
-            f"{path}: field {name!r} is of type {column.type}, and cannot be text"
+            f"{path}: field {name!r} is of type {kind}, and cannot be text"
         ) from None
     return [b"" if value is None else value for value in values]
 
 
 def _is_text(kind: Any) -> bool:
-    import pyarrow as pa
+    """Whether a column holds bytes, which nobody needs to look at here."""
+    import pyarrow.types as types
 
     return any(
         is_kind(kind)
         for is_kind in (
-            pa.types.is_string,
-            pa.types.is_large_string,
-            pa.types.is_binary,
-            pa.types.is_large_binary,
+            types.is_string,
+            types.is_large_string,
+            types.is_string_view,
+            types.is_binary,
+            types.is_large_binary,
+            types.is_binary_view,
+            types.is_fixed_size_binary,
         )
     )
-
-
-def _examples(
-    records: Iterable[bytes], path: str, fields: Fields
-) -> Iterator[Document]:
-    """Serialised tf.Examples as documents."""
-    tf = tensorflow()
-    from google.protobuf.message import DecodeError
-
-    for number, record in enumerate(records):
-        where = f"{path}:{number}"
-        try:
-            values = tf.train.Example.FromString(record).features.feature
-        except DecodeError:
-            raise StoreError(f"{where} is no tf.Example") from None
-        try:
-            found = [_first(values, name) for name in fields.names]
-        except ValueError as error:
-            raise StoreError(f"{where}: {error}") from None
-        yield fields.document(found, where)
-
-
-def _first(values: Any, name: str) -> bytes:
-    if name not in values:
-        raise ValueError(_missing(name, values))
-    kind = values[name].WhichOneof("kind")
-    held = getattr(values[name], kind).value if kind else ()
-    if len(held) > 1:
-        raise ValueError(f"field {name!r} holds {len(held):,} values, and not one text")
-    if not held:
-        return b""
-    return held[0] if kind == "bytes_list" else str(held[0]).encode()

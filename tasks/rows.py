@@ -6,7 +6,7 @@ import itertools
 
 import numpy as np
 
-from tasks import layouts, masked_tokens, packing
+from tasks import flat, layouts, masked_tokens, packing
 from tasks.draws import name_key
 from tasks.errors import StoreError
 from tasks.objectives import Asked, Maker, Objective
@@ -116,10 +116,11 @@ class TaskRows:
             return packing.Stream(length, num_tokens, self._offsets["targets"])
         key = f"next_fit-{length}"
         index = self.part.pack(
-            key, lambda: packing.pack(self.part.offsets("targets"), length)
+            key,
+            lambda: packing.pack(self.part.offsets("targets"), length, flat.room),
         )
         self._check(key, packing.faults(index, num_tokens))
-        return index
+        return _released(index)
 
     def read(
         self, rows: np.ndarray, epochs: np.ndarray, seed: int
@@ -277,14 +278,17 @@ class TaskRows:
         key = f"pairs-{lengths['inputs']}-{lengths['targets']}"
         key += "" if joined else "-apart"
         index = self.part.pack(
-            key, lambda: packing.pack_pairs(self._offsets, lengths, joined=joined)
+            key,
+            lambda: packing.pack_pairs(
+                self._offsets, lengths, joined=joined, room=flat.room
+            ),
         )
         documents = self.part.num_documents
         found = packing.faults(index)
         if not found and len(index.pieces) - 1 != documents:
             found = [f"it holds {len(index.pieces) - 1:,} pairs, not {documents:,}"]
         self._check(key, found)
-        return index
+        return _released(index)
 
     def _check(self, key: str, found: list[str]) -> None:
         if found:
@@ -300,6 +304,13 @@ class TaskRows:
     @functools.cached_property
     def _name_key(self) -> int:
         return name_key(self.task)
+
+
+def _released(index: packing.Pack) -> packing.Pack:
+    """The index after a pass over all of it: rows that are read need little of it."""
+    flat.released(index.pieces)
+    flat.released(index.rows)
+    return index
 
 
 def _concatenate(sources: list[np.ndarray]) -> np.ndarray:

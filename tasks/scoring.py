@@ -221,6 +221,11 @@ def _encoder(
     """Returns what gives the stored targets of an example; none if it is left out."""
 
     def own(example: dict[str, Any]) -> list[int]:
+        texts = [
+            example.get(f"{feature}_pretokenized") for feature in seqio_tasks.PAIRS
+        ]
+        if not all(_is_utf8(text) for text in texts if isinstance(text, bytes)):
+            return []
         ids = example["targets"].tolist()
         return ids[:-1] if ids and ids[-1] == vocabulary.eos_id else ids
 

@@ -1,5 +1,6 @@
 """Where the text of a SeqIO Task comes from. Importing this file imports TensorFlow."""
 
+import contextlib
 import dataclasses
 import functools
 import random
@@ -10,9 +11,9 @@ import seqio
 import tensorflow as tf
 
 from tasks.errors import StoreError
-from tasks.sources import Document
+from tasks.sources import Document, document_of, encoded
 
-Reader = Callable[[], Iterator[Document]]
+Reader = Callable[[], Iterator[Any]]  # of documents, or of names and texts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +52,8 @@ class DocumentSource(seqio.DataSource):
     ):
         super().__init__(splits=tuple(splits))
         self.features = tuple(features)
+        self._failed: Exception | None = None
+        self._holds_failures = False
         self._shards = {split: functools.cache(splits[split]) for split in splits}
 
     @property
@@ -68,8 +71,15 @@ class DocumentSource(seqio.DataSource):
         return tuple(dict.fromkeys(paths))
 
     def documents(self, split: str, shard: int) -> Iterator[Document]:
-        """Yields the documents of one shard, in order."""
-        return iter(self._shards_of(split)[shard].read())
+        """Yields the documents of one shard, in order; their texts are bytes.
+
+        Raises:
+            TypeError: what its reader yields is no document, or a text of it is none.
+        """
+        chosen = self._shards_of(split)[shard]
+        for number, given in enumerate(chosen.read()):
+            where = f"document {number:,} of shard {chosen.name!r}"
+            yield document_of(given, self.features, where)
 
     def get_dataset(
         self,
@@ -86,14 +96,22 @@ class DocumentSource(seqio.DataSource):
         if shuffle:
             random.Random(None if seed is None else int(seed)).shuffle(chosen)
 
-        def examples() -> Iterator[dict[str, str | bytes]]:
+        def examples() -> Iterator[dict[str, bytes]]:
+            try:
+                yield from in_order()
+            except Exception as error:  # whatever a reader raises
+                if not self._holds_failures:
+                    raise
+                self._failed = error
+
+        def in_order() -> Iterator[dict[str, bytes]]:
             for shard in chosen:
                 for document in self.documents(split, shard):
                     yield {
                         **document.features,
-                        "name": document.name,
-                        "language": document.language,
-                        "label": document.label,
+                        "name": encoded(document.name),
+                        "language": encoded(document.language),
+                        "label": encoded(document.label),
                     }
 
         keys = (*self.features, "name", "language", "label")
@@ -101,6 +119,20 @@ class DocumentSource(seqio.DataSource):
         return tf.data.Dataset.from_generator(
             examples, output_signature=dict.fromkeys(keys, text)
         )
+
+    @contextlib.contextmanager
+    def raising(self) -> Iterator[None]:
+        """Raises here what a reader raises while a dataset of the source is read.
+
+        TensorFlow would write a stack, and raise something else.
+        """
+        self._holds_failures, self._failed = True, None
+        try:
+            yield
+        finally:
+            self._holds_failures = False
+        if self._failed is not None:
+            raise self._failed
 
     def _shards_of(self, split: str) -> Sequence[SourceShard]:
         if split not in self._shards:

@@ -216,7 +216,9 @@ def examples(
             shard_info=info,
             try_in_mem_cache=False,
         )
-        yield from dataset.skip(skip).as_numpy_iterator()
+        raising = getattr(task.source, "raising", contextlib.nullcontext)
+        with raising():
+            yield from dataset.skip(skip).as_numpy_iterator()
 
 
 def reading_bytes(seqio: Any, task: Any) -> Any:
@@ -239,6 +241,7 @@ def as_bytes(ids: np.ndarray, where: str) -> bytes:
     Raises:
         StoreError: the ids are no bytes, so the Task tokenises by itself.
     """
+    refuse_what_is_no_row(ids, where)
     if len(ids) and ids[-1] == 1:  # the end that some Tasks append
         ids = ids[:-1]
     if len(ids) and not 3 <= ids.min() <= ids.max() < 259:
@@ -248,6 +251,24 @@ def as_bytes(ids: np.ndarray, where: str) -> bytes:
             "keep its tokens"
         )
     return (ids - 3).astype(np.uint8).tobytes()
+
+
+def refuse_what_is_no_row(ids: Any, where: str) -> None:
+    """What comes out of a Task must be token ids, one after the other.
+
+    Raises:
+        StoreError: it is something else, such as text or rows of ids.
+    """
+    if isinstance(ids, np.ndarray) and ids.ndim == 1 and ids.dtype.kind in "iu":
+        return
+    what = type(ids).__name__
+    if isinstance(ids, np.ndarray):
+        what = f"{ids.dtype}{list(ids.shape)}"
+    said = " ".join(str(ids)[:60].split())
+    raise StoreError(
+        f"{where} is {what} ({said}), and not one row of token ids: a field that is "
+        "learnt must be a single text, which the Task's last preprocessor tokenises"
+    )
 
 
 def _faults(task: Any, data: DataSettings) -> list[str]:
@@ -266,8 +287,9 @@ def _faults(task: Any, data: DataSettings) -> list[str]:
         if split not in task.splits:
             names = ", ".join(map(repr, task.splits))
             found.append(
-                f"{macro} = {split!r} is not a split of task {task.name!r}: it has "
-                f"{names}"
+                f"{macro} = {split!r} is not a split of task {task.name!r}, which has "
+                f"{names}: name one that every Task has, give this Task one, or leave "
+                "it out"
             )
     return found
 
@@ -277,8 +299,10 @@ def explained(what: str) -> Iterator[None]:
     """Says in one line what a user's own code raised."""
     try:
         yield
-    except (StoreError, GeneratorExit):
+    except GeneratorExit:
         raise
+    except StoreError as error:
+        raise StoreError(f"{what}: {error}") from error
     except Exception as error:  # whatever it is
         said = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         if "'NoneType' object" in said:

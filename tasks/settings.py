@@ -38,8 +38,9 @@ class DataSettings:
         vocabulary_model: kind of pieces of a vocabulary that is trained.
         extra_ids: ids after the vocabulary's own: sentinels of the denoising
             objectives, from the top down.
-        eos_token: the piece of a `tokenizer.json` that ends a document; "" takes the
-            first of the usual names that it has.
+        eos_token: the piece of a `tokenizer.json` that ends a document; "" asks the
+            files beside it, its post-processor, and then which of its special tokens
+            has a usual name.
         train_split: split that is learnt.
         heldout_split: split that is only scored.
         shuffle: visit rows in a keyed random order, another one each epoch.
@@ -248,6 +249,16 @@ def _vocabulary_problems(data: DataSettings) -> list[str]:
         found.append(
             f"VOCABULARY_PIECES = {data.vocabulary_size}: a SentencePiece vocabulary "
             "with byte fallback needs at least 300 pieces"
+        )
+    if data.eos_token and data.vocabulary in ("bytes", "sentencepiece", "task"):
+        found.append(
+            f"EOS_TOKEN = {data.eos_token!r} would be ignored with VOCABULARY = "
+            f"{data.vocabulary!r}, which says itself what ends a document: set it to ''"
+        )
+    if data.bad_utf8 == "replace" and data.vocabulary == "task":
+        found.append(
+            "BAD_UTF8 = 'replace' cannot mend text with VOCABULARY = 'task', whose "
+            "Tasks have tokenised it already: set it to 'error' or 'drop'"
         )
     if data.extra_ids < 0:
         found.append(f"EXTRA_IDS = {data.extra_ids}: cannot be negative")

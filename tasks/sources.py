@@ -2,27 +2,31 @@
 
 The files that a pattern names, sorted, are cut into shards; each shard is read on its
 own, as a stream, and all shards in their order give exactly the documents of the files
-in their order. Big files are cut where documents end. Bytes pass through as they are:
-whether they are UTF-8 is looked at where they become tokens. `tasks.records` reads
-files that hold records with fields.
+in their order. Big files are cut where documents end. Bytes pass through as they are,
+but for a byte-order mark of UTF-8 at the beginning of a file, which is no text; whether
+they are UTF-8 is looked at where they become tokens. `tasks.records` reads files that
+hold records with fields.
 """
 
-import contextlib
 import dataclasses
 import glob
-import io
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, BinaryIO
 
 from tasks.errors import StoreError
-from tasks.quiet import quiet_stderr
+from tasks.streams import (
+    COMPRESSIONS,
+    is_remote,
+    opened,
+    remotely,
+    size_of,
+    text_begins,
+)
 
 RANGE_BYTES = 64 << 20
 _FILES_PER_SHARD = 256  # of files that are one document each
-_BUFFER_BYTES = 1 << 20
-_COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 
 Pattern = str | os.PathLike | Sequence[str | os.PathLike]
 
@@ -42,6 +46,82 @@ class Document:
     name: str
     language: str = ""
     label: str = ""
+
+
+def document_of(given: Any, features: Sequence[str], where: str) -> Document:
+    """Returns what a source yielded as a document whose texts are bytes.
+
+    Args:
+        given: a Document, or a name and a text.
+        features: which texts it has to have.
+        where: it comes from, for messages.
+    Raises:
+        TypeError: it is something else, or a text of it is none.
+    """
+    if not isinstance(given, Document):
+        if not isinstance(given, tuple | list) or len(given) != 2:
+            raise TypeError(
+                f"{where} is {_said(given)}, and must be a name and a text, or a "
+                "tasks.sources.Document"
+            )
+        name, text = given
+        given = Document({"targets": text}, str(name) if type(name) is int else name)
+    texts = given.features
+    if all(type(texts.get(feature)) is bytes for feature in features) and (
+        type(given.name) is type(given.language) is type(given.label) is str
+    ):
+        return given
+    for what in ("name", "language", "label"):
+        if not isinstance(getattr(given, what), str):
+            raise TypeError(
+                f"{where} has as its {what} {_said(getattr(given, what))}, and must be "
+                "a str"
+            )
+    return dataclasses.replace(
+        given,
+        features={
+            feature: _bytes_of(texts, feature, f"{where}, {given.name!r},")
+            for feature in features
+        },
+    )
+
+
+def encoded(text: str) -> bytes:
+    """Returns the bytes of a text; half a character becomes faulty UTF-8."""
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        return b"".join(
+            char.encode(
+                errors="surrogateescape"
+                if "\udc80" <= char <= "\udcff"
+                else "surrogatepass"
+            )
+            for char in text
+        )
+
+
+def _bytes_of(texts: Mapping[str, Any], feature: str, where: str) -> bytes:
+    if feature not in texts:
+        there = ", ".join(map(repr, texts)) or "none at all"
+        raise TypeError(f"{where} has no text {feature!r} among {there}")
+    text = texts[feature]
+    if isinstance(text, str):
+        return encoded(text)
+    if not isinstance(text, bytes):
+        raise TypeError(
+            f"{where} has as its {feature!r} {_said(text)}, which is no text: it must "
+            "be str or bytes"
+        )
+    return text
+
+
+def _said(value: Any) -> str:
+    """A value and its type, in a few words."""
+    said = " ".join(repr(value)[:200].split())
+    if value is None:
+        return said
+    return f"{said[:60]}{'…' * (len(said) > 60)} ({type(value).__name__})"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,8 +158,8 @@ def paths(pattern: Pattern) -> tuple[str, ...]:
     if not isinstance(pattern, str | os.PathLike):
         return tuple(dict.fromkeys(path for each in pattern for path in paths(each)))
     given = os.fspath(pattern)
-    if _is_remote(given):
-        found = sorted(_remotely(given, lambda gfile: gfile.glob(given)))
+    if is_remote(given):
+        found = sorted(remotely(given, lambda gfile: gfile.glob(given)))
     else:
         given = os.path.expanduser(given)
         if os.path.isfile(given):
@@ -102,7 +182,7 @@ def groups_of_files(
     groups: list[list[str]] = []
     room = 0
     for path in paths(pattern):
-        size = 0 if _is_remote(path) else _size(path)
+        size = 0 if is_remote(path) else size_of(path)
         if not groups or size > room or len(groups[-1]) == most_files:
             groups.append([])
             room = most_bytes
@@ -119,8 +199,8 @@ def byte_ranges(pattern: Pattern, range_bytes: int = RANGE_BYTES) -> tuple[Shard
     shards = []
     for path in paths(pattern):
         cuts = [0]
-        if not path.endswith(tuple(_COMPRESSIONS)):
-            cuts = [*range(0, max(1, _size(path)), range_bytes)]
+        if not path.endswith(tuple(COMPRESSIONS)):
+            cuts = [*range(0, max(1, size_of(path)), range_bytes)]
         for start, stop in zip(cuts, [*cuts[1:], None], strict=True):
             shards.append(Shard((path,), start, stop))
     return tuple(shards)
@@ -130,6 +210,7 @@ def read_files(shard: Shard, language: str = "") -> Iterator[Document]:
     """Yields each file as one document."""
     for path in shard.paths:
         with opened(path) as file:
+            text_begins(file, path)
             yield Document({"targets": file.read()}, path, language)
 
 
@@ -154,7 +235,7 @@ def lines(shard: Shard) -> Iterator[tuple[str, int, bytes]]:
     stop = sys.maxsize if shard.stop is None else shard.stop
     for path in shard.paths:
         with opened(path) as file:
-            begin = _next_line(file, shard.start)
+            begin = _next_line(file, path, shard.start)
             for line in file:
                 if begin >= stop:
                     break
@@ -167,39 +248,11 @@ def lines(shard: Shard) -> Iterator[tuple[str, int, bytes]]:
                 begin += len(line)
 
 
-@contextlib.contextmanager
-def opened(path: str, *, decompress: bool = True) -> Iterator[BinaryIO]:
-    """Opens a file to be read as a stream; `.gz` and `.zst` give what they hold.
-
-    Raises:
-        StoreError: it cannot be read, or its compressed content is cut short.
-    """
-    try:
-        with contextlib.ExitStack() as stack:
-            file = _RemoteFile(path) if _is_remote(path) else io.FileIO(path)
-            raw = stack.enter_context(io.BufferedReader(file, _BUFFER_BYTES))
-            kind = _COMPRESSIONS.get(os.path.splitext(path)[1])
-            if kind and decompress:
-                import pyarrow as pa  # also notices what is cut short
-
-                stream = pa.CompressedInputStream(pa.PythonFile(raw, "r"), kind)
-                raw = stack.enter_context(io.BufferedReader(stream, _BUFFER_BYTES))
-            yield raw
-    except OSError as error:
-        raise StoreError(f"{path} cannot be read: {error}") from error
-
-
-def tensorflow() -> Any:
-    """Returns TensorFlow, imported without a word."""
-    with contextlib.nullcontext() if "tensorflow" in sys.modules else quiet_stderr():
-        import tensorflow as tf
-    return tf
-
-
-def _next_line(file: BinaryIO, position: int) -> int:
+def _next_line(file: BinaryIO, path: str, position: int) -> int:
     """Goes to the first line that begins at `position` or later."""
-    if position == 0:
-        return 0
+    begin = text_begins(file, path)
+    if position <= begin:
+        return begin
     file.seek(position - 1)
     return position - 1 + len(file.readline())
 
@@ -213,7 +266,7 @@ def _blocks(
     takes over; none may begin in the shard, and then it holds nothing.
     """
     stop = sys.maxsize if shard.stop is None else shard.stop
-    begin = _next_line(file, shard.start)
+    begin = _next_line(file, path, shard.start)
     ours = shard.start == 0
     kept: list[bytes] = []
     size = 0
@@ -237,59 +290,3 @@ def _blocks(
 def _block(kept: list[bytes], path: str, begin: int, language: str) -> Document:
     text = b"".join(kept).removesuffix(b"\n").removesuffix(b"\r")
     return Document({"targets": text}, f"{path}@{begin}", language)
-
-
-def _is_remote(path: str) -> bool:
-    return "://" in path
-
-
-def _size(path: str) -> int:
-    if _is_remote(path):
-        return _remotely(path, lambda gfile: gfile.stat(path).length)
-    return os.path.getsize(path)
-
-
-def _remotely(path: str, ask: Any) -> Any:
-    """What TensorFlow's file systems answer."""
-    tf = tensorflow()
-    try:
-        return ask(tf.io.gfile)
-    except tf.errors.OpError as error:
-        reason = str(error).partition("\n")[0][:200]
-        raise StoreError(f"{path} cannot be read: {reason}") from None
-
-
-class _RemoteFile(io.RawIOBase):
-    """A file of a bucket, for `io.BufferedReader`."""
-
-    def __init__(self, path: str):
-        super().__init__()
-        self._path = path
-        self._file = _remotely(path, lambda gfile: gfile.GFile(path, "rb"))
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        part = _remotely(self._path, lambda _: self._file.read(len(buffer)))
-        buffer[: len(part)] = part
-        return len(part)
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        if whence == io.SEEK_END:
-            offset += _size(self._path)
-        elif whence == io.SEEK_CUR:
-            offset += self.tell()
-        self._file.seek(offset)
-        return offset
-
-    def tell(self) -> int:
-        return self._file.tell()
-
-    def close(self) -> None:
-        if not self.closed:
-            self._file.close()
-        super().close()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tasks import files, packing, vocabularies
+from tasks import files, flat, packing, vocabularies
 from tasks.arrays import Array, write_array
 from tasks.errors import StoreError
 from tasks.manifest import (
@@ -58,8 +58,11 @@ class Split:
         return self.manifest.tokens[feature]
 
     def offsets(self, feature: str = "targets") -> np.ndarray:
-        """Returns int64[documents + 1]: where documents begin, and the end."""
-        return self._arrays[feature, "offsets"].read_all()
+        """Returns int64[documents + 1]: where documents begin, and the end.
+
+        Of many documents it is a file that is mapped.
+        """
+        return flat.opened(self._arrays[feature, "offsets"], self.manifest.fingerprint)
 
     def read(
         self,
@@ -103,12 +106,14 @@ class Split:
         description = files.read(files.join(folder, "length"))
         if description is None:
             index = compute()
-            _keep_pack(folder, index)
-            return index
+            if not _keep_pack(folder, index):
+                return index
+            description = str(index.length).encode()
+        of = f"{self.manifest.fingerprint} {key}"
         index = packing.Pack(
             int(description),
-            pieces=Array(files.join(folder, "pieces")).read_all(),
-            rows=Array(files.join(folder, "rows")).read_all(),
+            pieces=flat.opened(Array(files.join(folder, "pieces")), of),
+            rows=flat.opened(Array(files.join(folder, "rows")), of),
         )
         if faults := packing.faults(index):
             raise StoreError(
@@ -214,7 +219,7 @@ def open_store(
     if not is_there(path):
         raise StoreError(_missing(path))
     manifest = read_manifest(path)
-    if data is not None and (found := _mismatches(manifest, data, filters)):
+    if data is not None and (found := _mismatches(path, manifest, data, filters)):
         raise StoreError(
             f"the store {path} is another one than the settings describe: "
             f"{'; '.join(found)}. Set STORE_DIR to a folder of its own, or prepare "
@@ -246,32 +251,51 @@ def _file_name(name: str) -> str:
     return "".join(c if c.isalnum() or c in "._-" else f"%{ord(c):02x}" for c in name)
 
 
-def _keep_pack(folder: str, index: packing.Pack) -> None:
+def _keep_pack(folder: str, index: packing.Pack) -> bool:
     """Writes the length last, so that half an index is never found.
 
-    What cannot be written is only slower: the next process computes it again.
+    What cannot be written is only slower: the next process computes it again. Says
+    whether it could be written.
     """
     try:
         write_array(files.join(folder, "pieces"), index.pieces)
         write_array(files.join(folder, "rows"), index.rows)
         files.write(files.join(folder, "length"), str(index.length).encode())
     except StoreError:
-        return
+        return False
+    return True
 
 
 def _mismatches(
-    manifest: Manifest, data: DataSettings, filters: FilterSettings | None
+    path: str, manifest: Manifest, data: DataSettings, filters: FilterSettings | None
 ) -> list[str]:
     """Those of the manifest, and whether a model file is the one that was used."""
     found = mismatches(manifest, data, filters)
-    if not found and manifest.vocabulary == "model" and Path(data.vocabulary).exists():
-        model = vocabularies.from_file(data.vocabulary, data.extra_ids, data.eos_token)
-        if model.fingerprint != manifest.vocabulary_fingerprint:
-            found.append(
-                f"VOCABULARY = {data.vocabulary!r} is another model than the store "
-                "was prepared with"
-            )
+    if found or manifest.vocabulary != "model":
+        return found
+    if not Path(data.vocabulary).exists():
+        if data.eos_token:
+            found += _other_end(data.eos_token, path)
+        return found
+    model = vocabularies.from_file(data.vocabulary, data.extra_ids, data.eos_token)
+    if isinstance(model, vocabularies.HuggingFaceVocabulary):
+        found += _other_end(model.end, path)
+    if not found and model.fingerprint != manifest.vocabulary_fingerprint:
+        found.append(
+            f"VOCABULARY = {data.vocabulary!r} is another model than the store was "
+            "prepared with"
+        )
     return found
+
+
+def _other_end(asked: str, path: str) -> list[str]:
+    """Says if the documents of a store end with another token than is asked for."""
+    held = vocabularies.from_files(
+        lambda name: files.read(files.join(path, name)), path
+    )
+    if not isinstance(held, vocabularies.HuggingFaceVocabulary) or held.end == asked:
+        return []
+    return [f"EOS_TOKEN is {asked!r}, but the store was prepared with {held.end!r}"]
 
 
 def work_dir(store_dir: str | Path) -> str:

@@ -16,7 +16,7 @@ from typing import Protocol
 import numpy as np
 import sentencepiece
 
-from tasks import files
+from tasks import end_of_document, files
 from tasks.errors import StoreError
 from tasks.huggingface_vocabulary import HuggingFaceVocabulary
 
@@ -197,13 +197,13 @@ def from_file(
 ) -> SentencePieceVocabulary | HuggingFaceVocabulary:
     """Returns the vocabulary of a SentencePiece model or a tokenizer.json.
 
-    The content decides which of them it is.
+    The content decides which of them it is. What ends a document of a tokenizer.json
+    is looked for in it and in the files beside it.
 
     Args:
         path: local, `gs://` or `s3://`.
         extra_ids: ids after its own that stand for no text.
-        eos_token: piece of a tokenizer.json that ends a document; "" takes the first of
-            the usual names that it has.
+        eos_token: piece of a tokenizer.json that ends a document; "" looks for it.
     Raises:
         StoreError: there is no such file, it is neither, or it has no end of a
             document.
@@ -215,7 +215,14 @@ def from_file(
             "and as the path of a SentencePiece model or a tokenizer.json it cannot "
             "be read: there is no such file"
         )
-    return _from_content(content, str(path), extra_ids, eos_token)
+    folder = str(path).rpartition("/")[0] or "."
+    return _from_content(
+        content,
+        str(path),
+        extra_ids,
+        eos_token,
+        lambda name: files.read(files.join(folder, name)),
+    )
 
 
 def to_files(vocabulary: Vocabulary) -> dict[str, bytes]:
@@ -229,7 +236,7 @@ def to_files(vocabulary: Vocabulary) -> dict[str, bytes]:
         content[_MODEL] = vocabulary.model
     elif isinstance(vocabulary, HuggingFaceVocabulary):
         content[_TOKENIZER] = vocabulary.tokenizer
-        description["eos_token"] = vocabulary.eos_token
+        description["eos_token"] = vocabulary.end
     return {DESCRIPTION: f"{json.dumps(description)}\n".encode(), **content}
 
 
@@ -260,14 +267,20 @@ def from_files(read: Callable[[str], bytes | None], where: str) -> Vocabulary:
             f"{where} lacks {name}, so its tokens cannot be read: copy the store again "
             "from where it is whole, or prepare it again"
         )
+    if kind == "huggingface" and not eos_token:  # a store of an earlier version
+        eos_token = end_of_document.first_usual(content)
     return _from_content(content, f"{where}/{name}", extra_ids, eos_token)
 
 
 def _from_content(
-    content: bytes, path: str, extra_ids: int, eos_token: str
+    content: bytes,
+    path: str,
+    extra_ids: int,
+    eos_token: str,
+    beside: end_of_document.Read = lambda name: None,
 ) -> SentencePieceVocabulary | HuggingFaceVocabulary:
     if _is_json(content):
-        return _tokenizer(content, path, extra_ids, eos_token)
+        return _tokenizer(content, path, extra_ids, eos_token, beside)
     vocabulary = SentencePieceVocabulary(content, extra_ids)
     try:
         eos_id = vocabulary.eos_id
@@ -289,10 +302,15 @@ def _from_content(
 
 
 def _tokenizer(
-    content: bytes, path: str, extra_ids: int, eos_token: str
+    content: bytes,
+    path: str,
+    extra_ids: int,
+    eos_token: str,
+    beside: end_of_document.Read,
 ) -> HuggingFaceVocabulary:
-    vocabulary = HuggingFaceVocabulary(content, eos_token, extra_ids)
     try:
+        end = end_of_document.find(content, beside, eos_token)
+        vocabulary = HuggingFaceVocabulary(content, end, extra_ids)
         _ = vocabulary.eos_id
     except StoreError as error:
         raise StoreError(f"{path}: {error}") from None

@@ -136,10 +136,13 @@ def _examples(task: Any, split: str, data: DataSettings) -> Iterator[Example]:
     shards = range(len(seqio_tasks.shards(task, split)))
     if documents.is_plain(task):
         for shard in shards:
-            for found in task.source.documents(split, shard):
-                features = found.features.items()
-                text = {name: raw.decode(errors="replace") for name, raw in features}
-                yield _example(found.name, text, found.label)
+            with seqio_tasks.explained(f"task {task.name!r} in split {split!r}"):
+                for found in task.source.documents(split, shard):
+                    text = {
+                        name: raw.decode(errors="replace")
+                        for name, raw in found.features.items()
+                    }
+                    yield _example(found.name, text, found.label)
         return
     data = dataclasses.replace(data, vocabulary="bytes", bad_utf8="replace")
     for shard in shards:

@@ -58,25 +58,37 @@ def read(
     """
     where = f"split {split!r} of task {task.name!r}"
     if data.vocabulary == "task":
-        yield from _tokenised(task, split, shard, skip)
+        yield from _tokenised(task, split, shard, data, skip)
         return
     for number, raw in enumerate(_raw(task, split, shard, skip), start=skip):
         name, language, contents = raw
-        texts, fault = {}, ""
-        for feature, content in contents.items():
-            try:
-                texts[feature] = content.decode()
-            except UnicodeDecodeError as error:
-                if data.bad_utf8 == "error":
-                    raise StoreError(
-                        f"document {name} in {where} is not UTF-8 at byte "
-                        f"{error.start:,} (0x{content[error.start]:02x}): repair it, "
-                        "or set BAD_UTF8 = 'replace' to substitute U+FFFD, or 'drop' "
-                        "to leave such documents out; both count them"
-                    ) from None
-                fault = "replaced" if data.bad_utf8 == "replace" else "bad_utf8"
-                texts[feature] = content.decode(errors="replace")
+        texts, fault = _decoded(contents, data.bad_utf8, f"document {name} in {where}")
         yield Document(number, name, texts, {}, language, fault)
+
+
+def _decoded(
+    contents: Mapping[str, bytes], bad_utf8: str, where: str
+) -> tuple[dict[str, str], str]:
+    """The texts of a document, and its fault.
+
+    Raises:
+        StoreError: a text is not UTF-8 and `bad_utf8` is "error".
+    """
+    texts, fault = {}, ""
+    for feature, content in contents.items():
+        try:
+            texts[feature] = content.decode()
+        except UnicodeDecodeError as error:
+            if bad_utf8 == "error":
+                raise StoreError(
+                    f"{where} is not UTF-8 at byte {error.start:,} "
+                    f"(0x{content[error.start]:02x}): repair it, or set BAD_UTF8 = "
+                    "'replace' to substitute U+FFFD, or 'drop' to leave such documents "
+                    "out; both count them"
+                ) from None
+            fault = "replaced" if bad_utf8 == "replace" else "bad_utf8"
+            texts[feature] = content.decode(errors="replace")
+    return texts, fault
 
 
 def is_plain(task: Any) -> bool:
@@ -125,15 +137,28 @@ def _examples(
     return seqio_tasks.examples(seqio, reading, split, shard, num_shards, skip)
 
 
-def _tokenised(task: Any, split: str, shard: int, skip: int) -> Iterator[Document]:
+def _tokenised(
+    task: Any, split: str, shard: int, data: DataSettings, skip: int
+) -> Iterator[Document]:
     """Yields the documents of a Task that keeps its own tokens."""
     seqio = seqio_tasks.import_seqio()
     num_shards = len(seqio_tasks.shards(task, split))
+    features = seqio_tasks.features(task)
     found = seqio_tasks.examples(seqio, task, split, shard, num_shards, skip)
     for number, example in enumerate(found, start=skip):
         name = _name(example, number, shard)
-        ids = {feature: example[feature] for feature in seqio_tasks.features(task)}
-        yield Document(number, name, {}, ids, _text(example.get("language")))
+        where = f"document {name} in split {split!r} of task {task.name!r}"
+        ids = {feature: example[feature] for feature in features}
+        for of_feature in ids.values():
+            seqio_tasks.refuse_what_is_no_row(of_feature, where)
+        contents = {}
+        for feature in features:
+            # The text that SeqIO's own tokenising kept beside its tokens.
+            text = example.get(f"{feature}_pretokenized")
+            if isinstance(text, bytes):
+                contents[feature] = text
+        _, fault = _decoded(contents, data.bad_utf8, where)
+        yield Document(number, name, {}, ids, _text(example.get("language")), fault)
 
 
 def _name(example: Mapping[str, Any], number: int, shard: int) -> str:

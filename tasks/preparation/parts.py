@@ -8,7 +8,7 @@ again gives the same parts.
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -187,20 +187,56 @@ def finished(work: str, unit: Unit) -> list[Part]:
         content = files.read(f"{_path(work, unit, len(found))}.json")
         if content is None:
             return found
-        fields = json.loads(content)
-        fields["unit"] = Unit(**fields["unit"])
-        found.append(Part(**fields))
+        found.append(_described(content))
         if found[-1].last:
             return found
 
 
-def array(work: str, part: Part, kind: str, dtype: np.dtype | str) -> np.ndarray:
-    """Returns an array of a finished part, such as "targets.tokens"."""
-    content = files.read(f"{_path(work, part.unit, part.number)}.{kind}")
-    assert content is not None, f"part {part.unit} {part.number} lacks its {kind}"
+def numbers(work: str, unit: Unit) -> dict[int, int]:
+    """Returns how many parts each shard of a unit's split has, by one listing.
+
+    Those behind one that is missing do not count.
+    """
+    there: dict[int, set[int]] = {}
+    for name in files.names(_folder(work, unit)):
+        place, _, kind = name.partition(".")
+        if kind == "json":
+            shard, _, number = place.partition("-")
+            there.setdefault(int(shard), set()).add(int(number))
+    return {
+        shard: next(n for n in range(len(of_shard) + 1) if n not in of_shard)
+        for shard, of_shard in there.items()
+    }
+
+
+def descriptions(work: str, places: Sequence[tuple[Unit, int]]) -> Iterator[Part]:
+    """Yields the parts of some units and numbers, whose files are read concurrently."""
+    paths = [f"{_path(work, unit, number)}.json" for unit, number in places]
+    for content, path in zip(files.read_many(paths), paths, strict=True):
+        if content is None:
+            raise StoreError(f"{path} is gone: run the same command again")
+        yield _described(content)
+
+
+def array(
+    work: str, unit: Unit, number: int, kind: str, dtype: np.dtype | str
+) -> np.ndarray:
+    """Returns an array of a finished part of a unit, such as "targets.tokens"."""
+    content = files.read(f"{_path(work, unit, number)}.{kind}")
+    assert content is not None, f"part {unit} {number} lacks its {kind}"
     return np.frombuffer(content, np.dtype(dtype).newbyteorder("<"))
 
 
+def _described(content: bytes) -> Part:
+    fields = json.loads(content)
+    fields["unit"] = Unit(**fields["unit"])
+    return Part(**fields)
+
+
 def _path(work: str, unit: Unit, number: int) -> str:
-    folder = split_path(files.join(work, "parts"), unit.task, unit.split)
-    return files.join(folder, f"{unit.shard:06}-{number:06}")
+    return files.join(_folder(work, unit), f"{unit.shard:06}-{number:06}")
+
+
+def _folder(work: str, unit: Unit) -> str:
+    """Where the parts of a unit's split are."""
+    return split_path(files.join(work, "parts"), unit.task, unit.split)

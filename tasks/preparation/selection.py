@@ -91,7 +91,9 @@ def _signatures(
     work: str, plan: Plan, units: Sequence[Unit]
 ) -> tuple[np.ndarray, np.ndarray]:
     """What tells duplicates, of all units in order, and where all but the last end."""
-    contents = [files.read(stages.signatures_path(work, unit)) for unit in units]
+    contents = list(
+        files.read_many([stages.signatures_path(work, unit) for unit in units])
+    )
     dtype = duplicates.record_type(plan.filters)
     ends = np.cumsum([len(content or b"") // dtype.itemsize for content in contents])
     records = np.empty(ends[-1], dtype)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tasks import files, seqio_tasks
-from tasks.preparation import assembly, documents
+from tasks.preparation import assembly, documents, gathering
 from tasks.preparation import plan as plans
 from tasks.preparation.plan import Plan, Unit
 from tasks.preparation.tokenise import (
@@ -82,6 +82,7 @@ def _sign(work: str, plan: Plan, task: Any, unit: Unit, report: Report) -> None:
 def forget() -> None:
     """Drops what is remembered of folders whose plan may have changed."""
     _plan.cache_clear()
+    gathering.kept.cache_clear()
     tasks_of.cache_clear()
 
 

@@ -1,5 +1,6 @@
 """All that needs SeqIO and TensorFlow about where text comes from, in one process."""
 
+import gzip
 import json
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 
 from tasks.errors import StoreError
-from tasks.sources import Document
+from tasks.sources import Document, Shard
 from tasks.vocabularies import ByteVocabulary, SentencePieceVocabulary
 
 TEXTS = ["def f():\n    return 'é'", "", "床前明月光，疑是地上霜。", "x  y\t🙂"] * 30
@@ -243,6 +244,44 @@ def test_damaged_records_are_named(factories, corpus, tmp_path):
         lacking = add(f"lacking_{ending}", {"train": corpus / f"a0.{ending}"}, text="t")
         with pytest.raises(StoreError, match=r":0: there is no field 't' among 'ans"):
             documents_of(lacking, "train")
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda c: c, ""),
+        (lambda c: c + bytes(700), ""),
+        (lambda c: c + c, ""),
+        (
+            lambda c: c + b"rubbish",
+            r"byte [\d,]+ on, which begins with b'rubbish'",
+        ),
+        (lambda c: c[:-4], r"its gzip data are cut short at byte"),
+        (lambda c: c[:-40], r"its gzip data are cut short at byte"),
+        (lambda c: gzip.compress(b"no records"), "record 0 has no valid length"),
+        (
+            lambda c: gzip.compress(gzip.decompress(c)[:-5]),
+            "it ends within record 49",
+        ),
+    ],
+)
+def test_compressed_records_are_whole_or_refused(corpus, tmp_path, change, why):
+    from tasks import examples
+    from tasks.records import Fields
+
+    path = tmp_path / "a.tfrecord.gz"
+    content = gzip.compress((corpus / "a0.tfrecord").read_bytes())
+    path.write_bytes(change(content))
+    read = examples.read_tf_records(Shard((str(path),)), Fields({"targets": "text"}))
+    if why:
+        with pytest.raises(StoreError, match=rf"a\.tfrecord\.gz cannot be read.*{why}"):
+            list(read)
+        return
+    found = [document.features["targets"].decode() for document in read]
+    assert found[:50] == TEXTS[:50]
+    assert len(found) == 50 * gzip.decompress(path.read_bytes()).count(b"text") // (
+        gzip.decompress(content).count(b"text")
+    )
 
 
 def test_datasets_that_are_not_there_say_what_to_run(seqio, tmp_path):

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from launch import commands
 from launch.commands import Command, Options
+from launch.doctor import shadows
 from launch.errors import (
     EXIT_CODES,
     EXIT_DONE,
@@ -72,6 +73,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if is_user_error(error):
             print(f"{type(error).__name__}: {error}", file=sys.stderr)
+            return EXIT_USER_ERROR
+        if wrong := shadows.found_instead():
+            print(f"switchyard: {shadows.sentence(wrong)}", file=sys.stderr)
             return EXIT_USER_ERROR
         traceback.print_exception(error)
         print(f"switchyard: {EXIT_CODES[EXIT_FAULT]}", file=sys.stderr)

@@ -105,6 +105,11 @@ class Split:
             index = compute()
             _keep_pack(folder, index)
             return index
+        if not description.isdigit() or len(description) > 18:
+            raise StoreError(
+                f"the length in the pack index {folder} is no number. Delete that "
+                "folder: it will be computed again."
+            )
         index = packing.Pack(
             int(description),
             pieces=Array(files.join(folder, "pieces")).read_all(),
@@ -242,7 +247,9 @@ def split_path(store_dir: str, task: str, split: str) -> str:
 
 
 def _file_name(name: str) -> str:
-    """A name of the same meaning that every file system takes."""
+    """A name of the same meaning that every file system takes, and inside a folder."""
+    if name in (".", ".."):
+        return name.replace(".", "%2e")
     return "".join(c if c.isalnum() or c in "._-" else f"%{ord(c):02x}" for c in name)
 
 

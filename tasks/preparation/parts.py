@@ -187,9 +187,14 @@ def finished(work: str, unit: Unit) -> list[Part]:
         content = files.read(f"{_path(work, unit, len(found))}.json")
         if content is None:
             return found
-        fields = json.loads(content)
-        fields["unit"] = Unit(**fields["unit"])
-        found.append(Part(**fields))
+        try:
+            part = Part(**{**json.loads(content), "unit": unit, "number": len(found)})
+        except (ValueError, TypeError, RecursionError) as error:
+            raise StoreError(
+                f"{_path(work, unit, len(found))}.json cannot be read ({error}): "
+                f"delete {work}, and prepare again"
+            ) from None
+        found.append(part)
         if found[-1].last:
             return found
 
@@ -203,4 +208,4 @@ def array(work: str, part: Part, kind: str, dtype: np.dtype | str) -> np.ndarray
 
 def _path(work: str, unit: Unit, number: int) -> str:
     folder = split_path(files.join(work, "parts"), unit.task, unit.split)
-    return files.join(folder, f"{unit.shard:06}-{number:06}")
+    return files.join(folder, f"{unit.shard:06d}-{number:06d}")

@@ -304,7 +304,6 @@ def test_a_part_is_what_its_place_says_and_not_its_description(tmp_path):
     path.write_text(json.dumps(fields | {"number": "../9"}))
     assert parts.finished(str(tmp_path), unit) == [written]
     with pytest.raises(ValueError, match="format code 'd'"):
-        parts.array(str(tmp_path), written, "counts", "i8") and None
         parts._path(str(tmp_path), Unit("a", "train", "../../x"), 0)
     path.write_text("[" * 100_000)
     with pytest.raises(StoreError, match="cannot be read"):

@@ -467,3 +467,8 @@ def test_a_negative_size_is_always_refused_by_name():
 def test_precision_and_offload_that_would_do_nothing_are_refused(binding, said):
     with pytest.raises(ConfigError, match=re.escape(said)):
         reader.read(["runs/tiny.gin"], [binding])
+
+
+def test_a_binding_that_sets_something_else_is_refused():
+    with pytest.raises(ConfigError, match="this is not one value"):
+        reader.read(["runs/tiny.gin"], ["#NUM_LAYERS=1\nNUM_EXPERTS = 8"])

@@ -116,7 +116,7 @@ def test_a_flag_that_ends_the_compiler_is_a_problem_and_not_the_end(trained, tmp
 
 
 @pytest.mark.slow
-def test_without_a_gin_file_the_machine_alone_is_asked_about(trained, tmp_path):
+def test_without_a_gin_file_the_machine_alone_is_asked_about(tmp_path):
     place = commands.Place(tmp_path)
     done = place.run("doctor", cwd=tmp_path, JAX_PLATFORMS="cpu")
     assert done.code == 0, done

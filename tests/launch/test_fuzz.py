@@ -320,3 +320,32 @@ def test_what_a_link_points_to_is_not_deleted_with_a_store(tmp_path):
     files.delete_folder(tmp_path / "store")
     assert not (tmp_path / "store").exists()
     assert (tmp_path / "mine" / "work").read_text() == "years"
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({"shape": [], "chunk_shape": []}, "of rank 0, not a row of integers"),
+        ({"data_type": "float32"}, "holds float32 of rank 1"),
+        ({"chunk_shape": [1 << 40]}, "is cut in pieces that no memory should"),
+    ],
+)
+def test_an_array_that_is_none_of_a_store_is_refused(changes, fault, tmp_path):
+    header = {
+        "zarr_format": 3,
+        "node_type": "array",
+        "shape": [10],
+        "data_type": "uint16",
+        "chunk_grid": {
+            "name": "regular",
+            "configuration": {"chunk_shape": changes.pop("chunk_shape", [10])},
+        },
+        "chunk_key_encoding": {"name": "default"},
+        "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}],
+        "fill_value": 0,
+        **changes,
+    }
+    (tmp_path / "zarr.json").write_text(json.dumps(header))
+    with pytest.raises(StoreError, match=fault):
+        Array(str(tmp_path))

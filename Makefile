@@ -21,7 +21,8 @@ ready := $(VENV)/.ready-$(PYTHON_VERSION)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-fast test-all tpu-compiler ladder lint bench lock clean
+.PHONY: help setup demo test test-fast test-all tpu-compiler ladder lint audit bench lock \
+  clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -53,6 +54,9 @@ lint: $(ready)  ## check format, lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+audit: $(ready)  ## check the locks and the environment, and look up known vulnerabilities
+	$(BIN)/python tests/support/audit.py
 
 bench: $(ready)  ## time the train step, the sparse layer, drawing, and making tokens
 	$(BIN)/python -m benchmarks.train_step

@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from launch import commands
 from launch.commands import Command, Options
+from launch.doctor import shadows
+from launch.doctor.line import masked
 from launch.errors import (
     EXIT_CODES,
     EXIT_DONE,
@@ -73,6 +75,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if is_user_error(error):
             print(f"{type(error).__name__}: {error}", file=sys.stderr)
             return EXIT_USER_ERROR
+        if wrong := shadows.found_instead():
+            print(f"switchyard: {shadows.sentence(wrong)}", file=sys.stderr)
+            return EXIT_USER_ERROR
         traceback.print_exception(error)
         print(f"switchyard: {EXIT_CODES[EXIT_FAULT]}", file=sys.stderr)
         return EXIT_FAULT
@@ -97,7 +102,7 @@ def _run(words: list[str]) -> int:
         options = dataclasses.replace(options, quiet=True)
     if not options.quiet:
         lines = [_first_line(name, command, config, on, options)]
-        lines += [f"  {line}" for line in (*config.notes, *told)]
+        lines += [f"  {masked(line)}" for line in (*config.notes, *told)]
         print("\n".join(lines), file=sys.stderr, flush=True)
     # A module of the user's may lie in the working directory: `python -m launch` looks
     # there by itself, the console script does not.

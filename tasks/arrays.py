@@ -120,6 +120,8 @@ class Array:
             raise StoreError(
                 f"array {path} {what}. {_REMEDY}{_first_line(error)}"
             ) from None
+        if fault := _fault(self._array):
+            raise StoreError(f"array {path} {fault}. {_REMEDY}")
         self.size = int(self._array.shape[0])
         if size is not None and self.size != size:
             raise StoreError(
@@ -182,6 +184,22 @@ class Array:
             f"cannot be read or fails its checksum{tried}. {_REMEDY}"
             f"{_first_line(error)}"
         )
+
+
+def _fault(array: ts.TensorStore) -> str:
+    """What keeps an array from being one of a store; "" if nothing does."""
+    if array.rank != 1 or array.dtype.numpy_dtype.kind not in "iu":
+        return f"holds {array.dtype.name} of rank {array.rank}, not a row of integers"
+    if array.domain.origin != (0,):
+        return f"begins at {array.domain.origin[0]:,}"
+    cut = array.chunk_layout
+    if _length(cut.read_chunk) > SHARD or _length(cut.write_chunk) > 16 * SHARD:
+        return "is cut in pieces that no memory should have to hold"
+    return ""
+
+
+def _length(cut: ts.ChunkLayout.Grid) -> int:
+    return (cut.shape or (0,))[0] or 0
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ needs no other library to reach a bucket. A file appears whole or not at all.
 
 import contextlib
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ import tensorstore as ts
 from tasks.errors import StoreError
 
 _AT_ONCE = 256  # files that are asked for before the first answer is waited for
+_PASSWORD = re.compile(r"//[^/@\s]+@")  # of "https://name:word@host"
 _BUCKETS = {"gs://": "gcs", "s3://": "s3"}
 
 
@@ -170,7 +172,7 @@ def reason(error: Exception) -> str:
     line = str(error).splitlines()[0] if str(error) else type(error).__name__
     for mark in (" [tensorstore_spec=", " [source locations=", " [os_error_code="):
         line = line.split(mark)[0]
-    return line[:200]
+    return _PASSWORD.sub("//…@", line)[:200]
 
 
 def _parted(path: str | Path) -> tuple[str, str]:

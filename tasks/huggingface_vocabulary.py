@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import tokenizers
 
 from tasks import end_of_document
+from tasks.errors import StoreError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +59,13 @@ class HuggingFaceVocabulary:
 
     def encode(self, text: str) -> list[int]:
         """Returns the tokens' ids."""
-        return self._loaded.encode(text, add_special_tokens=False).ids
+        try:
+            return self._loaded.encode(text, add_special_tokens=False).ids
+        except Exception as error:  # the library raises no other class
+            reason = str(error).partition("\n")[0][:200]
+            raise StoreError(
+                f"the tokenizer.json has no tokens for a text: {reason}"
+            ) from None
 
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text of those ids that are tokens, special ones left out."""

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import typing
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +13,7 @@ from tasks.settings import DataSettings, FilterSettings
 
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
+FEATURES = frozenset({"inputs", "targets"})  # folders of a split
 _AGAIN = "Delete the folder and run `switchyard prepare` again."
 
 
@@ -162,7 +164,8 @@ def read_manifest(store_dir: str) -> Manifest:
     try:
         fields = json.loads(content)
         version = fields["format_version"]
-    except (ValueError, KeyError, TypeError) as error:
+    # JSON that is nested too deep is a RecursionError.
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise StoreError(f"{path} cannot be read ({error}). {_AGAIN}") from None
     if version != FORMAT_VERSION:
         raise StoreError(
@@ -171,12 +174,13 @@ def read_manifest(store_dir: str) -> Manifest:
             "one"
         )
     try:
-        tasks = {name: _task(task) for name, task in fields.pop("tasks").items()}
-        return Manifest(tasks=tasks, **fields)
-    except (KeyError, TypeError, AttributeError) as error:
+        manifest = _record(Manifest, fields)
+        _check_names(manifest)
+    except (ValueError, TypeError) as error:
         raise StoreError(
             f"{path} lacks what it should say ({error}). {_AGAIN}"
         ) from None
+    return manifest
 
 
 def mismatches(
@@ -232,17 +236,38 @@ def vocabulary_kind(vocabulary: str) -> str:
     return vocabulary if vocabulary in known else "model"
 
 
-def _task(fields: Mapping[str, Any]) -> TaskManifest:
-    splits = {
-        name: SplitManifest(
-            **{
-                **split,
-                "languages": {
-                    language: LanguageManifest(**counts)
-                    for language, counts in split["languages"].items()
-                },
-            }
-        )
-        for name, split in fields["splits"].items()
-    }
-    return TaskManifest(**{**fields, "splits": splits})
+def _record(kind: Any, value: Any, name: str = "it") -> Any:
+    """Returns a value of JSON as what a record says it is.
+
+    Raises:
+        TypeError: it is something else.
+    """
+    origin, inside = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind) and isinstance(value, dict):
+        kinds = typing.get_type_hints(kind)
+        if other := value.keys() - kinds.keys():
+            raise TypeError(f"{name} has {sorted(other)[0]!r}, which is not known")
+        given = {key: _record(kinds[key], item, key) for key, item in value.items()}
+        return typing.cast(Any, kind)(**given)
+    if origin is Mapping and isinstance(value, dict):
+        return {key: _record(inside[1], item, key) for key, item in value.items()}
+    number = type(value) is int and 0 <= value < 2**63
+    if (
+        kind is object
+        or (kind is str and isinstance(value, str))
+        or (kind is int and number)
+        or (kind is float and (number or isinstance(value, float)))
+    ):
+        return value
+    raise TypeError(f"{name[:50]!r} is {str(value)[:50]!r}")
+
+
+def _check_names(manifest: Manifest) -> None:
+    """Refuses what could not be the name of a folder in the store."""
+    for task, of_task in manifest.tasks.items():
+        for name in (task, *of_task.splits):
+            if not name.strip() or not name.isprintable():
+                raise ValueError(f"{name[:50]!r} is not the name of a Task or split")
+        for split in of_task.splits.values():
+            if "targets" not in split.tokens or not split.tokens.keys() <= FEATURES:
+                raise ValueError(f"it names features {sorted(split.tokens)[:5]}")

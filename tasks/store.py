@@ -109,6 +109,11 @@ class Split:
             if not _keep_pack(folder, index):
                 return index
             description = str(index.length).encode()
+        if not description.isdigit() or len(description) > 18:
+            raise StoreError(
+                f"the length in the pack index {folder} is no number. Delete that "
+                "folder: it will be computed again."
+            )
         of = f"{self.manifest.fingerprint} {key}"
         index = packing.Pack(
             int(description),
@@ -247,7 +252,9 @@ def split_path(store_dir: str, task: str, split: str) -> str:
 
 
 def _file_name(name: str) -> str:
-    """A name of the same meaning that every file system takes."""
+    """A name of the same meaning that every file system takes, and inside a folder."""
+    if name in (".", ".."):
+        return name.replace(".", "%2e")
     return "".join(c if c.isalnum() or c in "._-" else f"%{ord(c):02x}" for c in name)
 
 

@@ -251,10 +251,14 @@ def from_files(read: Callable[[str], bytes | None], where: str) -> Vocabulary:
     """
     try:
         description = json.loads(read(DESCRIPTION) or b"")
-        kind, extra_ids = description["kind"], int(description["extra_ids"])
+        kind, extra_ids = description["kind"], description["extra_ids"]
         eos_token = description.get("eos_token", "")
+        if type(extra_ids) is not int or not 0 <= extra_ids < 2**31:
+            raise ValueError("no number of ids")
+        if not isinstance(eos_token, str):
+            raise ValueError("no token")
         name = {"bytes": "", "sentencepiece": _MODEL, "huggingface": _TOKENIZER}[kind]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise StoreError(
             f"{where} holds no readable {DESCRIPTION}: it is no prepared store, or "
             "an incomplete copy. Run `switchyard prepare --gin_file=...`"
@@ -284,7 +288,8 @@ def _from_content(
     vocabulary = SentencePieceVocabulary(content, extra_ids)
     try:
         eos_id = vocabulary.eos_id
-    except RuntimeError:
+        _ = vocabulary.has_padding, vocabulary._id_of_byte, vocabulary.encode("a\u2581")
+    except (RuntimeError, ValueError, IndexError):  # the last two of its pieces
         raise StoreError(
             f"{path} is not a SentencePiece model, and no tokenizer.json either"
         ) from None
@@ -311,7 +316,7 @@ def _tokenizer(
     try:
         end = end_of_document.find(content, beside, eos_token)
         vocabulary = HuggingFaceVocabulary(content, end, extra_ids)
-        _ = vocabulary.eos_id
+        _ = vocabulary.eos_id, vocabulary.size, vocabulary.has_padding
     except StoreError as error:
         raise StoreError(f"{path}: {error}") from None
     except Exception as error:  # the library raises no other class
@@ -327,6 +332,8 @@ def _is_json(content: bytes) -> bool:
         json.loads(content)
     except ValueError:
         return False
+    except RecursionError:  # nested deep, so it is JSON
+        return True
     return True
 
 

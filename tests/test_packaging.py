@@ -49,7 +49,7 @@ ROOMS = (
     ("data",),
     ("run",),
     ("checkpoints",),
-    ("evaluation", "planning", "verification"),
+    ("evaluation", "planning", "verification", "doctor"),
     ("report",),
     ("training",),
 )

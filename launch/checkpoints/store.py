@@ -183,7 +183,7 @@ class Checkpoints:
             restored = self._manager.restore(
                 step, args=ocp.args.Composite(manifest=ocp.args.JsonRestore())
             )
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, RecursionError) as error:
             raise CheckpointError(
                 f"the manifest of {self.path(step)} cannot be read: {_short(error)}. "
                 f"{self._way_out(step)}"
@@ -378,10 +378,15 @@ def _is_manifest(found: Any) -> bool:
     """Whether all is there that a restore compares."""
     if not isinstance(found, dict):
         return False
-    needed = {"arrays", "config", "data_fingerprint", "vocabulary_fingerprint"}
-    return found.keys() >= needed and all(
-        array.keys() >= {"shape", "dtype", "digest"}
-        for array in found["arrays"].values()
+    texts = ("config", "data_fingerprint", "vocabulary_fingerprint")
+    arrays = found.get("arrays")
+    return (
+        all(isinstance(found.get(name), str) for name in texts)
+        and isinstance(arrays, dict)
+        and all(
+            isinstance(array, dict) and array.keys() >= {"shape", "dtype", "digest"}
+            for array in arrays.values()
+        )
     )
 
 

@@ -341,6 +341,8 @@ class _Reader:
         read = list(statements(f"{name} = {value}\n"))
         statement: Any = read[0] if len(read) == 1 else None
         parsed = isinstance(statement, Binding)
+        if parsed and not statement.scope and not statement.arg_name:
+            parsed = statement.selector == name  # a value may hold lines of its own
         quoted = parsed and isinstance(statement.value, str | MacroUse)
         if self._is_text(name) and not quoted and value[:1] not in ("'", '"', "%"):
             # A shell takes quotes away, so text needs none here.

@@ -325,6 +325,12 @@ def _text_problems(settings: Settings) -> list[str]:
         "HELDOUT_SPLIT": data.heldout_split,
     }
     found = [f"{macro} is empty" for macro, text in texts.items() if not text.strip()]
+    paths = {**texts, "COMPILATION_CACHE_DIR": platform.compilation_cache_dir}
+    found += [
+        f"{macro} = {text!r} holds a NUL, which no path or name may: take it out"
+        for macro, text in paths.items()
+        if "\0" in text
+    ]
     if "://" in settings.loop.model_dir:
         found.append(
             f"MODEL_DIR = {settings.loop.model_dir!r}: a run writes to a folder, which "

@@ -17,6 +17,8 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
+from launch.errors import UserError
+
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_DIR = "tensorboard"
 
@@ -24,6 +26,10 @@ _KEYS = ("step", "split")
 _NON_FINITE = ("nan", "inf", "-inf")
 _MAX_SERIES = 1024  # per record and matrix; TensorBoard is unusable far beyond it
 _FLUSH_SECONDS = 10.0
+
+
+class MetricsError(UserError, ValueError):
+    """The records of a run cannot be read."""
 
 
 class MetricWriter:
@@ -163,7 +169,7 @@ def read_metrics(model_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
         The records, with "nan" and "inf" as numbers again; [] without a file.
 
     Raises:
-        ValueError: a line other than the last is not a record.
+        MetricsError: a line other than the last is not a record.
     """
     path = pathlib.Path(model_dir) / METRICS_FILE
     if not path.exists():
@@ -206,13 +212,29 @@ def _records(content: bytes, path: pathlib.Path) -> Iterator[dict[str, Any]]:
     for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
-            if not isinstance(record, dict) or not record.keys() >= set(_KEYS):
+            if not _is_record(record):
                 raise ValueError("it is not a record with a step and a split")
-        except ValueError as error:  # also what the decoders of JSON and UTF-8 raise
+        # Also what the decoders of JSON and UTF-8 raise, the last where it is deep.
+        except (ValueError, RecursionError) as error:
             if number == len(lines):
                 return
-            raise ValueError(f"{path.name}, line {number}: {error}") from error
+            raise MetricsError(
+                f"{path.name}, line {number}: {error}: take that line out"
+            ) from error
         yield record
+
+
+def _is_record(found: Any) -> bool:
+    """Whether it has a step, a split, and of other things no more than matrices."""
+    if not isinstance(found, dict) or not found.keys() >= set(_KEYS):
+        return False
+    rows = [item for item in found.values() if isinstance(item, list)]
+    cells = [item for row in rows for item in row if isinstance(item, list)]
+    return (
+        type(found["step"]) is int
+        and isinstance(found["split"], str)
+        and not any(isinstance(item, list | dict) for cell in cells for item in cell)
+    )
 
 
 def _plain(value: Any) -> Any:

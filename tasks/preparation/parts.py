@@ -187,7 +187,7 @@ def finished(work: str, unit: Unit) -> list[Part]:
         content = files.read(f"{_path(work, unit, len(found))}.json")
         if content is None:
             return found
-        found.append(_described(content))
+        found.append(_described(content, f"{_path(work, unit, len(found))}.json", work))
         if found[-1].last:
             return found
 
@@ -215,7 +215,7 @@ def descriptions(work: str, places: Sequence[tuple[Unit, int]]) -> Iterator[Part
     for content, path in zip(files.read_many(paths), paths, strict=True):
         if content is None:
             raise StoreError(f"{path} is gone: run the same command again")
-        yield _described(content)
+        yield _described(content, path, work)
 
 
 def array(
@@ -227,14 +227,20 @@ def array(
     return np.frombuffer(content, np.dtype(dtype).newbyteorder("<"))
 
 
-def _described(content: bytes) -> Part:
-    fields = json.loads(content)
-    fields["unit"] = Unit(**fields["unit"])
-    return Part(**fields)
+def _described(content: bytes, path: str, work: str) -> Part:
+    """The part that a file describes."""
+    try:
+        fields = json.loads(content)
+        fields["unit"] = Unit(**fields["unit"])
+        return Part(**fields)
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise StoreError(
+            f"{path} cannot be read ({error}): delete {work}, and prepare again"
+        ) from None
 
 
 def _path(work: str, unit: Unit, number: int) -> str:
-    return files.join(_folder(work, unit), f"{unit.shard:06}-{number:06}")
+    return files.join(_folder(work, unit), f"{unit.shard:06d}-{number:06d}")
 
 
 def _folder(work: str, unit: Unit) -> str:

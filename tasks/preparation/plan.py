@@ -119,7 +119,7 @@ def read(work: str) -> Plan | None:
             state={name: tuple(s) for name, s in fields.pop("state").items()},
             **fields,
         )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise StoreError(
             f"{files.join(work, PLAN)} cannot be read ({error}): delete {work}, and "
             "prepare again"

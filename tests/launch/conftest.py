@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from commands import Done, Place, Trained
+from commands import PLANTED, Done, Place, Trained
 
 
 @pytest.fixture(scope="session")
@@ -24,7 +24,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not kept.exists():
             knobs = place.knobs(shared / "trained", SAMPLE_PROMPT="def ")
-            done = place.run("train", *knobs)
+            done = place.run("train", *knobs, **PLANTED)
             assert done.code == 0, done.err
             kept.write_text(json.dumps(dataclasses.asdict(done)))
     return Trained(shared, Done(**json.loads(kept.read_text())))

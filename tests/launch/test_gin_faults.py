@@ -467,3 +467,14 @@ def test_a_negative_size_is_always_refused_by_name():
 def test_precision_and_offload_that_would_do_nothing_are_refused(binding, said):
     with pytest.raises(ConfigError, match=re.escape(said)):
         reader.read(["runs/tiny.gin"], [binding])
+
+
+def test_a_binding_that_sets_something_else_is_refused():
+    with pytest.raises(ConfigError, match="this is not one value"):
+        reader.read(["runs/tiny.gin"], ["#NUM_LAYERS=1\nNUM_EXPERTS = 8"])
+
+
+@pytest.mark.parametrize("macro", ["MODEL_DIR", "STORE_DIR", "TRAIN_SPLIT"])
+def test_a_path_or_name_with_a_nul_is_refused(macro):
+    with pytest.raises(ConfigError, match=rf"{macro} = 'a\\x00b' holds a NUL"):
+        reader.read(["runs/tiny.gin"], [f"{macro}='a\\0b'"])

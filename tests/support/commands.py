@@ -16,6 +16,14 @@ from launch import cli
 ROOT = Path(__file__).resolve().parents[2]
 TINY = "--gin_file=runs/tiny.gin"
 
+# In the environment of the run of a session: none may be seen in what it says or keeps.
+PLANTED = {
+    "AWS_SECRET_ACCESS_KEY": "planted-aws-key",
+    "HF_TOKEN": "hf_planted-token",
+    "WANDB_API_KEY": "planted-wandb-key",
+    "HTTPS_PROXY": "http://user:planted-password@proxy.invalid:3128",
+}
+
 # Names the modules that are imported before the first step; ends with 99 instead of 0
 # if what only `prepare` needs was imported.
 LIGHT = """

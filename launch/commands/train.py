@@ -18,6 +18,7 @@ from launch.errors import (
     EXIT_LOST_PROCESS,
     EXIT_NON_FINITE,
     EXIT_PREEMPTED,
+    EXIT_STALLED,
     EXIT_USER_ERROR,
 )
 
@@ -137,6 +138,7 @@ MODEL_DIR to start afresh.
             EXIT_NON_FINITE,
             EXIT_PREEMPTED,
             EXIT_FAULT,
+            EXIT_STALLED,
             EXIT_INTERRUPTED,
             EXIT_LOST_PROCESS,
         ),

@@ -17,6 +17,7 @@ from launch.checkpoints.store import Checkpoints
 from launch.config.settings import LoopSettings
 from launch.errors import EXIT_DONE, EXIT_NON_FINITE, is_user_error
 from launch.job.signals import Signals, Stopped
+from launch.job.watchdog import Watchdog
 from launch.records.write import MetricWriter, NoMetrics
 from launch.run.assemble import Run
 from launch.run.feed import Feed
@@ -95,6 +96,9 @@ def train(
         shape=shape,
         sharding=run.batch_sharding,
     )
+    watchdog = Watchdog(loop.step_timeout_seconds)
+    in_rounds = watchdog.not_counting(hooks.in_rounds)  # it may compile
+    hooks = dataclasses.replace(hooks, in_rounds=in_rounds)
     log = _Log(
         writer,
         progress,
@@ -106,10 +110,11 @@ def train(
     steps = Steps(state, hooks, log)
     between = _Between(steps, run, hooks, checkpoints, writer, log, saved_step=step)
     code, fault = EXIT_DONE, None
-    with signals.noted(), feed:
+    with signals.noted(), feed, watchdog:
         try:
             if not was_scored:
-                between(step, _due(step, loop, last) - {"save"})
+                with watchdog.paused():
+                    between(step, _due(step, loop, last) - {"save"})
             for index in range(data_index, data_index + last - step):
                 batch, fault = _next(feed)
                 if batch is None:
@@ -117,6 +122,7 @@ def train(
                     break
                 step += 1
                 steps.take(Launched(step, index, batch, feed.wait_seconds))
+                watchdog.step_is_done()
                 code = signals.asked()
                 due = _due(step, loop, last)
                 if due or code:
@@ -125,15 +131,17 @@ def train(
                     code = EXIT_NON_FINITE
                     break
                 # Whoever asked to stop may not wait for scores.
-                between(step, {"save"} if code else due)
+                with watchdog.paused():
+                    between(step, {"save"} if code else due)
                 if code:
                     break
         except Stopped as stopped:
             code = stopped.code
-            between.save(step)
-        if fault and not log.skipped_in_a_row:
-            between.save(step)
-        with progress.waiting("finishing the checkpoint"):
+            with watchdog.paused():
+                between.save(step)
+        with watchdog.paused(), progress.waiting("finishing the checkpoint"):
+            if fault and not log.skipped_in_a_row:
+                between.save(step)
             checkpoints.wait()
     if fault:
         raise fault

@@ -49,8 +49,8 @@ class Job:
         address = f"127.0.0.1:{free_port()}"
         self.members = [
             subprocess.Popen(
-                [sys.executable, "-c", MEMBER, str(process), str(number), address]
-                + [str(silence)],
+                [sys.executable, "-c", MEMBER]
+                + [str(word) for word in (process, number, address, silence)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,

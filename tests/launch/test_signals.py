@@ -60,6 +60,43 @@ def test_a_signal_is_noted_where_something_is_to_be_saved(number, code, left):
         assert (before, heard.asked(), stopped.value.code) == (EXIT_DONE, code, code)
 
 
+def heard_twice(left, first, second) -> bool:
+    """Whether the process would have ended at the second of two signals."""
+    with listening(GOES_ON, quiet=True) as heard, heard.noted():
+        heard.kept = lambda: "step 7 is kept"
+        for number in (first, second):
+            signal.raise_signal(number)
+            time.sleep(0.2)
+        assert heard.asked() == dict(BOTH)[first]
+    return not left.empty()
+
+
+def test_ctrl_c_twice_ends_at_once_and_says_what_is_kept(left, capsys):
+    assert heard_twice(left, signal.SIGINT, signal.SIGINT)
+    assert left.get()[0] == EXIT_INTERRUPTED
+    assert "ended at once · step 7 is kept" in capsys.readouterr().err
+
+
+def test_ctrl_c_ends_at_once_what_is_stopping_already(left):
+    assert heard_twice(left, signal.SIGTERM, signal.SIGINT)
+
+
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_sigterm_does_not_end_what_is_being_saved(left, first):
+    assert not heard_twice(left, first, signal.SIGTERM)
+
+
+def test_when_a_run_begins_to_stop_it_is_told_once(left):
+    told = []
+    with listening(GOES_ON, quiet=True) as heard, heard.noted():
+        heard.begin_to_stop = lambda: told.append(heard.seconds_since())
+        assert (heard.asked(), heard.seconds_since()) == (EXIT_DONE, 0)
+        signal.raise_signal(signal.SIGTERM)
+        assert heard.asked() == heard.asked() == EXIT_PREEMPTED
+        assert len(told) == 1
+        assert heard.seconds_since() > 0
+
+
 def test_processes_of_a_job_stop_at_the_same_ask(monkeypatch):
     asks = []
 

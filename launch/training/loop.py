@@ -41,6 +41,7 @@ class Hooks:
             asked for.
         data_facts: what is known of the data before a batch index.
         provenance: what a checkpoint says of its origin.
+        still_ours: ends the process if another run has taken its folder.
     """
 
     train_step: Step
@@ -49,6 +50,7 @@ class Hooks:
     measure: Callable[[Any, int], Record] | None
     data_facts: Callable[[int], Record]
     provenance: Record
+    still_ours: Callable[[], None] = lambda: None
 
 
 def train(
@@ -208,6 +210,7 @@ class _Between:
         """Saves the state, and what was written of it, unless it is saved already."""
         if self.saved_step == step:
             return
+        self.hooks.still_ours()
         self.writer.flush()
         self.checkpoints.save(self.steps.state, self.run, self.hooks.provenance)
         self.saved_step = step

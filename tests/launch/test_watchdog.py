@@ -1,11 +1,13 @@
 """A step that hangs ends the run; nothing else that takes long does."""
 
 import bdb
+import re
 import subprocess
 import sys
 import threading
 import time
 import types
+from pathlib import Path
 
 import pytest
 
@@ -102,3 +104,20 @@ def test_a_debugger_of_the_system_stops_the_watch():
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "1", done.stderr
+
+
+def test_durations_are_taken_from_clocks_that_nobody_sets():
+    """`time.time` jumps where somebody sets the clock: it stamps, and measures nothing.
+
+    Nor do the clocks of a file system, of another machine or of a calendar.
+    """
+    root = Path(__file__).resolve().parents[2]
+    found = {
+        str(file.relative_to(root))
+        for folder in ("launch", "tasks", "moe", "partitioning")
+        for file in (root / folder).rglob("*.py")
+        if re.search(
+            r"\btime\.time\(|datetime\.(now|today)|st_[amc]time", file.read_text()
+        )
+    }
+    assert found <= {"launch/records/write.py"}, "which stamps events of TensorBoard"

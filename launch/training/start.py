@@ -24,7 +24,7 @@ from launch.run.assemble import Run, assemble
 from launch.run.programs import Programs
 from launch.terminal.lines import waiting
 from launch.terminal.training import TrainProgress
-from launch.training import folder, loop
+from launch.training import folder, loop, memory
 from launch.training.finish import (
     Life,
     Record,
@@ -97,6 +97,7 @@ def _train(
             print(f"  {name}: {fact}", file=sys.stderr, flush=True)
     model_dir, last = Path(settings.loop.model_dir), settings.train.train_steps
     with (
+        memory.explained(run),
         owned(model_dir) as still_ours,
         jax.set_mesh(run.mesh),
         Checkpoints(str(model_dir), settings.loop.keep_checkpoints) as saved,

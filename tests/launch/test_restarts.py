@@ -217,7 +217,7 @@ def test_all_processes_of_a_job_come_back_together(trained, tmp_path):
     job = start(
         *(trained, "train", 2, *words, "--restarts=2"), program=KILLED, **exported
     )
-    dones = [commands.finish(process) for process in job]
+    dones = [commands.finish(process, 350) for process in job]  # of two starts
     assert [done.code for done in dones] == [0, 0], dones[0].err + dones[1].err
     said = dones[0].err + dones[1].err
     assert said.count("start 1 of 2 more follows in 1 s") == 2

@@ -192,10 +192,10 @@ def inline(*words: str | Path) -> Done:
     return Done(code, out.getvalue(), err.getvalue())
 
 
-def finish(process: subprocess.Popen[str]) -> Done:
+def finish(process: subprocess.Popen[str], seconds: float = 150) -> Done:
     """Waits for the end of a command."""
     try:
-        out, err = process.communicate(timeout=150)
+        out, err = process.communicate(timeout=seconds)
     finally:
         process.kill()
     return Done(process.returncode, out, err)

@@ -7,6 +7,7 @@ import sys
 import time
 
 import pytest
+from commands import ROOT
 from test_processes import free_port
 
 from launch.errors import EXIT_LOST_PROCESS
@@ -51,6 +52,7 @@ class Job:
             subprocess.Popen(
                 [sys.executable, "-c", MEMBER]
                 + [str(word) for word in (process, number, address, silence)],
+                cwd=ROOT,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,

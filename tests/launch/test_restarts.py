@@ -132,6 +132,7 @@ def test_a_signal_is_passed_on_once_and_ends_both(tmp_path, number):
     )
     supervisor = subprocess.Popen(
         [sys.executable, "-c", program],
+        cwd=commands.ROOT,
         stdout=subprocess.PIPE,
         text=True,
         process_group=0,
@@ -157,7 +158,10 @@ def test_a_child_is_asked_to_stop_when_its_supervisor_is_killed(tmp_path):
         f"sys.exit(Supervisor([sys.executable, '-c', {child!r}], Path('.'), 5).run())"
     )
     supervisor = subprocess.Popen(
-        [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", program],
+        cwd=commands.ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     pid = int(supervisor.stdout.readline())
     supervisor.kill()

@@ -7,9 +7,9 @@ import sys
 import threading
 import time
 import types
-from pathlib import Path
 
 import pytest
+from commands import ROOT
 
 from launch.errors import EXIT_STALLED
 from launch.job import end, watchdog
@@ -101,7 +101,11 @@ def test_a_debugger_of_the_system_stops_the_watch():
         "print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert done.stdout.strip() == "1", done.stderr
 
@@ -111,11 +115,10 @@ def test_durations_are_taken_from_clocks_that_nobody_sets():
 
     Nor do the clocks of a file system, of another machine or of a calendar.
     """
-    root = Path(__file__).resolve().parents[2]
     found = {
-        str(file.relative_to(root))
+        str(file.relative_to(ROOT))
         for folder in ("launch", "tasks", "moe", "partitioning")
-        for file in (root / folder).rglob("*.py")
+        for file in (ROOT / folder).rglob("*.py")
         if re.search(
             r"\btime\.time\(|datetime\.(now|today)|st_[amc]time", file.read_text()
         )

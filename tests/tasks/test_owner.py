@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -17,6 +18,7 @@ from tasks.preparation import folders
 
 pytestmark = pytest.mark.fast
 
+ROOT = Path(__file__).resolve().parents[2]
 # Owns a file, says so, and does nothing.
 OTHER = """
 import pathlib, sys, time
@@ -45,7 +47,9 @@ def path(tmp_path):
 def other(path):
     """Another process, which owns the file."""
     words = [sys.executable, "-c", OTHER, str(path)]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        words, cwd=ROOT, stdout=subprocess.PIPE, text=True
+    ) as process:
         assert process.stdout.readline() == "mine\n"
         yield process
         process.kill()

@@ -209,6 +209,10 @@ class Bell:
 
     def _end(self, outcome: Outcome) -> None:
         """Tells the others, and the user, and ends this process."""
+        # Whoever reads what this process says may not read on, and then it would hang.
+        late = threading.Timer(2 * _GRACE_SECONDS, os._exit, (outcome["code"],))
+        late.daemon = True
+        late.start()
         if self._process == 0:
             self._say_to_all({"ended": outcome})
         self._show(outcome)

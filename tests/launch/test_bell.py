@@ -34,7 +34,11 @@ for line in sys.stdin:
         bell.done()
         print("all done", flush=True)
         break
-    if line == "abort\\n":  # as jax does, in a thread of its own
+    if line == "speak\\n":  # to somebody who does not listen
+        threading.Thread(
+            target=lambda: sys.stderr.write("x" * 10**7), daemon=True
+        ).start()
+    elif line == "abort\\n":  # as jax does, in a thread of its own
         threading.Thread(target=ctypes.CDLL(None).abort, daemon=True).start()
     else:
         kind = {"user": UserError, "fault": ValueError, "lost": RuntimeError}
@@ -95,7 +99,7 @@ def test_of_four_processes_three_name_the_one_that_was_killed(victim):
             assert f"process {victim} was lost. The same command, started" in said
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_process_that_is_stopped_is_named_and_ends_when_it_goes_on(victim):
     with Job(3, silence=1.0) as job:
         time.sleep(2)  # in which nobody says anything but that it lives
@@ -169,3 +173,12 @@ def test_a_process_that_is_killed_before_all_are_done_is_named():
         for code, said in job.ends(0, 2):
             assert code == EXIT_LOST_PROCESS
             assert "process 1 was lost" in said
+
+
+@pytest.mark.slow
+def test_a_process_whose_words_nobody_reads_ends_all_the_same():
+    with Job(2) as job:
+        job.tell(1, "speak")
+        time.sleep(0.5)
+        job.members[0].kill()
+        assert job.members[1].wait(timeout=30) == EXIT_LOST_PROCESS

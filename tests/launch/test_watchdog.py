@@ -11,7 +11,8 @@ import types
 import pytest
 from commands import ROOT
 
-from launch.errors import EXIT_STALLED
+from launch.config import reader
+from launch.errors import EXIT_STALLED, ConfigError
 from launch.job import end, watchdog
 from launch.job.watchdog import NEVER, Patience, Watchdog, is_debugged
 
@@ -111,16 +112,18 @@ def test_a_debugger_of_the_system_stops_the_watch():
 
 
 def test_durations_are_taken_from_clocks_that_nobody_sets():
-    """`time.time` jumps where somebody sets the clock: it stamps, and measures nothing.
-
-    Nor do the clocks of a file system, of another machine or of a calendar.
-    """
+    """`time.time` jumps where somebody sets the clock: it only stamps."""
     found = {
         str(file.relative_to(ROOT))
         for folder in ("launch", "tasks", "moe", "partitioning")
         for file in (ROOT / folder).rglob("*.py")
-        if re.search(
-            r"\btime\.time\(|datetime\.(now|today)|st_[amc]time", file.read_text()
-        )
+        if re.search(r"\btime\.time\(|datetime\.(now|today)", file.read_text())
     }
     assert found <= {"launch/records/write.py"}, "which stamps events of TensorBoard"
+
+
+@pytest.mark.parametrize("macro", ["STEP_TIMEOUT", "GRACE_SECONDS"])
+def test_a_time_that_is_none_is_refused(macro):
+    with pytest.raises(ConfigError, match=rf"{macro} = -2(\.0)?: "):
+        reader.read(["runs/tiny.gin"], [f"{macro}=-2"])
+    reader.read(["runs/tiny.gin"], ["STEP_TIMEOUT=-1", "GRACE_SECONDS=90"])

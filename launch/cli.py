@@ -17,6 +17,7 @@ import traceback
 import types
 import typing
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from launch import commands
@@ -67,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if reconfigure := getattr(stream, "reconfigure", None):
             reconfigure(errors="replace")
     try:
-        return _run(words)
+        return _run(words, argv)
     except KeyboardInterrupt:
         print("switchyard: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -83,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_FAULT
 
 
-def _run(words: list[str]) -> int:
+def _run(words: list[str], argv: Sequence[str] | None) -> int:
     """Reads the words, prepares the environment and runs the command."""
     if not words or words[0] in ("-h", "--help", "help"):
         print(_help())
@@ -94,6 +95,12 @@ def _run(words: list[str]) -> int:
     name, command, rest = commands.find(words)
     options, bindings = parse(name, command, rest)
     config = read_config(command, options, bindings)
+    if command.restarts is not None and (restarts := command.restarts(options)):
+        from launch.job.restarts import Supervisor, command_line, is_child
+
+        if not is_child():
+            folder = Path(config.settings.loop.model_dir)
+            return Supervisor(command_line(argv), folder, restarts).run()
     on, job, told = config, None, list[str]()
     if command.devices is not None:
         on = command.devices(config, options)

@@ -8,6 +8,7 @@ EXIT_USER_ERROR = 1
 EXIT_NON_FINITE = 17
 EXIT_PREEMPTED = 42
 EXIT_FAULT = 70  # EX_SOFTWARE of sysexits.h
+EXIT_STALLED = 75  # EX_TEMPFAIL of sysexits.h
 EXIT_INTERRUPTED = 130  # the shell's own code for Ctrl-C
 EXIT_LOST_PROCESS = 134  # as jax ends when a process of its job is gone
 
@@ -19,6 +20,8 @@ EXIT_CODES = {
     EXIT_PREEMPTED: "preempted, and saved: restart the same command",
     EXIT_FAULT: "a fault of Switchyard, of a library or of a machine: the same command "
     "may be restarted",
+    EXIT_STALLED: "a step took longer than STEP_TIMEOUT: the same command may be "
+    "restarted",
     EXIT_INTERRUPTED: "interrupted at the keyboard",
     EXIT_LOST_PROCESS: "another process of the job was lost: restart the same command "
     "for all",

@@ -95,6 +95,8 @@ class Command:
             starts no jax, or starts it by itself.
         keeps_nothing: whether a signal may end the verb as it is, be it inside the
             compiler. One that has something to keep, or ends others, sees to it.
+        restarts: function of the options; returns how often the verb is started again,
+            each time in a child process, when it dies. None if it never is.
         about: function of the configuration and the options; returns what the first
             line says after the configuration's name, where it is not the devices.
     """
@@ -113,6 +115,7 @@ class Command:
     reads: Callable[[Any], tuple[list[str], list[str]]] | None = None
     devices: Callable[["ResolvedConfig", Any], "ResolvedConfig"] | None = _as_read
     keeps_nothing: bool = False
+    restarts: Callable[[Any], int] | None = None
     about: Callable[["ResolvedConfig", Any], list[str]] | None = None
 
 

@@ -18,7 +18,9 @@ from launch.errors import (
     EXIT_LOST_PROCESS,
     EXIT_NON_FINITE,
     EXIT_PREEMPTED,
+    EXIT_STALLED,
     EXIT_USER_ERROR,
+    UsageError,
 )
 
 if TYPE_CHECKING:
@@ -37,6 +39,13 @@ class TrainOptions(Options):
         "compare the sparse layer with the oracle on these devices, and the CPU's "
         "compiler with NumPy, before training; sets SELF_CHECK",
         macro="SELF_CHECK",
+    )
+    restarts: int = option(
+        "run in a child process, and start it again, at most so often, when it dies of "
+        "a fault, a lost process, a step that hangs or a signal that nobody sent it "
+        "through here",
+        0,
+        metavar="N",
     )
     allow_module: bool = allow_module()
     allow_changes: bool = option(
@@ -71,6 +80,17 @@ def devices(config: "ResolvedConfig", options: TrainOptions) -> "ResolvedConfig"
         )
     settings = dataclasses.replace(config.settings, platform=alone)
     return dataclasses.replace(config, settings=settings)
+
+
+def restarts(options: TrainOptions) -> int:
+    """How often a run that dies is started again.
+
+    Raises:
+        UsageError: a negative number.
+    """
+    if options.restarts < 0:
+        raise UsageError(f"--restarts={options.restarts} cannot be negative")
+    return 0 if options.dry_run else options.restarts
 
 
 def about(config: "ResolvedConfig", options: TrainOptions) -> list[str]:
@@ -128,7 +148,8 @@ a report.
 Resuming: the same command again continues from the newest checkpoint in MODEL_DIR, as
 if it had never stopped. It may run on another mesh. What has changed since is said; a
 change to another model, or other data, is refused without --allow_changes. Take another
-MODEL_DIR to start afresh.
+MODEL_DIR to start afresh. --restarts=5 does that by itself, up to five times, and gives
+up when two starts in a row save nothing new.
 """,
     exit_codes=dict.fromkeys(
         (
@@ -137,6 +158,7 @@ MODEL_DIR to start afresh.
             EXIT_NON_FINITE,
             EXIT_PREEMPTED,
             EXIT_FAULT,
+            EXIT_STALLED,
             EXIT_INTERRUPTED,
             EXIT_LOST_PROCESS,
         ),
@@ -144,6 +166,7 @@ MODEL_DIR to start afresh.
     ),
     options=TrainOptions,
     devices=devices,
+    restarts=restarts,
     about=about,
     run=run,
 )

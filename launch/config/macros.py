@@ -16,6 +16,7 @@ _NAMES = {
     "loop.task_metrics_period_steps": "TASK_METRICS_PERIOD",
     "loop.log_period_steps": "LOG_PERIOD",
     "loop.replay_period_steps": "REPLAY_PERIOD",
+    "loop.step_timeout_seconds": "STEP_TIMEOUT",
     "data.layout": "ARCHITECTURE",
     "data.vocabulary_size": "VOCABULARY_PIECES",
     "filters.near_similarity": "NEAR_DUPLICATE_SIMILARITY",

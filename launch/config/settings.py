@@ -88,6 +88,9 @@ class LoopSettings:
             training, and the CPU's compiler with NumPy before anything is computed.
         compile_ahead: what is compiled before the first step: "all" that the run may
             need, or the "train_step" alone.
+        step_timeout_seconds: that a step may take before the run is ended; 0: 50 times
+            the median of the last hundred, and at least half an hour. -1: for ever.
+        grace_seconds: between the scheduler's SIGTERM and its SIGKILL; 0: not known.
     """
 
     model_dir: str
@@ -106,6 +109,8 @@ class LoopSettings:
     compare_replicas: Literal["on", "off"] = "off"
     self_check: Literal["on", "off"] = "on"
     compile_ahead: Literal["all", "train_step"] = "all"
+    step_timeout_seconds: float = 0.0
+    grace_seconds: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,6 +227,7 @@ def _range_problems(settings: Settings) -> list[str]:
         "MAX_ROLLBACKS": loop.max_rollbacks,
         "REPLAY_PERIOD": loop.replay_period_steps,
         "SPIKE_STDDEVS": loop.spike_stddevs,
+        "GRACE_SECONDS": loop.grace_seconds,
         "AUX_LOSS_FACTOR": loss.balance_weight,
         "ROUTER_Z_LOSS_FACTOR": loss.router_z_weight,
         "IMPORTANCE_LOSS_FACTOR": loss.importance_weight,
@@ -256,7 +262,10 @@ def _range_problems(settings: Settings) -> list[str]:
         "HASH_SEED": settings.router.hash_seed,
         "SAMPLE_SEED": sample.seed,
     }
+    timeout = loop.step_timeout_seconds
+    wrong_timeout = timeout < 0 and timeout != -1
     return [
+        *[f"STEP_TIMEOUT = {timeout:g}: must be 0, -1 or more than 0"] * wrong_timeout,
         *(f"{m} = {x}: must be at least 1" for m, x in at_least_1.items() if x < 1),
         *(f"{m} = {x}: cannot be negative" for m, x in at_least_0.items() if x < 0),
         *(f"{m} = {x}: must be above 0" for m, x in positive.items() if x <= 0),

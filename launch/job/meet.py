@@ -20,13 +20,6 @@ _LONGEST_LINE = 1 << 20  # of JSON, in bytes
 _RETRY_SECONDS = 0.2
 _REPLY_SECONDS = 5.0  # that a process has to say who it is
 _SHOWN = 5  # differences that a message names
-# Networks of clouds forget a connection on which nothing was sent for ten minutes.
-_KEEP_ALIVE = {
-    "TCP_KEEPIDLE": 60,  # seconds of silence before the first probe; on Linux
-    "TCP_KEEPALIVE": 60,  # the same on macOS
-    "TCP_KEEPINTVL": 30,  # seconds between probes
-    "TCP_KEEPCNT": 10,  # without an answer, before the other end is taken for dead
-}
 _PROTOCOL = "switchyard roll call 1"
 
 
@@ -124,7 +117,6 @@ def _preside(
                 )
                 break
             stack.enter_context(connection)
-            _keep_alive(connection)
             connection.settimeout(_REPLY_SECONDS)
             theirs = _read(connection)
             if theirs is None:
@@ -159,7 +151,6 @@ def _attend(
             why = error.strerror or str(error)
             time.sleep(min(_RETRY_SECONDS, left))
             continue
-        _keep_alive(connection)
         # Process 0 answers at its own deadline; it may have begun to wait later.
         connection.settimeout(timeout_seconds + _REPLY_SECONDS)
         _send(connection, mine)
@@ -228,14 +219,6 @@ def _read(connection: socket.socket) -> dict[str, Any] | None:
 def _send(connection: socket.socket, said: Mapping[str, Any]) -> None:
     with contextlib.suppress(OSError):  # whoever has gone hears nothing
         connection.sendall(json.dumps(said).encode() + b"\n")
-
-
-def _keep_alive(connection: socket.socket) -> None:
-    """Has the system send something now and then where we send nothing for days."""
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name, value in _KEEP_ALIVE.items():
-        if (option := getattr(socket, name, None)) is not None:
-            connection.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
 def _pair(address: str) -> tuple[str, int]:

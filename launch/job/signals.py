@@ -13,6 +13,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 
@@ -44,6 +45,10 @@ class Signals:
         quiet: whether it is said to the other processes of a job alone.
         of_jax: what jax does at a SIGTERM: it tells the other processes of a job, and
             asks all to stop at the same moment. None in a process alone.
+
+    Attributes:
+        kept: says what is kept, where something is.
+        begin_to_stop: called once, when the run is to stop.
     """
 
     def __init__(
@@ -53,7 +58,11 @@ class Signals:
         self._quiet = quiet
         self._of_jax = of_jax
         self._received: int | None = None
+        self._heard_at: float | None = None
+        self._is_stopping = False
         self._asks = 0
+        self.kept: Callable[[], str] = str
+        self.begin_to_stop: Callable[[], None] = lambda: None
         self._nothing_to_lose = True
         self._deciding = threading.Lock()
 
@@ -67,7 +76,17 @@ class Signals:
         if self._of_jax is not None:
             self._asks += 1
             stop = together.asked_to_stop(self._asks)
-        return EXIT_DONE if stop is None else _CODES[signal.Signals(stop)]
+        if stop is None:
+            return EXIT_DONE
+        if not self._is_stopping:
+            self._is_stopping = True
+            self._heard_at = self._heard_at or time.monotonic()
+            self.begin_to_stop()
+        return _CODES[signal.Signals(stop)]
+
+    def seconds_since(self) -> float:
+        """Seconds since the first signal came; 0 if none did."""
+        return 0.0 if self._heard_at is None else time.monotonic() - self._heard_at
 
     def check(self) -> None:
         """Asks, where scores are made or nothing has been learnt yet.
@@ -100,16 +119,22 @@ class Signals:
     def hear(self, number: int) -> None:
         """Takes a signal, whatever the main thread does."""
         with self._deciding:
-            self._received = number
+            again = self._heard_at is not None
+            self._received = number if self._received is None else self._received
+            self._heard_at = self._heard_at or time.monotonic()
             if self._nothing_to_lose:
                 if not self._quiet:
                     print(self._said, file=sys.stderr)
                 end.leave_all(_CODES[signal.Signals(number)], self._said)
+            elif again and number == signal.SIGINT:
+                message = " · ".join(filter(None, ["ended at once", self.kept()]))
+                print(message, file=sys.stderr)
+                end.leave_all(EXIT_INTERRUPTED, message)
 
 
 @contextlib.contextmanager
 def listening(said: str, *, quiet: bool) -> Iterator[Signals]:
-    """Hears SIGINT and SIGTERM instead of dying; the second one is not caught.
+    """Hears SIGINT and SIGTERM instead of dying.
 
     Args:
         said: what is said where one of them ends the process.
@@ -146,16 +171,13 @@ def _listen(reader: socket.socket, signals: Signals) -> None:
 
 @contextlib.contextmanager
 def _caught(take: Callable[[int], None], *numbers: int) -> Iterator[None]:
-    """Takes the first of these signals; whoever had them before has them again then."""
+    """Takes the first of these signals; those after it are for the listener alone."""
     before = {number: signal.getsignal(number) for number in numbers}
-
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
     def handle(number: int, frame: FrameType | None) -> None:
         del frame
-        restore()
+        for other in before:
+            signal.signal(other, _left_to_listener)
         take(number)
 
     for number in before:
@@ -163,7 +185,12 @@ def _caught(take: Callable[[int], None], *numbers: int) -> Iterator[None]:
     try:
         yield
     finally:
-        restore()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _left_to_listener(number: int, frame: FrameType | None) -> None:
+    """Does nothing: that Python handles a signal has it written to the listener."""
 
 
 @contextlib.contextmanager

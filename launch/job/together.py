@@ -22,6 +22,7 @@ from launch.config import devices
 from launch.config.reader import ResolvedConfig
 from launch.config.settings import PlatformSettings
 from launch.errors import ConfigError, ProcessError
+from launch.job.abort import hold_aborts
 from launch.job.end import WEEK_MILLISECONDS, Bell, client
 
 T = TypeVar("T")
@@ -96,8 +97,10 @@ def run(job: Job | None, work: Work, config: ResolvedConfig) -> int:
     import jax
 
     lines = _join(job, config)
+    hold_aborts()
+    silence = config.settings.platform.heartbeat_timeout_seconds
     with _streams(job) as say:
-        bell = Bell(job.process, job.number, lines, say)
+        bell = Bell(job.process, lines, say, silence)
         try:
             _refuse_other_devices(job, config)
             code = work()
@@ -252,7 +255,8 @@ def _join(job: Job, config: ResolvedConfig) -> dict[int, socket.socket]:
         local_device_ids=job.local_devices,
         cluster_detection_method="deactivate",
         initialization_timeout=platform.join_timeout_seconds,
-        heartbeat_timeout_seconds=platform.heartbeat_timeout_seconds,
+        # Who is alive our own connections tell, and with a message. jax would abort.
+        heartbeat_timeout_seconds=10 * platform.heartbeat_timeout_seconds,
         coordinator_bind_address=bind_address,
     )
     return lines

@@ -16,6 +16,7 @@ from launch.checkpoints.store import Checkpoints, named_arrays
 from launch.config.settings import LoopSettings
 from launch.errors import EXIT_DONE, EXIT_NON_FINITE, is_user_error
 from launch.job.signals import Signals, Stopped
+from launch.job.watchdog import Watchdog
 from launch.run.assemble import Run
 from launch.run.feed import Feed
 from launch.training.books import Books
@@ -40,6 +41,7 @@ class Hooks:
         go_back: returns the state of the newest checkpoint and what it kept for
             `Watch`; of none the state that the run began with.
         provenance: what a checkpoint says of its origin.
+        still_ours: ends the process if another run has taken its folder.
     """
 
     train_step: Step
@@ -49,6 +51,7 @@ class Hooks:
     data_facts: Callable[[int], Record]
     go_back: Callable[[], tuple[TrainState, Mapping[str, Any] | None]]
     provenance: Record
+    still_ours: Callable[[], None] = lambda: None
 
 
 def train(
@@ -88,6 +91,7 @@ def train(
     """
     loop = run.settings.loop
     watch = Watch(loop, books.events, books.progress.say, kept)
+    watchdog = Watchdog(loop.step_timeout_seconds)
     log = Log(
         books.writer,
         books.progress,
@@ -97,27 +101,34 @@ def train(
         tokens_per_step=math.prod(_shape(run)),
     )
     between = _Between(run, hooks, checkpoints, books, log, watch, int(state.step))
-    with signals.noted():
+    with signals.noted(), watchdog:
         while True:
             steps = Steps(
                 state,
                 hooks.train_step,
-                hooks.in_rounds,
+                watchdog.not_counting(hooks.in_rounds),  # it may compile
                 log,
                 watch,
                 replay_period_steps=loop.replay_period_steps,
             )
             code, fault = _walk(
-                run, steps, batches, between, signals, was_scored=was_scored
+                run, steps, batches, between, signals, watchdog, was_scored=was_scored
             )
             if not watch.going_back or code != EXIT_NON_FINITE:
                 break
             if watch.rollbacks >= loop.max_rollbacks:
                 _give_up(books, watch, loop)
                 break
-            state = _gone_back(steps, hooks, checkpoints, books, between)
+            with watchdog.paused():
+                state = _gone_back(steps, hooks, checkpoints, books, between)
             was_scored = True
-        with books.progress.waiting("finishing the checkpoint"), books.clock.of("save"):
+        with (
+            watchdog.paused(),
+            books.progress.waiting("finishing the checkpoint"),
+            books.clock.of("save"),
+        ):
+            if fault and not watch.skipped_in_a_row:
+                between.save(steps, int(steps.state.step))
             checkpoints.wait()
     if fault:
         raise fault
@@ -130,6 +141,7 @@ def _walk(
     batches: Batches,
     between: "_Between",
     signals: Signals,
+    watchdog: Watchdog,
     *,
     was_scored: bool,
 ) -> tuple[int, Exception | None]:
@@ -153,7 +165,8 @@ def _walk(
     with feed:
         try:
             if not was_scored:
-                between(steps, step, _due(step, loop, last) - {"save"})
+                with watchdog.paused():
+                    between(steps, step, _due(step, loop, last) - {"save"})
             for index in range(data_index, data_index + last - step):
                 with clock.of("data_wait"):
                     batch, fault = _next(feed)
@@ -165,20 +178,21 @@ def _walk(
                 clock.steps += 1
                 with clock.of("step"):
                     steps.take(Launched(step, index, batch, feed.wait_seconds))
+                    watchdog.step_is_done()
                     code = signals.asked()
                     if due or code:
                         steps.settle()
                 if watch.going_back:
                     return EXIT_NON_FINITE, None
                 # Whoever asked to stop may not wait for scores.
-                between(steps, step, {"save"} if code else due)
+                with watchdog.paused():
+                    between(steps, step, {"save"} if code else due)
                 if code:
                     break
         except Stopped as stopped:
             code = stopped.code
-            between.save(steps, step)
-        if fault and not watch.skipped_in_a_row:
-            between.save(steps, step)
+            with watchdog.paused():
+                between.save(steps, step)
     return code, fault
 
 
@@ -286,6 +300,7 @@ class _Between:
         """Saves the state, and what was written of it, unless it is saved already."""
         if self.saved_step == step:
             return
+        self.hooks.still_ours()
         if self.run.settings.loop.compare_replicas == "on":
             self._compare_replicas(steps.state, step)
         if not self.watch.skipped_in_a_row:

@@ -24,7 +24,7 @@ from launch.run import compiler_check, describe, self_check
 from launch.run.assemble import Run, assemble
 from launch.run.programs import Programs
 from launch.terminal.lines import waiting
-from launch.training import goodput, loop
+from launch.training import folder, goodput, loop, memory
 from launch.training.books import Books, opened
 from launch.training.finish import (
     Life,
@@ -74,6 +74,9 @@ def train(
                 allow_changes=allow_changes,
             )
         except Stopped as stopped:
+            loop_settings = config.settings.loop
+            grace_seconds = loop_settings.grace_seconds
+            folder.has_stopped(Path(loop_settings.model_dir), signals, grace_seconds)
             if not quiet:
                 print(stopped, file=sys.stderr)
             return stopped.code
@@ -95,12 +98,14 @@ def _train(
             print(f"  {name}: {fact}", file=sys.stderr, flush=True)
     model_dir, last = Path(settings.loop.model_dir), settings.train.train_steps
     with (
-        owned(model_dir),
+        memory.explained(run),
+        owned(model_dir) as still_ours,
         jax.set_mesh(run.mesh),
         Checkpoints(str(model_dir), settings.loop.keep_checkpoints) as saved,
         Programs(run) as programs,
     ):
         programs.during = functools.partial(waiting, quiet=quiet)
+        folder.be_ready_to_stop(model_dir, signals, settings.loop.grace_seconds)
         store, batches = _data(config, allowed_modules, quiet=quiet)
         measure = _measure(run, store, programs, signals, allowed_modules, quiet=quiet)
         score = _scorer(run, store, programs, signals)
@@ -144,6 +149,7 @@ def _train(
                 data_facts=_data_facts(batches, store),
                 go_back=functools.partial(_newest, run, saved, now),
                 provenance=now,
+                still_ours=still_ours,
             )
             state, code = loop.train(
                 *(run, state, batches, hooks, saved, books, signals),
@@ -151,6 +157,7 @@ def _train(
                 was_scored=was_scored,
             )
             if code != EXIT_DONE:
+                folder.has_stopped(model_dir, signals, settings.loop.grace_seconds)
                 books.note("stop", int(state.step), code=code)
                 explain(code, saved, quiet=quiet)
                 return code

@@ -1,23 +1,32 @@
 """The folders of a preparation: its own, and that of the store it makes."""
 
 import contextlib
-import fcntl
 import json
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from tasks import files
+from tasks import files, owner
 from tasks.errors import StoreError
 from tasks.manifest import MANIFEST
 from tasks.preparation.plan import PLAN
 from tasks.store import is_there, split_path
 
+_OWNER = "owner"  # of a preparation where the file system has no locks
 _LOCK = ".__lock"  # what TensorStore names it
 _OF_VOCABULARIES = {"vocabulary.json", "vocabulary.model", "tokenizer.json"}
 _OF_STORES = {MANIFEST, "quality.png", *_OF_VOCABULARIES}
-_OF_PREPARATIONS = {PLAN, "lock", "parts", "assembly", "signatures", "duplicates"}
+_OF_PREPARATIONS = {
+    PLAN,
+    "lock",
+    _OWNER,
+    "parts",
+    "assembly",
+    "signatures",
+    "duplicates",
+}
 _OF_PREPARATIONS |= {"classifier", "quality.json", "quality.png", *_OF_VOCABULARIES}
 
 
@@ -83,15 +92,50 @@ def alone(work: str) -> Iterator[None]:
     if not files.is_local(work):
         yield
         return
-    with _locked(Path(work)):
+    with contextlib.ExitStack() as held:
+        lock, has_locks = _locked(Path(work))
+        held.enter_context(lock)
+        if not has_locks:
+            _own(Path(work), held)
         try:
             yield
         finally:
+            held.close()
             _leave(Path(work))
 
 
-def _locked(work: Path) -> BinaryIO:
-    """Returns the lock of the folder, held until it is closed."""
+def _own(work: Path, held: contextlib.ExitStack) -> None:
+    """Owns the folder where the file system has no locks, until `held` is left."""
+    try:
+        held.enter_context(owner.owned(work / _OWNER, say=_say, lost=_lost))
+    except owner.TakenError as taken:
+        raise _taken(work, f" ({taken})") from None
+    except OSError as error:
+        raise _unwritable(str(work).removesuffix(".preparing"), error) from None
+
+
+def _say(message: str) -> None:
+    print(f"  {message}", file=sys.stderr, flush=True)
+
+
+def _lost(why: str) -> None:
+    """Ends a preparation from which another has taken its folder."""
+    _say(f"{why}: this preparation writes no more")
+    os._exit(1)
+
+
+def _taken(work: Path, who: str) -> StoreError:
+    return StoreError(
+        f"another process is preparing {str(work).removesuffix('.preparing')}{who}: "
+        "wait until it is done, or set another STORE_DIR"
+    )
+
+
+def _locked(work: Path) -> tuple[BinaryIO, bool]:
+    """Returns the lock of the folder, held until it is closed.
+
+    And whether it locks anything: not all file systems have locks.
+    """
     store_dir = str(work).removesuffix(".preparing")
     path = work / "lock"
     while True:
@@ -106,16 +150,13 @@ def _locked(work: Path) -> BinaryIO:
         except OSError as error:
             raise _unwritable(store_dir, error) from None
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            has_locks = owner.locked(lock)
             # A lock that was removed since it was opened keeps nobody out.
             if os.path.samestat(os.fstat(lock.fileno()), path.stat()):
-                return lock
+                return lock, has_locks
         except BlockingIOError:
             lock.close()
-            raise StoreError(
-                f"another process is preparing {store_dir}: wait until it is done, or "
-                "set another STORE_DIR"
-            ) from None
+            raise _taken(work, "") from None
         except FileNotFoundError:
             pass
         lock.close()
@@ -166,7 +207,7 @@ def forget(work: str) -> None:
     for entry in Path(work).iterdir():
         if entry.is_dir():
             files.delete_folder(str(entry))
-        elif entry.name != "lock":
+        elif entry.name not in ("lock", _OWNER):
             entry.unlink()
 
 

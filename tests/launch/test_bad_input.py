@@ -1,6 +1,7 @@
 """What a user gets wrong is one readable error, exit code 1, and nothing half done."""
 
 import dataclasses
+import errno
 import os
 import re
 import resource
@@ -284,13 +285,35 @@ def test_the_lock_of_another_run_is_left_as_it_is(tmp_path):
     with owned(tmp_path):
         before = (tmp_path / "run.lock").read_text()
         assert before.split()[0] == str(os.getpid())
-        words = "another run is writing to "
+        words = rf"another run is writing to .* \(process {os.getpid()} on .*, since 2"
         with pytest.raises(ModelDirError, match=words), owned(tmp_path):
             raise AssertionError("two runs in one folder")
         assert (tmp_path / "run.lock").read_text() == before
     (tmp_path / "run.lock").write_text("a longer line, of a run that was killed\n")
     with owned(tmp_path):
         assert (tmp_path / "run.lock").read_text().split()[0] == str(os.getpid())
+
+
+def test_a_second_run_is_kept_out_where_there_are_no_locks(tmp_path, monkeypatch):
+    def flock(file, how):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    words = (
+        rf"another run is writing to .* \(process {os.getpid()} on .*\): take another"
+    )
+    with owned(tmp_path) as still_ours:
+        with pytest.raises(ModelDirError, match=words), owned(tmp_path):
+            raise AssertionError("two runs in one folder")
+        ended = []
+        monkeypatch.setattr("launch.job.end.leave", ended.append)
+        still_ours()
+        assert ended == []
+        (tmp_path / "run.owner").unlink()
+        still_ours()
+        assert ended == [1], "whoever took the folder has it now"
+    with owned(tmp_path):
+        pass
 
 
 def test_a_run_without_a_checkpoint_is_said(trained, tmp_path):

@@ -239,16 +239,29 @@ def wait_for_records(folder: Path, number: int) -> None:
         time.sleep(0.01)
 
 
-def disturb(trained, folder, number: signal.Signals, victim: int) -> list[Done]:
-    """Sends a signal to one of two processes in the middle of a long run."""
-    words = words_of(trained, folder, 2, MESH_EXPERT=2, TRAIN_STEPS=5000)
-    processes = start(trained, "train", 2, *words)
+def disturb(
+    trained, folder, number: signal.Signals, victim: int, processes=2, **knobs
+) -> list[Done]:
+    """Sends a signal to one of the processes in the middle of a long run.
+
+    One that it stops goes on when the others have ended.
+    """
+    given = {"MESH_EXPERT": 2, "TRAIN_STEPS": 5000} | knobs
+    words = words_of(trained, folder, 4 // processes, **given)
+    job = start(trained, "train", processes, *words)
     wait_for_records(folder, 3)
-    processes[victim].send_signal(number)
+    job[victim].send_signal(number)
     began = time.monotonic()
-    dones = [commands.finish(process) for process in processes]
+    others = {
+        place: commands.finish(process)
+        for place, process in enumerate(job)
+        if place != victim
+    }
     assert time.monotonic() - began < 30, "the heartbeat's time is 100 s"
-    return dones
+    if number == signal.SIGSTOP:
+        job[victim].send_signal(signal.SIGCONT)
+    others[victim] = commands.finish(job[victim])
+    return [others[place] for place in range(processes)]
 
 
 @pytest.mark.slow
@@ -295,15 +308,30 @@ def test_a_signal_to_one_process_stops_all_while_they_compile_or_score(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize(("victim", "processes"), [(0, 2), (1, 2), (3, 4)])
 def test_when_a_process_is_killed_the_others_end_and_say_which(
+    trained, tmp_path, victim, processes
+):
+    dones = disturb(trained, tmp_path / "run", signal.SIGKILL, victim, processes)
+    assert dones.pop(victim).code == -signal.SIGKILL
+    for done in dones:
+        assert done.code == EXIT_LOST_PROCESS, done.err
+        assert f"process {victim} was lost. The same command, started" in done.err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_when_a_process_is_stopped_all_end_and_it_writes_no_more(
     trained, tmp_path, victim
 ):
-    dones = disturb(trained, tmp_path / "run", signal.SIGKILL, victim)
-    assert dones[victim].code == -signal.SIGKILL
-    survivor = dones[1 - victim]
-    assert survivor.code in (EXIT_LOST_PROCESS, -signal.SIGABRT), survivor.err
-    assert f"process {victim} was lost. The same command, started" in survivor.err
+    folder = tmp_path / "run"
+    dones = disturb(trained, folder, signal.SIGSTOP, victim, HEARTBEAT_TIMEOUT=4)
+    for done in dones:
+        assert done.code == EXIT_LOST_PROCESS, done.err
+        assert "was lost" in done.err
+    said = f"process {victim} was lost: silent for HEARTBEAT_TIMEOUT = 4 s"
+    assert said in dones[1 - victim].err
+    assert not list(folder.glob("checkpoints/*"))
 
 
 @pytest.mark.slow

@@ -53,30 +53,6 @@ def test_processes_that_agree_all_go_on_and_the_port_is_free_again(number):
     assert outcomes(processes, address) == [""] * number
 
 
-def test_no_network_forgets_the_connections_that_stay():
-    address = free_address()
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        calls = [
-            pool.submit(
-                *(meet.call, address, process, 2, SAME),
-                bind_address=address,
-                timeout_seconds=5.0,
-            )
-            for process in range(2)
-        ]
-        lines = [line for call in calls for line in call.result().values()]
-    assert len(lines) == 2
-    for line in lines:
-        with line:
-            assert line.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
-            probed = [
-                line.getsockopt(socket.IPPROTO_TCP, getattr(socket, name))
-                for name in ("TCP_KEEPIDLE", "TCP_KEEPALIVE", "TCP_KEEPINTVL")
-                if hasattr(socket, name)
-            ]
-            assert all(seconds <= 60 for seconds in probed), "ten minutes are too late"
-
-
 def test_everybody_hears_who_is_missing():
     found = outcomes([(0, 4, SAME), (2, 4, SAME)], seconds=1.0)
     came = "2 of NUM_PROCESSES = 4 processes came within JOIN_TIMEOUT = 1 s; "

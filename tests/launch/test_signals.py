@@ -19,7 +19,7 @@ from launch.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_PREEMPTED
 from launch.job import end, together
 from launch.job.signals import GOES_ON, Stopped, listening
 from launch.records.events import EventLog
-from launch.training import log, loop
+from launch.training import folder, log, loop
 from launch.training.books import Books
 from launch.training.goodput import Clock
 
@@ -61,6 +61,43 @@ def test_a_signal_is_noted_where_something_is_to_be_saved(number, code, left):
                 heard.check()
             assert left.empty()
         assert (before, heard.asked(), stopped.value.code) == (EXIT_DONE, code, code)
+
+
+def heard_twice(left, first, second) -> bool:
+    """Whether the process would have ended at the second of two signals."""
+    with listening(GOES_ON, quiet=True) as heard, heard.noted():
+        heard.kept = lambda: "step 7 is kept"
+        for number in (first, second):
+            signal.raise_signal(number)
+            time.sleep(0.2)
+        assert heard.asked() == dict(BOTH)[first]
+    return not left.empty()
+
+
+def test_ctrl_c_twice_ends_at_once_and_says_what_is_kept(left, capsys):
+    assert heard_twice(left, signal.SIGINT, signal.SIGINT)
+    assert left.get()[0] == EXIT_INTERRUPTED
+    assert "ended at once · step 7 is kept" in capsys.readouterr().err
+
+
+def test_ctrl_c_ends_at_once_what_is_stopping_already(left):
+    assert heard_twice(left, signal.SIGTERM, signal.SIGINT)
+
+
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_sigterm_does_not_end_what_is_being_saved(left, first):
+    assert not heard_twice(left, first, signal.SIGTERM)
+
+
+def test_when_a_run_begins_to_stop_it_is_told_once(left):
+    told = []
+    with listening(GOES_ON, quiet=True) as heard, heard.noted():
+        heard.begin_to_stop = lambda: told.append(heard.seconds_since())
+        assert (heard.asked(), heard.seconds_since()) == (EXIT_DONE, 0)
+        signal.raise_signal(signal.SIGTERM)
+        assert heard.asked() == heard.asked() == EXIT_PREEMPTED
+        assert len(told) == 1
+        assert heard.seconds_since() > 0
 
 
 def test_processes_of_a_job_stop_at_the_same_ask(monkeypatch):
@@ -222,3 +259,53 @@ def test_a_step_that_was_not_to_be_scored_is_not():
     run = Recorder()
     assert run.train(3, was_scored=False, score=2, save=0) == EXIT_DONE
     assert run.did == ["score 4", "save 6", "wait"]
+
+
+# ---------------------------------------------------------- what a folder knows of it
+
+
+@contextlib.contextmanager
+def started(model_dir, grace_seconds=0.0):
+    """A start of a run until it is asked to stop; it has until the end to save."""
+    with listening(GOES_ON, quiet=True) as heard, heard.noted():
+        folder.be_ready_to_stop(model_dir, heard, grace_seconds)
+        yield heard
+
+
+def test_a_run_that_is_killed_while_it_saves_says_so_when_it_goes_on(
+    left, tmp_path, capsys
+):
+    for name in ("7", "12", "19.orbax-checkpoint-tmp"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    with started(tmp_path) as heard:
+        signal.raise_signal(signal.SIGTERM)
+        assert heard.asked() == EXIT_PREEMPTED
+    assert capsys.readouterr().err == ""
+    with started(tmp_path, 30):
+        said = capsys.readouterr().err
+    assert "this run was asked to stop, and killed before it had saved" in said
+    assert "(GRACE_SECONDS = 30); it goes on from step 12" in said
+    with started(tmp_path, 30):
+        assert capsys.readouterr().err == "", "once"
+
+
+@pytest.mark.parametrize("grace_seconds", [0, 1e-9, 3600])
+def test_a_run_that_saves_for_too_long_says_so(left, tmp_path, capsys, grace_seconds):
+    with started(tmp_path) as heard:
+        signal.raise_signal(signal.SIGTERM)
+        heard.asked()
+        folder.has_stopped(tmp_path, heard, grace_seconds)
+    assert ("GRACE_SECONDS" in capsys.readouterr().err) == (grace_seconds == 1e-9)
+    with started(tmp_path):
+        assert capsys.readouterr().err == "", "it has saved"
+
+
+def test_ctrl_c_twice_names_the_newest_whole_checkpoint(left, tmp_path, capsys):
+    for name in ("7", "19.orbax-checkpoint-tmp"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    with started(tmp_path):
+        for _ in range(2):
+            signal.raise_signal(signal.SIGINT)
+            time.sleep(0.2)
+        assert left.get(timeout=5)[0] == EXIT_INTERRUPTED
+    assert "ended at once · the checkpoint of step 7 is kept" in capsys.readouterr().err

@@ -49,7 +49,7 @@ sys.exit(code or (99 if heavy else 0))
 """
 
 # Says so and waits before it reads batch PAUSE_AT, until the loop has noted a signal:
-# then it gives both signals back to whoever had them before.
+# then another handler has both signals.
 PAUSED = """
 import os, signal, sys, time
 from launch import cli
@@ -57,8 +57,9 @@ from tasks.batches import Batches
 
 def read(batches, index, start, stop, original=Batches.read):
     if index == int(os.environ["PAUSE_AT"]):
+        before = signal.getsignal(signal.SIGTERM)
         print("paused", flush=True)
-        while signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        while signal.getsignal(signal.SIGTERM) is before is not signal.SIG_DFL:
             time.sleep(0.01)
     return original(batches, index, start, stop)
 
@@ -81,10 +82,11 @@ def before_jax(platform, original=cli._before_jax):
     called = getattr(holder, name)
 
     def paused(*arguments, **options):
+        before = signal.getsignal(signal.SIGTERM)
         print("paused", flush=True)
         if os.environ["DEAF"]:
             hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)
-        while signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        while signal.getsignal(signal.SIGTERM) is before is not signal.SIG_DFL:
             time.sleep(0.01)
         return called(*arguments, **options)
 
@@ -198,10 +200,10 @@ def inline(*words: str | Path) -> Done:
     return Done(code, out.getvalue(), err.getvalue())
 
 
-def finish(process: subprocess.Popen[str]) -> Done:
+def finish(process: subprocess.Popen[str], seconds: float = 150) -> Done:
     """Waits for the end of a command."""
     try:
-        out, err = process.communicate(timeout=150)
+        out, err = process.communicate(timeout=seconds)
     finally:
         process.kill()
     return Done(process.returncode, out, err)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from corpus import settings
 
-from tasks import arrays, files, packing
+from tasks import arrays, files, owner, packing
 from tasks.arrays import Array, ShardedArray, write_array
 from tasks.manifest import MANIFEST
 from tasks.preparation import folders
@@ -273,7 +273,7 @@ def test_a_lock_that_its_owner_removed_keeps_nobody_out(tmp_path, monkeypatch):
         flock(file, how)
 
     with contextlib.ExitStack() as open_stack:
-        monkeypatch.setattr(folders.fcntl, "flock", between)
+        monkeypatch.setattr(owner.fcntl, "flock", between)
         with (
             pytest.raises(StoreError, match="another process is preparing"),
             folders.alone(str(work)),

@@ -15,6 +15,7 @@ _NAMES = {
     "loop.eval_period_steps": "EVAL_PERIOD",
     "loop.task_metrics_period_steps": "TASK_METRICS_PERIOD",
     "loop.log_period_steps": "LOG_PERIOD",
+    "loop.load_period_steps": "LOAD_PERIOD",
     "data.layout": "ARCHITECTURE",
     "data.vocabulary_size": "VOCABULARY_PIECES",
     "filters.near_similarity": "NEAR_DUPLICATE_SIMILARITY",

@@ -70,7 +70,9 @@ class LoopSettings:
         last_eval_batches: the same of the last evaluation.
         task_metrics_period_steps: between measurements by the Tasks' own metric
             functions; the last step then has one too. 0: none while training.
-        log_period_steps: between records of metrics.
+        log_period_steps: between records of metrics, each of which stands for all steps
+            since the one before.
+        load_period_steps: between records that keep every expert's load; 0: none.
         max_skipped_steps: consecutive non-finite steps after which the run gives up.
         self_check: whether the sparse layer is compared with the oracle before
             training, and the CPU's compiler with NumPy before anything is computed.
@@ -86,6 +88,7 @@ class LoopSettings:
     last_eval_batches: int = 1000
     task_metrics_period_steps: int = 0
     log_period_steps: int = 10
+    load_period_steps: int = 100
     max_skipped_steps: int = 10
     self_check: Literal["on", "off"] = "on"
     compile_ahead: Literal["all", "train_step"] = "all"
@@ -200,6 +203,7 @@ def _range_problems(settings: Settings) -> list[str]:
     at_least_0 = {
         "EVAL_BATCHES": loop.eval_batches,
         "LAST_EVAL_BATCHES": loop.last_eval_batches,
+        "LOAD_PERIOD": loop.load_period_steps,
         "TRAIN_TOKENS": settings.train.train_tokens,
         "TASK_METRICS_PERIOD": loop.task_metrics_period_steps,
         "AUX_LOSS_FACTOR": loss.balance_weight,

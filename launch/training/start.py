@@ -122,7 +122,7 @@ def _train(
             keep(model_dir, config, found or 0, store.vocabulary)
             about_start(life).save(model_dir)
         with (
-            writer_of(model_dir, resume_step=found or 0) as writer,
+            writer_of(life, resume_step=found or 0) as writer,
             TrainProgress(last, start_step=found or 0, quiet=quiet) as progress,
         ):
             programs.during = progress.waiting

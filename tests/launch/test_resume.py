@@ -23,7 +23,7 @@ from launch.checkpoints.store import Checkpoints, named_arrays
 from launch.config import reader
 from launch.data.opening import training_batches
 from launch.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED
-from launch.records.write import read_metrics
+from launch.records.read import read_metrics
 from launch.run.assemble import assemble
 from launch.run.feed import place_batch
 from tasks.store import open_store

@@ -13,7 +13,7 @@ from commands import TINY, inline
 
 from launch.config import reader
 from launch.evaluation import heldout as evaluation
-from launch.records.write import read_metrics
+from launch.records.read import read_metrics
 from moe.accounting import count
 from tasks.store import open_store
 

@@ -7,7 +7,8 @@ import pytest
 from tensorboardX.crc32c import crc32c
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from launch.records.write import MetricWriter, read_metrics
+from launch.records.read import read_metrics
+from launch.records.write import MetricWriter
 
 pytestmark = pytest.mark.fast
 
@@ -53,7 +54,7 @@ def _scalars(folder):
 
 def test_records_come_back_as_they_were_written(tmp_path):
     records = [
-        _train(1, **{"router/load": [[0.1, 0.9], [1 / 3, 2 / 3]]}),
+        _train(1, **{"router/entropy_nats_per_layer": [0.1, 1 / 3]}),
         {"step": 1, "split": "heldout", "loss/bits_per_byte": 1.25, "tokens": 7},
         _train(2),
     ]

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 from commands import TINY, inline
 
@@ -17,55 +18,17 @@ from launch.records.read import read_metrics
 from moe.accounting import count
 from tasks.store import open_store
 
-TRAIN_METRICS = {
-    "loss/total",
-    "loss/nats_per_token",
-    "loss/output_z",
-    "loss/balance",
-    "loss/router_z",
-    "accuracy/fraction",
-    "ledger/routed_choices",
-    "ledger/computed_choices",
-    "ledger/spilled_choices",
-    "ledger/dropped_choices",
-    "ledger/padding_choices",
-    "ledger/tokens_without_expert",
-    "router/dropped_fraction",
-    "router/dropped_fraction_per_layer",
-    "router/spilled_fraction",
-    "router/tokens_without_expert_fraction",
-    "router/over_budget_rows",
-    "router/logit_rms",
-    "router/entropy_nats",
-    "router/entropy_nats_per_layer",
-    "router/load",
-    "router/max_violation",
-    "router/dead_experts",
-    "optimizer/gradient_norm",
-    "optimizer/parameter_norm",
-    "optimizer/learning_rate",
-    "state/taken",
-    "state/skipped_steps",
-    "state/skipped_in_a_row",
-    "perf/step_seconds",
-    "perf/tokens_per_second",
-    "perf/data_wait_seconds",
-    "perf/steps_since_start",
-    "perf/steps_taken_again",
-    "data/read_retries",
-    "data/rows/python_topics_small",
-    "data/epochs/python_topics_small",
-}
-HELDOUT_METRICS = {
-    *(name for name in TRAIN_METRICS if name.startswith(("loss", "ledger", "router"))),
-    "accuracy/fraction",
-    "loss/bits_per_byte",
-    "loss/nats_per_token/python_topics_small",
-    "loss/bits_per_byte/python_topics_small",
-    "tokens",
-    "eval/scored_fraction",
-}
-SPLITS = {"train": TRAIN_METRICS, "heldout": HELDOUT_METRICS}
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "metrics.md"
+SPLITS = {"train": "training", "heldout": "held-out"}
+
+
+def documented() -> dict[str, str]:
+    """Names of metrics, and in which records they are, as the page says."""
+    rows = re.findall(r"^\| `([^`]+)` \| ([^|]+) \|", PAGE.read_text(), re.MULTILINE)
+    names = [name for name, _ in rows if "/" in name.strip("/") or name == "tokens"]
+    assert len(names) == len(set(names)), "a name twice"
+    of_task = [(n.replace("TASK", "python_topics_small"), where) for n, where in rows]
+    return {n: where for n, where in of_task if where[:4] in ("both", "trai", "held")}
 
 
 def last_score(folder: Path) -> dict:
@@ -100,6 +63,7 @@ def test_a_run_prepares_its_store_trains_and_says_so_first(trained):
         "checkpoints",
         "config.gin",
         "configs",
+        "loads",
         "metrics.jsonl",
         "report.html",
         "report.json",
@@ -118,8 +82,11 @@ def test_metrics_have_their_names_and_steps_only_grow(trained):
         split: [r["step"] for r in records if r["split"] == split] for split in SPLITS
     }
     assert steps == {"train": list(range(1, 21)), "heldout": [10, 20]}
+    page = documented()
     for record in records:
-        assert record.keys() == {"step", "split"} | SPLITS[record["split"]]
+        where = ("both", SPLITS[record["split"]])
+        always = {name for name, recorded in page.items() if recorded in where}
+        assert record.keys() == {"step", "split"} | always
         assert record["ledger/routed_choices"] == sum(
             record[f"ledger/{kind}_choices"]
             for kind in ("computed", "dropped", "padding")
@@ -303,7 +270,8 @@ def test_evaluate_on_another_mesh_finds_the_score_of_the_run(trained, monkeypatc
     assert score["tokens"] == wanted["tokens"]
     assert printed["tokens"] == f"{wanted['tokens']:,}"
     # The same tokens met the same experts, in float32.
-    assert score["router/load"] == wanted["router/load"]
+    load = np.load(trained.folder / "loads" / "heldout" / f"{wanted['step']:012d}.npy")
+    np.testing.assert_array_equal(np.float32(score["router/load"]), load)
     assert "gzip baseline" in done.out
 
 

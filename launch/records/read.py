@@ -58,8 +58,9 @@ class Records:
         self._split = {name: split[kept] == n for name, n in known.items()}
         twice = ""
         if len(void):
+            stand = "record stands" if len(void) == 1 else "records stand"
             twice = (
-                f"{self._path}: {len(void):,} records stand twice, the first of step "
+                f"{self._path}: {len(void):,} {stand} twice, the first of step "
                 f"{step[void].min():,}; the later of each counts"
             )
         notes = told_damage(self._path, damaged, number), twice

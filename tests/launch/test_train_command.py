@@ -24,11 +24,11 @@ SPLITS = {"train": "training", "heldout": "held-out"}
 
 def documented() -> dict[str, str]:
     """Names of metrics, and in which records they are, as the page says."""
-    rows = re.findall(r"^\| `([^`]+)` \| ([^|]+) \|", PAGE.read_text(), re.MULTILINE)
-    names = [name for name, _ in rows if "/" in name.strip("/") or name == "tokens"]
-    assert len(names) == len(set(names)), "a name twice"
-    of_task = [(n.replace("TASK", "python_topics_small"), where) for n, where in rows]
-    return {n: where for n, where in of_task if where[:4] in ("both", "trai", "held")}
+    row = re.compile(r"^\| `([^`]+)` \| ([^|]+) \|([^|]+\|){3}$", re.MULTILINE)
+    rows = [(name, where) for name, where, _ in row.findall(PAGE.read_text())]
+    found = {n.replace("TASK", "python_topics_small"): where for n, where in rows}
+    assert len(found) == len(rows), "a name twice"
+    return found
 
 
 def last_score(folder: Path) -> dict:
@@ -165,19 +165,65 @@ def test_a_complete_run_says_so_and_changes_nothing(trained, tmp_path):
     assert before == after
 
 
-@pytest.mark.slow
-def test_a_complete_run_whose_report_was_lost_writes_it_again(trained, tmp_path):
+def test_a_complete_run_whose_report_was_lost_writes_it_again(
+    trained, tmp_path, monkeypatch
+):
     folder = shutil.copytree(trained.folder, tmp_path / "copy")
     (folder / "report.html").unlink()
-    wanted = last_score(folder)
-    done = inline("train", *trained.knobs(folder))
+    metrics = (folder / "metrics.jsonl").read_bytes()
+    monkeypatch.setattr(evaluation, "heldout", None)  # scores are there, and stay
+    done = inline("train", *trained.knobs(folder), "--gin.SAMPLE_PROMPT=")
     assert done.code == 0, done.err
     assert (folder / "report.html").stat().st_size > 10_000
-    again = last_score(folder)
-    assert again["step"] == 20
-    assert again["loss/nats_per_token"] == pytest.approx(
-        wanted["loss/nats_per_token"], rel=1e-6
+    assert (folder / "metrics.jsonl").read_bytes() == metrics
+
+
+def test_a_report_that_cannot_be_written_fails_no_run(trained, tmp_path, monkeypatch):
+    folder = shutil.copytree(trained.folder, tmp_path / "a copy")
+    (folder / "report.html").unlink()
+
+    def fail(*given):
+        raise MemoryError("of 25 GB\nthere are 2")
+
+    monkeypatch.setattr("launch.report.run.write_report", fail)
+    done = inline("train", *trained.knobs(folder), "--gin.SAMPLE_PROMPT=")
+    assert done.code == 0, done.err
+    assert done.err.splitlines()[-1] == (
+        "warning: the report could not be written (MemoryError: of 25 GB there are 2); "
+        "the run is complete, and this makes it again: switchyard report "
+        f"--model_dir='{folder}'"
     )
+    assert f"{last_score(folder)['loss/nats_per_token']:.4f}" in done.out
+    assert "report        none" in done.out
+    assert not (folder / "report.html").exists()
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_whatever_lies_among_its_records(trained, tmp_path):
+    folder = shutil.copytree(trained.folder, tmp_path / "run")
+    shutil.rmtree(folder / "checkpoints" / "20")
+    (folder / "tensorboard" / ".DS_Store").touch()
+    path = folder / "metrics.jsonl"
+    lines = path.read_text().splitlines()
+    lines[1] = lines[1][:40]
+    scored = next(n for n, line in enumerate(lines) if '"heldout"' in line)
+    lines.insert(scored, lines[scored])
+    path.write_text("\n".join([*lines, lines[0][:40]]))
+    done = trained.run("train", *trained.knobs(folder), "--self_check=off")
+    assert done.code == 0, done.err
+    said = [line for line in done.err.splitlines() if line.startswith("warning: ")]
+    assert said == [
+        f"warning: {path}: 1 line at the end could not be read and was cut off",
+        f"warning: {folder / 'tensorboard'} holds what is not of this run: .DS_Store",
+        f"warning: {path}: 1 line cannot be read and was left out: line 2",
+        f"warning: {path}: 1 record stands twice, the first of step 10; the later of "
+        "each counts",
+    ]
+    wanted = [r for r in read_metrics(trained.folder) if r["step"] != 2]
+    names = ("step", "split", "loss/nats_per_token")
+    assert [[r[n] for n in names] for r in read_metrics(folder)] == [
+        [r[n] for n in names] for r in wanted
+    ]
 
 
 # ----------------------------------------------------------------- the other verbs

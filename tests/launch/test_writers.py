@@ -229,7 +229,7 @@ def test_a_step_scored_twice_counts_once_and_the_later_stands(tmp_path):
     records = read_metrics(tmp_path)
     assert len(records) == 2
     assert Records(tmp_path).notes == (
-        f"{tmp_path / 'metrics.jsonl'}: 1 records stand twice, the first of step 10; "
+        f"{tmp_path / 'metrics.jsonl'}: 1 record stands twice, the first of step 10; "
         "the later of each counts",
     )
     assert [r["life"] for r in records if r["split"] == "train"] == [2]

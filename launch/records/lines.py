@@ -99,6 +99,37 @@ def truncate(path: pathlib.Path, step: int | None) -> str:
     )
 
 
+def newest(model_dir: str | os.PathLike[str], split: str, step: int) -> Record | None:
+    """Finds the record of a step, from the end of the file; None where there is none.
+
+    It reads back to the first record of an earlier step, and no further.
+    """
+    path = pathlib.Path(model_dir) / METRICS_FILE
+    if not path.exists():
+        return None
+    with open(path, "rb") as file:
+        for _, line in backwards(file):
+            record = parse(line)
+            if record is None:
+                continue
+            if record["step"] < step:
+                return None
+            if (record["step"], record["split"]) == (step, split):
+                return record
+    return None
+
+
+def last_step(model_dir: str | os.PathLike[str]) -> int | None:
+    """Returns the step of the last record, read from the end; None without any."""
+    path = pathlib.Path(model_dir) / METRICS_FILE
+    if path.exists():
+        with open(path, "rb") as file:
+            for _, line in backwards(file):
+                if (record := parse(line)) is not None:
+                    return record["step"]
+    return None
+
+
 def told_damage(path: pathlib.Path, damaged: list[int], number: int) -> str:
     """Says which lines of a file are damaged; "" for none.
 

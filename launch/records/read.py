@@ -10,7 +10,6 @@ import numpy as np
 from launch.records.lines import (
     METRICS_FILE,
     Record,
-    backwards,
     parse,
     told_damage,
 )
@@ -109,23 +108,3 @@ def read_metrics(model_dir: str | os.PathLike[str]) -> list[Record]:
         What `Records` gives, with "nan" and "inf" as numbers again; [] without a file.
     """
     return list(Records(model_dir).all())
-
-
-def newest(model_dir: str | os.PathLike[str], split: str, step: int) -> Record | None:
-    """Finds the record of a step, from the end of the file; None where there is none.
-
-    It reads back to the first record of an earlier step, and no further.
-    """
-    path = pathlib.Path(model_dir) / METRICS_FILE
-    if not path.exists():
-        return None
-    with open(path, "rb") as file:
-        for _, line in backwards(file):
-            record = parse(line)
-            if record is None:
-                continue
-            if record["step"] < step:
-                return None
-            if (record["step"], record["split"]) == (step, split):
-                return record
-    return None

@@ -58,10 +58,14 @@ class MetricWriter:
     ) -> None:
         self._dir = pathlib.Path(model_dir)
         self._dir.mkdir(parents=True, exist_ok=True)
-        self._purge_step = None if resume_step is None else resume_step + 1
         self._load_period = load_period_steps
         self._derive = derive
         self.before_flush: Callable[[], None] = lambda: None
+        self._open(resume_step)
+
+    def _open(self, resume_step: int | None) -> None:
+        """Opens the files, without what is void."""
+        self._purge_step = None if resume_step is None else resume_step + 1
         path = self._dir / METRICS_FILE
         _warn(truncate(path, resume_step))
         if resume_step is not None:
@@ -102,6 +106,11 @@ class MetricWriter:
         self._file.write(line + "\n")
         self._file.flush()
         self._write_event(values)
+
+    def rewind(self, step: int) -> None:
+        """Removes the records of later steps: the run has gone back to this one."""
+        self.close()
+        self._open(step)
 
     def flush(self) -> None:
         """Puts everything written on disk: call it before a checkpoint commits."""
@@ -209,6 +218,10 @@ class NoMetrics:
 
     def flush(self) -> None:
         """Lets go what is held back, as where it is written."""
+        self.before_flush()
+
+    def rewind(self, step: int) -> None:
+        """Lets go what is held back, and has nothing to remove."""
         self.before_flush()
 
 

@@ -17,7 +17,7 @@ from launch.errors import EXIT_DONE, EXIT_NON_FINITE
 from launch.evaluation import heldout
 from launch.job import together
 from launch.job.signals import Signals, Stopped
-from launch.records.read import newest
+from launch.records.lines import newest
 from launch.records.write import MetricWriter, NoMetrics
 from launch.report.about import About
 from launch.run import describe, speed

@@ -12,7 +12,8 @@ from tensorboardX.crc32c import crc32c
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from launch.records import lines, loads
-from launch.records.read import Records, newest, read_metrics
+from launch.records.lines import last_step, newest
+from launch.records.read import Records, read_metrics
 from launch.records.write import MetricWriter
 
 pytestmark = pytest.mark.fast
@@ -219,6 +220,7 @@ def test_scores_of_a_step_are_found_from_the_end(tmp_path):
     assert newest(tmp_path, "heldout", 10)["tokens"] == 2
     assert newest(tmp_path, "heldout", 11) is None
     assert newest(tmp_path, "heldout", 5) == {"step": 5, "split": "heldout"}
+    assert (last_step(tmp_path), last_step(tmp_path / "new")) == (11, None)
 
 
 def test_a_step_scored_twice_counts_once_and_the_later_stands(tmp_path):
@@ -317,6 +319,28 @@ def test_a_matrix_that_a_kill_left_unfinished_is_none(tmp_path, when):
     assert [step for step, _ in loads.saved(tmp_path, "train")] == [2]
     MetricWriter(tmp_path, resume_step=3).close()
     assert len(list(folder.iterdir())) == 1
+
+
+def test_a_run_that_goes_back_rewinds_its_records_and_what_is_held_back(tmp_path):
+    load = {"router/load": [[0.5, 0.5]]}
+    with MetricWriter(tmp_path, resume_step=0) as writer:
+        for step in (1, 2, 3):
+            writer.write(_train(step, life=1, **load))
+        held = [_train(4, life=1, **load)]
+        writer.before_flush = lambda: [writer.write(held.pop()) for _ in held[:]]
+        writer.rewind(2)
+        assert [r["step"] for r in read_metrics(tmp_path)] == [1, 2]
+        assert [step for step, _ in loads.saved(tmp_path, "train")] == [1, 2]
+        writer.write(_train(3, life=2, **load))
+        held.append(_train(4, life=2, **load))
+    assert [r["life"] for r in read_metrics(tmp_path)] == [1, 1, 2, 2]
+    assert [step for step, _ in loads.saved(tmp_path, "train")] == [1, 2, 3, 4]
+    starts = [
+        event.step
+        for event in _events(tmp_path / "tensorboard" / "train")
+        if event.session_log.status == SessionLog.START
+    ]
+    assert starts == [1, 3]
 
 
 def test_what_is_held_back_is_written_before_a_flush(tmp_path):

@@ -98,7 +98,7 @@ def matrix(record: Mapping[str, Any]) -> np.ndarray | None:
     """Returns the matrix in a record, as versions before these files wrote it."""
     try:
         return _checked(np.array(record[LOAD], float))
-    except (ValueError, TypeError):
+    except (KeyError, ValueError, TypeError):
         return None
 
 

@@ -39,12 +39,10 @@ class Training:
 
     Attributes:
         trends: curves over steps.
-        pace: curves of the speed without the first step of each start, which would
-            flatten the rest; with it where there is nothing else.
         first: the first record; {} without any.
         recent: the last records.
-        drops: fraction of choices that were dropped, in the mean over all steps.
-        most_drops: likewise, in the worst record; None without routers.
+        most_drops: fraction of choices dropped in the worst record; None without
+            routers.
         greatest: of what is counted up, the greatest.
         retries: failed reads; each start of the run counts from 0.
         with_loads: numbers of the records that hold a whole matrix of loads.
@@ -71,13 +69,16 @@ class Training:
 
     @property
     def pace(self) -> Trends:
-        """Curves of the speed."""
+        """Curves of the speed without the first step of each start.
+
+        It would flatten the rest; where there is nothing else it is there.
+        """
         steady = len(self._steady.curve("perf/step_seconds").steps)
         return self._steady if steady else self._first_steps
 
     @property
     def has_steady_pace(self) -> bool:
-        """Whether there is more than first steps."""
+        """Whether there are steps beside the first of each start."""
         return self.pace is self._steady
 
     @property
@@ -269,7 +270,7 @@ def _read(
         if isinstance(source, pathlib.Path):
             load_LE = files.read(source)
         else:
-            load_LE = files.matrix(*records.some("train", [source]))
+            load_LE = files.matrix(next(records.some("train", [source]), {}))
         if load_LE is None:
             damaged.append(f"{source if isinstance(source, pathlib.Path) else place}")
         else:

@@ -63,6 +63,7 @@ bench: $(ready)  ## time the train step, the sparse layer, drawing, and making t
 	$(BIN)/python -m benchmarks.moe_layer
 	$(BIN)/python -m benchmarks.drawing
 	$(BIN)/python -m benchmarks.prepare
+	$(BIN)/python -m benchmarks.records
 
 # uv does not read pip's settings: for an index of your own set UV_DEFAULT_INDEX.
 lock: $(ready)  ## write requirements.lock; UPGRADE=--upgrade takes newer versions

@@ -17,6 +17,7 @@ _NAMES = {
     "loop.log_period_steps": "LOG_PERIOD",
     "loop.replay_period_steps": "REPLAY_PERIOD",
     "loop.step_timeout_seconds": "STEP_TIMEOUT",
+    "loop.load_period_steps": "LOAD_PERIOD",
     "data.layout": "ARCHITECTURE",
     "data.vocabulary_size": "VOCABULARY_PIECES",
     "filters.near_similarity": "NEAR_DUPLICATE_SIMILARITY",

@@ -70,7 +70,9 @@ class LoopSettings:
         last_eval_batches: the same of the last evaluation.
         task_metrics_period_steps: between measurements by the Tasks' own metric
             functions; the last step then has one too. 0: none while training.
-        log_period_steps: between records of metrics.
+        log_period_steps: between records of metrics, each of which stands for all steps
+            since the one before.
+        load_period_steps: between records that keep every expert's load; 0: none.
         max_skipped_steps: consecutive skipped steps after which the run goes back to
             its newest checkpoint, and passes over the data since.
         max_rollbacks: times that it does so without a new checkpoint in between, before
@@ -101,6 +103,7 @@ class LoopSettings:
     last_eval_batches: int = 1000
     task_metrics_period_steps: int = 0
     log_period_steps: int = 10
+    load_period_steps: int = 100
     max_skipped_steps: int = 10
     max_rollbacks: int = 3
     spike_action: Literal["none", "skip", "rollback"] = "none"
@@ -222,6 +225,7 @@ def _range_problems(settings: Settings) -> list[str]:
     at_least_0 = {
         "EVAL_BATCHES": loop.eval_batches,
         "LAST_EVAL_BATCHES": loop.last_eval_batches,
+        "LOAD_PERIOD": loop.load_period_steps,
         "TRAIN_TOKENS": settings.train.train_tokens,
         "TASK_METRICS_PERIOD": loop.task_metrics_period_steps,
         "MAX_ROLLBACKS": loop.max_rollbacks,

@@ -4,11 +4,10 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from launch.report.series import even_choice, number
+from launch.report.gather import Heldout, Training
 
 Record = Mapping[str, Any]
 Table = tuple[Sequence[str], Sequence[Sequence[str]]]  # head and rows
-_MOST_COLUMNS = 6  # evaluations whose metrics are shown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,19 +25,15 @@ class Data:
     note: str
 
 
-def data(train: Sequence[Record], heldout: Sequence[Record]) -> Data:
+def data(train: Training, heldout: Heldout) -> Data:
     """Returns what the records say: what was read, and how each Task scores."""
-    measured = [record for record in heldout if _by_name(record, "metric/")]
-    shown = [measured[i] for i in even_choice(len(measured), _MOST_COLUMNS)]
     note = ""
-    if len(shown) < len(measured):
-        note = f"{len(shown)} of {len(measured)} evaluations are shown."
-    found = (
-        _read(train[-1] if train else {}),
-        _losses(heldout[-1] if heldout else {}),
-        _metrics(shown),
-    )
-    return Data([table for table in found if table], _retries(train), note)
+    if len(heldout.measured) < heldout.num_measured:
+        note = (
+            f"{len(heldout.measured)} of {heldout.num_measured} evaluations are shown."
+        )
+    found = _read(train.last), _losses(heldout.last), _metrics(heldout.measured)
+    return Data([table for table in found if table], train.retries, note)
 
 
 def _read(last: Record) -> Table | None:
@@ -52,16 +47,6 @@ def _read(last: Record) -> Table | None:
         (task, f"{n:,.0f}", f"{100 * n / whole:.1f} %", f"{epochs.get(task, 0):,.3g}")
         for task, n in rows.items()
     ]
-
-
-def _retries(train: Sequence[Record]) -> float:
-    """Failed reads; each start of the run counts from 0."""
-    total = before = 0.0
-    for record in train:
-        now = number(record, "data/read_retries") or 0.0
-        total += now - before if now >= before else now
-        before = now
-    return total
 
 
 def _losses(final: Record) -> Table | None:

@@ -6,22 +6,18 @@ light or a dark theme and prints. matplotlib draws with colours nobody else uses
 """
 
 import io
-import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import matplotlib as mpl
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from launch.report.series import Record, binned, even_choice, finite, matrix, number
+from launch.report.series import MAX_LAYERS, Curve, LayerCurves, even_choice
 
-MAX_POINTS = 300  # of a curve
-MAX_LAYERS = 8  # drawn one by one
 DEPTHS = 8  # colours from the first sparse layer to the last
 
 INK, MUTED, _GRID = "#010203", "#010204", "#010205"
@@ -98,27 +94,22 @@ def to_svg(
     return svg
 
 
-def curve(
-    axes: Axes, records: Sequence[Record], name: str, colour: str, label: str = ""
-) -> None:
+def curve(axes: Axes, shown: Curve, colour: str, label: str = "") -> None:
     """A line, the spread of merged points behind it, crosses where not finite."""
-    steps, values = finite(records, name)
-    if len(steps):
-        x, mean, low, high = binned(steps, values, MAX_POINTS)
-        if len(x) < len(steps):
-            axes.fill_between(x, low, high, color=colour, alpha=0.2, lw=0)
+    x = shown.steps
+    if len(x):
+        if shown.merged:
+            axes.fill_between(x, shown.low, shown.high, color=colour, alpha=0.2, lw=0)
         marker = "o" if len(x) == 1 else None
-        axes.plot(x, mean, color=colour, marker=marker, ms=4, label=label)
+        axes.plot(x, shown.mean, color=colour, marker=marker, ms=4, label=label)
     else:
         axes.set_yticks([])
         note: dict[str, Any] = {"ha": "center", "va": "center", "color": MUTED}
         axes.text(0.5, 0.5, "no finite value", transform=axes.transAxes, **note)
-    lost = [r["step"] for r in records if name in r and number(r, name) is None]
-    if lost:
-        shown = lost[:: math.ceil(len(lost) / MAX_POINTS)]
+    if shown.lost:
         axes.plot(
-            shown,
-            [0.0] * len(shown),
+            shown.lost,
+            [0.0] * len(shown.lost),
             "x",
             color=_ALARM,
             transform=axes.get_xaxis_transform(),
@@ -128,29 +119,28 @@ def curve(
         )
 
 
-def per_layer(
-    axes: Axes, records: Sequence[Record], name: str, scale: float = 1.0
-) -> None:
+def per_layer(axes: Axes, shown: LayerCurves | None, scale: float = 1.0) -> None:
     """A line per sparse layer, the range of all behind it if only some are drawn."""
-    steps, values_TL = matrix(records, name)
-    layers = even_choice(values_TL.shape[1], MAX_LAYERS)
-    good = np.isfinite(values_TL.reshape(len(steps), -1)).all(axis=1)
-    steps, values_TL = steps[good], scale * values_TL[good]
-    for layer in layers if len(steps) else ():
-        x, mean, *_ = binned(steps, values_TL[:, layer], MAX_POINTS)
-        depth = round(layer * (DEPTHS - 1) / max(values_TL.shape[1] - 1, 1))
-        marker = "o" if len(x) == 1 else None
-        label = f"layer {layer}"
+    if shown is None:
+        return
+    number = shown.mean_TL.shape[1]
+    layers = even_choice(number, MAX_LAYERS)
+    for layer in layers:
+        depth = round(layer * (DEPTHS - 1) / max(number - 1, 1))
         axes.plot(
-            x, mean, color=_DEPTH[depth], marker=marker, ms=4, label=label, lw=1.3
+            shown.steps,
+            scale * shown.mean_TL[:, layer],
+            color=_DEPTH[depth],
+            marker="o" if len(shown.steps) == 1 else None,
+            ms=4,
+            label=f"layer {layer}",
+            lw=1.3,
         )
-    if len(steps) and len(layers) < values_TL.shape[1]:
-        x, _, low, _ = binned(steps, values_TL.min(axis=1), MAX_POINTS)
-        _, _, _, high = binned(steps, values_TL.max(axis=1), MAX_POINTS)
+    if len(layers) < number:
+        low, high = scale * shown.low, scale * shown.high
         axes.fill_between(
-            x, low, high, color=MUTED, alpha=0.2, lw=0, label="all layers"
+            shown.steps, low, high, color=MUTED, alpha=0.2, lw=0, label="all layers"
         )
-    x_steps(axes, records)
 
 
 def legend_below(axes: Axes) -> None:
@@ -167,15 +157,15 @@ def legend_below(axes: Axes) -> None:
         )
 
 
-def x_steps(axes: Axes, records: Sequence[Record]) -> None:
+def x_steps(axes: Axes, *reaches: tuple[int, int] | None) -> None:
     """The step axis, the same for every figure of a run."""
     axes.set_xlabel("step")
     axes.xaxis.set_major_formatter(compact_ticks())
     axes.xaxis.set_major_locator(round_ticks(6))
-    steps = [record["step"] for record in records]
-    if steps:
-        room = 0.02 * (max(steps) - min(steps)) or 1
-        axes.set_xlim(min(steps) - room, max(steps) + room)
+    ends = [end for reach in reaches if reach for end in reach]
+    if ends:
+        room = 0.02 * (max(ends) - min(ends)) or 1
+        axes.set_xlim(min(ends) - room, max(ends) + room)
 
 
 def scaling(factor: float) -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:

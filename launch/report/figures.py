@@ -1,7 +1,7 @@
 """The figures of a run, each as an SVG element to stand inside a page."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,6 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 from launch.report.drawing import (
     HELDOUT,
     INK,
-    MAX_LAYERS,
     MUTED,
     TRAIN,
     compact_ticks,
@@ -23,15 +22,8 @@ from launch.report.drawing import (
     to_svg,
     x_steps,
 )
-from launch.report.series import (
-    Record,
-    data_wait_share,
-    even_choice,
-    finite,
-    load_heat,
-    matrix,
-    number,
-)
+from launch.report.gather import DATA_WAIT_PERCENT, Loads
+from launch.report.series import Trends, load_heat
 
 
 def bars(ours: Mapping[str, float], others: Mapping[str, float], *, unit: str) -> str:
@@ -54,8 +46,8 @@ def bars(ours: Mapping[str, float], others: Mapping[str, float], *, unit: str) -
 
 
 def loss(
-    train: Sequence[Record],
-    heldout: Sequence[Record],
+    train: Trends,
+    heldout: Trends,
     *,
     tokens_per_step: int | None = None,
     reference: tuple[str, float] | None = None,
@@ -63,8 +55,8 @@ def loss(
     """Draws training and held-out loss over steps, and over tokens if they are known.
 
     Args:
-        train: records of training.
-        heldout: records of held-out evaluations.
+        train: trends of training.
+        heldout: trends of held-out evaluations.
         tokens_per_step: gives the second axis.
         reference: a name and a loss, drawn as a level.
     """
@@ -72,16 +64,15 @@ def loss(
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
         name = "loss/nats_per_token"
-        curve(axes, train, name, TRAIN, label="train")
-        steps, values = finite(heldout, name)
-        marker = "o" if len(steps) <= 30 else None
-        if len(steps):
-            axes.plot(
-                steps, values, color=HELDOUT, marker=marker, ms=4, label="held-out"
-            )
+        curve(axes, train.curve(name), TRAIN, label="train")
+        scored = heldout.curve(name)
+        marker = "o" if len(scored.steps) <= 30 else None
+        if len(scored.steps):
+            given: dict[str, Any] = {"color": HELDOUT, "marker": marker, "ms": 4}
+            axes.plot(scored.steps, scored.mean, label="held-out", **given)
         if reference is not None and math.isfinite(reference[1]):
             axes.axhline(reference[1], color=MUTED, lw=1, ls="--", label=reference[0])
-        x_steps(axes, [*train, *heldout])
+        x_steps(axes, train.reach, heldout.reach)
         axes.set_ylabel("loss (nats per token)")
         axes.margins(y=0.08)
         if axes.get_legend_handles_labels()[0]:
@@ -96,15 +87,14 @@ def loss(
     return to_svg("loss", draw, width=9.6, height=3.5)
 
 
-def load(train: Sequence[Record]) -> str:
+def load(loads: Loads) -> str:
     """Draws, per sparse layer, each expert's load over time as a heat map.
 
     Blue is idle, red is overloaded, white is the mean. Beyond MAX_LAYERS layers an
     even choice is shown; beyond MAX_ROWS experts neighbours share a row, which shows
     the one furthest from the mean.
     """
-    steps, load_TLE = matrix(train, "router/load")
-    layers = even_choice(load_TLE.shape[1], MAX_LAYERS)
+    steps, layers = loads.steps, loads.layers
     columns = 1 if len(layers) == 1 else 2
     rows = math.ceil(len(layers) / columns)
 
@@ -113,7 +103,7 @@ def load(train: Sequence[Record]) -> str:
         image: Any = None
         for position, layer in enumerate(layers):
             axes = grid[position // columns, position % columns]
-            load_TE = load_TLE[:, layer]
+            load_TE = loads.load_TLE[:, position]
             there_E = ~np.isnan(load_TE).all(axis=0)  # layers may have fewer experts
             there_E |= not there_E.any()
             heat_ET, stride = load_heat(steps, load_TE[:, there_E])
@@ -146,12 +136,14 @@ def load(train: Sequence[Record]) -> str:
     return to_svg("load", draw, width=9.6, height=0.5 + 1.75 * rows)
 
 
-def dropped(train: Sequence[Record]) -> str:
+def dropped(train: Trends) -> str:
     """Draws the dropped fraction of each sparse layer over steps."""
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
-        per_layer(axes, train, "router/dropped_fraction_per_layer", scale=100)
+        shown = train.layer_curves("router/dropped_fraction_per_layer")
+        per_layer(axes, shown, scale=100)
+        x_steps(axes, train.reach)
         axes.set_ylabel("dropped choices (%)")
         axes.set_ylim(0, max(axes.get_ylim()[1], 1.0))
         legend_below(axes)
@@ -159,15 +151,15 @@ def dropped(train: Sequence[Record]) -> str:
     return to_svg("dropped", draw, height=3.1)
 
 
-def entropy(train: Sequence[Record]) -> str:
+def entropy(train: Trends, num_experts: int | None) -> str:
     """Draws the entropy of routing in each sparse layer, beneath its bound ln E."""
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
-        per_layer(axes, train, "router/entropy_nats_per_layer")
-        _, load_TLE = matrix(train, "router/load")
-        if load_TLE.size:
-            bound = math.log(load_TLE.shape[2])
+        per_layer(axes, train.layer_curves("router/entropy_nats_per_layer"))
+        x_steps(axes, train.reach)
+        if num_experts:
+            bound = math.log(num_experts)
             label = f"ln E = {bound:.2f}"
             axes.axhline(bound, color=MUTED, lw=1, ls="--", label=label)
             axes.set_ylim(0, max(1.08 * bound, axes.get_ylim()[1]))
@@ -177,48 +169,43 @@ def entropy(train: Sequence[Record]) -> str:
     return to_svg("entropy", draw, height=3.1)
 
 
-def throughput(train: Sequence[Record]) -> str:
+def throughput(pace: Trends) -> str:
     """Draws tokens per second, and the share of a step that waits for data."""
 
     def draw(figure: Figure) -> None:
         speed, wait = figure.subplots(2, sharex=True, height_ratios=[2, 1])
-        curve(speed, train, "perf/tokens_per_second", TRAIN)
+        curve(speed, pace.curve("perf/tokens_per_second"), TRAIN)
         speed.set_ylabel("tokens / s")
         speed.set_ylim(0, max(1.1 * speed.get_ylim()[1], 1))
         speed.yaxis.set_major_formatter(compact_ticks())
-        shares = [
-            {"step": record["step"], "share": 100 * share}
-            for record in train
-            if (share := data_wait_share(record)) is not None
-        ]
-        curve(wait, shares, "share", HELDOUT)
+        curve(wait, pace.curve(DATA_WAIT_PERCENT), HELDOUT)
         wait.set_ylim(0, max(1.1 * wait.get_ylim()[1], 5))
         wait.set_ylabel("data wait (%)")
-        x_steps(wait, train)
+        x_steps(wait, pace.reach)
         figure.align_ylabels()
 
     return to_svg("throughput", draw, height=3.3)
 
 
-def optimization(train: Sequence[Record]) -> str:
+def optimization(train: Trends) -> str:
     """Draws the gradient norm, on a logarithmic scale, and the learning rate."""
 
     def draw(figure: Figure) -> None:
         norm, rate = figure.subplots(2, sharex=True, height_ratios=[2, 1])
-        positive = [r for r in train if (number(r, "optimizer/gradient_norm") or 0) > 0]
-        curve(norm, positive, "optimizer/gradient_norm", TRAIN)
-        if positive:
+        positive = train.curve("optimizer/gradient_norm")
+        curve(norm, positive, TRAIN)
+        if len(positive.steps):
             norm.set_yscale("log")
             norm.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             norm.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
             norm.yaxis.set_minor_locator(NullLocator())
         norm.set_ylabel("gradient norm")
-        curve(rate, train, "optimizer/learning_rate", HELDOUT)
+        curve(rate, train.curve("optimizer/learning_rate"), HELDOUT)
         rate.set_ylim(bottom=0)
         rate.yaxis.set_major_locator(MaxNLocator(3))
         rate.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
         rate.set_ylabel("learning rate")
-        x_steps(rate, train)
+        x_steps(rate, train.reach)
         figure.align_ylabels()
 
     return to_svg("optimization", draw, height=3.3)

@@ -3,23 +3,24 @@
 import math
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Mapping
 from typing import Any, TypeGuard
 
 import numpy as np
 
-from launch.records.write import read_metrics
-from launch.report import data, drawing, figures, series
+from launch.report import data, figures, series
 from launch.report.about import About
+from launch.report.gather import Heldout, Loads, Story, Training, gather, numbers
 from launch.report.pages import Figure, render
+from launch.report.series import number
 from launch.terminal.lines import compact, duration
-from launch.terminal.training import load_extremes
+from launch.terminal.training import Extreme, load_extremes
 
 REPORT_FILE = "report.html"
 
 Record = Mapping[str, Any]
 _DEAD = 0.1  # an expert below this share of the mean load is called almost idle
-_RECENT = 10  # records of training that stand for the end of a run
 
 
 def write_report(model_dir: str | os.PathLike[str], about: About) -> pathlib.Path:
@@ -33,13 +34,13 @@ def write_report(model_dir: str | os.PathLike[str], about: About) -> pathlib.Pat
     Returns:
         The path of the page.
     """
-    records = read_metrics(model_dir)
+    story = gather(model_dir)
+    for note in story.notes:
+        print(f"warning: {note}", file=sys.stderr, flush=True)
+    train, heldout = story.train, story.heldout
     rivals = _rivals(about.baselines)
-    train = [record for record in records if record["split"] == "train"]
-    heldout = [record for record in records if record["split"] == "heldout"]
     router = next((value for macro, value, _ in about.knobs if macro == "ROUTER"), "")
-    by_cap = "expert_choice" in router
-    load, routing = _routing(train)
+    load, routing = _routing(train, story.loads)
     page = render(
         "run.html.jinja",
         title=about.title,
@@ -48,12 +49,13 @@ def write_report(model_dir: str | os.PathLike[str], about: About) -> pathlib.Pat
         rivals=_beside(heldout, rivals),
         loss=_loss(train, heldout, rivals, about.tokens_per_step),
         data=data.data(train, heldout),
-        ledger=ledger(train, heldout, by_cap=by_cap),
+        ledger=ledger(story, by_cap="expert_choice" in router),
         load=load,
         routing=routing,
         pace=_pace(train),
         about=about,
-        max_points=drawing.MAX_POINTS,
+        max_points=series.MAX_POINTS,
+        notes=story.notes,
     )
     path = pathlib.Path(model_dir) / REPORT_FILE
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -64,20 +66,17 @@ def write_report(model_dir: str | os.PathLike[str], about: About) -> pathlib.Pat
     return path
 
 
-def ledger(
-    train: Sequence[Record], heldout: Sequence[Record], *, by_cap: bool = False
-) -> list[str]:
+def ledger(story: Story, *, by_cap: bool = False) -> list[str]:
     """Says in sentences where the routed tokens went; [] for a dense model.
 
     Args:
-        train: records of training.
-        heldout: records of held-out evaluations.
+        story: of a run.
         by_cap: what is dropped is what exceeds a token's experts (EXPERT_CHOICE_CAP),
             and not the slots of an expert.
     """
-    recent = train[-_RECENT:]
+    train, recent = story.train, [*story.train.recent]
     sentences = []
-    shares = _numbers(recent, "router/dropped_fraction")
+    shares = numbers(recent, "router/dropped_fraction")
     if shares:
         per_thousand = 1000 * sum(shares) / len(shares)
         why = "their token had EXPERT_CHOICE_CAP experts" if by_cap else "it was full"
@@ -87,97 +86,127 @@ def ledger(
             f"{per_thousand:,.1f} were dropped because {why}; a dropped choice adds "
             "nothing and its token goes on along the residual path."
         )
-        all_shares = _numbers(train, "router/dropped_fraction")
+    if train.most_drops is not None:
         sentences.append(
             f"On average over the recorded steps of the whole run "
-            f"{_percent(sum(all_shares) / len(all_shares))} were dropped, in the worst "
-            f"of them {_percent(max(all_shares))}."
+            f"{_percent(train.drops)} were dropped, in the worst record of them "
+            f"{_percent(train.most_drops)}."
         )
-    alone = _numbers(recent, "router/tokens_without_expert_fraction")
+    alone = numbers(recent, "router/tokens_without_expert_fraction")
     if any(alone):
         sentences.append(
             f"{_percent(sum(alone) / len(alone))} of the tokens of a sparse layer had "
             "no expert at all, and only their residual went on."
         )
-    spilled = _numbers(recent, "router/spilled_fraction")
+    spilled = numbers(recent, "router/spilled_fraction")
     if any(spilled):
         sentences.append(
             f"{_percent(sum(spilled) / len(spilled))} of the choices found their "
             "expert full and were computed by the token's next best expert."
         )
-    again = _numbers(train, "perf/steps_taken_again")
-    if any(again):
+    if again := train.greatest["perf/steps_taken_again"]:
         sentences.append(
-            f"{max(again):,.0f} steps sent a device more rows than ROW_BUDGET has room "
+            f"{again:,} steps sent a device more rows than ROW_BUDGET has room "
             "for and were taken again in rounds, with the same result."
         )
-    scored = _numbers(heldout[-1:], "router/dropped_fraction")
+    scored = numbers([story.heldout.last], "router/dropped_fraction")
     if scored:
         sentences.append(
             f"In the last held-out evaluation {_percent(scored[0])} were dropped."
             if scored[0]
             else "In the last held-out evaluation none was dropped."
         )
-    load_TLE = [r["router/load"] for r in recent if r.get("router/load")]
-    load_TLE = [load for load in load_TLE if np.shape(load) == np.shape(load_TLE[-1])]
-    mean_LE = np.array(load_TLE, dtype=float).mean(axis=0) if load_TLE else None
-    extremes = load_extremes([] if mean_LE is None else mean_LE.tolist())
-    if mean_LE is not None and extremes:
-        most, least = extremes
-        of_layer_L1 = np.nanmean(mean_LE, axis=1, keepdims=True)
-        idle = int((mean_LE < _DEAD * of_layer_L1).sum())
-        experts = int(np.isfinite(mean_LE).sum())
-        verb = "was" if idle == 1 else "were"
-        sentences.append(
-            f"The most loaded expert, {most.expert} of sparse layer {most.layer}, took "
-            f"{most.relative:.2f} times the mean of its layer, the least loaded, "
-            f"{least.expert} of layer {least.layer}, {least.relative:.2f} times; "
-            f"{idle or 'none'} of {experts:,} {verb} almost idle (below "
-            f"{100 * _DEAD:.0f} % of the mean)."
+    return sentences + _extremes(story)
+
+
+def _extremes(story: Story) -> list[str]:
+    """The most and the least loaded expert, and how many are almost idle."""
+    if story.loads is None:
+        found, idle = _recorded_extremes(story.train.last), ""
+    else:
+        mean_LE = story.loads.mean_LE
+        found, idle = load_extremes(mean_LE), f"; {_idle(mean_LE)}"
+    if found is None:
+        return []
+    most, least = found
+    return [
+        f"The most loaded expert, {most.expert} of sparse layer {most.layer}, took "
+        f"{most.relative:.2f} times the mean of its layer, the least loaded, "
+        f"{least.expert} of layer {least.layer}, {least.relative:.2f} times{idle}."
+    ]
+
+
+def _recorded_extremes(record: Record) -> tuple[Extreme, Extreme] | None:
+    """What a record says of the most and the least loaded expert."""
+    name = "router/load"
+    try:
+        most, least = (
+            Extreme(
+                record[f"{name}_{end}_layer"],
+                record[f"{name}_{end}_expert"],
+                float(record[f"{name}_{end}"]),
+            )
+            for end in ("most", "least")
         )
-    return sentences
+    except KeyError:
+        return None
+    return most, least
+
+
+def _idle(mean_LE: np.ndarray) -> str:
+    """How many experts are almost idle, in words."""
+    there_LE = np.isfinite(mean_LE)
+    sum_L1 = np.sum(mean_LE, axis=1, keepdims=True, where=there_LE)
+    of_layer_L1 = sum_L1 / np.maximum(there_LE.sum(axis=1, keepdims=True), 1)
+    idle = int((mean_LE < _DEAD * of_layer_L1).sum())
+    verb = "was" if idle == 1 else "were"
+    return (
+        f"{idle or 'none'} of {int(there_LE.sum()):,} {verb} almost idle (below "
+        f"{100 * _DEAD:.0f} % of the mean)"
+    )
 
 
 def _cards(
-    train: Sequence[Record],
-    heldout: Sequence[Record],
+    train: Training,
+    heldout: Heldout,
     rivals: Mapping[str, float],
     tokens_per_step: int | None,
 ) -> list[tuple[str, str, str]]:
     """The numbers a reader came for: names, values, and what they compare with."""
-    final = heldout[-1] if heldout else {}
+    final = heldout.last
     nats, bits = final.get("loss/nats_per_token"), final.get("loss/bits_per_byte")
     over = f"over {final['tokens']:,} tokens" if final.get("tokens") else ""
-    about = f"nats per token {over}".strip() if heldout else "not scored"
+    about = f"nats per token {over}".strip() if final else "not scored"
     cards = [("held-out loss", _figure(nats), about)]
     if bits is not None:
         cards.append(("held-out bits per byte", _figure(bits), _verdict(bits, rivals)))
-    if train:
-        step = train[-1]["step"]
+    if train.last:
+        step = train.last["step"]
         seen = compact(step * tokens_per_step) if tokens_per_step else ""
         cards.append(
             ("trained", f"{step:,}", f"steps, {seen} tokens" if seen else "steps")
         )
-    speeds = _numbers(_steady(train) or train, "perf/tokens_per_second")
-    if speeds:
-        cards.append(("speed", compact(float(np.median(speeds))), "tokens per second"))
-    drops = _numbers(train[-_RECENT:], "router/dropped_fraction")
+    speeds = train.pace.curve("perf/tokens_per_second").mean
+    if len(speeds):
+        note = "tokens per second"
+        used = numbers(train.recent, "perf/model_flops_utilization")
+        if used:
+            note += f", {100 * float(np.median(used)):.1f} % of the peak"
+        cards.append(("speed", compact(float(np.median(speeds))), note))
+    drops = numbers(train.recent, "router/dropped_fraction")
     if drops:
         cards.append(
             ("dropped", _percent(sum(drops) / len(drops)), "of choices, lately")
         )
-    skipped = _numbers(train, "state/skipped_steps")
-    if skipped and max(skipped) > 0:
-        cards.append(
-            ("skipped", f"{max(skipped):,.0f}", "steps with a non-finite gradient")
-        )
+    if skipped := train.greatest["state/skipped_steps"]:
+        cards.append(("skipped", f"{skipped:,}", "steps with a non-finite gradient"))
     return cards
 
 
-def _beside(heldout: Sequence[Record], rivals: Mapping[str, float]) -> Figure | None:
+def _beside(heldout: Heldout, rivals: Mapping[str, float]) -> Figure | None:
     """Our bits per byte beside those of simpler models, where both are known."""
-    bits = heldout[-1].get("loss/bits_per_byte") if heldout else None
-    if not rivals or (bits is None and heldout):
+    bits = heldout.last.get("loss/bits_per_byte")
+    if not rivals or (bits is None and heldout.last):
         return None
     ours = {"this model": bits} if _is_finite(bits) else {}
     return Figure(
@@ -188,22 +217,24 @@ def _beside(heldout: Sequence[Record], rivals: Mapping[str, float]) -> Figure | 
 
 
 def _loss(
-    train: Sequence[Record],
-    heldout: Sequence[Record],
+    train: Training,
+    heldout: Heldout,
     rivals: Mapping[str, float],
     tokens_per_step: int | None,
 ) -> Figure | None:
     """The loss curves."""
-    if not train and not heldout:
+    if not train.last and not heldout.last:
         return None
     reference = None
-    final = heldout[-1] if heldout else {}
+    final = heldout.last
     nats, bits = final.get("loss/nats_per_token"), final.get("loss/bits_per_byte")
     unigram = rivals.get("unigram")
     if _is_finite(nats) and _is_finite(bits) and _is_finite(unigram) and bits:
         reference = ("unigram", unigram * nats / bits)
     svg = figures.loss(
-        train, heldout, tokens_per_step=tokens_per_step, reference=reference
+        *(train.trends, heldout.trends),
+        tokens_per_step=tokens_per_step,
+        reference=reference,
     )
     return Figure(
         svg,
@@ -213,64 +244,57 @@ def _loss(
     )
 
 
-def _routing(train: Sequence[Record]) -> tuple[Figure | None, list[Figure]]:
+def _routing(
+    train: Training, loads: Loads | None
+) -> tuple[Figure | None, list[Figure]]:
     """Load, and drops and entropy, per sparse layer; nothing for a dense model."""
     load, pair = None, []
-    loads = [record["router/load"] for record in train if record.get("router/load")]
-    if loads:
-        layers, experts = len(loads[-1]), len(loads[-1][0])
+    if loads is not None:
+        layers, experts = loads.mean_LE.shape
         words = (
             "Load of each expert over the mean of its layer: white is balanced, red "
             "overloaded, blue idle."
         )
-        if layers > drawing.MAX_LAYERS:
-            words += f" {drawing.MAX_LAYERS} of {layers} layers are shown."
+        if layers > len(loads.layers):
+            words += f" {len(loads.layers)} of {layers} layers are shown."
         stride = math.ceil(experts / series.MAX_ROWS)
         if stride > 1:
             words += (
                 f" Each row shows the one of {stride} neighbouring experts that is "
                 "furthest from the mean."
             )
-        load = Figure(figures.load(train), words, wide=True)
-    if any(record.get("router/dropped_fraction_per_layer") for record in train):
+        load = Figure(figures.load(loads), words, wide=True)
+    trends = train.trends
+    if trends.layer_curves("router/dropped_fraction_per_layer"):
         words = "Choices dropped in each sparse layer."
-        pair.append(Figure(figures.dropped(train), words))
-    # A router without probabilities, such as "hashed", has no entropy.
-    if any(any(record.get("router/entropy_nats_per_layer", ())) for record in train):
+        pair.append(Figure(figures.dropped(trends), words))
+    if train.has_entropy:
         words = (
             "Entropy of the router's probabilities: ln E means undecided among all "
             "experts, 0 means certain."
         )
-        pair.append(Figure(figures.entropy(train), words))
+        experts = None if loads is None else loads.mean_LE.shape[1]
+        pair.append(Figure(figures.entropy(trends, experts), words))
     return load, pair
 
 
-def _pace(train: Sequence[Record]) -> list[Figure]:
+def _pace(train: Training) -> list[Figure]:
     """Speed and the optimizer."""
     pair = []
-    if _numbers(train, "perf/tokens_per_second"):
-        seconds = _numbers(train[:1], "perf/step_seconds")
-        steady_records = _steady(train)
-        later = _numbers(steady_records, "perf/step_seconds")
+    if len(train.pace.curve("perf/tokens_per_second").steps):
+        first = number(train.first, "perf/step_seconds")
         words = "Speed, and the share of each step spent waiting for data."
-        if later:
-            steady = float(np.median(later))
+        if train.has_steady_pace:
+            steady = float(np.median(train.pace.curve("perf/step_seconds").mean))
             words += f" The median step took {_unbroken(steady)}"
-            if seconds and seconds[0] > 1.5 * steady:
-                words += f", the first step {_unbroken(seconds[0])}"
+            if first is not None and first > 1.5 * steady:
+                words += f", the first step {_unbroken(first)}"
             words += "."
-        shown = figures.throughput(steady_records if later else train)
-        pair.append(Figure(shown, words))
-    if any("optimizer/gradient_norm" in record for record in train):
+        pair.append(Figure(figures.throughput(train.pace), words))
+    if "optimizer/gradient_norm" in train.last:
         words = "Global gradient norm before clipping, and the learning rate."
-        pair.append(Figure(figures.optimization(train), words))
+        pair.append(Figure(figures.optimization(train.trends), words))
     return pair
-
-
-def _steady(train: Sequence[Record]) -> list[Record]:
-    """Records without the first step of each start, which would flatten the rest."""
-    name = "perf/steps_since_start"
-    return [r for i, r in enumerate(train) if r.get(name, i + 1) != 1]
 
 
 def _rivals(baselines: Mapping[str, float]) -> dict[str, float]:
@@ -298,12 +322,6 @@ def _figure(value: Any) -> str:
 
 def _is_finite(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and math.isfinite(value)
-
-
-def _numbers(records: Sequence[Record], name: str) -> list[float]:
-    """The finite values of a metric."""
-    values = [record.get(name) for record in records]
-    return [float(value) for value in values if _is_finite(value)]
 
 
 def _unbroken(seconds: float) -> str:

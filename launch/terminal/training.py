@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.progress_bar import ProgressBar
 from rich.spinner import Spinner
@@ -46,27 +47,41 @@ class Extreme:
         return f"L{self.layer}·e{self.expert} {self.relative:.1f}×"
 
 
-def load_extremes(load: Sequence[Sequence[float]]) -> tuple[Extreme, Extreme] | None:
+def load_extremes(load_LE: Any) -> tuple[Extreme, Extreme] | None:
     """Finds the most and the least loaded expert of all sparse layers.
 
     Args:
-        load: [layers][experts], in any unit; compared with the mean of its layer. NaN
-            stands for experts that a layer has not.
+        load_LE: [layers][experts], in any unit; compared with the mean of its layer.
+            NaN stands for experts that a layer has not.
 
     Returns:
         The most and the least loaded, the first of equals; None if no layer has a
         finite, positive load.
     """
-    found = []
-    for layer, row in enumerate(load):
-        there = [share for share in row if not math.isnan(share)]
-        mean = sum(there) / len(there) if there else 0.0
-        if math.isfinite(mean) and mean > 0:
-            found += [Extreme(layer, e, share / mean) for e, share in enumerate(there)]
-    if not found:
+    load_LE = np.asarray(load_LE)
+    if load_LE.ndim != 2 or not load_LE.size:
         return None
-    most = max(found, key=lambda extreme: extreme.relative)
-    return most, min(found, key=lambda extreme: extreme.relative)
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+        # Much faster than functions that know NaN, for which there is seldom need.
+        sum_L, number_L = load_LE.sum(axis=1), np.full(len(load_LE), load_LE.shape[1])
+        most_L, least_L = load_LE.argmax(axis=1), load_LE.argmin(axis=1)
+        for layer in np.flatnonzero(~np.isfinite(sum_L)).tolist():
+            row_E = load_LE[layer]
+            there_E = ~np.isnan(row_E)
+            sum_L[layer] = row_E[there_E].sum()
+            number_L[layer] = there_E.sum()
+            most_L[layer] = np.where(there_E, row_E, -np.inf).argmax()
+            least_L[layer] = np.where(there_E, row_E, np.inf).argmin()
+        good = np.flatnonzero(np.isfinite(sum_L) & (sum_L > 0))
+        if not len(good):
+            return None
+        found = []
+        for expert_L, find in ((most_L, np.argmax), (least_L, np.argmin)):
+            share_L = load_LE[good, expert_L[good]] * number_L[good] / sum_L[good]
+            place = int(find(share_L))
+            layer, relative = int(good[place]), float(share_L[place])
+            found.append(Extreme(layer, int(expert_L[layer]), relative))
+    return found[0], found[1]
 
 
 class TrainProgress:
@@ -96,6 +111,7 @@ class TrainProgress:
         self._clock = clock
         self._began = clock()
         self._train: Mapping[str, Any] = {}
+        self._extremes: tuple[Mapping[str, Any], Any] = ({}, None)  # of which record
         self._heldout: Mapping[str, Any] = {}
         self._first: tuple[int, float] | None = None  # step and time, rates start here
         self._latest = (start_step, self._began)
@@ -241,10 +257,17 @@ class TrainProgress:
         if alone and alone != dropped:  # with one choice each they are the same
             style = "yellow" if alone > _WARN_DROPPED else ""
             parts.append(Text(f"without expert {_percent(alone)}", style))
-        extremes = load_extremes(self._train.get("router/load", ()))
+        extremes = self._load_extremes()
         if extremes:
             parts += [Text(f"most {extremes[0]}"), Text(f"least {extremes[1]}")]
         return parts
+
+    def _load_extremes(self) -> tuple[Extreme, Extreme] | None:
+        """Those of the last record, looked for once, however often they are drawn."""
+        record = self._train
+        if self._extremes[0] is not record:
+            self._extremes = record, load_extremes(record.get("router/load", ()))
+        return self._extremes[1]
 
     def _seconds_left(self) -> float | None:
         """Time to the last step at the rate since the first record of this process."""

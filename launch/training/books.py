@@ -5,7 +5,6 @@ import dataclasses
 import importlib.metadata
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,9 +12,10 @@ import jax
 from launch.config.diff import Change
 from launch.job import together
 from launch.records.events import EventLog
-from launch.records.write import MetricWriter, NoMetrics, read_metrics
+from launch.records.lines import last_step
+from launch.records.write import MetricWriter, NoMetrics
 from launch.terminal.training import TrainProgress
-from launch.training.finish import writer_of
+from launch.training.finish import Life, writer_of
 from launch.training.goodput import Clock
 
 
@@ -57,29 +57,27 @@ class Books:
 
 @contextlib.contextmanager
 def opened(
-    model_dir: Path,
+    life: Life,
     found: int | None,
     last: int,
     clock: Clock,
     changed: Sequence[Change],
-    *,
-    quiet: bool,
 ) -> Iterator[Books]:
     """Opens the books of a run, and notes that a life begins.
 
     Args:
-        model_dir: folder of the run.
+        life: what the run is.
         found: step that it goes on from; None if it starts afresh.
         last: last step.
         clock: clock of this life, which may have begun before.
         changed: knobs that are not as they were.
-        quiet: whether results, warnings and errors alone are shown.
     """
-    lost = _steps_after(model_dir, found or 0)
+    began, folder = found or 0, life.model_dir
+    lost = max((last_step(folder) or began) - began, 0)  # metrics tell of them alone
     with (
-        writer_of(model_dir, resume_step=found or 0) as writer,
-        contextlib.closing(EventLog(model_dir if together.is_first() else None)) as log,
-        TrainProgress(last, start_step=found or 0, quiet=quiet) as progress,
+        writer_of(life, resume_step=began) as writer,
+        contextlib.closing(EventLog(folder if together.is_first() else None)) as log,
+        TrainProgress(last, start_step=began, quiet=life.quiet) as progress,
     ):
         log.note(
             "start",
@@ -94,9 +92,3 @@ def opened(
         if changed:
             log.note("changes", found, knobs=[str(change) for change in changed])
         yield Books(writer, log, clock, progress)
-
-
-def _steps_after(model_dir: Path, step: int) -> int:
-    """How many steps metrics tell of that no checkpoint holds."""
-    newest = max((record["step"] for record in read_metrics(model_dir)), default=step)
-    return max(newest - step, 0)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,10 +16,11 @@ from launch.config.reader import ResolvedConfig
 from launch.errors import EXIT_DONE, EXIT_NON_FINITE
 from launch.evaluation import heldout
 from launch.job import together
-from launch.job.signals import Signals
-from launch.records.write import MetricWriter, NoMetrics, read_metrics
+from launch.job.signals import Signals, Stopped
+from launch.records.lines import newest
+from launch.records.write import MetricWriter, NoMetrics
 from launch.report.about import About
-from launch.run import describe
+from launch.run import describe, speed
 from launch.run.assemble import Run
 from launch.terminal.lines import waiting
 from tasks.store import TokenStore
@@ -78,10 +80,12 @@ def complete(life: Life, found: int) -> int:
         print(f"checkpoint    {life.saved.path(found)}\nreport        {report}")
         return EXIT_DONE
     params = life.saved.restore_params(found, life.run)
-    with waiting("scoring the held-out split", quiet=life.quiet):
-        final = life.last_scores(params, found)
-    with writer_of(life.model_dir, resume_step=None) as writer:
-        writer.write({"step": found, "split": "heldout"} | final)
+    final = scores
+    if final is None:
+        with waiting("scoring the held-out split", quiet=life.quiet):
+            final = life.last_scores(params, found)
+        with writer_of(life, resume_step=None) as writer:
+            writer.write({"step": found, "split": "heldout"} | final)
     life.signals.check()
     finish(life, params, final)
     return EXIT_DONE
@@ -89,27 +93,26 @@ def complete(life: Life, found: int) -> int:
 
 def scores_of(model_dir: Path, step: int) -> Record | None:
     """Returns the held-out metrics that were recorded of a step, if they were."""
-
-    def find() -> Record | None:
-        for record in read_metrics(model_dir):
-            if record["split"] == "heldout" and record["step"] == step:
-                return record
-        return None
-
-    return together.as_first_finds("the held-out metrics of the newest step", find)
+    return together.as_first_finds(
+        "the held-out metrics of the newest step",
+        lambda: newest(model_dir, "heldout", step),
+    )
 
 
-def writer_of(model_dir: Path, resume_step: int | None) -> MetricWriter | NoMetrics:
+def writer_of(life: Life, resume_step: int | None) -> MetricWriter | NoMetrics:
     """Returns the writer of metrics, which all processes have, and the first keeps."""
-    if together.is_first():
-        return MetricWriter(model_dir, resume_step=resume_step)
-    return NoMetrics()
+    if not together.is_first():
+        return NoMetrics()
+    return MetricWriter(
+        life.model_dir,
+        resume_step=resume_step,
+        load_period_steps=life.config.settings.loop.load_period_steps,
+        derive=speed.derive(life.run),
+    )
 
 
 def finish(life: Life, params: Any, final: Record) -> None:
     """Draws a sample, writes the report and prints what came out."""
-    from launch.report.run import write_report  # with matplotlib, a second
-
     prompt, sample = life.config.settings.sample.prompt, None
     if prompt:
         from launch.evaluation import sampling  # with all of drawing
@@ -120,17 +123,34 @@ def finish(life: Life, params: Any, final: Record) -> None:
     if not together.is_first():
         return
     checkpoint = str(life.saved.path(life.saved.require(None)))
-    with waiting("writing the report", quiet=life.quiet):
-        about = dataclasses.replace(
-            about_start(life), sample=sample, checkpoint=checkpoint
-        )
-        about.save(life.model_dir)
-        report = write_report(life.model_dir, about)
+    report = _report(life, sample=sample, checkpoint=checkpoint)
     _print_scores(final, life.store)
     _say_what_was_left_out(final, life)
     if sample:
         print(f"sample        {sample['prompt']}│{sample['continuation']}")
     print(f"checkpoint    {checkpoint}\nreport        {report}")
+
+
+def _report(life: Life, **outcome: Any) -> Path | str:
+    """Writes the page; a run has learnt what it has, whether or not that works."""
+    try:
+        with waiting("writing the report", quiet=life.quiet):
+            from launch.report.run import write_report  # with matplotlib, a second
+
+            about = dataclasses.replace(about_start(life), **outcome)
+            about.save(life.model_dir)
+            return write_report(life.model_dir, about)
+    except Stopped:
+        raise
+    except Exception as error:
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+        again = f"switchyard report --model_dir={shlex.quote(str(life.model_dir))}"
+        print(
+            f"warning: the report could not be written ({why}); the run is complete, "
+            f"and this makes it again: {again}",
+            file=sys.stderr,
+        )
+        return "none"
 
 
 def about_start(life: Life) -> About:

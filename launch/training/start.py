@@ -133,7 +133,7 @@ def _train(
         if together.is_first():
             keep(model_dir, config, found or 0, store.vocabulary)
             about_start(life).save(model_dir)
-        with opened(model_dir, found, last, clock, changed, quiet=quiet) as books:
+        with opened(life, found, last, clock, changed) as books:
             progress = books.progress
             programs.during = books.waiting("compile")
             if measure is not None:

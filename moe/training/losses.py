@@ -324,7 +324,7 @@ def ledger(
             counts["ledger/spilled_choices"],
             dropped_P,
             counts["ledger/tokens_without_expert"],
-            layers(lambda totals: totals.tokens_P),
+            counts["ledger/tokens"],
         )
     )
     entropy_P = layers(lambda totals: _mean(totals.entropy_P, totals.tokens_P))
@@ -360,7 +360,7 @@ def choices_per_layer(
     """Counts where choices went, exactly, whatever kind of arrays the totals are.
 
     routed = computed + dropped + padding; spilled are among the computed. Besides, the
-    real tokens of which no choice was computed.
+    real tokens, and those of which no choice was computed.
 
     Args:
         router: totals of each sparse sublayer.
@@ -379,6 +379,7 @@ def choices_per_layer(
         "ledger/spilled_choices": layers(lambda totals: totals.spilled_PE.sum(axis=-1)),
         "ledger/dropped_choices": chosen_P - kept_P,
         "ledger/padding_choices": padding_P,
+        "ledger/tokens": layers(lambda totals: totals.tokens_P),
         "ledger/tokens_without_expert": layers(lambda totals: totals.without_expert_P),
     }
 

@@ -129,6 +129,7 @@ def train_step(
         opt_state=opt_state,
     )
     metrics |= {
+        "loss/target_tokens": sums.weight,
         "optimizer/gradient_norm": gradient_norm,
         "optimizer/parameter_norm": optax.tree.norm(params),
         # Skipped steps made no update, and the schedule counts updates.

@@ -25,7 +25,7 @@ from commands import Done, Place, inline
 from jax.experimental.compilation_cache import compilation_cache
 from memory_store import MemoryStore, on_disk, pair_store, text_store
 
-from launch.records.write import read_metrics
+from launch.records.read import read_metrics
 from moe import architecture
 from moe.model import inventory
 from moe.model.build import build

@@ -16,7 +16,7 @@ import pytest
 from commands import Done, Trained
 
 from launch.errors import EXIT_LOST_PROCESS, EXIT_PREEMPTED
-from launch.records.write import read_metrics
+from launch.records.read import read_metrics
 
 KNOBS = {
     "TRAIN_STEPS": 4,
@@ -58,7 +58,7 @@ def run(job, work, config, original=together.run):
 
         pathlib.Path.exists = exists
         Checkpoints.latest = lambda saved: None
-        finish.read_metrics = lambda folder: []
+        finish.newest = lambda *given: None
         return work()
 
     return original(job, stale if job.process else work, config)

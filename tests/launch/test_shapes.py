@@ -62,9 +62,10 @@ def test_an_encoder_decoder_trains_goes_on_scores_and_fills_a_blank(tmp_path):
     records = [
         json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()
     ]
-    steps = [r for r in records if "router/load" in r]
+    steps = [r for r in records if "router/load_variation_per_layer" in r]
     assert sorted({r["step"] for r in steps}) == [1, 2, 3, 4]
-    assert {len(r["router/load"]) for r in steps} == {2}, "a layer of each stack"
+    layers = {len(r["router/load_variation_per_layer"]) for r in steps}
+    assert layers == {2}, "a layer of each stack"
     filled_in = place.run(
         *("generate", f"--model_dir={folder}", "--prompt=def <extra_id_0>(self):"),
         *("--num_beams=2", "--num_tokens=6", "--gin.SELF_CHECK=off"),

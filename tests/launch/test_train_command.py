@@ -8,64 +8,27 @@ import shutil
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 from commands import TINY, inline
 
 from launch.config import reader
 from launch.evaluation import heldout as evaluation
-from launch.records.write import read_metrics
+from launch.records.read import read_metrics
 from moe.accounting import count
 from tasks.store import open_store
 
-TRAIN_METRICS = {
-    "loss/total",
-    "loss/nats_per_token",
-    "loss/output_z",
-    "loss/balance",
-    "loss/router_z",
-    "accuracy/fraction",
-    "ledger/routed_choices",
-    "ledger/computed_choices",
-    "ledger/spilled_choices",
-    "ledger/dropped_choices",
-    "ledger/padding_choices",
-    "ledger/tokens_without_expert",
-    "router/dropped_fraction",
-    "router/dropped_fraction_per_layer",
-    "router/spilled_fraction",
-    "router/tokens_without_expert_fraction",
-    "router/over_budget_rows",
-    "router/logit_rms",
-    "router/entropy_nats",
-    "router/entropy_nats_per_layer",
-    "router/load",
-    "router/max_violation",
-    "router/dead_experts",
-    "optimizer/gradient_norm",
-    "optimizer/parameter_norm",
-    "optimizer/learning_rate",
-    "state/taken",
-    "state/skipped_steps",
-    "state/skipped_in_a_row",
-    "perf/step_seconds",
-    "perf/tokens_per_second",
-    "perf/data_wait_seconds",
-    "perf/steps_since_start",
-    "perf/steps_taken_again",
-    "data/read_retries",
-    "data/rows/python_topics_small",
-    "data/epochs/python_topics_small",
-}
-HELDOUT_METRICS = {
-    *(name for name in TRAIN_METRICS if name.startswith(("loss", "ledger", "router"))),
-    "accuracy/fraction",
-    "loss/bits_per_byte",
-    "loss/nats_per_token/python_topics_small",
-    "loss/bits_per_byte/python_topics_small",
-    "tokens",
-    "eval/scored_fraction",
-}
-SPLITS = {"train": TRAIN_METRICS, "heldout": HELDOUT_METRICS}
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "metrics.md"
+SPLITS = {"train": "training", "heldout": "held-out"}
+
+
+def documented() -> dict[str, str]:
+    """Names of metrics, and in which records they are, as the page says."""
+    row = re.compile(r"^\| `([^`]+)` \| ([^|]+) \|([^|]+\|){3}$", re.MULTILINE)
+    rows = [(name, where) for name, where, _ in row.findall(PAGE.read_text())]
+    found = {n.replace("TASK", "python_topics_small"): where for n, where in rows}
+    assert len(found) == len(rows), "a name twice"
+    return found
 
 
 def last_score(folder: Path) -> dict:
@@ -100,6 +63,7 @@ def test_a_run_prepares_its_store_trains_and_says_so_first(trained):
         "checkpoints",
         "config.gin",
         "configs",
+        "loads",
         "metrics.jsonl",
         "report.html",
         "report.json",
@@ -118,8 +82,11 @@ def test_metrics_have_their_names_and_steps_only_grow(trained):
         split: [r["step"] for r in records if r["split"] == split] for split in SPLITS
     }
     assert steps == {"train": list(range(1, 21)), "heldout": [10, 20]}
+    page = documented()
     for record in records:
-        assert record.keys() == {"step", "split"} | SPLITS[record["split"]]
+        where = ("both", SPLITS[record["split"]])
+        always = {name for name, recorded in page.items() if recorded in where}
+        assert record.keys() == {"step", "split"} | always
         assert record["ledger/routed_choices"] == sum(
             record[f"ledger/{kind}_choices"]
             for kind in ("computed", "dropped", "padding")
@@ -198,19 +165,65 @@ def test_a_complete_run_says_so_and_changes_nothing(trained, tmp_path):
     assert before == after
 
 
-@pytest.mark.slow
-def test_a_complete_run_whose_report_was_lost_writes_it_again(trained, tmp_path):
+def test_a_complete_run_whose_report_was_lost_writes_it_again(
+    trained, tmp_path, monkeypatch
+):
     folder = shutil.copytree(trained.folder, tmp_path / "copy")
     (folder / "report.html").unlink()
-    wanted = last_score(folder)
-    done = inline("train", *trained.knobs(folder))
+    metrics = (folder / "metrics.jsonl").read_bytes()
+    monkeypatch.setattr(evaluation, "heldout", None)  # scores are there, and stay
+    done = inline("train", *trained.knobs(folder), "--gin.SAMPLE_PROMPT=")
     assert done.code == 0, done.err
     assert (folder / "report.html").stat().st_size > 10_000
-    again = last_score(folder)
-    assert again["step"] == 20
-    assert again["loss/nats_per_token"] == pytest.approx(
-        wanted["loss/nats_per_token"], rel=1e-6
+    assert (folder / "metrics.jsonl").read_bytes() == metrics
+
+
+def test_a_report_that_cannot_be_written_fails_no_run(trained, tmp_path, monkeypatch):
+    folder = shutil.copytree(trained.folder, tmp_path / "a copy")
+    (folder / "report.html").unlink()
+
+    def fail(*given):
+        raise MemoryError("of 25 GB\nthere are 2")
+
+    monkeypatch.setattr("launch.report.run.write_report", fail)
+    done = inline("train", *trained.knobs(folder), "--gin.SAMPLE_PROMPT=")
+    assert done.code == 0, done.err
+    assert done.err.splitlines()[-1] == (
+        "warning: the report could not be written (MemoryError: of 25 GB there are 2); "
+        "the run is complete, and this makes it again: switchyard report "
+        f"--model_dir='{folder}'"
     )
+    assert f"{last_score(folder)['loss/nats_per_token']:.4f}" in done.out
+    assert "report        none" in done.out
+    assert not (folder / "report.html").exists()
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_whatever_lies_among_its_records(trained, tmp_path):
+    folder = shutil.copytree(trained.folder, tmp_path / "run")
+    shutil.rmtree(folder / "checkpoints" / "20")
+    (folder / "tensorboard" / ".DS_Store").touch()
+    path = folder / "metrics.jsonl"
+    lines = path.read_text().splitlines()
+    lines[1] = lines[1][:40]
+    scored = next(n for n, line in enumerate(lines) if '"heldout"' in line)
+    lines.insert(scored, lines[scored])
+    path.write_text("\n".join([*lines, lines[0][:40]]))
+    done = trained.run("train", *trained.knobs(folder), "--self_check=off")
+    assert done.code == 0, done.err
+    said = [line for line in done.err.splitlines() if line.startswith("warning: ")]
+    assert said == [
+        f"warning: {path}: 1 line at the end could not be read and was cut off",
+        f"warning: {folder / 'tensorboard'} holds what is not of this run: .DS_Store",
+        f"warning: {path}: 1 line cannot be read and was left out: line 2",
+        f"warning: {path}: 1 record stands twice, the first of step 10; the later of "
+        "each counts",
+    ]
+    wanted = [r for r in read_metrics(trained.folder) if r["step"] != 2]
+    names = ("step", "split", "loss/nats_per_token")
+    assert [[r[n] for n in names] for r in read_metrics(folder)] == [
+        [r[n] for n in names] for r in wanted
+    ]
 
 
 # ----------------------------------------------------------------- the other verbs
@@ -303,7 +316,8 @@ def test_evaluate_on_another_mesh_finds_the_score_of_the_run(trained, monkeypatc
     assert score["tokens"] == wanted["tokens"]
     assert printed["tokens"] == f"{wanted['tokens']:,}"
     # The same tokens met the same experts, in float32.
-    assert score["router/load"] == wanted["router/load"]
+    load = np.load(trained.folder / "loads" / "heldout" / f"{wanted['step']:012d}.npy")
+    np.testing.assert_array_equal(np.float32(score["router/load"]), load)
     assert "gzip baseline" in done.out
 
 

@@ -414,6 +414,7 @@ def test_the_ledger_accounts_for_every_choice():
         "ledger/spilled_choices": [3, 0],
         "ledger/dropped_choices": [1, 2],
         "ledger/padding_choices": [2, 2],
+        "ledger/tokens": [3, 3],
         "ledger/tokens_without_expert": [0, 2],
     }
     actual = jax.device_get(jax.jit(losses.ledger)((router,)))

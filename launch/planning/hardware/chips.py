@@ -1,12 +1,15 @@
 """What one accelerator chip can do, and where each number was read.
 
 Numbers are those of the vendor's page of the chip, dense, without sparsity. What no
-vendor has published is marked "assumed" in `sources`.
+vendor has published is marked "assumed" in `sources`. Peaks are in
+`launch/run/chip_peaks.py`, since a run needs them too.
 """
 
 import dataclasses
 from collections.abc import Mapping
 from typing import Literal
+
+from launch.run.chip_peaks import DEVICES_PER_CHIP, PEAK_FLOPS
 
 GIB = 2**30
 GB = 10**9
@@ -76,7 +79,6 @@ _USABLE = "usable memory: what libtpu 0.0.42.1 says a program may have"
 def _tpu(
     name: str,
     *,
-    teraflops: float,
     memory_gib: int,
     usable_gib: float,
     bandwidth_gb: float,
@@ -84,14 +86,13 @@ def _tpu(
     links: int,
     dcn_gbit: float,
     watts: float,
-    devices: int = 1,
     sources: tuple[str, ...],
 ) -> Chip:
     """A TPU by its page: `ici_gb` is GB/s per chip, both ways, over all links."""
     return Chip(
         name=name,
         kind="tpu",
-        peak_flops=teraflops * 1e12,
+        peak_flops=PEAK_FLOPS[name],
         memory_bytes=memory_gib * GIB,
         usable_bytes=int(usable_gib * GIB),
         memory_bandwidth=bandwidth_gb * GB,
@@ -100,7 +101,7 @@ def _tpu(
         slow_bandwidth=dcn_gbit / 8 * GB,
         node_size=0,
         watts=watts,
-        devices=devices,
+        devices=DEVICES_PER_CHIP.get(name, 1),
         sources=(*sources, _LINKS, _USABLE),
     )
 
@@ -108,7 +109,6 @@ def _tpu(
 def _gpu(
     name: str,
     *,
-    teraflops: float,
     memory_gib: int,
     bandwidth_gb: float,
     nvlink_gb: float,
@@ -120,7 +120,7 @@ def _gpu(
     return Chip(
         name=name,
         kind="gpu",
-        peak_flops=teraflops * 1e12,
+        peak_flops=PEAK_FLOPS[name],
         memory_bytes=memory_gib * GIB,
         usable_bytes=memory_gib * GIB,
         memory_bandwidth=bandwidth_gb * GB,
@@ -136,7 +136,6 @@ def _gpu(
 _ALL = (
     _tpu(
         "v4",
-        teraflops=275,
         memory_gib=32,
         usable_gib=30.75,
         bandwidth_gb=1228,
@@ -152,7 +151,6 @@ _ALL = (
     ),
     _tpu(
         "v5e",
-        teraflops=197,
         memory_gib=16,
         usable_gib=15.75,
         bandwidth_gb=819,
@@ -168,7 +166,6 @@ _ALL = (
     ),
     _tpu(
         "v5p",
-        teraflops=459,
         memory_gib=95,
         usable_gib=95.74,
         bandwidth_gb=2765,
@@ -183,7 +180,6 @@ _ALL = (
     ),
     _tpu(
         "v6e",
-        teraflops=918,
         memory_gib=32,
         usable_gib=31.25,
         bandwidth_gb=1638,
@@ -198,7 +194,6 @@ _ALL = (
     ),
     _tpu(
         "7x",
-        teraflops=2307,
         memory_gib=192,
         usable_gib=189.5,
         bandwidth_gb=7380,
@@ -206,7 +201,6 @@ _ALL = (
         links=6,
         dcn_gbit=100,
         watts=900,
-        devices=2,
         sources=(
             f"{_TPU}tpu7x: all but power; two devices per chip; 4,614 teraflops in "
             "8 bits are not counted on",
@@ -215,7 +209,6 @@ _ALL = (
     ),
     _gpu(
         "v100-32g",
-        teraflops=125,
         memory_gib=32,
         bandwidth_gb=900,
         nvlink_gb=300,
@@ -228,7 +221,6 @@ _ALL = (
     ),
     _gpu(
         "a100-40g",
-        teraflops=312,
         memory_gib=40,
         bandwidth_gb=1555,
         nvlink_gb=600,
@@ -238,7 +230,6 @@ _ALL = (
     ),
     _gpu(
         "a100-80g",
-        teraflops=312,
         memory_gib=80,
         bandwidth_gb=2039,
         nvlink_gb=600,
@@ -248,7 +239,6 @@ _ALL = (
     ),
     _gpu(
         "h100",
-        teraflops=989,
         memory_gib=80,
         bandwidth_gb=3350,
         nvlink_gb=900,
@@ -258,7 +248,6 @@ _ALL = (
     ),
     _gpu(
         "h200",
-        teraflops=989,
         memory_gib=140,  # sold as 141 GB; the driver shows a little over 140 GiB
         bandwidth_gb=4800,
         nvlink_gb=900,
@@ -268,7 +257,6 @@ _ALL = (
     ),
     _gpu(
         "b200",
-        teraflops=2250,
         memory_gib=167,  # 180 GB
         bandwidth_gb=8000,
         nvlink_gb=1800,

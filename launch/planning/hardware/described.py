@@ -17,16 +17,9 @@ from launch.config.reader import ResolvedConfig
 from launch.errors import ConfigError
 from launch.planning.hardware.chips import CHIPS, Chip
 from launch.planning.hardware.topologies import Topology, problems
+from launch.run.chip_peaks import TPU_KINDS
 
 _KINDS = {"tpu": "tpu", "cuda": "gpu"}
-# As jax names TPUs; of a GPU the name of the chip is a part of its driver's.
-_TPUS = {
-    "v4": "TPU v4",
-    "v5e": "TPU v5 lite",
-    "v5p": "TPU v5p",
-    "v6e": "TPU v6 lite",
-    "7x": "TPU7x",
-}
 # Knobs that a hardware file of an accelerator sets.
 _TOLD_BY = ("PLATFORM", "LIBTPU_INIT_ARGS", "XLA_FLAGS")
 
@@ -83,7 +76,7 @@ def devices(config: ResolvedConfig) -> tuple[list[Any] | None, str]:
             f"{number:,} of a kind that no file is named for, as v4_8x8x16.gin and "
             "h100_8.gin are: what depends on the kind may be chosen otherwise there"
         )
-    name = _TPUS.get(chip.name, chip.name.upper())
+    name = TPU_KINDS.get(chip.name, chip.name.upper())
     if topology is None or topology.num_devices != number:
         words = f"{number:,} × {name}, by the name of {file}"
         if kind == "tpu":

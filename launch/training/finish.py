@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from launch.checkpoints import store as saving
+from launch.checkpoints import provenance as saving
 from launch.checkpoints.store import Checkpoints
 from launch.config.reader import ResolvedConfig
 from launch.errors import EXIT_DONE, EXIT_NON_FINITE
@@ -96,7 +96,7 @@ def scores_of(model_dir: Path, step: int) -> Record | None:
                 return record
         return None
 
-    return together.as_first_finds("the held-out metrics of the newest step", find)
+    return together.as_first_finds(f"the held-out metrics of step {step}", find)
 
 
 def writer_of(model_dir: Path, resume_step: int | None) -> MetricWriter | NoMetrics:

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from launch.checkpoints.store import Checkpoints
+from launch.checkpoints.times import Times
 from launch.config.settings import LoopSettings
 from launch.errors import EXIT_DONE, EXIT_NON_FINITE, is_user_error
 from launch.job.signals import Signals, Stopped
@@ -104,7 +105,8 @@ def train(
         tokens_per_step=math.prod(shape),
     )
     steps = Steps(state, hooks, log)
-    between = _Between(steps, run, hooks, checkpoints, writer, log, saved_step=step)
+    times = Times(loop.checkpoint_minutes)
+    between = _Between(steps, run, hooks, checkpoints, writer, log, times, step)
     code, fault = EXIT_DONE, None
     with signals.noted(), feed:
         try:
@@ -118,12 +120,13 @@ def train(
                 step += 1
                 steps.take(Launched(step, index, batch, feed.wait_seconds))
                 code = signals.asked()
-                due = _due(step, loop, last)
+                due = times.due(_due(step, loop, last), step)
                 if due or code:
                     steps.settle()
                 if log.skipped_in_a_row >= loop.max_skipped_steps:
                     code = EXIT_NON_FINITE
                     break
+                due = times.unless_stalled(due, step < last and log.skipped_in_a_row)
                 # Whoever asked to stop may not wait for scores.
                 between(step, {"save"} if code else due)
                 if code:
@@ -176,6 +179,7 @@ class _Between:
     checkpoints: Checkpoints
     writer: MetricWriter | NoMetrics
     log: "_Log"
+    times: Times
     saved_step: int
 
     def __call__(self, step: int, due: set[str]) -> None:
@@ -193,6 +197,7 @@ class _Between:
             scores |= self.hooks.measure(params, step)
         if scores:  # of one split and step there is one record
             self.log.score(step, scores)
+            self.checkpoints.scored(step, scores)
         if due:
             self.log.pause()
 
@@ -203,6 +208,7 @@ class _Between:
         self.writer.flush()
         self.checkpoints.save(self.steps.state, self.run, self.hooks.provenance)
         self.saved_step = step
+        self.times.saved()
 
 
 @dataclasses.dataclass

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
-from launch.checkpoints import store as saving
+from launch.checkpoints import provenance as saving
+from launch.checkpoints.newest import from_newest
 from launch.checkpoints.store import Checkpoints
 from launch.config.diff import Change, told
 from launch.config.reader import ResolvedConfig
-from launch.config.settings import Settings
+from launch.config.settings import LoopSettings, Settings
 from launch.data import opening
 from launch.data.opening import cut_words
 from launch.errors import EXIT_DONE, ConfigError
@@ -96,7 +97,7 @@ def _train(
     with (
         owned(model_dir),
         jax.set_mesh(run.mesh),
-        Checkpoints(str(model_dir), settings.loop.keep_checkpoints) as saved,
+        _checkpoints(settings.loop) as saved,
         Programs(run) as programs,
     ):
         programs.during = functools.partial(waiting, quiet=quiet)
@@ -105,17 +106,24 @@ def _train(
         score = _scorer(run, store, programs, signals)
         life = Life(config, run, store, saved, score, measure, signals, quiet)
         now = saving.provenance(config.operative, store.manifest)
-        found = together.as_first_finds("the newest checkpoint", saved.latest)
-        if found is None:  # drawing cannot fail, so compiling need not wait for it
-            programs.begin()
-            state = _initialised(run, quiet=quiet)
-        else:
+
+        def begin(found: int | None) -> tuple[int | None, TrainState | None]:
+            """The state of a step, or a first one; None if the run is complete."""
+            if found is None:  # drawing cannot fail, so compiling need not wait for it
+                programs.begin()
+                return found, _initialised(run, quiet=quiet)
             changed = saved.compare(found, run, now, allow_changes=allow_changes)
             if found >= last:
-                return complete(life, found)
+                complete(life, found)
+                return found, None
             _say_changes(changed, found, settings, quiet=quiet)
             with waiting(f"resuming from {saved.path(found)}", quiet=quiet):
                 state = saved.restore(found, run, now, allow_changes=allow_changes)
+            return found, state
+
+        found, state = from_newest(saved, begin)
+        if state is None:
+            return EXIT_DONE
         was_scored = found is None or scores_of(model_dir, found) is not None
         programs.begin()
         if together.is_first():
@@ -152,6 +160,12 @@ def _train(
         signals.check()
         finish(life, state.params, final)
     return EXIT_DONE
+
+
+def _checkpoints(loop: LoopSettings) -> Checkpoints:
+    return Checkpoints(
+        loop.model_dir, loop.keep_checkpoints, loop.keep_period_steps, loop.keep_best
+    )
 
 
 def _refuse_offload_on_cpu(config: ResolvedConfig, run: Run) -> None:

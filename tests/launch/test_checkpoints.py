@@ -14,8 +14,10 @@ import jax
 import numpy as np
 import pytest
 
-from launch.checkpoints import digest, store
-from launch.checkpoints.store import CheckpointError, Checkpoints, named_arrays
+from launch.checkpoints import digest, places, provenance
+from launch.checkpoints.names import named_arrays
+from launch.checkpoints.places import CheckpointError
+from launch.checkpoints.store import Checkpoints
 from launch.config import reader
 from launch.run.assemble import Run, assemble
 from tasks.manifest import Manifest, SplitManifest, TaskManifest
@@ -52,7 +54,7 @@ def tiny(*bindings: str) -> Run:
     return assemble(reader.read(["runs/tiny.gin"], knobs))
 
 
-def random_state(run: Run, step: int = 3):
+def random_state(run: Run, step: int = 3, skipped: int = 0):
     """A state of any numbers, placed as the run places it."""
     rng = np.random.default_rng(0)
 
@@ -63,7 +65,9 @@ def random_state(run: Run, step: int = 3):
             values = rng.standard_normal(shape.shape, np.float32)
         return jax.device_put(values, shape.sharding)
 
-    return jax.tree.map(draw, run.placed_shapes())
+    state = jax.tree.map(draw, run.placed_shapes())
+    none = jax.device_put(np.int32(skipped), state.step.sharding)
+    return dataclasses.replace(state, skipped_in_a_row=none)
 
 
 def arrays_of(tree) -> dict[str, np.ndarray]:
@@ -78,8 +82,8 @@ def assert_bit_equal(one, other) -> None:
         np.testing.assert_array_equal(array.view("u4"), theirs[name].view("u4"), name)
 
 
-PROVENANCE = store.provenance("SEED = 7\n", DATA)
-OF_OTHER_DATA = store.provenance("SEED = 7\n", OTHER_DATA)
+PROVENANCE = provenance.provenance("SEED = 7\n", DATA)
+OF_OTHER_DATA = provenance.provenance("SEED = 7\n", OTHER_DATA)
 
 
 @pytest.fixture(scope="module")
@@ -377,7 +381,7 @@ def test_other_data_are_refused(run, saved):
 
 def of_config(*bindings: str) -> dict:
     config = reader.read(["runs/tiny.gin"], ["BATCH_SIZE=16", *bindings])
-    return store.provenance(config.operative, DATA)
+    return provenance.provenance(config.operative, DATA)
 
 
 def test_another_model_or_order_of_the_same_arrays_is_refused(run, tmp_path):
@@ -410,7 +414,7 @@ def test_another_model_or_order_of_the_same_arrays_is_refused(run, tmp_path):
 
 def test_parameters_are_refused_for_another_vocabulary(run, saved):
     other = dataclasses.replace(OTHER_DATA, vocabulary_fingerprint="another")
-    now = store.provenance("SEED = 7\n", other)
+    now = provenance.provenance("SEED = 7\n", other)
     with opened(saved) as checkpoint, pytest.raises(CheckpointError) as raised:
         checkpoint.restore_params(3, run, now)
     rows = str(raised.value).splitlines()[2:-1]
@@ -423,12 +427,12 @@ def test_an_array_that_is_not_what_was_saved_is_named(run, saved, tmp_path):
     manifest = json.loads(path.read_text())
     entry = manifest["arrays"]["params/embedding"]
     entry["digest"] = f"{int(entry['digest'], 16) ^ 1:08x}"
-    path.write_text(json.dumps(manifest))
+    path.write_text(json.dumps(places.sealed(manifest)))
     with opened(folder) as checkpoint, pytest.raises(CheckpointError) as raised:
         checkpoint.restore(5, run, PROVENANCE)
     words = "5 is damaged: what was read is not what was saved, in params/embedding. "
     assert words in str(raised.value)
-    assert str(raised.value).endswith("Move that folder away to go on from step 3")
+    assert str(raised.value).endswith("The one before is of step 3")
 
 
 def test_a_manifest_that_is_damaged_is_said(run, saved, tmp_path):

@@ -19,7 +19,8 @@ import numpy as np
 import pytest
 from commands import Done, Trained
 
-from launch.checkpoints.store import Checkpoints, named_arrays
+from launch.checkpoints.names import named_arrays
+from launch.checkpoints.store import Checkpoints
 from launch.config import reader
 from launch.data.opening import training_batches
 from launch.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED

@@ -62,6 +62,26 @@ def steps_in(folder: Path) -> list[int]:
     return sorted(int(name) for name in names if name.isascii() and name.isdecimal())
 
 
+def step_in(folder: Path, step: int | None) -> int:
+    """Returns the step asked for, or the newest.
+
+    Args:
+        folder: a folder of checkpoints.
+        step: which one; None takes the newest.
+    Raises:
+        CheckpointError: it is not there.
+    """
+    there = steps_in(folder)
+    if not there:
+        raise CheckpointError(f"{folder} holds no checkpoint")
+    if step is not None and step not in there:
+        raise CheckpointError(
+            f"{folder} has no checkpoint of step {step}; there are: "
+            f"{', '.join(map(str, there))}"
+        )
+    return there[-1] if step is None else step
+
+
 def read_manifest(path: Path) -> dict[str, Any]:
     """Reads what a checkpoint says about itself.
 

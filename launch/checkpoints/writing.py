@@ -2,11 +2,12 @@
 
 import asyncio
 import contextlib
+import json
 import logging
 import os
 import re
 import shutil
-from collections.abc import Coroutine, Iterator
+from collections.abc import Coroutine, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -76,3 +77,11 @@ def remove_unfinished(folder: Path) -> list[str]:
         if path.exists():
             left.append(path.name)
     return left
+
+
+def manifest_written(path: Path, manifest: Mapping[str, Any]) -> None:
+    """Writes what a checkpoint says about itself, where Orbax writes it."""
+    folder = path / "manifest"
+    with writing(folder):
+        folder.mkdir(parents=True)
+        (folder / "metadata").write_text(json.dumps(manifest), encoding="utf-8")

@@ -133,7 +133,7 @@ def _explained(path: Path, name: str, error: ValueError) -> CheckpointError:
         return CheckpointError(f"cannot read {name} of {path}: {why}")
     file = located.fault_in_files(path, name) or _named_file(path, text)
     if file is not None:
-        return DamagedError(path, f"{file}, so {name} cannot be read")
+        return DamagedError(path, f"{file}, so the array {name} cannot be read")
     return DamagedError(path, f"{name} cannot be decoded: {_reason(text)}")
 
 
@@ -147,6 +147,7 @@ def _named_file(path: Path, text: str) -> str | None:
 
 
 def _reason(text: str) -> str:
-    """The last words of an error, without the numbers of its whereabouts."""
-    head = re.sub(r"^[A-Z_]+: ", "", text.partition(" [")[0].splitlines()[0])
-    return head.rpartition(": Error ")[2].rpartition('": ')[2].partition(";")[0][:120]
+    """The last words of an error, without its numbers and whereabouts."""
+    head = text.partition(" [tensorstore_spec")[0].splitlines()[0]
+    head = head.rpartition('": ')[2].partition(": expected=")[0].partition(";")[0]
+    return head.removeprefix("Error ")[:120]

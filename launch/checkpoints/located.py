@@ -29,6 +29,9 @@ class Piece:
         return self.key.rpartition("/")[0]
 
 
+_HEAD = Piece("", "state/manifest.ocdbt", 1)
+
+
 def pieces(path: Path) -> Iterator[Piece]:
     """Yields where everything is, in the order of names, as far as nodes can be read.
 
@@ -37,7 +40,7 @@ def pieces(path: Path) -> Iterator[Piece]:
     """
     base = ts.KvStore.open({"driver": "file", "path": f"{path / 'state'}/"}).result()
     manifest = ts.ocdbt.dump(base).result()
-    yield Piece("", "state/manifest.ocdbt", 1)
+    yield _HEAD
     if versions := manifest["versions"]:
         root = versions[-1]["root"].get("location")
         if root is not None:
@@ -59,6 +62,8 @@ def _below(base: Any, location: str, prefix: str) -> Iterator[Piece]:
 
 def fault_in_files(path: Path, array: str) -> str | None:
     """Says which file of an array is missing or too short; None if none is."""
+    if fault := fault_of(path, _HEAD):
+        return fault
     try:
         for piece in pieces(path):
             if piece.array in ("", array) and (fault := fault_of(path, piece)):

@@ -95,13 +95,12 @@ def refuse_changed(arrays: Arrays, names: Sequence[str]) -> None:
     """
     if not names:
         return
-    first = names[0]
+    first, more = names[0], len(names) - 5
+    listed = ", ".join(names[:5]) + (f" and {more:,} more arrays" if more > 0 else "")
     said = arrays.saved[first]
     if sums.digest_of(tuple(said["shape"]), arrays.blocks(first)) == said["digest"]:
         raise CheckpointError(
             f"{arrays.path} is as it was saved, but the devices hold something else "
-            f"after it was read, in {', '.join(names)}: look for a fault of the machine"
+            f"after it was read, in {listed}: look for a fault of the machine"
         )
-    raise DamagedError(
-        arrays.path, f"what was read is not what was saved, in {', '.join(names)}"
-    )
+    raise DamagedError(arrays.path, f"what was read is not what was saved, in {listed}")

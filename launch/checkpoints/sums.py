@@ -24,6 +24,10 @@ def digest_of(
 
 def _sum(shape: tuple[int, ...], starts: list[int], values: np.ndarray) -> int:
     word = {1: np.uint8, 2: np.uint16, 4: np.uint32}[values.dtype.itemsize]
+    # Not of numbers: of those NumPy warns when they wrap.
+    values, shape, starts = (
+        (values.reshape(1), (1,), [0]) if values.ndim == 0 else (values, shape, starts)
+    )
     bits = np.ascontiguousarray(values).view(word).astype(np.uint32)
     index = np.zeros(values.shape, np.uint32)
     for dim, (length, start) in enumerate(zip(shape, starts, strict=True)):

@@ -22,11 +22,6 @@ from launch.config import reader
 from launch.run.assemble import Run, assemble
 from tasks.manifest import Manifest, SplitManifest, TaskManifest
 
-# After a save that failed TensorStore calls event loops that Orbax has closed.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::pytest.PytestUnraisableExceptionWarning"
-)
-
 
 def of_split(fingerprint: str) -> dict[str, TaskManifest]:
     split = SplitManifest(1, {"targets": 2}, 3, fingerprint)

@@ -92,8 +92,11 @@ def sizes_of(path: Path) -> dict[str, int]:
 def _unreadable(path: Path) -> list[str]:
     """Files that Orbax keeps beside the arrays, and that are not as they should be."""
     of_processes = sorted((path / "state" / "array_metadatas").glob("*"))
+    of_orbax = [path / name for name in _OF_ORBAX]
+    if not any(file.exists() for file in of_orbax):
+        return []  # a mean, which Orbax has not written
     found = []
-    for file in [*(path / name for name in _OF_ORBAX), *of_processes]:
+    for file in [*of_orbax, *of_processes]:
         name = file.relative_to(path)
         try:
             json.loads(file.read_bytes())

@@ -83,9 +83,8 @@ def injected(
     """
     newest = steps_in(folder_of(model_dir))[-1]
     other = folder_of(other_dir) / str(steps_in(folder_of(other_dir))[-1])
-    right = {
-        step: _bits(_restored(model_dir, step, run)) for step in _last_two(model_dir)
-    }
+    steps = steps_in(folder_of(model_dir))
+    right = {step: _bits(_restored(model_dir, step, run)) for step in steps[-2:]}
     path, cases = folder_of(model_dir) / str(newest), []
     for file in sorted(p for p in path.rglob("*") if p.is_file()):
         name = str(file.relative_to(path))

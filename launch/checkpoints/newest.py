@@ -1,5 +1,6 @@
 """The newest checkpoint that can be read, for a run that goes on from it."""
 
+import itertools
 import sys
 from collections.abc import Callable
 from typing import TypeVar
@@ -25,8 +26,9 @@ def from_newest(saved: Checkpoints, use: Callable[[int | None], T]) -> T:
     Raises:
         DamagedError: the oldest that there is is damaged too.
     """
-    while True:
-        step = saved.latest()
+    for attempt in itertools.count():
+        what = f"the newest checkpoint, {attempt}"
+        step = together.as_first_finds(what, saved.latest)
         try:
             return use(step)
         except DamagedError as damage:
@@ -40,3 +42,4 @@ def from_newest(saved: Checkpoints, use: Callable[[int | None], T]) -> T:
                     f"{aside.name}, and the run goes on from step {older:,}",
                     file=sys.stderr,
                 )
+    raise AssertionError("numbers do not end")

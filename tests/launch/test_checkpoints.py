@@ -222,6 +222,46 @@ def test_the_newest_steps_are_kept(run, tmp_path):
     assert left == ["3", "4"]
 
 
+def test_what_only_skipped_steps_led_to_pushes_no_other_out(run, tmp_path):
+    def steps_after(step: int, skipped: int) -> list[str]:
+        # Opened again: what was skipped before is known from the manifests.
+        with Checkpoints(str(tmp_path), keep=2) as checkpoint:
+            checkpoint.save(random_state(run, step, skipped), run, PROVENANCE)
+        return sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+
+    assert steps_after(1, 0) == ["1"]
+    assert steps_after(2, 0) == ["1", "2"]
+    assert steps_after(3, 1) == ["1", "2", "3"]
+    assert steps_after(4, 2) == ["1", "2", "4"]
+    assert steps_after(5, 0) == ["2", "5"]
+
+
+def test_the_best_by_the_metrics_of_the_run_is_kept(run, tmp_path):
+    line = '{{"step": {}, "split": "heldout", "loss/nats_per_token": {}}}\n'
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "metrics.jsonl").write_text(line.format(1, 2.0) + line.format(2, 3.0))
+    for step in (1, 2):
+        with Checkpoints(str(tmp_path), keep=2) as checkpoint:
+            checkpoint.save(random_state(run, step), run, PROVENANCE)
+    with Checkpoints(str(tmp_path), keep=1, keep_best=1) as checkpoint:
+        checkpoint.save(random_state(run, 3), run, PROVENANCE)
+        assert checkpoint.steps() == [1, 3]
+        checkpoint.scored(3, {"loss/nats_per_token": 1.0})
+        checkpoint.save(random_state(run, 4), run, PROVENANCE)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["3", "4"]
+
+
+def test_a_checkpoint_names_the_one_that_its_run_went_on_from(run, saved, tmp_path):
+    folder = shutil.copytree(saved, tmp_path / "copy")
+    with Checkpoints(str(folder), keep=2) as checkpoint:
+        state = checkpoint.restore(5, run, PROVENANCE)
+        later = dataclasses.replace(state, step=state.step + 1)
+        checkpoint.save(later, run, PROVENANCE)
+        checkpoint.wait()
+        parents = checkpoint.manifest(6)["parents"]
+    assert parents == [{"path": str(folder / "checkpoints" / "5"), "step": 5}]
+
+
 @pytest.mark.parametrize("step", [3, 4, 5])
 def test_a_step_that_is_not_newer_is_not_saved(run, saved, tmp_path, step):
     folder = shutil.copytree(saved, tmp_path / "copy")

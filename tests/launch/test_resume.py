@@ -291,6 +291,38 @@ def test_a_run_of_four_devices_goes_on_on_one(trained, tmp_path):
     assert losses_of(on_four) == pytest.approx(losses_of(trained.folder), rel=1e-5)
 
 
+# To the loop, step 10 looks as if it had been skipped.
+SKIPPED = """
+import sys
+from launch import cli
+
+def before_jax(platform, original=cli._before_jax):
+    found = original(platform)
+    from launch.training import loop
+
+    owner = next(v for v in vars(loop).values() if hasattr(v, "pause"))
+    add = owner.add
+
+    def skipping(log, launched, **how):
+        add(log, launched, **how)
+        log.skipped_in_a_row = int(launched.step == 10)
+
+    owner.add = skipping
+    return found
+
+cli._before_jax = before_jax
+sys.exit(cli.main())
+"""
+
+
+@pytest.mark.slow
+def test_a_save_waits_for_a_step_that_is_taken(trained, tmp_path):
+    folder = tmp_path / "run"
+    done = trained.run("train", *trained.knobs(folder), program=SKIPPED)
+    assert done.code == 0, done.err
+    assert steps_of(folder) == [11, 20]
+
+
 @pytest.mark.slow
 def test_ctrl_c_saves_and_ends_as_the_shell_expects(trained, tmp_path):
     folder = tmp_path / "run"

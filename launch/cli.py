@@ -290,8 +290,11 @@ def read_config(
 def _help() -> str:
     """All verbs, by what they are for."""
     groups: dict[str, list[str]] = {}
-    for name, command in commands.every().items():
-        groups.setdefault(command.group, []).append(f"  {name:10}{command.summary}")
+    every = commands.every()
+    width = max(map(len, every)) + 2
+    for name, command in every.items():
+        line = f"  {name:{width}}{command.summary}"
+        groups.setdefault(command.group, []).append(line)
     verbs = "\n\n".join(
         "\n".join([f"{group}:", *lines]) for group, lines in groups.items()
     )

@@ -1,11 +1,58 @@
 """What does not fit between a checkpoint and a run."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 
+from launch.checkpoints.places import CheckpointError
+from launch.config.diff import Change, changes
+
 Row = tuple[str, str, str]  # what, as it was saved, as it is wanted
+
+
+def checked(
+    path: Path,
+    manifest: Mapping[str, Any],
+    wanted: Mapping[str, jax.ShapeDtypeStruct],
+    now: Mapping[str, Any] | None,
+    *,
+    partial: bool = False,
+    allow_changes: bool = False,
+) -> list[Change]:
+    """Compares a checkpoint with a run.
+
+    Args:
+        path: the checkpoint.
+        manifest: what it says about itself.
+        wanted: shape and type of every array that the run asks for.
+        now: the run's provenance; None compares arrays alone.
+        partial: whether parameters alone are wanted.
+        allow_changes: whether arrays alone are refused.
+    Returns:
+        What has changed, and may.
+    Raises:
+        CheckpointError: every difference that is refused, in a table.
+    """
+    of_arrays = arrays(manifest["arrays"], wanted, partial=partial)
+    of_data = [] if now is None else data(manifest, now, partial=partial)
+    found = [] if now is None else changes(manifest["config"], now["config"])
+    knobs = [(c.macro, c.before, c.now) for c in found if c.fixed and not partial]
+    refused = of_arrays if allow_changes else [*of_arrays, *of_data, *knobs]
+    if not refused:
+        return found
+    way_out = (
+        "use that configuration, or another MODEL_DIR to start afresh"
+        if of_arrays
+        else "use that configuration, or another MODEL_DIR to start afresh; or add "
+        "--allow_changes to go on with another one"
+    )
+    raise CheckpointError(
+        f"{path} does not fit this run, in {len(refused)} "
+        f"place{'s' if len(refused) > 1 else ''}:\n{table(refused)}\n"
+        f"It was made with {path.parents[1] / 'config.gin'}; {way_out}"
+    )
 
 
 def arrays(

@@ -1,41 +1,32 @@
-"""Checkpoints: Orbax, and around it what Orbax does not check.
+"""Checkpoints of a run: Orbax writes them; what it does not check is checked here.
 
 A checkpoint is the arrays of the train state and a manifest: a digest per array, the
 configuration, what data it learnt from. It restores on any mesh. Whatever does not fit
-is one error that shows every mismatch.
+is one error that shows every mismatch; whatever is damaged is an error of its own.
 """
 
-import contextlib
-import dataclasses
-import importlib.metadata
-import logging
+import itertools
 import os
-import re
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 
-from launch.checkpoints import compare
-from launch.checkpoints.digest import digests
-from launch.config.diff import Change, changes
-from launch.errors import UserError
+from launch.checkpoints import compare, history, places, retention, writing
+from launch.checkpoints.agreed import agreed
+from launch.checkpoints.arrays import Arrays
+from launch.checkpoints.manifest import manifest_of
+from launch.checkpoints.names import named_arrays, unnamed
+from launch.checkpoints.places import ASIDE, FOLDER, CheckpointError, DamagedError
+from launch.checkpoints.restoring import changed, placed, refuse_changed
+from launch.config.diff import Change
 from launch.job import together
 from launch.run.assemble import Run
 from moe.training.train_state import TrainState
-from tasks.manifest import Manifest as StoreManifest
 
-FOLDER = "checkpoints"
-# What a later version tells apart: it goes up when names, shapes or meanings of arrays
-# change, and then this file learns to read what came before.
-FORMAT = 1
-
-
-class CheckpointError(UserError):
-    """A checkpoint that is missing, damaged or of something else."""
+_OPENED = itertools.count()  # every process opens the same, in the same order
 
 
 class Checkpoints:
@@ -44,26 +35,58 @@ class Checkpoints:
     Args:
         model_dir: the run.
         keep: how many of the newest are kept.
+        keep_period: the first of every so many steps is kept for good; 0: none.
+        keep_best: how many with the least held-out loss are kept; 0: none for that.
         read_only: create nothing, delete nothing.
+    Raises:
+        CheckpointError: the folder cannot be read or made; or the run's checkpoints
+            were deleted and its metrics were not.
     """
 
-    def __init__(self, model_dir: str, keep: int, *, read_only: bool = False) -> None:
-        self.folder = Path(model_dir).absolute() / FOLDER
-        for name in ("absl", "asyncio"):
-            logging.getLogger(name).addFilter(_is_no_error)
-        if not read_only:
-            if together.is_first():
-                with self._writing(self.folder):
-                    self.folder.mkdir(parents=True, exist_ok=True)
-            together.together("making the folder of checkpoints")
+    def __init__(
+        self,
+        model_dir: str,
+        keep: int,
+        keep_period: int = 0,
+        keep_best: int = 0,
+        *,
+        read_only: bool = False,
+    ) -> None:
+        self._model_dir = Path(model_dir).absolute()
+        self.folder = self._model_dir / FOLDER
+        self._number = next(_OPENED)
+        self._asked = itertools.count()
+        self._manifests: dict[int, dict[str, Any]] = {}
+        self._parents: list[dict[str, Any]] = []
+        self._saving: int | None = None
+        self._manager: ocp.CheckpointManager | None = None
+        self._steps: list[int] = []
+        self._retention = retention.Retention(keep, keep_period, keep_best)
+        if read_only:
+            self._steps = self._as_first("steps", lambda: places.steps_in(self.folder))
+            return
+        writing.prepare()
+        if together.is_first():
+            history.refuse_deleted(self._model_dir)
+            with writing.writing(self.folder):
+                self.folder.mkdir(parents=True, exist_ok=True)
+        together.together(f"making the folder of checkpoints {self._number}")
+        self._open()
+        losses, stalled = self._as_first(
+            "history", lambda: history.known(self._model_dir, losses=keep_best > 0)
+        )
+        self._retention.losses |= {int(step): loss for step, loss in losses}
+        self._retention.stalled |= set(stalled)
+
+    def _open(self) -> None:
+        """Opens the folder, or opens it again after another hand changed it."""
         self._manager = ocp.CheckpointManager(
             self.folder,
             item_names=("state", "manifest"),
             options=ocp.CheckpointManagerOptions(
-                max_to_keep=None if read_only else keep,
-                # Orbax's own `read_only` does no more than these, and warns of itself.
+                preservation_policy=self._retention,
                 create=False,
-                cleanup_tmp_directories=not read_only,
+                cleanup_tmp_directories=True,
                 single_host_load_and_broadcast=True,  # all know of the same steps
             ),
         )
@@ -72,44 +95,36 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        if self._manager is None:
+            return
         if kind is not None and jax.process_count() > 1:
             return  # the others may be gone, and closing would wait for them
         try:
-            with self._writing(self.folder):
-                self._manager.close()
+            self.wait()
+            self._manager.close()
         except CheckpointError:
             if kind is None:  # else the user must hear of what went wrong first
                 raise
-
-    @contextlib.contextmanager
-    def _writing(self, path: Path) -> Iterator[None]:
-        """Says in one line what keeps a checkpoint from being written."""
-        try:
-            yield
-        # Of a full disk TensorStore makes a ValueError, the system an OSError.
-        except (OSError, ValueError) as error:
-            code = re.search(r"os_error_code='(\d+)'", str(error))
-            why = os.strerror(int(code[1])) if code else _short(error)
-            raise CheckpointError(f"cannot write {path}: {why}") from error
+        finally:
+            if together.is_first() and (kind is not None or self._saving is not None):
+                writing.remove_unfinished(self.folder)
 
     def path(self, step: int) -> Path:
         """Where the checkpoint of a step is."""
         return self.folder / str(step)
 
-    def latest(self) -> int | None:
-        """Returns the newest step, or None.
+    def steps(self) -> list[int]:
+        """Lists the steps that there are, in their order; the same in all processes."""
+        known = self._steps if self._manager is None else self._manager.all_steps()
+        return sorted(map(int, known))  # they are NumPy's, in several processes
 
-        Raises:
-            CheckpointError: the newest folder lacks its manifest: something other than
-                this program put it there.
-        """
-        step = self._manager.latest_step()
-        if step is not None and not (self.path(step) / "manifest").is_dir():
-            raise CheckpointError(
-                f"{self.path(step)} is not a checkpoint: it has no manifest. Move it "
-                "away to go on from the one before"
-            )
-        return None if step is None else int(step)  # NumPy's, in several processes
+    def latest(self) -> int | None:
+        """Returns the newest step, or None."""
+        return max(self.steps(), default=None)
+
+    def before(self, step: int) -> int | None:
+        """Returns the newest step before one, or None."""
+        return max((s for s in self.steps() if s < step), default=None)
 
     def require(self, step: int | None) -> int:
         """Returns the step asked for, or the newest.
@@ -124,32 +139,48 @@ class Checkpoints:
             )
         return found
 
+    def scored(self, step: int, scores: Mapping[str, Any]) -> None:
+        """Hears of the held-out metrics of a step, by which the best are kept."""
+        found = retention.losses_of([{"step": step, "split": "heldout"} | dict(scores)])
+        self._retention.losses |= found
+
+    def set_aside(self, step: int) -> Path:
+        """Renames a damaged checkpoint, so that it counts as none; returns its place.
+
+        Its bytes are left for whoever wants to know what happened to them.
+        """
+        assert self._manager is not None, "what only reads moves nothing"
+
+        def rename() -> str:
+            for number in itertools.count(1):
+                aside = f"{step}{ASIDE}{'' if number == 1 else f'.{number}'}"
+                if not (self.folder / aside).exists():
+                    with writing.writing(self.folder / aside):
+                        os.rename(self.path(step), self.folder / aside)
+                    return aside
+            raise AssertionError("numbers do not end")
+
+        name = self._as_first("aside", rename)
+        together.together(f"setting a checkpoint aside {self._number}-{step}")
+        self._manager.close()
+        self._open()
+        return self.folder / name
+
     def save(self, state: TrainState, run: Run, provenance: Mapping[str, Any]) -> None:
         """Starts to save; returns when the arrays are copied, before they are written.
 
         Raises:
-            CheckpointError: this step is there already.
+            CheckpointError: this step is there already, or the one before could not be
+                written.
         """
-        step = int(state.step)
-        arrays = named_arrays(state)
-        checksums = digests(arrays)
-        manifest = {
-            "format": FORMAT,
-            "step": step,
-            "data_index": int(state.data_index),
-            "arrays": {
-                name: {
-                    "shape": list(array.shape),
-                    "dtype": str(array.dtype),
-                    "digest": checksums[name],
-                }
-                for name, array in arrays.items()
-            },
-            "mesh": dataclasses.asdict(run.settings.mesh),
-            "saved_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            **provenance,
-        }
-        with self._writing(self.path(step)):
+        assert self._manager is not None, "what only reads saves nothing"
+        self.wait()
+        step, arrays = int(state.step), named_arrays(state)
+        manifest = manifest_of(state, arrays, run, self._parents, provenance)
+        if retention.is_stalled(manifest):
+            self._retention.stalled.add(step)
+        self._saving = step
+        with writing.writing(self.path(step)):
             saved = self._manager.save(
                 step,
                 args=ocp.args.Composite(
@@ -158,48 +189,43 @@ class Checkpoints:
                 ),
             )
         if not saved:
+            self._saving = None
             raise CheckpointError(
                 f"step {step} was not saved: {self.folder} holds a step as new, "
-                f"{self._manager.latest_step()}"
+                f"{self.latest()}"
             )
 
     def wait(self) -> None:
-        """Returns when every save has been committed."""
-        with self._writing(self.folder):
+        """Returns when what was being saved has been committed.
+
+        Raises:
+            CheckpointError: it could not be written.
+        """
+        if self._manager is None or self._saving is None:
+            return
+        with writing.writing(self.path(self._saving)):
             self._manager.wait_until_finished()
+        step, self._saving = self._saving, None
+        if together.is_first():
+            history.remember_saved(self._model_dir, step)
 
     def manifest(self, step: int) -> dict[str, Any]:
         """Reads what a checkpoint says about itself.
 
         Raises:
-            CheckpointError: there is no such step, or its manifest cannot be read.
+            CheckpointError: there is no such step, or it is of another format.
+            DamagedError: its manifest is missing, or is not as it was written.
         """
-        if step not in self._manager.all_steps():
-            there = ", ".join(map(str, sorted(self._manager.all_steps()))) or "none"
+        if step not in self.steps():
+            there = ", ".join(map(str, self.steps())) or "none"
             raise CheckpointError(
                 f"{self.folder} has no checkpoint of step {step}; there are: {there}"
             )
-        try:
-            restored = self._manager.restore(
-                step, args=ocp.args.Composite(manifest=ocp.args.JsonRestore())
+        if step not in self._manifests:
+            self._manifests[step] = self._agreed(
+                step, lambda: places.read_manifest(self.path(step))
             )
-        except (OSError, ValueError, KeyError, RecursionError) as error:
-            raise CheckpointError(
-                f"the manifest of {self.path(step)} cannot be read: {_short(error)}. "
-                f"{self._way_out(step)}"
-            ) from error
-        manifest = restored["manifest"]
-        if isinstance(manifest, dict) and manifest.get("format", 0) != FORMAT:
-            raise CheckpointError(
-                f"{self.path(step)} is of format {manifest.get('format', 0)}, and this "
-                f"version reads {FORMAT}. {self._way_out(step)}"
-            )
-        if not _is_manifest(manifest):
-            raise CheckpointError(
-                f"the manifest of {self.path(step)} lacks what it should say. "
-                f"{self._way_out(step)}"
-            )
-        return manifest
+        return self._manifests[step]
 
     def restore(
         self,
@@ -243,8 +269,12 @@ class Checkpoints:
             CheckpointError: as `restore`, but for damage.
         """
         wanted = named_arrays(run.placed_shapes())
-        return self._compare(
-            step, self.manifest(step), wanted, now, allow_changes=allow_changes
+        return compare.checked(
+            self.path(step),
+            self.manifest(step),
+            wanted,
+            now,
+            allow_changes=allow_changes,
         )
 
     def restore_params(
@@ -281,136 +311,36 @@ class Checkpoints:
     ) -> dict[str, jax.Array]:
         """Restores named arrays after comparing, and digests them."""
         manifest = self.manifest(step)
-        self._compare(
-            step, manifest, wanted, now, partial=partial, allow_changes=allow_changes
+        compare.checked(
+            self.path(step),
+            manifest,
+            wanted,
+            now,
+            partial=partial,
+            allow_changes=allow_changes,
         )
-        try:
-            restored = self._manager.restore(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.PyTreeRestore(
-                        item=dict(wanted),
-                        restore_args=ocp.checkpoint_utils.construct_restore_args(
-                            dict(wanted)
-                        ),
-                        partial_restore=partial,
-                    )
-                ),
-            )["state"]
-        # A truncated or missing file surfaces as a bare Exception here.
-        except Exception as error:
-            if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
-                raise  # the checkpoint is as good as it was
-            raise CheckpointError(
-                f"{self.path(step)} is damaged: {_short(error)}. {self._way_out(step)}"
-            ) from error
-        found = digests(restored)
-        damaged = [
-            name
-            for name in restored
-            if found[name] != manifest["arrays"][name]["digest"]
-        ]
-        if damaged:
-            raise CheckpointError(
-                f"{self.path(step)} is damaged: what was read is not what was saved, "
-                f"in {', '.join(damaged)}. {self._way_out(step)}"
-            )
+        arrays = Arrays(self.path(step), manifest)
+        restored = self._agreed(step, lambda: placed(arrays, wanted))
+        names = changed(arrays, restored)
+        self._agreed(step, lambda: refuse_changed(arrays, names))
+        self._parents = [{"path": str(self.path(step)), "step": step}]
         return restored
 
-    def _compare(
-        self,
-        step: int,
-        manifest: Mapping[str, Any],
-        wanted: Mapping[str, jax.ShapeDtypeStruct],
-        now: Mapping[str, Any] | None,
-        *,
-        partial: bool = False,
-        allow_changes: bool = False,
-    ) -> list[Change]:
-        """Raises one error with every difference that is refused, in a table."""
-        arrays = compare.arrays(manifest["arrays"], wanted, partial=partial)
-        data = [] if now is None else compare.data(manifest, now, partial=partial)
-        found = [] if now is None else changes(manifest["config"], now["config"])
-        knobs = [(c.macro, c.before, c.now) for c in found if c.fixed and not partial]
-        refused = arrays if allow_changes else [*arrays, *data, *knobs]
-        if not refused:
-            return found
-        way_out = (
-            "use that configuration, or another MODEL_DIR to start afresh"
-            if arrays
-            else "use that configuration, or another MODEL_DIR to start afresh; or add "
-            "--allow_changes to go on with another one"
-        )
-        raise CheckpointError(
-            f"{self.path(step)} does not fit this run, in {len(refused)} "
-            f"place{'s' if len(refused) > 1 else ''}:\n{compare.table(refused)}\n"
-            f"It was made with {self.folder.parent / 'config.gin'}; {way_out}"
-        )
+    def _agreed(self, step: int, work: Any) -> Any:
+        """Reads in every process; if it is damage for one, then for all."""
+        what = f"reading {self._number}-{step}-{next(self._asked)}"
+        try:
+            return agreed(what, work)
+        except DamagedError as error:
+            older = self.before(step)
+            advice = (
+                "There is no older one: take another MODEL_DIR to start afresh"
+                if older is None
+                else f"The one before is of step {older}"
+            )
+            raise DamagedError(self.path(step), error.what, advice) from error
 
-    def _way_out(self, step: int) -> str:
-        older = [s for s in sorted(self._manager.all_steps()) if s < step]
-        if not older:
-            return "There is no older one: take another MODEL_DIR, or move it away"
-        return f"Move that folder away to go on from step {older[-1]}"
-
-
-def fingerprints(store: StoreManifest) -> dict[str, str]:
-    """What a checkpoint remembers of its data."""
-    return {
-        "data_fingerprint": store.fingerprint,
-        "vocabulary_fingerprint": store.vocabulary_fingerprint,
-    }
-
-
-def provenance(operative: str, store: StoreManifest) -> dict[str, Any]:
-    """Where a checkpoint comes from: configuration, data and code."""
-    return {
-        "config": operative,
-        "task": store.name,
-        "parents": [],
-        "code_version": importlib.metadata.version("switchyard"),
-        "jax_version": jax.__version__,
-        **fingerprints(store),
-    }
-
-
-def _is_manifest(found: Any) -> bool:
-    """Whether all is there that a restore compares."""
-    if not isinstance(found, dict):
-        return False
-    texts = ("config", "data_fingerprint", "vocabulary_fingerprint")
-    arrays = found.get("arrays")
-    return (
-        all(isinstance(found.get(name), str) for name in texts)
-        and isinstance(arrays, dict)
-        and all(
-            isinstance(array, dict) and array.keys() >= {"shape", "dtype", "digest"}
-            for array in arrays.values()
-        )
-    )
-
-
-def named_arrays(tree: Any) -> dict[str, Any]:
-    """Flattens a tree into arrays by path, such as "params/embedding"."""
-    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
-        for path, leaf in flat
-    }
-
-
-def unnamed(arrays: Mapping[str, Any], like: Any) -> Any:
-    """Puts named arrays back into a tree."""
-    ordered = [arrays[name] for name in named_arrays(like)]
-    return jax.tree.unflatten(jax.tree.structure(like), ordered)
-
-
-def _short(error: BaseException) -> str:
-    """The first line of an error; of a long one, how it begins and how it ends."""
-    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return line if len(line) <= 200 else f"{line[:80]} … {line[-120:]}"
-
-
-def _is_no_error(record: logging.LogRecord) -> bool:
-    """Keeps from the terminal what Orbax logs in every thread before it raises it."""
-    return record.levelno < logging.ERROR
+    def _as_first(self, what: str, find: Any) -> Any:
+        """What process 0 finds, in all processes."""
+        key = f"checkpoints {self._number}: {what} {next(self._asked)}"
+        return together.as_first_finds(key, find)

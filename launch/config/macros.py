@@ -12,6 +12,7 @@ from launch.config.settings import Settings
 _PREFIXES = {"mixture": "MIXTURE_", "mesh": "MESH_", "sample": "SAMPLE_"}
 _NAMES = {
     "loop.checkpoint_period_steps": "CHECKPOINT_PERIOD",
+    "loop.keep_period_steps": "KEEP_PERIOD",
     "loop.eval_period_steps": "EVAL_PERIOD",
     "loop.task_metrics_period_steps": "TASK_METRICS_PERIOD",
     "loop.log_period_steps": "LOG_PERIOD",

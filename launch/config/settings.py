@@ -63,7 +63,11 @@ class LoopSettings:
     Attributes:
         model_dir: checkpoints, metrics and the report of this run.
         checkpoint_period_steps: between checkpoints; the last step always saves.
-        keep_checkpoints: how many are kept.
+        checkpoint_minutes: between checkpoints at most; 0 leaves it to steps.
+        keep_checkpoints: how many of the newest are kept.
+        keep_period_steps: the first checkpoint of every so many steps is kept for good;
+            0: none.
+        keep_best: checkpoints with the least held-out loss that are kept; 0: none.
         eval_period_steps: between held-out evaluations; the last step always has one.
         eval_batches: batches of each Task in a periodic evaluation; 0 scores every
             held-out token once.
@@ -97,7 +101,10 @@ class LoopSettings:
 
     model_dir: str
     checkpoint_period_steps: int = 1000
+    checkpoint_minutes: float = 0.0
     keep_checkpoints: int = 3
+    keep_period_steps: int = 0
+    keep_best: int = 0
     eval_period_steps: int = 1000
     eval_batches: int = 16
     last_eval_batches: int = 1000
@@ -223,6 +230,9 @@ def _range_problems(settings: Settings) -> list[str]:
         "HEARTBEAT_TIMEOUT": platform.heartbeat_timeout_seconds,
     }
     at_least_0 = {
+        "CHECKPOINT_MINUTES": loop.checkpoint_minutes,
+        "KEEP_PERIOD": loop.keep_period_steps,
+        "KEEP_BEST": loop.keep_best,
         "EVAL_BATCHES": loop.eval_batches,
         "LAST_EVAL_BATCHES": loop.last_eval_batches,
         "LOAD_PERIOD": loop.load_period_steps,
@@ -380,7 +390,7 @@ def _text_problems(settings: Settings) -> list[str]:
 def _size_problems(settings: Settings) -> list[str]:
     """Sizes that do not suit one another."""
     data, mesh, model = settings.data, settings.mesh, settings.model
-    train, optimizer = settings.train, settings.optimizer
+    train, optimizer, loop = settings.train, settings.optimizer, settings.loop
     found = []
     pieces = {"bytes": 259, "sentencepiece": data.vocabulary_size}
     needed = pieces.get(data.vocabulary, -data.extra_ids) + data.extra_ids
@@ -389,11 +399,18 @@ def _size_problems(settings: Settings) -> list[str]:
             f"VOCAB_SIZE = {model.vocab_size} has no row for every one of the "
             f"{needed:,} ids of VOCABULARY = {data.vocabulary!r}: use {needed} or more"
         )
-    if settings.loop.task_metrics_period_steps and data.objective != "seq2seq":
+    if loop.task_metrics_period_steps and data.objective != "seq2seq":
         found.append(
-            f"TASK_METRICS_PERIOD = {settings.loop.task_metrics_period_steps}: targets "
+            f"TASK_METRICS_PERIOD = {loop.task_metrics_period_steps}: targets "
             f"are predicted from inputs, and OBJECTIVE = {data.objective!r} has none: "
             "set OBJECTIVE to 'seq2seq', or TASK_METRICS_PERIOD to 0"
+        )
+    saves, scores = loop.checkpoint_period_steps, loop.eval_period_steps
+    if loop.keep_best and scores > 0 and saves % scores:
+        found.append(
+            f"KEEP_BEST = {loop.keep_best} needs the held-out loss of every "
+            f"checkpoint: CHECKPOINT_PERIOD = {saves} must be a multiple of "
+            f"EVAL_PERIOD = {scores}"
         )
     if optimizer.warmup_steps > train.train_steps:
         found.append(

@@ -6,11 +6,11 @@ import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 
-from launch.checkpoints import store as saving
+from launch.checkpoints import provenance as saving
 from launch.checkpoints.store import Checkpoints
 from launch.config.reader import ResolvedConfig
 from launch.errors import EXIT_DONE, EXIT_NON_FINITE
@@ -25,6 +25,9 @@ from launch.run.assemble import Run
 from launch.terminal.lines import waiting
 from tasks.store import TokenStore
 
+if TYPE_CHECKING:
+    from launch.evaluation.task_metrics import TaskMetrics
+
 Record = dict[str, Any]
 
 
@@ -38,8 +41,8 @@ class Life:
         store: its tokens.
         saved: its checkpoints.
         score: function of parameters and a number of batches; returns held-out metrics.
-        measure: function of parameters and a step; returns the Tasks' own metrics. None
-            where TASK_METRICS_PERIOD asks for none.
+        measure: measures by the Tasks' own metrics; None where TASK_METRICS_PERIOD
+            asks for none.
         signals: who may ask it to stop.
         quiet: whether results, warnings and errors alone are shown.
     """
@@ -49,7 +52,7 @@ class Life:
     store: TokenStore
     saved: Checkpoints
     score: Callable[[Any, int], Record]
-    measure: Callable[[Any, int], Record] | None
+    measure: "TaskMetrics | None"
     signals: Signals
     quiet: bool
 
@@ -94,7 +97,7 @@ def complete(life: Life, found: int) -> int:
 def scores_of(model_dir: Path, step: int) -> Record | None:
     """Returns the held-out metrics that were recorded of a step, if they were."""
     return together.as_first_finds(
-        "the held-out metrics of the newest step",
+        f"the held-out metrics of step {step}",
         lambda: newest(model_dir, "heldout", step),
     )
 

@@ -12,7 +12,9 @@ from typing import Any
 import jax
 
 from launch.checkpoints import replicas
-from launch.checkpoints.store import Checkpoints, named_arrays
+from launch.checkpoints.names import named_arrays
+from launch.checkpoints.store import Checkpoints
+from launch.checkpoints.times import Times
 from launch.config.settings import LoopSettings
 from launch.errors import EXIT_DONE, EXIT_NON_FINITE, is_user_error
 from launch.job.signals import Signals, Stopped
@@ -100,7 +102,10 @@ def train(
         last_step=run.settings.train.train_steps,
         tokens_per_step=math.prod(_shape(run)),
     )
-    between = _Between(run, hooks, checkpoints, books, log, watch, int(state.step))
+    times = Times(loop.checkpoint_minutes)
+    between = _Between(
+        *(run, hooks, checkpoints, books, log, watch, times, int(state.step))
+    )
     with signals.noted(), watchdog:
         while True:
             steps = Steps(
@@ -153,7 +158,7 @@ def _walk(
     """
     step, data_index = int(steps.state.step), int(steps.state.data_index)
     last, loop = run.settings.train.train_steps, run.settings.loop
-    clock, watch = between.books.clock, between.watch
+    clock, watch, times = between.books.clock, between.watch, between.times
     feed = Feed(
         batches.read,
         start=data_index,
@@ -174,7 +179,7 @@ def _walk(
                     steps.settle()
                     break
                 step += 1
-                due = _due(step, loop, last)
+                due = times.due(_due(step, loop, last), step)
                 clock.steps += 1
                 with clock.of("step"):
                     steps.take(Launched(step, index, batch, feed.wait_seconds))
@@ -184,6 +189,7 @@ def _walk(
                         steps.settle()
                 if watch.going_back:
                     return EXIT_NON_FINITE, None
+                due = times.unless_stalled(due, step < last and watch.skipped_in_a_row)
                 # Whoever asked to stop may not wait for scores.
                 with watchdog.paused():
                     between(steps, step, {"save"} if code else due)
@@ -273,6 +279,7 @@ class _Between:
     books: Books
     log: Log
     watch: Watch
+    times: Times
     saved_step: int
 
     def __call__(self, steps: Steps, step: int, due: set[str]) -> None:
@@ -293,6 +300,7 @@ class _Between:
         if scores:  # of one split and step there is one record
             self.log.score(step, scores)
             self.books.events.note("scored", step)
+            self.checkpoints.scored(step, scores)
         if due:
             self.log.pause()
 
@@ -311,6 +319,7 @@ class _Between:
             provenance = self.hooks.provenance | kept
             self.checkpoints.save(steps.state, self.run, provenance)
         self.saved_step = step
+        self.times.saved()
         self.books.note("saved", step)
 
     def _compare_replicas(self, state: TrainState, step: int) -> None:

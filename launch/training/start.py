@@ -4,15 +4,16 @@ import functools
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 
-from launch.checkpoints import store as saving
+from launch.checkpoints import provenance as saving
+from launch.checkpoints.newest import from_newest
 from launch.checkpoints.store import Checkpoints
 from launch.config.diff import Change, told
 from launch.config.reader import ResolvedConfig
-from launch.config.settings import Settings
+from launch.config.settings import LoopSettings, Settings
 from launch.data import opening
 from launch.data.opening import cut_words
 from launch.errors import EXIT_DONE, ConfigError
@@ -45,6 +46,22 @@ from tasks.store import TokenStore, is_there
 
 if TYPE_CHECKING:
     from launch.evaluation.task_metrics import TaskMetrics
+
+
+class _Begun(NamedTuple):
+    """What a life of a run goes on from.
+
+    Attributes:
+        step: step of the checkpoint; None if there is none.
+        state: state of that step, or a first one; None if the run is complete.
+        changed: knobs that are not as they were.
+        kept: what the checkpoint kept for `loop`.
+    """
+
+    step: int | None
+    state: TrainState | None
+    changed: Sequence[Change] = ()
+    kept: Mapping[str, Any] | None = None
 
 
 def train(
@@ -101,7 +118,7 @@ def _train(
         memory.explained(run),
         owned(model_dir) as still_ours,
         jax.set_mesh(run.mesh),
-        Checkpoints(str(model_dir), settings.loop.keep_checkpoints) as saved,
+        _checkpoints(settings.loop) as saved,
         Programs(run) as programs,
     ):
         programs.during = functools.partial(waiting, quiet=quiet)
@@ -112,15 +129,16 @@ def _train(
         clock = Clock()
         life = Life(config, run, store, saved, score, measure, signals, quiet)
         now = saving.provenance(config.operative, store.manifest)
-        found = together.as_first_finds("the newest checkpoint", saved.latest)
-        changed, kept = [], None
-        if found is None:  # drawing cannot fail, so compiling need not wait for it
-            programs.begin()
-            state = _initialised(run, quiet=quiet)
-        else:
+
+        def begin(found: int | None) -> _Begun:
+            """The state of a step, or a first one; None if the run is complete."""
+            if found is None:  # drawing cannot fail, so compiling need not wait for it
+                programs.begin()
+                return _Begun(found, _initialised(run, quiet=quiet))
             changed = saved.compare(found, run, now, allow_changes=allow_changes)
             if found >= last:
-                return complete(life, found)
+                complete(life, found)
+                return _Begun(found, None)
             _say_changes(changed, found, settings, quiet=quiet)
             with (
                 waiting(f"resuming from {saved.path(found)}", quiet=quiet),
@@ -128,49 +146,76 @@ def _train(
             ):
                 state = saved.restore(found, run, now, allow_changes=allow_changes)
             kept = saved.manifest(found).get("watch")
-        was_scored = found is None or scores_of(model_dir, found) is not None
+            return _Begun(found, state, changed, kept)
+
+        begun = from_newest(saved, begin)
+        if begun.state is None:
+            return EXIT_DONE
         programs.begin()
         if together.is_first():
-            keep(model_dir, config, found or 0, store.vocabulary)
+            keep(model_dir, config, begun.step or 0, store.vocabulary)
             about_start(life).save(model_dir)
-        with opened(life, found, last, clock, changed) as books:
-            progress = books.progress
-            programs.during = books.waiting("compile")
-            if measure is not None:
-                measure.during = progress.waiting
-            _check(run, books, quiet=quiet)
-            programs.wait()
-            signals.check()  # of several processes one may have been asked meanwhile
-            hooks = loop.Hooks(
-                train_step=programs.train_step(),
-                in_rounds=programs.rounds,
-                score=score,
-                measure=measure,
-                data_facts=_data_facts(batches, store),
-                go_back=functools.partial(_newest, run, saved, now),
-                provenance=now,
-                still_ours=still_ours,
-            )
-            state, code = loop.train(
-                *(run, state, batches, hooks, saved, books, signals),
-                kept=kept,
-                was_scored=was_scored,
-            )
-            if code != EXIT_DONE:
-                folder.has_stopped(model_dir, signals, settings.loop.grace_seconds)
-                books.note("stop", int(state.step), code=code)
-                explain(code, saved, quiet=quiet)
-                return code
-            with progress.waiting("scoring the held-out split"), clock.of("score"):
-                final = life.last_scores(state.params, last)
-            books.writer.write({"step": last, "split": "heldout"} | final)
-            books.note("done", last)
-        signals.check()
-        finish(life, state.params, final)
-        if together.is_first() and not quiet:
-            events, _ = events_of(model_dir)
-            print(f"goodput       {goodput.words(goodput.of_events(events))}")
+        hooks = functools.partial(
+            loop.Hooks,
+            score=score,
+            measure=measure,
+            data_facts=_data_facts(batches, store),
+            go_back=functools.partial(_newest, run, saved, now),
+            provenance=now,
+            still_ours=still_ours,
+        )
+        return _learn(life, begun, begun.state, batches, programs, hooks, clock)
+
+
+def _learn(
+    life: Life,
+    begun: _Begun,
+    state: TrainState,
+    batches: Batches,
+    programs: Programs,
+    hooks: Callable[..., loop.Hooks],
+    clock: Clock,
+) -> int:
+    """Takes the steps that are left, scores the last, and finishes the run."""
+    run, saved, signals, quiet = life.run, life.saved, life.signals, life.quiet
+    grace_seconds = run.settings.loop.grace_seconds
+    last, found = run.settings.train.train_steps, begun.step
+    was_scored = found is None or scores_of(life.model_dir, found) is not None
+    with opened(life, found, last, clock, begun.changed) as books:
+        programs.during = books.waiting("compile")
+        if life.measure is not None:
+            life.measure.during = books.progress.waiting
+        _check(run, books, quiet=quiet)
+        programs.wait()
+        signals.check()  # of several processes one may have been asked meanwhile
+        state, code = loop.train(
+            *(run, state, batches),
+            hooks(train_step=programs.train_step(), in_rounds=programs.rounds),
+            *(saved, books, signals),
+            kept=begun.kept,
+            was_scored=was_scored,
+        )
+        if code != EXIT_DONE:
+            folder.has_stopped(life.model_dir, signals, grace_seconds)
+            books.note("stop", int(state.step), code=code)
+            explain(code, saved, quiet=quiet)
+            return code
+        with books.waiting("score")("scoring the held-out split"):
+            final = life.last_scores(state.params, last)
+        books.writer.write({"step": last, "split": "heldout"} | final)
+        books.note("done", last)
+    signals.check()
+    finish(life, state.params, final)
+    if together.is_first() and not quiet:
+        events, _ = events_of(life.model_dir)
+        print(f"goodput       {goodput.words(goodput.of_events(events))}")
     return EXIT_DONE
+
+
+def _checkpoints(loop: LoopSettings) -> Checkpoints:
+    return Checkpoints(
+        loop.model_dir, loop.keep_checkpoints, loop.keep_period_steps, loop.keep_best
+    )
 
 
 def _refuse_offload_on_cpu(config: ResolvedConfig, run: Run) -> None:

@@ -12,7 +12,6 @@ import commands
 import pytest
 from commands import TINY, Done, inline
 
-from launch.checkpoints.store import Checkpoints
 from launch.config import reader
 from launch.evaluation.prompts import SampleError, encode_prompt
 from launch.run.assemble import Run
@@ -373,25 +372,25 @@ def test_a_checkpoint_that_is_damaged_is_said(trained, folder, damage):
         largest.write_bytes(largest.read_bytes()[:1000])
     else:
         largest.unlink()
+    # With an older one it is gone round: test_damage.py.
+    shutil.rmtree(folder / "checkpoints" / "10")
     error = error_of(inline("train", *trained.knobs(folder, TRAIN_STEPS=30)))
-    assert f"CheckpointError: {folder}/checkpoints/20 is damaged: " in error
-    assert error.endswith("Move that folder away to go on from step 10")
+    assert f"DamagedError: {folder}/checkpoints/20 is damaged: " in error
+    assert error.endswith("no older one: take another MODEL_DIR to start afresh")
     assert len(error) < 800
-    # As it says.
-    (folder / "checkpoints" / "20").rename(folder / "damaged")
-    with Checkpoints(str(folder), keep=1, read_only=True) as saved:
-        assert saved.latest() == 10
+    assert os.listdir(folder / "checkpoints") == ["20"]
 
 
 def test_an_empty_folder_among_the_checkpoints_is_said(trained, folder):
-    (folder / "checkpoints" / "999").mkdir()
-    for words in (
-        ["train", *trained.knobs(folder)],
-        ["evaluate", f"--model_dir={folder}"],
-    ):
-        error = error_of(inline(*words))
-        assert f"{folder}/checkpoints/999 is not a checkpoint: it has no" in error
-        assert "Move it away to go on from the one before" in error
+    empty = folder / "checkpoints" / "999"
+    empty.mkdir()
+    words = f"{empty} is damaged: its manifest/metadata is missing"
+    error = error_of(inline("evaluate", f"--model_dir={folder}"))
+    assert error.endswith(f"{words}. The one before is of step 20")
+    done = inline("train", *trained.knobs(folder))
+    assert done.code == 0
+    assert f"{words}; it is kept as 999.damaged, and the run goes on fr" in done.err
+    assert "is complete: step 20 of 20" in done.out
 
 
 def test_a_step_that_is_not_there_is_said_with_those_that_are(trained):

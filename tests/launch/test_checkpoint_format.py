@@ -19,13 +19,10 @@ import numpy as np
 import pytest
 from test_checkpoints import DATA
 
-from launch.checkpoints import store
-from launch.checkpoints.store import (
-    FORMAT,
-    CheckpointError,
-    Checkpoints,
-    named_arrays,
-)
+from launch.checkpoints import provenance
+from launch.checkpoints.names import named_arrays
+from launch.checkpoints.places import FORMAT, CheckpointError
+from launch.checkpoints.store import Checkpoints
 from launch.config import reader
 from launch.run.assemble import Run, assemble
 
@@ -69,7 +66,7 @@ def test_a_checkpoint_of_this_format_is_read_bit_for_bit(knobs):
     run = a_run(*knobs)
     with opened(SAVED) as saved:
         found = named_arrays(
-            saved.restore(STEP, run, store.provenance("SEED = 7\n", DATA))
+            saved.restore(STEP, run, provenance.provenance("SEED = 7\n", DATA))
         )
     wanted = named_arrays(known_state(run))
     assert found.keys() == wanted.keys()
@@ -96,5 +93,5 @@ if __name__ == "__main__":
     with Checkpoints(sys.argv[1], keep=1) as written:
         run = a_run()
         state = known_state(run)
-        provenance = store.provenance("SEED = 7\n", DATA)
+        provenance = provenance.provenance("SEED = 7\n", DATA)
         written.save(state, run, provenance)

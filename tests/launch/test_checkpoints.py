@@ -14,16 +14,13 @@ import jax
 import numpy as np
 import pytest
 
-from launch.checkpoints import digest, store
-from launch.checkpoints.store import CheckpointError, Checkpoints, named_arrays
+from launch.checkpoints import digest, places, provenance
+from launch.checkpoints.names import named_arrays
+from launch.checkpoints.places import CheckpointError
+from launch.checkpoints.store import Checkpoints
 from launch.config import reader
 from launch.run.assemble import Run, assemble
 from tasks.manifest import Manifest, SplitManifest, TaskManifest
-
-# After a save that failed TensorStore calls event loops that Orbax has closed.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::pytest.PytestUnraisableExceptionWarning"
-)
 
 
 def of_split(fingerprint: str) -> dict[str, TaskManifest]:
@@ -52,7 +49,7 @@ def tiny(*bindings: str) -> Run:
     return assemble(reader.read(["runs/tiny.gin"], knobs))
 
 
-def random_state(run: Run, step: int = 3):
+def random_state(run: Run, step: int = 3, skipped: int = 0):
     """A state of any numbers, placed as the run places it."""
     rng = np.random.default_rng(0)
 
@@ -63,7 +60,9 @@ def random_state(run: Run, step: int = 3):
             values = rng.standard_normal(shape.shape, np.float32)
         return jax.device_put(values, shape.sharding)
 
-    return jax.tree.map(draw, run.placed_shapes())
+    state = jax.tree.map(draw, run.placed_shapes())
+    none = jax.device_put(np.int32(skipped), state.step.sharding)
+    return dataclasses.replace(state, skipped_in_a_row=none)
 
 
 def arrays_of(tree) -> dict[str, np.ndarray]:
@@ -78,8 +77,8 @@ def assert_bit_equal(one, other) -> None:
         np.testing.assert_array_equal(array.view("u4"), theirs[name].view("u4"), name)
 
 
-PROVENANCE = store.provenance("SEED = 7\n", DATA)
-OF_OTHER_DATA = store.provenance("SEED = 7\n", OTHER_DATA)
+PROVENANCE = provenance.provenance("SEED = 7\n", DATA)
+OF_OTHER_DATA = provenance.provenance("SEED = 7\n", OTHER_DATA)
 
 
 @pytest.fixture(scope="module")
@@ -221,6 +220,46 @@ def test_the_newest_steps_are_kept(run, tmp_path):
         assert checkpoint.latest() == 4
     left = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert left == ["3", "4"]
+
+
+def test_what_only_skipped_steps_led_to_pushes_no_other_out(run, tmp_path):
+    def steps_after(step: int, skipped: int) -> list[str]:
+        # Opened again: what was skipped before is known from the manifests.
+        with Checkpoints(str(tmp_path), keep=2) as checkpoint:
+            checkpoint.save(random_state(run, step, skipped), run, PROVENANCE)
+        return sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+
+    assert steps_after(1, 0) == ["1"]
+    assert steps_after(2, 0) == ["1", "2"]
+    assert steps_after(3, 1) == ["1", "2", "3"]
+    assert steps_after(4, 2) == ["1", "2", "4"]
+    assert steps_after(5, 0) == ["2", "5"]
+
+
+def test_the_best_by_the_metrics_of_the_run_is_kept(run, tmp_path):
+    line = '{{"step": {}, "split": "heldout", "loss/nats_per_token": {}}}\n'
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "metrics.jsonl").write_text(line.format(1, 2.0) + line.format(2, 3.0))
+    for step in (1, 2):
+        with Checkpoints(str(tmp_path), keep=2) as checkpoint:
+            checkpoint.save(random_state(run, step), run, PROVENANCE)
+    with Checkpoints(str(tmp_path), keep=1, keep_best=1) as checkpoint:
+        checkpoint.save(random_state(run, 3), run, PROVENANCE)
+        assert checkpoint.steps() == [1, 3]
+        checkpoint.scored(3, {"loss/nats_per_token": 1.0})
+        checkpoint.save(random_state(run, 4), run, PROVENANCE)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["3", "4"]
+
+
+def test_a_checkpoint_names_the_one_that_its_run_went_on_from(run, saved, tmp_path):
+    folder = shutil.copytree(saved, tmp_path / "copy")
+    with Checkpoints(str(folder), keep=2) as checkpoint:
+        state = checkpoint.restore(5, run, PROVENANCE)
+        later = dataclasses.replace(state, step=state.step + 1)
+        checkpoint.save(later, run, PROVENANCE)
+        checkpoint.wait()
+        parents = checkpoint.manifest(6)["parents"]
+    assert parents == [{"path": str(folder / "checkpoints" / "5"), "step": 5}]
 
 
 @pytest.mark.parametrize("step", [3, 4, 5])
@@ -377,7 +416,7 @@ def test_other_data_are_refused(run, saved):
 
 def of_config(*bindings: str) -> dict:
     config = reader.read(["runs/tiny.gin"], ["BATCH_SIZE=16", *bindings])
-    return store.provenance(config.operative, DATA)
+    return provenance.provenance(config.operative, DATA)
 
 
 def test_another_model_or_order_of_the_same_arrays_is_refused(run, tmp_path):
@@ -410,7 +449,7 @@ def test_another_model_or_order_of_the_same_arrays_is_refused(run, tmp_path):
 
 def test_parameters_are_refused_for_another_vocabulary(run, saved):
     other = dataclasses.replace(OTHER_DATA, vocabulary_fingerprint="another")
-    now = store.provenance("SEED = 7\n", other)
+    now = provenance.provenance("SEED = 7\n", other)
     with opened(saved) as checkpoint, pytest.raises(CheckpointError) as raised:
         checkpoint.restore_params(3, run, now)
     rows = str(raised.value).splitlines()[2:-1]
@@ -423,12 +462,12 @@ def test_an_array_that_is_not_what_was_saved_is_named(run, saved, tmp_path):
     manifest = json.loads(path.read_text())
     entry = manifest["arrays"]["params/embedding"]
     entry["digest"] = f"{int(entry['digest'], 16) ^ 1:08x}"
-    path.write_text(json.dumps(manifest))
+    path.write_text(json.dumps(places.sealed(manifest)))
     with opened(folder) as checkpoint, pytest.raises(CheckpointError) as raised:
         checkpoint.restore(5, run, PROVENANCE)
     words = "5 is damaged: what was read is not what was saved, in params/embedding. "
     assert words in str(raised.value)
-    assert str(raised.value).endswith("Move that folder away to go on from step 3")
+    assert str(raised.value).endswith("The one before is of step 3")
 
 
 def test_a_manifest_that_is_damaged_is_said(run, saved, tmp_path):

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.ladder.rows import is_shared
 from launch import cli, commands
-from launch.checkpoints.store import named_arrays
+from launch.checkpoints.names import named_arrays
 from launch.config import reader
 from launch.config.places import configs as configs_folder
 from launch.config.settings import Settings

@@ -68,6 +68,32 @@ sys.exit(cli.main())
 """
 
 
+# Process 1 alone finds that a file of step 12 is missing.
+ONE_FINDS = """
+import sys
+from launch import cli
+from launch.job import together
+
+def run(job, work, config, original=together.run):
+    def finding():
+        from launch.checkpoints import store
+        from launch.checkpoints.places import DamagedError
+
+        def placed(arrays, wanted, original=store.placed):
+            if arrays.path.name == "12":
+                raise DamagedError(arrays.path, "a file of process 1 is missing")
+            return original(arrays, wanted)
+
+        store.placed = placed
+        return work()
+
+    return original(job, finding if job.process else work, config)
+
+together.run = run
+sys.exit(cli.main())
+"""
+
+
 # Takes a second for every batch that is scored, or minutes to compile the train step,
 # and leaves a file when process 1 begins with it.
 SLOW = """
@@ -229,6 +255,27 @@ def test_all_processes_go_by_what_process_0_finds(trained, pair, tmp_path):
     assert (first.code, second.code) == (0, 0), first.err + second.err
     assert "is complete: step 4 of 4" in first.out
     assert "scoring" not in first.err
+
+
+@pytest.mark.slow
+def test_damage_that_one_process_finds_all_go_round(trained, tmp_path):
+    folder = tmp_path / "run"
+    # By the clock of process 0, at which all look every 10 steps.
+    knobs = {"TRAIN_STEPS": 12, "CHECKPOINT_MINUTES": 0.0001, "EVAL_PERIOD": 100}
+    processes = start(trained, "train", 2, *words_of(trained, folder, 1, **knobs))
+    dones = [commands.finish(process) for process in processes]
+    assert [done.code for done in dones] == [0, 0], dones[0].err
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["10", "12"]
+    knobs |= {"TRAIN_STEPS": 14, "CHECKPOINT_MINUTES": 0}
+    words = words_of(trained, folder, 1, **knobs)
+    processes = start(trained, "train", 2, *words, program=ONE_FINDS)
+    first, second = (commands.finish(process) for process in processes)
+    assert (first.code, second.code) == (0, 0), first.err + second.err
+    said = "12 is damaged: a file of process 1 is missing; it is kept as 12.damaged, "
+    assert f"{said}and the run goes on from step 10\n" in first.err
+    there = sorted(p.name for p in (folder / "checkpoints").iterdir())
+    assert there == ["10", "12.damaged", "14"]
+    assert "12" not in second.err
 
 
 def wait_for_records(folder: Path, number: int) -> None:

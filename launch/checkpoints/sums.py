@@ -1,0 +1,44 @@
+"""The digest of `launch/checkpoints/digest.py`, of arrays in the host's memory."""
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from launch.checkpoints.arrays import Index
+
+
+def digest_of(
+    shape: tuple[int, ...], blocks: Iterable[tuple[Index, np.ndarray]]
+) -> str:
+    """The digest of an array whose pieces come in any order, in hexadecimal.
+
+    Args:
+        shape: that of the array.
+        blocks: every piece once, with its place.
+    """
+    total = 0
+    for place, values in blocks:
+        total += _sum(shape, [part.start for part in place], values)
+    return f"{total % 2**32:08x}"
+
+
+def _sum(shape: tuple[int, ...], starts: list[int], values: np.ndarray) -> int:
+    word = {1: np.uint8, 2: np.uint16, 4: np.uint32}[values.dtype.itemsize]
+    # Not of numbers: of those NumPy warns when they wrap.
+    values, shape, starts = (
+        (values.reshape(1), (1,), [0]) if values.ndim == 0 else (values, shape, starts)
+    )
+    bits = np.ascontiguousarray(values).view(word).astype(np.uint32)
+    index = np.zeros(values.shape, np.uint32)
+    for dim, (length, start) in enumerate(zip(shape, starts, strict=True)):
+        along = np.arange(start, start + values.shape[dim]).astype(np.uint32)
+        index *= np.uint32(length % 2**32)
+        index += along.reshape([-1 if d == dim else 1 for d in range(values.ndim)])
+    return int(_mixed(bits.reshape(values.shape) ^ _mixed(index)).sum(dtype=np.uint64))
+
+
+def _mixed(words: np.ndarray) -> np.ndarray:
+    """Permutes the 32-bit words: the last step of MurmurHash3."""
+    words = (words ^ (words >> 16)) * np.uint32(0x85EBCA6B)
+    words = (words ^ (words >> 13)) * np.uint32(0xC2B2AE35)
+    return words ^ (words >> 16)

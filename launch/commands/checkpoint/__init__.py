@@ -1,0 +1,1 @@
+"""`switchyard checkpoint`: look at, check, compare, copy and average checkpoints."""

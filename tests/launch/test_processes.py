@@ -348,7 +348,10 @@ def test_a_signal_to_one_process_stops_all_while_they_compile_or_score(
     processes[1].send_signal(signal.SIGTERM)
     dones = [commands.finish(process) for process in processes]
     assert [d.code for d in dones] == [EXIT_PREEMPTED] * 2, dones[0].err + dones[1].err
-    assert "; the same command" in dones[0].err
+    said = "stopped; the same command goes on"
+    if steps == ["2"]:  # it has learnt something that it saved first
+        said = "stopped, and saved step 2; the same command resumes"
+    assert said in dones[0].err
     found = sorted(p.name for p in folder.glob("checkpoints/*"))
     assert found == steps
     assert not [r for r in records_of(folder) if r["split"] == "heldout"]

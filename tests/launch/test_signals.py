@@ -151,8 +151,8 @@ class Recorder:
 
     def step(self, state, batch, index):
         state = State(state.step + 1, state.data_index + 1, state.step + 1)
-        kept = {"state/taken": 1, "state/skipped_in_a_row": 0, "loss/total": 1.0}
-        return state, kept
+        kept = {"state/taken": 1, "state/skipped_in_a_row": 0}
+        return state, kept | {"loss/total": 1.0, "loss/target_tokens": 8}
 
     def score(self, step, number):
         self.clock += 1000
@@ -185,6 +185,9 @@ class Recorder:
         pass
 
     def say(self, line):
+        pass
+
+    def scored(self, step, scores):
         pass
 
     def waiting(self, message):

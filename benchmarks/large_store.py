@@ -106,20 +106,26 @@ def _read(store_dir: str, packing: str, number: int) -> None:
     rows = TaskRows("made_up", open_store(store_dir).split("made_up", "train"), data)
     _ = rows.index
     opened = time.monotonic() - started
-    most = _peak()
+    most, ready = _peak(), _memory()
     chosen = np.random.default_rng(0).integers(0, rows.num_rows, number)
     started = time.monotonic()
     for first in range(0, number, _ROWS_AT_ONCE):
         some = chosen[first : first + _ROWS_AT_ONCE]
         rows.read(some, np.zeros_like(some), 0)
     took = time.monotonic() - started
-    after = _memory()
-    own, shared = ((now - then) >> 20 for now, then in zip(after, before, strict=True))
+    own, _ = _grown(before, ready)
+    last, shared = _grown(before, _memory())
     print(
-        f"opened in {opened:.1f} s; own memory +{own} MiB, at most "
-        f"+{(most - sum(before)) >> 20} MiB while it was opened, mapped +{shared} MiB; "
-        f"{number * _LENGTH / took / 1e6:.1f} M tokens/s of random rows"
+        f"opened in {opened:.1f} s with +{own} MiB of its own, at most "
+        f"+{(most - sum(before)) >> 20} MiB on the way; after random rows +{last} MiB "
+        f"of its own and +{shared} MiB mapped; "
+        f"{number * _LENGTH / took / 1e6:.1f} M tokens/s"
     )
+
+
+def _grown(before: tuple[int, int], now: tuple[int, int]) -> tuple[int, int]:
+    """MiB that each kind of memory has grown by."""
+    return (now[0] - before[0]) >> 20, (now[1] - before[1]) >> 20
 
 
 def _memory() -> tuple[int, int]:

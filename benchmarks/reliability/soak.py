@@ -12,8 +12,7 @@ from pathlib import Path
 
 from benchmarks.reliability import compare, lives
 from launch.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED
-from launch.records import events
-from launch.training import goodput
+from launch.records import events, goodput
 
 LAST_STEP = 40
 # What a life was doing, by the last line that it said.

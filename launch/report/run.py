@@ -12,6 +12,7 @@ import numpy as np
 from launch.report import data, figures, series
 from launch.report.about import About
 from launch.report.gather import Heldout, Loads, Story, Training, gather, numbers
+from launch.report.happened import happened
 from launch.report.pages import Figure, render
 from launch.report.series import number
 from launch.terminal.lines import compact, duration
@@ -53,6 +54,7 @@ def write_report(model_dir: str | os.PathLike[str], about: About) -> pathlib.Pat
         load=load,
         routing=routing,
         pace=_pace(train),
+        happened=happened(pathlib.Path(model_dir)),
         about=about,
         max_points=series.MAX_POINTS,
         notes=story.notes,

@@ -12,11 +12,11 @@ import jax
 from launch.config.diff import Change
 from launch.job import together
 from launch.records.events import EventLog
+from launch.records.goodput import Clock
 from launch.records.lines import last_step
 from launch.records.write import MetricWriter, NoMetrics
 from launch.terminal.training import TrainProgress
 from launch.training.finish import Life, writer_of
-from launch.training.goodput import Clock
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,12 +20,14 @@ from launch.errors import EXIT_DONE, ConfigError
 from launch.evaluation import heldout, prompts
 from launch.job import together
 from launch.job.signals import GOES_ON, Signals, Stopped, listening
+from launch.records import goodput
 from launch.records.events import read as events_of
+from launch.records.goodput import Clock
 from launch.run import compiler_check, describe, self_check
 from launch.run.assemble import Run, assemble
 from launch.run.programs import Programs
 from launch.terminal.lines import waiting
-from launch.training import folder, goodput, loop, memory
+from launch.training import folder, loop, memory
 from launch.training.books import Books, opened
 from launch.training.finish import (
     Life,
@@ -37,7 +39,6 @@ from launch.training.finish import (
     scores_of,
 )
 from launch.training.folder import keep, owned
-from launch.training.goodput import Clock
 from moe import architecture
 from moe.training.optimizer import make_schedule
 from moe.training.train_state import TrainState

@@ -12,9 +12,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from launch.checkpoints import replicas
 from launch.errors import EXIT_DONE, EXIT_FAULT, EXIT_NON_FINITE
+from launch.records import goodput
 from launch.records.events import EventLog, read
 from launch.run.assemble import Run
-from launch.training import goodput
 from launch.training.spikes import Spikes
 
 

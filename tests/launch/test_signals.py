@@ -19,9 +19,9 @@ from launch.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_PREEMPTED
 from launch.job import end, together
 from launch.job.signals import GOES_ON, Stopped, listening
 from launch.records.events import EventLog
+from launch.records.goodput import Clock
 from launch.training import folder, log, loop
 from launch.training.books import Books
-from launch.training.goodput import Clock
 
 pytestmark = pytest.mark.fast
 

@@ -249,7 +249,7 @@ def test_a_verb_of_another_package_is_found(written, monkeypatch, capsys):
     assert cli.main(["count", "--gin_file=runs/demo.gin", "--active"]) == 0
     assert capsys.readouterr().out.split() == ["3148928", "1313920"]
     assert cli.main(["--help"]) == 0
-    assert "count     count the parameters" in capsys.readouterr().out
+    assert re.search("count +count the parameters", capsys.readouterr().out)
 
 
 def test_a_verb_of_another_package_that_is_broken_is_told(monkeypatch, capsys):
@@ -260,9 +260,9 @@ def test_a_verb_of_another_package_that_is_broken_is_told(monkeypatch, capsys):
     monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: entries)
     assert cli.main(["--help"]) == 0
     shown = capsys.readouterr().out
-    assert "train     train a model" in shown
-    assert "gone      cannot be imported: ModuleNotFoundError: No module na" in shown
-    assert "odd       cannot be used: moe.layers has no COMMAND" in shown
+    assert re.search("train +train a model", shown)
+    assert re.search("gone +cannot be imported: ModuleNotFoundError: No mod", shown)
+    assert re.search("odd +cannot be used: moe.layers has no COMMAND", shown)
     assert cli.main(["gone"]) == 1
     said = "UsageError: gone, a verb of another package, cannot be imported: Module"
     assert capsys.readouterr().err.startswith(said)

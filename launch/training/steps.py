@@ -27,16 +27,16 @@ class Launched:
         index: number of its batch.
         batch: features on their devices.
         waited_seconds: time that the loop waited for the batch.
-        limit: loss above which it is a spike, if the step looks at it.
         metrics: what the step returned.
+        limit: loss above which it is a spike, if the step looks at it.
     """
 
     step: int
     index: int
     batch: Any
     waited_seconds: float
-    limit: tuple[np.float32, ...] = ()
     metrics: Record = dataclasses.field(default_factory=dict)
+    limit: tuple[np.float32, ...] = ()
 
 
 class Steps:

@@ -13,11 +13,13 @@ from damaged import NAMES, damaged_bytes, damaged_json, fuzz
 from hypothesis import strategies as st
 
 from launch.checkpoints import compare
-from launch.checkpoints.store import Checkpoints, provenance
+from launch.checkpoints.provenance import provenance
+from launch.checkpoints.store import Checkpoints
 from launch.config import reader
 from launch.config.diff import changes
 from launch.config.syntax import statements
-from launch.records.write import METRICS_FILE, read_metrics
+from launch.records.lines import METRICS_FILE
+from launch.records.read import read_metrics
 from tasks import files, vocabularies
 from tasks.arrays import Array
 from tasks.errors import StoreError

@@ -11,7 +11,7 @@ from launch.records.write import MetricWriter
 from launch.run import chip_peaks
 from launch.training import log as training_log
 from launch.training.log import Log
-from launch.training.loop import Launched
+from launch.training.steps import Launched
 
 LAYERS, EXPERTS, TOKENS = 3, 4, 64
 

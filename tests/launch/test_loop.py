@@ -5,7 +5,10 @@ import itertools
 
 import pytest
 
-from launch.training.loop import Hooks, Launched, Steps
+from launch.config.settings import LoopSettings
+from launch.records.events import EventLog
+from launch.training.steps import Launched, Steps
+from launch.training.watch import Watch
 
 pytestmark = pytest.mark.fast
 
@@ -31,6 +34,7 @@ class Devices:
         excess = 0 if rounds else self.too_many.get(int(index), 0)
         taken = int(index) == len(state) and excess == 0
         metrics = {"state/taken": int(taken), "router/over_budget_rows": excess}
+        metrics |= {"state/skipped_in_a_row": 0, "loss/total": 1.0}
         return [*state, int(index)] if taken else state, metrics
 
     def in_rounds(self):
@@ -54,16 +58,15 @@ class Log:
         )
 
 
-def hooks_of(devices) -> Hooks:
-    unused = dict.fromkeys(("score", "measure", "data_facts"))
-    return Hooks(devices.step, devices.in_rounds, **unused, provenance={})
+def steps_of(devices, log) -> Steps:
+    watch = Watch(LoopSettings(model_dir=""), EventLog(None), print, None)
+    return Steps([], devices.step, devices.in_rounds, log, watch)
 
 
 def learn(too_many, settled_after=()):
     """Takes STEPS steps and waits for the last, and for those it is told to."""
     devices, log = Devices(too_many), Log()
-    hooks = hooks_of(devices)
-    steps = Steps([], hooks, log)
+    steps = steps_of(devices, log)
     for index in range(STEPS):
         steps.take(Launched(index + 1, index, f"batch {index}", 0.0))
         if index in settled_after:
@@ -89,8 +92,7 @@ def test_every_batch_is_learnt_from_once_and_in_order(settled_after):
 
 def test_a_step_is_launched_before_the_one_before_is_looked_at():
     devices, log = Devices({}), Log()
-    hooks = hooks_of(devices)
-    steps = Steps([], hooks, log)
+    steps = steps_of(devices, log)
     for index in range(3):
         steps.take(Launched(index + 1, index, f"batch {index}", 0.0))
         assert len(devices.launched) == index + 1

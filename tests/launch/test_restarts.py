@@ -25,7 +25,7 @@ from launch.errors import (
 )
 from launch.job import restarts
 from launch.job.restarts import Deaths, Supervisor
-from launch.records.write import read_metrics
+from launch.records.read import read_metrics
 
 # Kills itself, as the kernel does when memory is short, before it reads a batch for the
 # first time; each life has its own.

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 
 from launch.config import reader
+from launch.records.events import EventLog
 from launch.run.assemble import Run, assemble
 from launch.run.programs import Programs
-from launch.training import loop
+from launch.training.steps import Launched, Steps
+from launch.training.watch import Watch
 
 pytestmark = pytest.mark.timeout(600)  # the first test compiles four programs
 
@@ -64,7 +66,7 @@ class Log:
 
     records: list = dataclasses.field(default_factory=list)
 
-    def add(self, launched: loop.Launched, *, again: bool) -> None:
+    def add(self, launched: Launched, *, again: bool) -> None:
         self.records.append((launched.step, again, jax.device_get(launched.metrics)))
 
 
@@ -77,15 +79,11 @@ def trained(row_budget: float):
         programs.during = lambda message: contextlib.nullcontext(waited.append(message))
         programs.begin()
         programs.wait()
-        hooks = loop.Hooks(
-            programs.train_step(),
-            programs.rounds,
-            *[lambda *_: {}] * 3,
-            provenance={},
-        )
-        steps = loop.Steps(run.init_state(), hooks, log)
+        step, rounds = programs.train_step(), programs.rounds
+        watch = Watch(run.settings.loop, EventLog(None), print, None)
+        steps = Steps(run.init_state(), step, rounds, log, watch)
         for index in range(STEPS):
-            steps.take(loop.Launched(index + 1, index, batch(run, index), 0.0))
+            steps.take(Launched(index + 1, index, batch(run, index), 0.0))
         steps.settle()
     return jax.device_get(steps.state), log.records, waited
 

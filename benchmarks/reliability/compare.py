@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from launch.records.write import read_metrics
+from launch.records.read import read_metrics
 
 # How long something took is not what was learnt.
 _NOT_COMPARED = ("perf/", "data/read_retries")

@@ -64,7 +64,7 @@ def spoilt(shared: Path, *, times: int, seed: int) -> Counter[tuple[str, str]]:
     """
     rng, found = random.Random(seed), Counter[tuple[str, str]]()
     store, other = shared / "store", shared / "other"
-    data = settings(vocabulary="bytes", mixture_or_task_name="made_up")
+    data = settings(vocabulary="bytes", mixture_or_task_name="made_up", read_retries=0)
     for folder, made in ((store, text_store(a=50, b=9)), (other, _shifted())):
         shutil.rmtree(folder, ignore_errors=True)
         on_disk(made, folder)

@@ -46,6 +46,8 @@ class SplitManifest:
         replaced_documents: stored with U+FFFD where they were not UTF-8.
         removed: documents left out, by reason: "empty", "bad_utf8",
             "exact_duplicates", "near_duplicates", "low_quality".
+        samples: digests of a few numbers of each file, by array, such as
+            "targets/tokens"; see `tasks.samples`.
     """
 
     documents: int
@@ -55,6 +57,7 @@ class SplitManifest:
     languages: Mapping[str, LanguageManifest] = dataclasses.field(default_factory=dict)
     replaced_documents: int = 0
     removed: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    samples: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def bytes_per_token(self) -> float:

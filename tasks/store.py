@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tasks import files, flat, packing, vocabularies
+from tasks import files, flat, packing, samples, vocabularies
 from tasks.arrays import Array, write_array
 from tasks.errors import StoreError
 from tasks.manifest import (
@@ -25,6 +25,9 @@ from tasks.manifest import (
 from tasks.settings import DataSettings, FilterSettings
 
 __all__ = ["Split", "StoreError", "TokenStore", "open_store"]
+
+
+_PACK = ("pieces", "rows")  # arrays of a pack index
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,18 +111,19 @@ class Split:
             index = compute()
             if not _keep_pack(folder, index):
                 return index
-            description = str(index.length).encode()
-        if not description.isdigit() or len(description) > 18:
+            description = str(index.length).encode()  # what was just written
+        length, *kept = description.decode(errors="replace").split("\n")
+        if not length.isdecimal() or len(length) > 18:
             raise StoreError(
                 f"the length in the pack index {folder} is no number. Delete that "
                 "folder: it will be computed again."
             )
+        arrays = [Array(files.join(folder, name)) for name in _PACK]
+        for array, samples_of in zip(arrays, kept, strict=False):
+            samples.check(array, samples_of)
         of = f"{self.manifest.fingerprint} {key}"
-        index = packing.Pack(
-            int(description),
-            pieces=flat.opened(Array(files.join(folder, "pieces")), of),
-            rows=flat.opened(Array(files.join(folder, "rows")), of),
-        )
+        pieces, rows = (flat.opened(array, of) for array in arrays)
+        index = packing.Pack(int(length), pieces=pieces, rows=rows)
         if faults := packing.faults(index):
             raise StoreError(
                 f"the pack index {folder} does not fit its split: {'; '.join(faults)}. "
@@ -134,21 +138,37 @@ class Split:
 
     @functools.cached_property
     def _arrays(self) -> dict[tuple[str, str], Array]:
-        """Every array, checked to be there and as long as the manifest says."""
-        sizes = {}
-        for feature, tokens in self.manifest.tokens.items():
-            sizes[feature, "tokens"] = tokens
-            sizes[feature, "offsets"] = self.manifest.documents + 1
-        if self.language_names:
-            sizes["", "languages"] = self.manifest.documents
-        return {
-            (feature, kind): Array(
-                files.join(self.path, *filter(None, (feature, kind))),
-                size,
-                read_retries=self.read_retries,
-            )
-            for (feature, kind), size in sizes.items()
-        }
+        return _opened(self.path, self.manifest, self.read_retries)
+
+
+def _opened(
+    path: str, manifest: SplitManifest, read_retries: int = 0
+) -> dict[tuple[str, str], Array]:
+    """Every array of a split, checked to be there, as long as is said, and its own."""
+    sizes = {}
+    for feature, tokens in manifest.tokens.items():
+        sizes[feature, "tokens"] = tokens
+        sizes[feature, "offsets"] = manifest.documents + 1
+    if manifest.languages:
+        sizes["", "languages"] = manifest.documents
+    found = {}
+    for name, size in sizes.items():
+        place = files.join(path, *filter(None, name))
+        found[name] = array = Array(place, size, read_retries=read_retries)
+        if kept := manifest.samples.get("/".join(name)):
+            samples.check(array, kept)
+    return found
+
+
+def sampled(path: str, manifest: SplitManifest) -> SplitManifest:
+    """Returns what is known of a split, with samples of its files.
+
+    Args:
+        path: place of the split, whose arrays are written.
+        manifest: its counts.
+    """
+    found = {"/".join(n): samples.of(a) for n, a in _opened(path, manifest).items()}
+    return dataclasses.replace(manifest, samples=found)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -265,9 +285,11 @@ def _keep_pack(folder: str, index: packing.Pack) -> bool:
     whether it could be written.
     """
     try:
-        write_array(files.join(folder, "pieces"), index.pieces)
-        write_array(files.join(folder, "rows"), index.rows)
-        files.write(files.join(folder, "length"), str(index.length).encode())
+        for name, values in zip(_PACK, (index.pieces, index.rows), strict=True):
+            write_array(files.join(folder, name), values)
+        kept = [samples.of(Array(files.join(folder, name))) for name in _PACK]
+        description = "\n".join([str(index.length), *kept])
+        files.write(files.join(folder, "length"), description.encode())
     except StoreError:
         return False
     return True

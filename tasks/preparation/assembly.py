@@ -17,7 +17,7 @@ from tasks.arrays import ShardedArray
 from tasks.manifest import SplitManifest
 from tasks.preparation import gathering, parts
 from tasks.preparation.gathering import Gathered
-from tasks.store import split_path
+from tasks.store import sampled, split_path
 
 _FILES_PER_JOB = 16
 
@@ -104,7 +104,7 @@ def finish(work: str, store_dir: str, found: Gathered) -> SplitManifest:
         numbers = {name: number for number, name in enumerate(languages)}
         of_documents = _language_numbers(work, found, numbers)
         _stream(files.join(path, "languages"), documents, "u2", of_documents)
-    return SplitManifest(
+    made = SplitManifest(
         documents=documents,
         tokens={feature: found.num_tokens(feature) for feature in found.starts},
         text_bytes=found.text_bytes,
@@ -113,6 +113,7 @@ def finish(work: str, store_dir: str, found: Gathered) -> SplitManifest:
         replaced_documents=found.replaced,
         removed=found.removed,
     )
+    return sampled(path, made)
 
 
 def counts(work: str, found: Gathered) -> np.ndarray:

@@ -11,7 +11,7 @@ from tasks import files, vocabularies
 from tasks.arrays import write_array
 from tasks.manifest import Manifest, SplitManifest, TaskManifest, write_manifest
 from tasks.settings import DataSettings
-from tasks.store import TokenStore, open_store, split_path
+from tasks.store import TokenStore, open_store, sampled, split_path
 from tasks.vocabularies import ByteVocabulary
 
 EXTRA_IDS = 30
@@ -88,7 +88,8 @@ def on_disk(store: MemoryStore, folder: Path) -> TokenStore:
                     files.join(place, feature, "offsets"), part.offsets(feature)
                 )
             tokens = {feature: part.num_tokens(feature) for feature in part.features}
-            counts[split] = SplitManifest(part.num_documents, tokens, 1, split)
+            written = SplitManifest(part.num_documents, tokens, 1, split)
+            counts[split] = sampled(place, written)
         tasks[task] = TaskManifest(counts, store.rates.get(task, 1.0), {})
     for name, content in vocabularies.to_files(store.vocabulary).items():
         files.write(files.join(folder, name), content)

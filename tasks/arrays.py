@@ -17,7 +17,7 @@ from tasks.errors import StoreError
 CHUNK = 16_384  # numbers that are decoded together
 SHARD = 256 * CHUNK  # numbers in one file
 _FIRST_PAUSE_SECONDS = 0.1  # before a failed read is tried again; then doubled
-_REMEDY = (
+REMEDY = (
     "Copy the store again from where it is whole, or delete it and run "
     "`switchyard prepare`."
 )
@@ -118,22 +118,22 @@ class Array:
         except Exception as error:  # TensorStore raises several kinds
             what = "cannot be opened" if files.names(path) else "is missing"
             raise StoreError(
-                f"array {path} {what}. {_REMEDY}{_first_line(error)}"
+                f"array {path} {what}. {REMEDY}{_first_line(error)}"
             ) from None
         if fault := _fault(self._array):
-            raise StoreError(f"array {path} {fault}. {_REMEDY}")
+            raise StoreError(f"array {path} {fault}. {REMEDY}")
         self.size = int(self._array.shape[0])
         if size is not None and self.size != size:
             raise StoreError(
                 f"array {path} holds {self.size:,} numbers, but the manifest says "
-                f"{size:,}. {_REMEDY}"
+                f"{size:,}. {REMEDY}"
             )
         # Better said now than in the middle of training.
         there = set(files.names(files.join(path, "c")))
         for shard in range(-(-self.size // SHARD)):
             if str(shard) not in there:
                 raise StoreError(
-                    f"array {path} lacks its file {_shard_file(path, shard)}. {_REMEDY}"
+                    f"array {path} lacks its file {_shard_file(path, shard)}. {REMEDY}"
                 )
 
     def read(
@@ -181,7 +181,7 @@ class Array:
         tried = f", tried {self._read_retries + 1} times" if self._read_retries else ""
         return StoreError(
             f"array {self.path} is damaged between {start:,} and {stop:,}: {named} "
-            f"cannot be read or fails its checksum{tried}. {_REMEDY}"
+            f"cannot be read or fails its checksum{tried}. {REMEDY}"
             f"{_first_line(error)}"
         )
 

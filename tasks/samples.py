@@ -34,9 +34,13 @@ def of(array: Array) -> str:
     return " ".join(digests)
 
 
-def check(array: Array, kept: str) -> None:
+def check(array: Array, kept: str, remedy: str) -> None:
     """Compares an array with the samples that were kept of it.
 
+    Args:
+        array: the array as it is.
+        kept: what `of` returned when it was written.
+        remedy: sentence that says what to do if it is another one.
     Raises:
         StoreError: a file is another one than was written.
     """
@@ -47,6 +51,5 @@ def check(array: Array, kept: str) -> None:
         named = ", ".join(f"c/{number}" for number in odd[:5]) or "as many files"
         raise StoreError(
             f"array {array.path} is not the one that was prepared, in {named}: a file "
-            "of another store is in its place. Copy the store again from where it is "
-            "whole, or delete it and run `switchyard prepare`."
+            f"of another store is in its place. {remedy}"
         )

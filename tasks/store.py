@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from tasks import files, flat, packing, samples, vocabularies
-from tasks.arrays import Array, write_array
+from tasks.arrays import REMEDY, Array, write_array
 from tasks.errors import StoreError
 from tasks.manifest import (
     MANIFEST,
@@ -112,22 +112,22 @@ class Split:
             if not _keep_pack(folder, index):
                 return index
             description = str(index.length).encode()  # what was just written
+        remedy = "Delete that folder: it will be computed again."
         length, *kept = description.decode(errors="replace").split("\n")
         if not length.isdecimal() or len(length) > 18:
             raise StoreError(
-                f"the length in the pack index {folder} is no number. Delete that "
-                "folder: it will be computed again."
+                f"the length in the pack index {folder} is no number. {remedy}"
             )
         arrays = [Array(files.join(folder, name)) for name in _PACK]
         for array, samples_of in zip(arrays, kept, strict=False):
-            samples.check(array, samples_of)
+            samples.check(array, samples_of, remedy)
         of = f"{self.manifest.fingerprint} {key}"
         pieces, rows = (flat.opened(array, of) for array in arrays)
         index = packing.Pack(int(length), pieces=pieces, rows=rows)
         if faults := packing.faults(index):
             raise StoreError(
                 f"the pack index {folder} does not fit its split: {'; '.join(faults)}. "
-                "Delete that folder: it will be computed again."
+                f"{remedy}"
             )
         return index
 
@@ -156,7 +156,7 @@ def _opened(
         place = files.join(path, *filter(None, name))
         found[name] = array = Array(place, size, read_retries=read_retries)
         if kept := manifest.samples.get("/".join(name)):
-            samples.check(array, kept)
+            samples.check(array, kept, REMEDY)
     return found
 
 

@@ -125,6 +125,9 @@ def test_a_pack_index_that_does_not_fit_is_refused_when_it_is_mapped(
     write_array(str(folder / "pieces"), index.pieces[::-1].copy())
     for path in folder.glob("*.flat"):
         path.unlink()
+    with pytest.raises(StoreError, match="not the one that was prepared, in c/0"):
+        part.pack("next_fit-32", lambda: index)
+    (folder / "length").write_text("32")  # as before samples were kept
     with pytest.raises(StoreError, match="its boundaries do not rise"):
         part.pack("next_fit-32", lambda: index)
 

@@ -4,17 +4,16 @@
 
 A run is killed, stopped and damaged at random instants until it is done, and compared
 with one that was left in peace, to the last bit; then the next, for so many minutes and
-so many faults, whichever takes longer. Every file of a token store is spoilt in every
-way. What a table says is what this command has counted.
+so many faults, whichever takes longer. Every file of a checkpoint and of a token store
+is spoilt in every way. What a table says is what this command has counted.
 """
 
 import argparse
 import tempfile
 import time
-from collections import Counter
 from pathlib import Path
 
-from benchmarks.reliability import lives, page, soak, stores
+from benchmarks.reliability import checkpoints, lives, page, soak, stores
 
 
 def main() -> None:
@@ -46,11 +45,11 @@ def main() -> None:
         )
         _say(f"{len(tally.wrong)} runs were not as the undisturbed one")
         began = time.monotonic()
-        spoilt: Counter[tuple[str, str]] = stores.spoilt(
-            shared, times=5, seed=options.seed
-        )
-        _say(f"spoilt {spoilt.total()} files in {time.monotonic() - began:.0f} s")
-    text = page.text(tally, spoilt)
+        of_runs = checkpoints.spoilt(shared, store, tally.undisturbed)
+        of_stores = stores.spoilt(shared, times=5, seed=options.seed)
+        number = of_runs.total() + of_stores.total()
+        _say(f"spoilt {number} files in {time.monotonic() - began:.0f} s")
+    text = page.text(tally, of_runs, of_stores)
     if options.print:
         print(text)
     else:

@@ -25,9 +25,34 @@ injects a few of each kind, `make test-all` more.
 """
 
 
-def text(tally: Tally, spoilt: Counter[tuple[str, str]]) -> str:
-    """Returns the page."""
-    return "\n".join([_HEAD, *_soak(tally), "", *_stores(spoilt), "", _ELSEWHERE])
+def text(
+    tally: Tally,
+    of_runs: Counter[tuple[str, str]],
+    of_stores: Counter[tuple[str, str]],
+) -> str:
+    """Returns the page.
+
+    Args:
+        tally: what was injected into runs.
+        of_runs: outcomes of spoilt checkpoints, by way.
+        of_stores: outcomes of spoilt token stores, by way.
+    """
+    checkpoints = [
+        "## Checkpoints, spoilt file by file",
+        "",
+        "Each file of the newest checkpoint, each way; then the run went on as `train` "
+        'does. "Same bits" are files that restoring does not read, and bytes in files '
+        "that hold nothing.",
+        *_table(of_runs),
+    ]
+    stores = [
+        "## Token stores, spoilt file by file",
+        "",
+        "Each file, each way; then all was read that a run reads.",
+        *_table(of_stores),
+    ]
+    parts = [_soak(tally), checkpoints, stores]
+    return "\n".join([_HEAD, *(line for part in parts for line in [*part, ""]), _TESTS])
 
 
 def _soak(tally: Tally) -> list[str]:
@@ -64,13 +89,10 @@ def _soak(tally: Tally) -> list[str]:
     return lines + [f"- {wrong}" for wrong in tally.wrong]
 
 
-def _stores(spoilt: Counter[tuple[str, str]]) -> list[str]:
-    """Outcomes of spoilt stores."""
+def _table(spoilt: Counter[tuple[str, str]]) -> list[str]:
+    """Outcomes across, ways down."""
     outcomes = sorted({outcome for _, outcome in spoilt})
     lines = [
-        "## Token stores, spoilt file by file",
-        "",
-        "Each file, each way; then all was read that a run reads.",
         "",
         f"| way | spoilt | {' | '.join(outcomes)} |",
         f"|---|--:|{'--:|' * len(outcomes)}",
@@ -82,36 +104,81 @@ def _stores(spoilt: Counter[tuple[str, str]]) -> list[str]:
     return lines
 
 
-_TESTED = (
+TESTED = (
     (
         "a burst of steps that are not finite",
         "skipped, then back to the last checkpoint, and that data passed over; never "
         "for ever",
-        "tests/launch/test_recovery.py",
+        "test_recovery.py",
     ),
     (
         "a spike of the loss",
         "skipped or rolled back, by `SPIKE_ACTION`",
-        "tests/launch/test_recovery.py",
+        "test_recovery.py",
     ),
     (
         "a device that computes wrong once",
         "found by `REPLAY_PERIOD`; nothing of it is saved",
-        "tests/launch/test_recovery.py",
+        "test_recovery.py",
     ),
     (
         "a device that remembers wrong",
         "found by `COMPARE_REPLICAS`, named, and not saved",
-        "tests/launch/test_recovery.py",
+        "test_recovery.py",
+    ),
+    (
+        "one of two or four processes killed, or stopped longer than HEARTBEAT_TIMEOUT",
+        "the others name it and end with 134; the same command goes on",
+        "test_processes.py",
+    ),
+    (
+        "SIGTERM or Ctrl-C while compiling, scoring, restoring or drawing",
+        "heard at once; what is learnt is saved first",
+        "test_resume.py",
+    ),
+    (
+        "a run killed again and again under `--restarts`",
+        "the same bits as one in peace",
+        "test_restarts.py",
+    ),
+    (
+        "a step that hangs",
+        "stacks of all threads, and exit code 75",
+        "test_watchdog.py",
+    ),
+    (
+        "two runs in one folder, also without `flock`",
+        "the second is refused by the name of the first; a dead owner is replaced",
+        "test_owner.py",
+    ),
+    (
+        "a full disk while saving",
+        "one line; what was written of it is removed, those before stay",
+        "test_checkpoints.py",
+    ),
+    (
+        "`prepare` killed a hundred times",
+        "the same store, file by file",
+        "test_preparing_again.py",
+    ),
+    (
+        "torn and damaged records, foreign files, a report that fails",
+        "said in a line; no run ends by it",
+        "test_writers.py",
+    ),
+    (
+        "damaged manifests, gin text, tokenizers and arrays, drawn at random",
+        "read, or refused in a message",
+        "test_fuzz.py",
     ),
 )
-_ELSEWHERE = "\n".join(
+_TESTS = "\n".join(
     [
         "## Proved by tests",
         "",
         "| fault | outcome | test |",
         "|---|---|---|",
-        *(f"| {fault} | {outcome} | `{test}` |" for fault, outcome, test in _TESTED),
+        *(f"| {fault} | {outcome} | `{test}` |" for fault, outcome, test in TESTED),
         "",
     ]
 )

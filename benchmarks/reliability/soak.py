@@ -48,6 +48,7 @@ class Tally:
     """What was injected, and what came of it.
 
     Attributes:
+        undisturbed: folder of the run that was left in peace.
         faults: number by name, and by what the life was doing.
         runs: runs that were finished.
         wrong: what told finished runs from the undisturbed one, or ended them.
@@ -55,6 +56,7 @@ class Tally:
         goodput: part of it in steps that were kept, of each run.
     """
 
+    undisturbed: Path = Path()
     faults: Counter[tuple[str, str]] = dataclasses.field(default_factory=Counter)
     runs: int = 0
     wrong: list[str] = dataclasses.field(default_factory=list)
@@ -162,7 +164,7 @@ def soak(
         say: shows a line.
     """
     base, length = undisturbed(shared, store)
-    tally, rng, began = Tally(), random.Random(seed), time.monotonic()
+    tally, rng, began = Tally(base), random.Random(seed), time.monotonic()
     while time.monotonic() - began < seconds or tally.number < least_faults:
         folder = lives.fresh(shared / "disturbed")
         found = list(_disturb(folder, store, length, rng, tally))

@@ -27,12 +27,19 @@ def test_the_page_counts_what_was_injected():
     tally.faults["kill -9", "saving"] = 3
     tally.faults["SIGTERM", "training"] = 2
     spoilt = Counter({("emptied", "refused"): 7, ("deleted", "WRONG"): 1})
-    text = page.text(tally, spoilt)
+    text = page.text(tally, Counter({("deleted", "fell back"): 3}), spoilt)
     assert "5 faults in 2 runs of 40 steps, in 10.0 s: one every 2.0 s" in text
     assert "**1 of 2 ended as it did; lost: 1.**" in text
     assert "| kill -9 | 3 | 3 |  |" in text
     assert "| all | 5 | 3 | 2 |" in text
     assert "| emptied | 7 |  | 7 |" in text
+    assert "| deleted | 3 | 3 |" in text
+
+
+@pytest.mark.fast
+def test_the_page_names_tests_that_there_are():
+    there = {path.name for path in (ROOT / "tests").rglob("test_*.py")}
+    assert {test for _, _, test in page.TESTED} <= there
 
 
 @pytest.mark.slow

@@ -1,17 +1,21 @@
 """Prepares into, and reads from, a server of the S3 kind on this machine."""
 
 import http.server
+import itertools
 import os
 import re
+import socket
 import subprocess
 import sys
 import threading
+import time
 import urllib.parse
 from pathlib import Path
 
 import numpy as np
 import pytest
 from corpus import settings
+from memory_store import on_disk, text_store
 
 from tasks import files
 from tasks.store import StoreError, open_store
@@ -33,12 +37,24 @@ class Bucket(http.server.BaseHTTPRequestHandler):
         pass
 
     def _answer(self, status, content=b"", **headers):
+        fault = next(self.server.faults, "")
+        if fault == "busy":
+            status, content = 503, b""
+        elif fault == "late":
+            time.sleep(0.3)
+        elif fault == "dropped":
+            self.close_connection = True
+            self.connection.shutdown(socket.SHUT_RDWR)
+            return
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name.replace("_", "-"), value)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
-        if self.command != "HEAD":
+        if fault == "cut off" and content:
+            self.wfile.write(content[: len(content) // 2])
+            self.close_connection = True
+        elif self.command != "HEAD":
             self.wfile.write(content)
 
     def _key(self):
@@ -87,18 +103,25 @@ class Bucket(http.server.BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def objects(monkeypatch):
-    """What is in the bucket, by its name."""
+def server(monkeypatch):
+    """A server with one bucket, which answers as it should unless told otherwise."""
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Bucket) as server:
         server.objects, server.daemon_threads = {}, True
+        server.faults = iter(())
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         address = f"http://127.0.0.1:{server.server_port}"
         for name, value in {**KEYS, "AWS_ENDPOINT_URL": address}.items():
             monkeypatch.setenv(name, value)
-        yield server.objects
+        yield server
         server.shutdown()
         thread.join()
+
+
+@pytest.fixture
+def objects(server):
+    """What is in the bucket, by its name."""
+    return server.objects
 
 
 PREPARES = """
@@ -109,15 +132,53 @@ print(prepare(settings(sys.argv[1]), allowed_modules=(MODULE,)).fingerprint)
 """
 
 
-def run(store_dir) -> subprocess.CompletedProcess:
-    """Prepares in a process of its own: the driver keeps what its variables were."""
+READS = """
+import hashlib, sys
+from memory_store import settings
+from tasks import batches
+from tasks.settings import MixtureSettings
+from tasks.store import open_store
+
+data = settings(mixture_or_task_name="made_up", vocabulary="bytes")
+store = open_store(sys.argv[1], data)
+feed = batches.training(store, data, MixtureSettings(), batch_size=4, seed=0)
+found = hashlib.sha256()
+for index in range(12):
+    for name, values in sorted(feed.read(index, 0, 4).items()):
+        found.update(values.tobytes())
+print(found.hexdigest())
+"""
+
+
+def run(store_dir, program=PREPARES) -> subprocess.CompletedProcess:
+    """Works in a process of its own: the driver keeps what its variables were."""
     return subprocess.run(
-        [sys.executable, "-c", PREPARES, str(store_dir)],
+        [sys.executable, "-c", program, str(store_dir)],
         capture_output=True,
         text=True,
         check=True,
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(SUPPORT), *sys.path])},
     )
+
+
+def test_a_bucket_that_fails_now_and_then_is_read_all_the_same(server, tmp_path):
+    on_disk(text_store(a=40, b=9), tmp_path / "store")
+    wanted = run(tmp_path / "store", READS).stdout
+    for path in tmp_path.rglob("*"):
+        if path.is_file():
+            server.objects[str(path.relative_to(tmp_path))] = path.read_bytes()
+    kinds = [*[""] * 6, "busy", *[""] * 6, "late", *[""] * 6, "dropped", *[""] * 6]
+    kinds.append("cut off")
+    told = []
+
+    def faults():
+        for kind in itertools.cycle(kinds):
+            told.append(kind)
+            yield kind
+
+    server.faults = faults()
+    assert run("s3://bucket/store", READS).stdout == wanted
+    assert min(map(told.count, kinds)) >= 1, "each kind happened"
 
 
 @pytest.mark.slow

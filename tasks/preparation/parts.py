@@ -187,7 +187,7 @@ def finished(work: str, unit: Unit) -> list[Part]:
         content = files.read(f"{_path(work, unit, len(found))}.json")
         if content is None:
             return found
-        found.append(_described(content, f"{_path(work, unit, len(found))}.json", work))
+        found.append(_described(content, work, unit, len(found)))
         if found[-1].last:
             return found
 
@@ -212,10 +212,11 @@ def numbers(work: str, unit: Unit) -> dict[int, int]:
 def descriptions(work: str, places: Sequence[tuple[Unit, int]]) -> Iterator[Part]:
     """Yields the parts of some units and numbers, whose files are read concurrently."""
     paths = [f"{_path(work, unit, number)}.json" for unit, number in places]
-    for content, path in zip(files.read_many(paths), paths, strict=True):
+    found = files.read_many(paths)
+    for content, path, (unit, number) in zip(found, paths, places, strict=True):
         if content is None:
             raise StoreError(f"{path} is gone: run the same command again")
-        yield _described(content, path, work)
+        yield _described(content, work, unit, number)
 
 
 def array(
@@ -227,15 +228,14 @@ def array(
     return np.frombuffer(content, np.dtype(dtype).newbyteorder("<"))
 
 
-def _described(content: bytes, path: str, work: str) -> Part:
-    """The part that a file describes."""
+def _described(content: bytes, work: str, unit: Unit, number: int) -> Part:
+    """The part that a file describes; which one it is, its place says alone."""
     try:
-        fields = json.loads(content)
-        fields["unit"] = Unit(**fields["unit"])
-        return Part(**fields)
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        return Part(**{**json.loads(content), "unit": unit, "number": number})
+    except (ValueError, TypeError, RecursionError) as error:
         raise StoreError(
-            f"{path} cannot be read ({error}): delete {work}, and prepare again"
+            f"{_path(work, unit, number)}.json cannot be read ({error}): delete "
+            f"{work}, and prepare again"
         ) from None
 
 

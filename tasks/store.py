@@ -275,7 +275,10 @@ def _file_name(name: str) -> str:
     """A name of the same meaning that every file system takes, and inside a folder."""
     if name in (".", ".."):
         return name.replace(".", "%2e")
-    return "".join(c if c.isalnum() or c in "._-" else f"%{ord(c):02x}" for c in name)
+    return "".join(
+        c if c.isalnum() or c in "._-" else "".join(f"%{b:02x}" for b in c.encode())
+        for c in name
+    )
 
 
 def _keep_pack(folder: str, index: packing.Pack) -> bool:

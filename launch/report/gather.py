@@ -198,7 +198,7 @@ def gather(model_dir: str | os.PathLike[str]) -> Story:
     notes = [*records.notes]
     if damaged:
         notes.append(
-            f"{len(damaged):,} matrices of loads cannot be read and are left out: "
+            f"files of loads that cannot be read are left out: {len(damaged):,}, "
             f"{damaged[0]}{', ...' if damaged[1:] else ''}"
         )
     return Story(train, _heldout(records), found, notes)

@@ -413,7 +413,7 @@ def test_a_damaged_matrix_is_left_out_and_said(tmp_path, capsys):
     page = write_report(tmp_path, About(title="A run")).read_text()
     assert "load" in _figure_names(page)
     assert gathered_steps(tmp_path) == [1, 3]
-    said = f"1 matrices of loads cannot be read and are left out: {files[1]}"
+    said = f"files of loads that cannot be read are left out: 1, {files[1]}"
     assert f"warning: {said}\n" in capsys.readouterr().err
     assert said in page
 

@@ -16,7 +16,7 @@ from tasks import arrays, files, owner, packing
 from tasks.arrays import Array, ShardedArray, write_array
 from tasks.manifest import MANIFEST
 from tasks.preparation import folders
-from tasks.store import StoreError, open_store
+from tasks.store import StoreError, open_store, split_path
 
 
 def change_manifest(folder, **fields):
@@ -334,3 +334,22 @@ def test_reading_batches_imports_neither_tensorflow_nor_seqio(quick_store):
     command = [sys.executable, "-c", READS, quick_store.path]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.fast
+def test_no_two_names_have_one_folder():
+    names = [
+        "a–b",
+        "a 13b",
+        "a%2013b",
+        "ä",
+        "..",
+        "%2e%2e",
+        "a/b",
+        "a%2fb",
+        "\x100",
+        "Ā",
+    ]
+    places = [split_path("store", name, "train") for name in names]
+    assert len({*places}) == len(names)
+    assert all(place.count("/") == 2 for place in places)

@@ -3,7 +3,6 @@
 A life is `switchyard train` (or another verb) with its own process, files and signals.
 """
 
-import contextlib
 import importlib
 import os
 import shutil
@@ -49,13 +48,14 @@ class Life:
 
     def __init__(self, words: Sequence[str], output: Path) -> None:
         self.began = time.monotonic()
+        self._code: int | None = None
         self.pid = os.fork()
         if self.pid == 0:
             os._exit(_run(words, output))
 
     def signal(self, number: signal.Signals) -> None:
-        """Sends a signal, if the process is still there."""
-        with contextlib.suppress(ProcessLookupError):
+        """Sends a signal, unless the process was waited for and its number is free."""
+        if self._code is None:
             os.kill(self.pid, number)
 
     def is_over(self) -> bool:
@@ -65,8 +65,10 @@ class Life:
 
     def poll(self) -> int | None:
         """Returns the exit code, negative for a signal; None while it goes on."""
-        pid, status = os.waitpid(self.pid, os.WNOHANG)
-        return None if pid == 0 else os.waitstatus_to_exitcode(status)
+        if self._code is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self._code = None if pid == 0 else os.waitstatus_to_exitcode(status)
+        return self._code
 
     def end(self, seconds: float = 600.0) -> int:
         """Waits for the exit code.
@@ -78,7 +80,7 @@ class Life:
         while (code := self.poll()) is None:
             if time.monotonic() > deadline:
                 self.signal(signal.SIGKILL)
-                os.waitpid(self.pid, 0)
+                self._code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
                 raise TimeoutError(f"process {self.pid} did not end")
             time.sleep(0.005)
         return code

@@ -155,6 +155,8 @@ def soak(
 ) -> Tally:
     """Disturbs one run after the other, for so long, and until so many faults.
 
+    Ctrl-C ends it sooner; the run that was under way does not count.
+
     Args:
         shared: folder for the runs.
         store: prepared tokens.
@@ -165,24 +167,25 @@ def soak(
     """
     base, length = undisturbed(shared, store)
     tally, rng, began = Tally(base), random.Random(seed), time.monotonic()
-    while time.monotonic() - began < seconds or tally.number < least_faults:
-        folder = lives.fresh(shared / "disturbed")
-        found = list(_disturb(folder, store, length, rng, tally))
-        if not found:
-            found = compare.differences(folder, base, LAST_STEP)
-        tally.runs += 1
-        tally.goodput.append(
-            goodput.fraction(goodput.of_events(events.read(folder)[0]))
-        )
-        if found:
-            kept = shared / f"wrong_{tally.runs}"
-            shutil.rmtree(kept, ignore_errors=True)
-            folder.rename(kept)
-            tally.wrong += [f"{text} (kept in {kept})" for text in found]
-        say(
-            f"run {tally.runs}: {tally.number} faults so far, "
-            f"{len(tally.wrong)} wrong, {time.monotonic() - began:.0f} s"
-        )
+    with contextlib.suppress(KeyboardInterrupt):  # what was counted until then counts
+        while time.monotonic() - began < seconds or tally.number < least_faults:
+            folder = lives.fresh(shared / "disturbed")
+            found = list(_disturb(folder, store, length, rng, tally))
+            if not found:
+                found = compare.differences(folder, base, LAST_STEP)
+            tally.runs += 1
+            tally.goodput.append(
+                goodput.fraction(goodput.of_events(events.read(folder)[0]))
+            )
+            if found:
+                kept = shared / f"wrong_{tally.runs}"
+                shutil.rmtree(kept, ignore_errors=True)
+                folder.rename(kept)
+                tally.wrong += [f"{text} (kept in {kept})" for text in found]
+            say(
+                f"run {tally.runs}: {tally.number} faults so far, "
+                f"{len(tally.wrong)} wrong, {time.monotonic() - began:.0f} s"
+            )
     tally.seconds = time.monotonic() - began
     return tally
 
@@ -197,23 +200,25 @@ def _disturb(
     for _ in range(200):
         output.unlink(missing_ok=True)
         life = lives.Life(words, output)
-        right = {0}
-        # Now and then a life is left in peace, or none would come to its end.
-        if _moment_came(life, folder, output, length, rng):
-            (fault,) = rng.choices(FAULTS, weights)
-            tally.faults[fault.name, doing(folder, output)] += 1
-            right |= fault.inject(life, folder, rng)
-        with contextlib.suppress(ChildProcessError):  # it was waited for already
-            try:
-                code = life.end(120)
-            except TimeoutError as error:
-                yield str(error)
-                return
-            if code not in right:
-                yield f"exit code {code}, not one of {sorted(right)}"
-                return
-            if code == 0:
-                return
+        try:
+            right = {0}
+            # Now and then a life is left in peace, or none would come to its end.
+            if _moment_came(life, folder, output, length, rng):
+                (fault,) = rng.choices(FAULTS, weights)
+                tally.faults[fault.name, doing(folder, output)] += 1
+                right |= fault.inject(life, folder, rng)
+            code = life.end(120)
+        except TimeoutError as error:
+            yield str(error)
+            return
+        except KeyboardInterrupt:
+            life.signal(signal.SIGKILL)
+            raise
+        if code not in right:
+            yield f"exit code {code}, not one of {sorted(right)}"
+            return
+        if code == 0:
+            return
     yield "it was not done after 200 lives"
 
 

@@ -162,7 +162,7 @@ def soak(
         store: prepared tokens.
         seconds: time until which runs are begun.
         least_faults: number of faults until which runs are begun.
-        seed: of the instants, and of what is injected.
+        seed: seed for the instants, and for what is injected.
         say: shows a line.
     """
     base, length = undisturbed(shared, store)

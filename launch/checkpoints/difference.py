@@ -18,7 +18,7 @@ class Row:
         name: its name.
         what: how it differs, where numbers cannot be compared; else "".
         absolute: largest difference of two elements.
-        relative: that over the largest magnitude in the first checkpoint.
+        relative: the same over the largest magnitude in the first checkpoint.
     """
 
     name: str

@@ -13,7 +13,7 @@ def digest_of(
     """The digest of an array whose pieces come in any order, in hexadecimal.
 
     Args:
-        shape: that of the array.
+        shape: shape of the array.
         blocks: every piece once, with its place.
     """
     total = 0

@@ -47,7 +47,7 @@ def _places(name: str, folder: Path | None) -> list[Path]:
 
     Args:
         name: path of the file, as it was written.
-        folder: that of the file that includes it; None on the command line.
+        folder: folder of the file that includes it; None on the command line.
     """
     ours = configs() / name.removeprefix("configs/")
     if folder is None:

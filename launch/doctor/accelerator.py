@@ -41,8 +41,8 @@ class Devices:
         memory_bytes: what a program may have of each that says so.
         start_seconds: until jax was imported and had found them; None in a job,
             which has started it before.
-        first_seconds: to compile the small program and to run it.
-        again_seconds: to run it once more.
+        first_seconds: time to compile the small program and to run it.
+        again_seconds: time to run it once more.
         wrong: what the check of the CPU's compiler says; "" if it is right.
     """
 

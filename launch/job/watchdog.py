@@ -32,8 +32,8 @@ class Patience:
     """How long the step under way has taken, and how long one may.
 
     Args:
-        timeout_seconds: that it may; 0 takes 50 times the median of the last hundred,
-            and at least half an hour.
+        timeout_seconds: time that it may; 0 takes 50 times the median of the last
+            hundred, and at least half an hour.
     """
 
     def __init__(self, timeout_seconds: float) -> None:

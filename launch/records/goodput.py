@@ -49,10 +49,6 @@ class Clock:
             if self._open:
                 self._open[-1] += seconds
 
-    def add(self, part: str, seconds: float) -> None:
-        """Counts seconds that were measured elsewhere."""
-        self._spent[part] += seconds
-
     def lose(self, steps: int) -> None:
         """Counts the newest steps as lost: they will be taken again."""
         seconds = self._spent["step"] * min(steps / max(self.steps, 1), 1.0)

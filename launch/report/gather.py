@@ -43,7 +43,7 @@ class Training:
         recent: the last records.
         most_drops: fraction of choices dropped in the worst record; None without
             routers.
-        greatest: of what is counted up, the greatest.
+        greatest: largest value of what is counted up.
         retries: failed reads; each start of the run counts from 0.
         with_loads: numbers of the records that hold a whole matrix of loads.
         has_entropy: whether any router had probabilities.
@@ -159,10 +159,10 @@ class Loads:
     """The experts' load over steps.
 
     Attributes:
-        steps: at most MAX_COLUMNS.
-        load_TLE: of these steps, the layers that are shown.
+        steps: steps of the columns, at most MAX_COLUMNS.
+        load_TLE: loads of these steps in the layers that are shown.
         layers: which these are.
-        mean_LE: of all layers, the mean over the last matrices.
+        mean_LE: mean over the last matrices, in all layers.
     """
 
     steps: np.ndarray
@@ -177,8 +177,8 @@ class Story:
 
     Attributes:
         train: what is kept of training.
-        heldout: of the held-out evaluations.
-        loads: of the experts' load; None where no matrix is there.
+        heldout: what the held-out evaluations say.
+        loads: what is kept of the experts' load; None where no matrix is there.
         notes: what could not be read, a line each.
     """
 

@@ -72,7 +72,7 @@ def ledger(story: Story, *, by_cap: bool = False) -> list[str]:
     """Says in sentences where the routed tokens went; [] for a dense model.
 
     Args:
-        story: of a run.
+        story: what a run has recorded.
         by_cap: what is dropped is what exceeds a token's experts (EXPERT_CHOICE_CAP),
             and not the slots of an expert.
     """

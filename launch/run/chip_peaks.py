@@ -40,7 +40,7 @@ def peak_flops(platform: str, device_kind: str) -> float | None:
     """Returns the peak of one device, or None where its chip is not known.
 
     Args:
-        platform: of the device, as jax gives it.
+        platform: name of the device's platform, as jax gives it.
         device_kind: likewise, such as "TPU v5 lite" or "NVIDIA H100 80GB HBM3".
     """
     for chip, peak in PEAK_FLOPS.items():

@@ -244,7 +244,7 @@ def _fit(
         by_place: number of arguments without names.
         by_name: further arguments that it is always given.
         options: the user's.
-        macro: that gave them.
+        macro: knob that gave them.
         takes: what it should look like.
     """
     if not callable(function):

@@ -165,7 +165,7 @@ def be_ready_to_stop(model_dir: Path, signals: Signals, grace_seconds: float) ->
     Args:
         model_dir: folder of the run.
         signals: who may ask it to stop.
-        grace_seconds: that it then has; 0 if nobody knows.
+        grace_seconds: time that it then has; 0 if nobody knows.
     """
     if not together.is_first():
         return

@@ -29,8 +29,8 @@ class Log:
         progress: shows each step.
         data_facts: what is known of the data before a batch index.
         period_steps: between records.
-        last_step: of the run.
-        tokens_per_step: for the speed.
+        last_step: number of the run's last step.
+        tokens_per_step: positions in a batch, by which the speed is told.
 
     Attributes:
         skipped_in_a_row: non-finite steps up to the last.

@@ -1,8 +1,9 @@
 """From a configuration to a trained model and its report."""
 
 import functools
+import itertools
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -161,7 +162,7 @@ def _train(
             score=score,
             measure=measure,
             data_facts=_data_facts(batches, store),
-            go_back=functools.partial(_newest, run, saved, now),
+            go_back=functools.partial(_newest, run, saved, now, itertools.count(1)),
             provenance=now,
             still_ours=still_ours,
         )
@@ -308,10 +309,11 @@ def _scorer(
 
 
 def _newest(
-    run: Run, saved: Checkpoints, now: Record
+    run: Run, saved: Checkpoints, now: Record, numbers: Iterator[int]
 ) -> tuple[TrainState, Mapping[str, Any] | None]:
     """The state of the newest checkpoint, and what it kept; else that of the start."""
-    found = together.as_first_finds("the checkpoint to go back to", saved.latest)
+    what = f"the checkpoint of rollback {next(numbers)}"  # said once in a job
+    found = together.as_first_finds(what, saved.latest)
     if found is None:
         return run.init_state(), None
     state = saved.restore(found, run, now, allow_changes=True)

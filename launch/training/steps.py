@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from launch.checkpoints.digest import digests
-from launch.checkpoints.store import named_arrays
+from launch.checkpoints.names import named_arrays
 from launch.training.log import Log
 from launch.training.watch import Watch
 from moe.training.train_state import TrainState

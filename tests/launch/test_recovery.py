@@ -1,7 +1,9 @@
 """A run that learns nothing any more goes back, passes over the data, or gives up."""
 
+import itertools
 import json
 import math
+import types
 from pathlib import Path
 
 import commands
@@ -11,11 +13,15 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from launch.checkpoints import replicas
+from launch.config.settings import LoopSettings
 from launch.errors import EXIT_DONE, EXIT_FAULT, EXIT_NON_FINITE
+from launch.job import together
 from launch.records import goodput
 from launch.records.events import EventLog, read
 from launch.run.assemble import Run
+from launch.training import start
 from launch.training.spikes import Spikes
+from launch.training.watch import Watch
 
 
 def manifest_of(folder: Path, step: int) -> dict:
@@ -217,6 +223,43 @@ def test_limits_are_those_written_out_and_outlive_a_stop():
             assert math.isfinite(loss)
             spikes.add(step, loss)
     np.testing.assert_allclose(found, wanted, rtol=1e-12)
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("action", ["none", "skip", "rollback"])
+def test_a_spike_is_dealt_with_as_is_asked(tmp_path, action):
+    loop = LoopSettings(model_dir="", spike_action=action, log_period_steps=1000)
+    watch = Watch(loop, EventLog(tmp_path), print, None)
+    calm = {"state/skipped_in_a_row": 0}
+    for step in range(1, 151):
+        given = watch.limit(step)
+        metrics = calm | {"loss/total": 3 + 0.1 * (step % 3)}
+        watch.saw(step, step - 1, metrics, fitted=True)
+    assert len(given) == (action == "skip"), "the device itself compares"
+    assert all(3.2 < limit < 4 for limit in given)
+    watch.limit(151)
+    watch.saw(151, 150, calm | {"loss/total": 9.0}, fitted=True)
+    watch.saw(152, 151, calm | {"loss/total": 3.0}, fitted=True)  # launched already
+    if action == "rollback":
+        assert watch.going_back.startswith("the loss of step 151 was 9, above 3.")
+        assert watch.resume_index == 151, "only what had spiked is passed over"
+    else:
+        assert not watch.going_back
+
+
+@pytest.mark.fast
+def test_each_rollback_of_a_job_asks_anew(monkeypatch):
+    # What process 0 says under one name it can say once.
+    asked = []
+    monkeypatch.setattr(
+        together, "as_first_finds", lambda what, find: asked.append(what)
+    )
+    run = types.SimpleNamespace(init_state=lambda: "first state")
+    saved = types.SimpleNamespace(latest=None)
+    numbers = itertools.count(1)
+    for _ in range(3):
+        assert start._newest(run, saved, {}, numbers) == ("first state", None)
+    assert len({*asked}) == 3
 
 
 @pytest.mark.fast

@@ -3,6 +3,8 @@
 A life is `switchyard train` (or another verb) with its own process, files and signals.
 """
 
+import collections
+import functools
 import importlib
 import os
 import shutil
@@ -100,7 +102,11 @@ def _run(words: Sequence[str], output: Path) -> int:
     from launch import cli
     from launch.config import platform
 
-    platform.sys = type("Modules", (), {"modules": {}})  # jax is there, not started
+    # jax is imported, but not started: it still reads what is set now.
+    environ = collections.ChainMap(os.environ)
+    platform.prepare_environment = functools.partial(
+        platform.prepare_environment, environ=environ
+    )
     code = cli.main(list(words))
     sys.stdout.flush()
     sys.stderr.flush()

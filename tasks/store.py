@@ -276,7 +276,7 @@ def _file_name(name: str) -> str:
     if name in (".", ".."):
         return name.replace(".", "%2e")
     return "".join(
-        c if c.isalnum() or c in "._-" else "".join(f"%{b:02x}" for b in c.encode())
+        c if c.isalnum() or c in "._-" else f"%{c.encode(errors='surrogatepass').hex('%')}"
         for c in name
     )
 

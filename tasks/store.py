@@ -276,7 +276,9 @@ def _file_name(name: str) -> str:
     if name in (".", ".."):
         return name.replace(".", "%2e")
     return "".join(
-        c if c.isalnum() or c in "._-" else f"%{c.encode(errors='surrogatepass').hex('%')}"
+        c
+        if c.isalnum() or c in "._-"
+        else f"%{c.encode(errors='surrogatepass').hex('%')}"
         for c in name
     )
 

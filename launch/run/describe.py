@@ -13,10 +13,10 @@ from launch.run.assemble import Run
 from launch.terminal.lines import compact
 from moe import architecture, expected_drops
 from moe.accounting import count
-from moe.constraints import leaks
 from moe.dispatch import auto
 from moe.model.feed_forward import grouped_method
 from moe.routing.capacity import capacity, mean_choices, never_drops
+from moe.rules.routers import leaks
 from moe.settings import RouterSettings, SparseSettings
 from partitioning.mesh import describe
 from tasks.store import TokenStore

@@ -1,0 +1,1 @@
+"""Rules of parts of a model; `moe/constraints.py` asks them all."""

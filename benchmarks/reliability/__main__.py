@@ -4,16 +4,19 @@
 
 A run is killed, stopped and damaged at random instants until it is done, and compared
 with one that was left in peace, to the last bit; then the next, for so many minutes and
-so many faults, whichever takes longer. Every file of a checkpoint and of a token store
-is spoilt in every way. What a table says is what this command has counted.
+so many faults, whichever takes longer. Jobs of two processes, preparations and
+evaluations are killed too. Every file of a checkpoint and of a token store is spoilt in
+every way. What a table says is what this command has counted.
 """
 
 import argparse
+import math
+import random
 import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.reliability import checkpoints, lives, page, soak, stores
+from benchmarks.reliability import checkpoints, lives, others, page, soak, stores
 
 
 def main() -> None:
@@ -44,12 +47,18 @@ def main() -> None:
             say=_say,
         )
         _say(f"{len(tally.wrong)} runs were not as the undisturbed one")
+        rng, kills = random.Random(options.seed), math.ceil(options.faults / 9)
+        killed = [
+            others.pairs(shared, store, kills, rng, _say),
+            others.preparations(shared, kills, rng, _say),
+            others.evaluations(shared, tally.undisturbed, kills, rng, _say),
+        ]
         began = time.monotonic()
         of_runs = checkpoints.spoilt(shared, store, tally.undisturbed)
         of_stores = stores.spoilt(shared, times=5, seed=options.seed)
         number = of_runs.total() + of_stores.total()
         _say(f"spoilt {number} files in {time.monotonic() - began:.0f} s")
-    text = page.text(tally, of_runs, of_stores)
+    text = page.text(tally, killed, of_runs, of_stores)
     if options.print:
         print(text)
     else:

@@ -46,14 +46,15 @@ class Life:
     Args:
         words: words of the command line.
         output: file that its output is added to.
+        process: number of this process in its job; -1 where it is alone.
     """
 
-    def __init__(self, words: Sequence[str], output: Path) -> None:
+    def __init__(self, words: Sequence[str], output: Path, process: int = -1) -> None:
         self.began = time.monotonic()
         self._code: int | None = None
         self.pid = os.fork()
         if self.pid == 0:
-            os._exit(_run(words, output))
+            os._exit(_run(words, output, process))
 
     def signal(self, number: signal.Signals) -> None:
         """Sends a signal, unless the process was waited for and its number is free."""
@@ -88,7 +89,7 @@ class Life:
         return code
 
 
-def _run(words: Sequence[str], output: Path) -> int:
+def _run(words: Sequence[str], output: Path, process: int) -> int:
     """What the forked process does."""
     os.setsid()
     file = os.open(output, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
@@ -102,6 +103,11 @@ def _run(words: Sequence[str], output: Path) -> int:
     from launch import cli
     from launch.config import platform
 
+    if process >= 0:
+        import jax
+
+        os.environ["JAX_PROCESS_ID"] = str(process)
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
     # jax is imported, but not started: it still reads what is set now.
     environ = collections.ChainMap(os.environ)
     platform.prepare_environment = functools.partial(
@@ -142,9 +148,13 @@ def fresh(folder: Path) -> Path:
     return folder
 
 
+def preparing(store: Path) -> list[str]:
+    """Words that make the tokens of the runs."""
+    words = ["prepare", "--gin_file=configs/runs/tiny.gin", "--quiet"]
+    return [*words, f"--gin.STORE_DIR={store}"]
+
+
 def prepare(store: Path) -> None:
     """Makes the tokens of the runs, in a process of its own."""
-    words = ["prepare", "--gin_file=configs/runs/tiny.gin", "--quiet"]
-    life = Life([*words, f"--gin.STORE_DIR={store}"], store.with_suffix(".log"))
-    if code := life.end():
+    if code := Life(preparing(store), store.with_suffix(".log")).end():
         raise RuntimeError(f"preparing {store} ended with {code}")

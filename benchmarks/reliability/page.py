@@ -2,8 +2,10 @@
 
 import statistics
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.reliability.others import Killed
 from benchmarks.reliability.soak import Tally
 from launch.terminal.lines import duration
 
@@ -27,6 +29,7 @@ injects a few of each kind, `make test-all` more.
 
 def text(
     tally: Tally,
+    killed: Sequence[Killed],
     of_runs: Counter[tuple[str, str]],
     of_stores: Counter[tuple[str, str]],
 ) -> str:
@@ -34,6 +37,7 @@ def text(
 
     Args:
         tally: what was injected into runs.
+        killed: jobs and other commands that were killed.
         of_runs: outcomes of spoilt checkpoints, by way.
         of_stores: outcomes of spoilt token stores, by way.
     """
@@ -51,7 +55,7 @@ def text(
         "Each file, each way; then all was read that a run reads.",
         *_table(of_stores),
     ]
-    parts = [_soak(tally), checkpoints, stores]
+    parts = [_soak(tally), _killed(killed), checkpoints, stores]
     return "\n".join([_HEAD, *(line for part in parts for line in [*part, ""]), _TESTS])
 
 
@@ -87,6 +91,22 @@ def _soak(tally: Tally) -> list[str]:
             "seconds is mostly a start.",
         ]
     return lines + [f"- {wrong}" for wrong in tally.wrong]
+
+
+def _killed(killed: Sequence[Killed]) -> list[str]:
+    """Kills of jobs and of other commands than `train`."""
+    return [
+        "## Jobs and other commands, killed until they were done",
+        "",
+        "| fault | injected | what has to come of it | done | lost |",
+        "|---|--:|---|--:|--:|",
+        *(
+            f"| {one.what} | {one.kills} | {one.outcome} | {one.finished} | "
+            f"{len(one.wrong)} |"
+            for one in killed
+        ),
+        *(f"- {one.what}: {wrong}" for one in killed for wrong in one.wrong),
+    ]
 
 
 def _table(spoilt: Counter[tuple[str, str]]) -> list[str]:

@@ -1,5 +1,6 @@
 """The faults of docs/reliability.md, a few of each kind."""
 
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.reliability import page, soak, stores
+from benchmarks.reliability import others, page, soak, stores
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -27,11 +28,13 @@ def test_the_page_counts_what_was_injected():
     tally.faults["kill -9", "saving"] = 3
     tally.faults["SIGTERM", "training"] = 2
     spoilt = Counter({("emptied", "refused"): 7, ("deleted", "WRONG"): 1})
-    text = page.text(tally, Counter({("deleted", "fell back"): 3}), spoilt)
+    killed = others.Killed("kill -9 of a pair", "the same", 5, 2, ["arrays"])
+    text = page.text(tally, [killed], Counter({("deleted", "fell back"): 3}), spoilt)
     assert "5 faults in 2 runs of 40 steps, in 10.0 s: one every 2.0 s" in text
     assert "**1 of 2 ended as it did; lost: 1.**" in text
     assert "| kill -9 | 3 | 3 |  |" in text
     assert "| all | 5 | 3 | 2 |" in text
+    assert "| kill -9 of a pair | 5 | the same | 2 | 1 |" in text
     assert "| emptied | 7 |  | 7 |" in text
     assert "| deleted | 3 | 3 |" in text
 
@@ -60,3 +63,7 @@ def test_runs_that_are_disturbed_end_as_one_that_is_not(trained):
     assert done.returncode == 0, done.stderr
     assert "0 runs were not as the undisturbed one" in done.stdout
     assert "lost: 0.**" in done.stdout
+    others_lost = re.findall(
+        r"^\| kill -9 (?:of|while).*\| (\d+) \|$", done.stdout, re.M
+    )
+    assert others_lost == ["0", "0", "0"]

@@ -56,12 +56,12 @@ def _truncate(file: Path, other: Path) -> None:
     file.write_bytes(content[: len(content) // 2])
 
 
-FAULTS: Mapping[str, Callable[[Path, Path], None]] = {
+FAULTS: Mapping[str, Callable[[Path, Path], object]] = {
     "flip": _flip,
     "truncate": _truncate,
-    "empty": lambda file, other: file.write_bytes(b"") and None,
+    "empty": lambda file, other: file.write_bytes(b""),
     "delete": lambda file, other: file.unlink(),
-    "replace": lambda file, other: file.write_bytes(other.read_bytes()) and None,
+    "replace": lambda file, other: file.write_bytes(other.read_bytes()),
 }
 
 

@@ -87,8 +87,8 @@ def on_disk(store: MemoryStore, folder: Path) -> TokenStore:
                 write_array(
                     files.join(place, feature, "offsets"), part.offsets(feature)
                 )
-            tokens = {feature: part.num_tokens(feature) for feature in part.features}
-            written = SplitManifest(part.num_documents, tokens, 1, split)
+            counted = {name: part.num_tokens(name) for name in part.features}
+            written = SplitManifest(part.num_documents, counted, 1, split)
             counts[split] = sampled(place, written)
         tasks[task] = TaskManifest(counts, store.rates.get(task, 1.0), {})
     for name, content in vocabularies.to_files(store.vocabulary).items():

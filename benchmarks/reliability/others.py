@@ -87,7 +87,7 @@ def preparations(shared: Path, kills: int, rng: random.Random, say: Say) -> Kill
     """Kills preparations; the store must come out the same, file by file."""
     killed = Killed("kill -9 while preparing tokens", "the same store, file by file")
     base, store = shared / "prepared" / "base", shared / "prepared" / "store"
-    base.parent.mkdir(parents=True, exist_ok=True)
+    lives.fresh(base.parent)
     began = time.monotonic()
     lives.prepare(base)
     length, wanted = time.monotonic() - began, _digests(base)

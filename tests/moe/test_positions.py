@@ -113,14 +113,15 @@ def test_rotation_agrees_with_complex_numbers_and_sees_only_differences():
     B, L, N, D, base = 2, 6, 3, 8, 100.0
     x_BLND = draw.normal(size=(B, L, N, D)).astype(np.float32)
     position_BL = draw.integers(0, 50, (B, L))
-    turned_BLND = np.asarray(rotate(x_BLND, position_BL, base))
+    positions = PositionSettings("rotary", rotary_base=base)
+    turned_BLND = np.asarray(rotate(x_BLND, position_BL, positions))
     for b, i, n, d in np.ndindex(B, L, N, D // 2):
         whole = complex(x_BLND[b, i, n, d], x_BLND[b, i, n, d + D // 2])
         angle = position_BL[b, i] * base ** (-2 * d / D)
         whole *= complex(math.cos(angle), math.sin(angle))
         found = complex(turned_BLND[b, i, n, d], turned_BLND[b, i, n, d + D // 2])
         assert abs(found - whole) < 1e-5
-    later_BLND = np.asarray(rotate(x_BLND, position_BL + 11, base))
+    later_BLND = np.asarray(rotate(x_BLND, position_BL + 11, positions))
     product, later = (
         np.einsum("BLND,BTND->BNLT", x, x) for x in (turned_BLND, later_BLND)
     )

@@ -89,7 +89,7 @@ def _scoring(w: Weights, view: View, reach: int, s: HeadsSettings) -> Scoring:
 def _turned(x_BLND: jax.Array, position_BL: jax.Array, s: HeadsSettings) -> jax.Array:
     if s.positions.kind != "rotary":
         return x_BLND
-    return rotate(x_BLND, position_BL, s.positions.rotary_base)
+    return rotate(x_BLND, position_BL, s.positions)
 
 
 KIND = Kind(_ask, _remember, _expand, _scoring)

@@ -11,10 +11,12 @@ from moe.model.parameters import Spec
 from moe.settings import PositionSettings
 
 
-def rotate(x_BLND: jax.Array, position_BL: jax.Array, base: float) -> jax.Array:
+def rotate(
+    x_BLND: jax.Array, position_BL: jax.Array, positions: PositionSettings
+) -> jax.Array:
     """Turns (d, d + D/2) by position · base^(-2d/D) (arXiv:2104.09864, eq. 34)."""
     half = x_BLND.shape[-1] // 2
-    rate = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    rate = positions.rotary_base ** (-jnp.arange(half, dtype=jnp.float32) / half)
     angle_BLd = position_BL[..., None].astype(jnp.float32) * rate
     cos_BL1d, sin_BL1d = jnp.cos(angle_BLd)[:, :, None], jnp.sin(angle_BLd)[:, :, None]
     left, right = jnp.split(x_BLND.astype(jnp.float32), 2, axis=-1)

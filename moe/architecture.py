@@ -283,22 +283,36 @@ def _sparse_layers(side: ModelSettings) -> range:
 
 def _heads(side: ModelSettings, layer: int) -> HeadsSettings:
     windows = side.attention_windows or (0,)
+    window = windows[layer % len(windows)]
     return HeadsSettings(
         num_heads=side.num_heads,
         kv_heads=side.num_kv_heads or side.num_heads,
         head_dim=side.head_dim,
         biases=side.attention_biases,
-        positions=_positions(side),
-        window=windows[layer % len(windows)],
+        positions=_positions(side, windowed=window > 0),
+        window=window,
         causal=side.shape != "encoder",
         shares_bias=side.positions == "relative",
         init_scale=side.init_scale,
     )
 
 
-def _positions(side: ModelSettings) -> PositionSettings:
+def _positions(side: ModelSettings, *, windowed: bool = False) -> PositionSettings:
     if side.positions == "rotary":
-        return PositionSettings("rotary", rotary_base=side.rope_base)
+        own_base = windowed and side.rope_base_windowed > 0
+        return PositionSettings(
+            "rotary",
+            rotary_base=side.rope_base_windowed if own_base else side.rope_base,
+            fraction=side.rope_fraction,
+            pairs=side.rope_pairs,
+            scaling="none" if own_base else side.rope_scaling,
+            factor=side.rope_factor,
+            original_length=side.rope_original_length,
+            fast_turns=side.rope_fast_turns,
+            slow_turns=side.rope_slow_turns,
+            attention_factor=side.rope_attention_factor,
+            truncate=side.rope_truncate,
+        )
     if side.positions in ("relative", "relative_per_layer"):
         return PositionSettings(
             "distance",

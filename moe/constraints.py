@@ -11,6 +11,7 @@ from moe import architecture
 from moe.dispatch.auto import PADDED
 from moe.rules.attention import attention_problems
 from moe.rules.fractions import fraction_problems
+from moe.rules.positions import position_problems
 from moe.rules.routers import family_problems, leaks, number_problems
 from moe.rules.slots import capacity_problems
 from moe.settings import (
@@ -57,7 +58,8 @@ def problems(
         "TRAIN_STEPS": train.train_steps,
     }
     found = [f"{m} = {x}: must be at least 1" for m, x in positive.items() if x < 1]
-    found += attention_problems(model, max(length, encoder_length))
+    found += attention_problems(model)
+    found += position_problems(model, max(length, encoder_length))
     found += _shape_problems(model)
     if model.shape != "encoder_decoder" and encoder_router is not None:
         found += [

@@ -230,7 +230,7 @@ def _model(
         model_dim=_multiple(whole, least),
         num_heads=kv_heads * shared,
         num_kv_heads=kv_heads if model.num_kv_heads else 0,
-        head_dim=4,
+        head_dim=_head_dim(model),
         attention_windows=tuple(
             w and max(w * length // settings.data.length, 2)
             for w in model.attention_windows
@@ -247,6 +247,14 @@ def _model(
         shared_expert_mlp_dim=_multiple(cut, 16) if model.shared_expert_mlp_dim else 0,
         init_scale=1.0,
     )
+
+
+def _head_dim(model: ModelSettings) -> int:
+    """The least of which the same share can turn."""
+    sizes = (4, 8, 16, 20, 24, 32)
+    turned = ((size, size * model.rope_fraction / 2) for size in sizes)
+    fitting = [size for size, pairs in turned if abs(pairs - round(pairs)) < 1e-6]
+    return fitting[0] if fitting else model.head_dim
 
 
 def _execution(

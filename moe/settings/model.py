@@ -65,6 +65,21 @@ class ModelSettings:
             by distance and of an output projection of its own, but not of embeddings,
             which start out with unit variance, nor of routers, which have 0.02².
         rope_base: base of the rotary position angles (arXiv:2104.09864).
+        rope_base_windowed: base in layers with a window, whose angles are not scaled
+            (Gemma 3, arXiv:2503.19786, section 2.1); 0: as in the others.
+        rope_fraction: share of a head's numbers that are turned, the first of them.
+        rope_pairs: numbers that turn together: (d, d + D/2), "halves", or (2d, 2d + 1),
+            "neighbours".
+        rope_scaling: how angles reach beyond the length that was learnt: "none";
+            "linear" (arXiv:2306.15595); "by_parts" and "yarn" (arXiv:2309.00071,
+            sections 3.2 and 3.4).
+        rope_factor: lengths to reach, over the one that was learnt.
+        rope_original_length: tokens of that length.
+        rope_fast_turns: turns in it from which on an angle is not scaled.
+        rope_slow_turns: turns up to which it is scaled by all of the factor.
+        rope_attention_factor: factor of turned queries and keys of "yarn"; 0 takes
+            0.1·ln(factor) + 1.
+        rope_truncate: whether "yarn" begins and ends its degrees at whole pairs.
         tie_embeddings: whether the output projection is the embedding.
         token_types: rows of a table of token types (BERT's two sentences); 0 has none.
         embedding_norm: whether a norm follows the embedding (BERT).
@@ -111,6 +126,16 @@ class ModelSettings:
     expert_dropout: float = 0.0
     init_scale: float = 1.0
     rope_base: float = 10_000.0
+    rope_base_windowed: float = 0.0
+    rope_fraction: float = 1.0
+    rope_pairs: Literal["halves", "neighbours"] = "halves"
+    rope_scaling: Literal["none", "linear", "by_parts", "yarn"] = "none"
+    rope_factor: float = 1.0
+    rope_original_length: int = 0
+    rope_fast_turns: float = 32.0
+    rope_slow_turns: float = 1.0
+    rope_attention_factor: float = 0.0
+    rope_truncate: bool = True
     tie_embeddings: bool = False
     token_types: int = 0
     embedding_norm: bool = False

@@ -37,6 +37,21 @@ class PositionSettings:
         max_distance: distance from which on all share the last bucket.
         two_sided: whether half of the buckets are for tokens ahead; else these are all
             in the first.
+        fraction: share of a head's numbers that are turned, the first of them.
+        pairs: numbers that turn together: (d, d + D/2), "halves", or "neighbours",
+            (2d, 2d + 1) (arXiv:2104.09864, eq. 34).
+        scaling: how angles reach beyond the length that was learnt: "linear" divides
+            all by `factor` (arXiv:2306.15595, eq. 4); "by_parts" those that turn less
+            than `slow_turns` times in it, and by degrees those of up to `fast_turns`
+            (arXiv:2309.00071, section 3.2); "yarn" has these degrees along d, and
+            makes scores larger (section 3.4).
+        factor: lengths to reach, over the one that was learnt.
+        original_length: the length that was learnt.
+        fast_turns: turns in it from which on an angle stays as it is.
+        slow_turns: turns up to which it is divided by all of `factor`.
+        attention_factor: factor of turned queries and keys of "yarn"; 0 takes
+            0.1·ln(factor) + 1.
+        truncate: whether "yarn" begins and ends its degrees at whole d.
     """
 
     kind: Literal["rotary", "distance", "none"] = "none"
@@ -44,6 +59,19 @@ class PositionSettings:
     buckets: int = 32
     max_distance: int = 128
     two_sided: bool = False
+    fraction: float = 1.0
+    pairs: Literal["halves", "neighbours"] = "halves"
+    scaling: Literal["none", "linear", "by_parts", "yarn"] = "none"
+    factor: float = 1.0
+    original_length: int = 0
+    fast_turns: float = 32.0
+    slow_turns: float = 1.0
+    attention_factor: float = 0.0
+    truncate: bool = True
+
+    def turned(self, width: int) -> int:
+        """Returns how many of a head's numbers are turned."""
+        return round(self.fraction * width)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -41,7 +41,9 @@ CASES = {
         "RENORMALIZE_GATES=after_drop EXPERT_TENSOR_PARALLEL=False EXPERT_BIASES=True "
         "SHARED_EXPERT_MLP_DIM=32 ACTIVATION=swiglu AUX_LOSS_SCOPE=sequence "
         # A pyramid: of both segments losses, ledger and biases count.
-        "NUM_LAYERS=2 NUM_EXPERTS=16 EXPERTS_PER_LAYER=(8,16) ATTENTION_WINDOWS=(8,0)",
+        "NUM_LAYERS=2 NUM_EXPERTS=16 EXPERTS_PER_LAYER=(8,16) ATTENTION_WINDOWS=(8,0) "
+        "ROPE_FRACTION=0.5 ROPE_PAIRS=neighbours ROPE_SCALING=yarn ROPE_FACTOR=4.0 "
+        "ROPE_ORIGINAL_LENGTH=32",
         ("decisions",),
     ),
     "hashed": (

@@ -157,6 +157,16 @@ def test_windows_alternate_and_are_compiled_once_each():
     assert [s.reach(8) for s in heads[:3]] == [8, 8, 4]
 
 
+def test_layers_with_a_window_may_have_a_base_of_their_own_that_is_not_scaled():
+    scaled = {"rope_scaling": "linear", "rope_factor": 8.0, "rope_base": 1e6}
+    given = {"attention_windows": (16, 0), "moe_every": 2, "num_layers": 2, **scaled}
+    for base, expected in ((0.0, (1e6, "linear")), (1e4, (1e4, "none"))):
+        stack = stack_of(rope_base_windowed=base, **given)
+        windowed, other = (s.positions for s in stack.settings("heads"))
+        assert (windowed.rotary_base, windowed.scaling) == expected
+        assert (other.rotary_base, other.scaling) == (1e6, "linear")
+
+
 @pytest.mark.parametrize(
     ("experts", "kept"),
     [((4, 4, 8, 8), (4, 8)), ((8, 4, 4, 4), (8, 4)), ((4, 8, 8, 4), (4, 8)), ((), ())],

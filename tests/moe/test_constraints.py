@@ -27,6 +27,8 @@ SETTINGS = {
     "train": TrainSettings(batch_size=8),
 }
 
+SCALED = {"rope_scaling": "by_parts", "rope_factor": 2.0, "rope_original_length": 32}
+
 
 def faults(**changes: Any) -> list[str]:
     """Problems of the settings above with some of their fields changed.
@@ -420,11 +422,61 @@ def test_a_dense_model_is_not_asked_about_its_routers():
             {"max_positions": 64},
             "MAX_POSITIONS = 64 means nothing to POSITIONS = 'rotary': leave it at 0",
         ),
+        ({"rope_fraction": 0.25}, "ROPE_FRACTION = 0.25 of HEAD_DIM = 4 numbers"),
+        ({"rope_fraction": 1.5}, "ROPE_FRACTION = 1.5 of HEAD_DIM = 4 numbers"),
+        (
+            {"rope_fraction": 0.5, "positions": "none"},
+            "ROPE_FRACTION = 0.5 means nothing to POSITIONS = 'none'",
+        ),
+        (
+            {"rope_factor": 4.0},
+            "ROPE_FACTOR = 4.0 means nothing to ROPE_SCALING = 'none'",
+        ),
+        (
+            {"rope_scaling": "linear"},
+            "ROPE_FACTOR = 1.0: ROPE_SCALING = 'linear' reaches farther",
+        ),
+        (
+            {"rope_scaling": "linear", "rope_factor": 2.0, "rope_original_length": 9},
+            "ROPE_ORIGINAL_LENGTH = 9 means nothing to ROPE_SCALING = 'linear'",
+        ),
+        (
+            {"rope_scaling": "yarn", "rope_factor": 2.0},
+            "ROPE_ORIGINAL_LENGTH = 0: ROPE_SCALING = 'yarn' needs the tokens",
+        ),
+        (
+            SCALED | {"rope_slow_turns": 32.0},
+            "ROPE_SLOW_TURNS = 32.0 and ROPE_FAST_TURNS = 32.0: must be above 0",
+        ),
+        (SCALED | {"rope_base": 1.0}, "ROPE_BASE = 1.0: ROPE_SCALING = 'by_parts'"),
+        (
+            SCALED | {"rope_truncate": False},
+            "ROPE_TRUNCATE = False means nothing to ROPE_SCALING = 'by_parts'",
+        ),
+        (
+            SCALED | {"rope_scaling": "yarn", "rope_attention_factor": -1.0},
+            "ROPE_ATTENTION_FACTOR = -1.0: cannot be negative",
+        ),
+        (
+            {"rope_base_windowed": 1e4},
+            "ROPE_BASE_WINDOWED = 10000.0 means nothing to ATTENTION_WINDOWS = ()",
+        ),
+        (
+            {"rope_base_windowed": -1.0, "attention_windows": (4, 0)},
+            "ROPE_BASE_WINDOWED = -1.0: must be above 0",
+        ),
     ],
 )
 def test_attention_and_positions_that_cannot_be(changes, said):
     found = faults(**changes)
     assert any(said in line for line in found), found
+
+
+def test_angles_that_reach_farther_break_no_rule():
+    windowed = {"attention_windows": (4, 0), "rope_base_windowed": 1e4}
+    assert faults(**SCALED, **windowed) == []
+    yarn = {"rope_scaling": "yarn", "rope_truncate": False, "rope_fraction": 0.5}
+    assert faults(**SCALED | yarn) == []
 
 
 def test_heads_of_odd_width_need_not_turn():

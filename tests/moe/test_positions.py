@@ -7,7 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe.model.attention.positions import bias_of, bucket_of, rotate, table_spec
+from moe.model.attention.positions import (
+    bias_of,
+    bucket_of,
+    rates,
+    rotate,
+    table_spec,
+)
 from moe.model.parameters import draw
 from moe.settings import PositionSettings
 
@@ -108,21 +114,95 @@ def test_the_table_is_drawn_with_variance_1_over_the_mean_of_buckets_and_heads()
     assert spec.axes == (None, "heads")
 
 
-def test_rotation_agrees_with_complex_numbers_and_sees_only_differences():
+def rate_in_words(d: int, D: int, p: PositionSettings) -> float:
+    """Angle per position of one pair, as the papers state it."""
+    rate = p.rotary_base ** (-2 * d / D)
+    if p.scaling == "none":
+        return rate
+    if p.scaling == "linear":
+        return rate / p.factor
+    if p.scaling == "by_parts":
+        turns = p.original_length * rate / (2 * math.pi)
+        if turns >= p.fast_turns:
+            return rate
+        if turns <= p.slow_turns:
+            return rate / p.factor
+        kept = (turns - p.slow_turns) / (p.fast_turns - p.slow_turns)
+        return kept * rate + (1 - kept) * rate / p.factor
+
+    def pair_that_turns(times: float) -> float:  # solve base^(-2d/D) L / 2π = times
+        solved = math.log(p.original_length / (times * 2 * math.pi))
+        return D * solved / (2 * math.log(p.rotary_base))
+
+    first, last = pair_that_turns(p.fast_turns), pair_that_turns(p.slow_turns)
+    if p.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    scaled = min(max((d - first) / (last - first), 0), 1)
+    return (1 - scaled) * rate + scaled * rate / p.factor
+
+
+PARTS = {"factor": 4.0, "original_length": 128, "fast_turns": 8.0}
+ROTARY = {
+    "plain": {},
+    "a half": {"fraction": 0.5},
+    "neighbours": {"pairs": "neighbours"},
+    "neighbours of a quarter": {"pairs": "neighbours", "fraction": 0.25},
+    "linear": {"scaling": "linear", "factor": 3.0},
+    "by parts": {"scaling": "by_parts", **PARTS},
+    "yarn": {"scaling": "yarn", **PARTS},
+    "yarn, not truncated": {"scaling": "yarn", **PARTS, "truncate": False}
+    | {"attention_factor": 1.25, "fraction": 0.5},
+}
+
+
+@pytest.mark.parametrize("name", ROTARY)
+def test_rotation_agrees_with_complex_numbers_and_sees_only_differences(name):
     draw = np.random.default_rng(0)
-    B, L, N, D, base = 2, 6, 3, 8, 100.0
-    x_BLND = draw.normal(size=(B, L, N, D)).astype(np.float32)
+    B, L, N, width, base = 2, 6, 3, 16, 100.0
+    positions = PositionSettings("rotary", rotary_base=base, **ROTARY[name])
+    D = int(width * positions.fraction)
+    x_BLND = draw.normal(size=(B, L, N, width)).astype(np.float32)
     position_BL = draw.integers(0, 50, (B, L))
-    positions = PositionSettings("rotary", rotary_base=base)
     turned_BLND = np.asarray(rotate(x_BLND, position_BL, positions))
+    factor = 1.0
+    if positions.scaling == "yarn":
+        factor = positions.attention_factor or 0.1 * math.log(4) + 1
     for b, i, n, d in np.ndindex(B, L, N, D // 2):
-        whole = complex(x_BLND[b, i, n, d], x_BLND[b, i, n, d + D // 2])
-        angle = position_BL[b, i] * base ** (-2 * d / D)
-        whole *= complex(math.cos(angle), math.sin(angle))
-        found = complex(turned_BLND[b, i, n, d], turned_BLND[b, i, n, d + D // 2])
-        assert abs(found - whole) < 1e-5
+        left, right = d, d + D // 2
+        if positions.pairs == "neighbours":
+            left, right = 2 * d, 2 * d + 1
+        whole = complex(x_BLND[b, i, n, left], x_BLND[b, i, n, right])
+        angle = position_BL[b, i] * rate_in_words(d, D, positions)
+        whole *= factor * complex(math.cos(angle), math.sin(angle))
+        found = complex(turned_BLND[b, i, n, left], turned_BLND[b, i, n, right])
+        assert abs(found - whole) < 2e-5, (d, found, whole)
+    np.testing.assert_array_equal(turned_BLND[..., D:], x_BLND[..., D:])
     later_BLND = np.asarray(rotate(x_BLND, position_BL + 11, positions))
     product, later = (
         np.einsum("BLND,BTND->BNLT", x, x) for x in (turned_BLND, later_BLND)
     )
     np.testing.assert_allclose(product, later, atol=1e-4)
+
+
+def test_yarn_of_a_published_model_as_worked_out_by_hand():
+    """64 numbers, base 150,000, 32 times 4,096 tokens, not truncated (gpt-oss).
+
+    Pairs that turn 32 times and once: 32 ln(4096 / 64π) / ln 150000 = 32 · 3.01419 /
+    11.91839 = 8.0930, and 32 · 6.47993 / 11.91839 = 17.3981. Pair 8 is below both, 18
+    above; of pair 12 (12 - 8.0930) / 9.3051 = 0.41988 is scaled, so that what is left
+    is 1 - 0.41988 · 31/32 = 0.59324. The factor is 1 + 0.1 ln 32 = 1.34657.
+    """
+    positions = PositionSettings(
+        "rotary",
+        rotary_base=150_000.0,
+        scaling="yarn",
+        factor=32.0,
+        original_length=4096,
+        truncate=False,
+    )
+    rate_d, factor = rates(64, positions)
+    share_d = rate_d * 150_000.0 ** (np.arange(32) / 32)
+    np.testing.assert_allclose(share_d[:9], 1, rtol=1e-5)
+    np.testing.assert_allclose(share_d[12], 0.59324, rtol=1e-4)
+    np.testing.assert_allclose(share_d[18:], 1 / 32, rtol=1e-5)
+    assert abs(factor - 1.34657) < 1e-5

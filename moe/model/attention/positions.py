@@ -1,6 +1,7 @@
 """Where tokens stand: rotary angles, and T5's bias by bucket of distance."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -14,14 +15,74 @@ from moe.settings import PositionSettings
 def rotate(
     x_BLND: jax.Array, position_BL: jax.Array, positions: PositionSettings
 ) -> jax.Array:
-    """Turns (d, d + D/2) by position · base^(-2d/D) (arXiv:2104.09864, eq. 34)."""
-    half = x_BLND.shape[-1] // 2
-    rate = positions.rotary_base ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle_BLd = position_BL[..., None].astype(jnp.float32) * rate
+    """Turns pairs of numbers by position · rate (arXiv:2104.09864, eq. 34).
+
+    Args:
+        x_BLND: queries or keys.
+        position_BL: position of each token in its segment.
+        positions: how many of the D are turned, which of them together, how fast.
+    Returns:
+        The same, turned; where one's neighbour turns with it, both stay in place.
+    """
+    D = positions.turned(x_BLND.shape[-1])
+    rate_d, factor = rates(D, positions)
+    angle_BLd = position_BL[..., None].astype(jnp.float32) * rate_d
     cos_BL1d, sin_BL1d = jnp.cos(angle_BLd)[:, :, None], jnp.sin(angle_BLd)[:, :, None]
-    left, right = jnp.split(x_BLND.astype(jnp.float32), 2, axis=-1)
+    if factor != 1:
+        cos_BL1d, sin_BL1d = cos_BL1d * factor, sin_BL1d * factor
+    x = x_BLND[..., :D].astype(jnp.float32)
+    if positions.pairs == "neighbours":
+        left, right = x[..., 0::2], x[..., 1::2]
+    else:
+        left, right = jnp.split(x, 2, axis=-1)
     turned = (left * cos_BL1d - right * sin_BL1d, right * cos_BL1d + left * sin_BL1d)
-    return jnp.concatenate(turned, axis=-1).astype(x_BLND.dtype)
+    if positions.pairs == "neighbours":
+        y_BLND = jnp.stack(turned, axis=-1).reshape(x.shape)
+    else:
+        y_BLND = jnp.concatenate(turned, axis=-1)
+    y_BLND = y_BLND.astype(x_BLND.dtype)
+    if x_BLND.shape[-1] == D:
+        return y_BLND
+    return jnp.concatenate([y_BLND, x_BLND[..., D:]], axis=-1)
+
+
+def rates(D: int, positions: PositionSettings) -> tuple[jax.Array, float]:
+    """Returns the angle per position of each pair, and the factor of what is turned.
+
+    base^(-2d/D) for d below D/2, or less where they are scaled to reach farther:
+    "linear" is arXiv:2306.15595, eq. 4; "by_parts" arXiv:2309.00071, eq. 17 to 19.
+    "yarn" is what its authors' code does: the share falls along d, between the two d
+    that turn `fast_turns` and `slow_turns` times, and not with the number of turns.
+
+    Args:
+        D: numbers of a head that are turned.
+        positions: base, scaling, and the lengths of these.
+    """
+    half, p = D // 2, positions
+    rate_d = p.rotary_base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    if p.scaling == "none":
+        return rate_d, 1.0
+    kept_d: np.ndarray = np.zeros(half)  # share of an angle that is not divided
+    factor = 1.0
+    if p.scaling == "by_parts":
+        turns_d = p.original_length * p.rotary_base ** (-np.arange(half) / half)
+        turns_d /= 2 * math.pi
+        kept_d = (turns_d - p.slow_turns) / (p.fast_turns - p.slow_turns)
+    elif p.scaling == "yarn":
+        factor = p.attention_factor or 0.1 * math.log(p.factor) + 1
+        first, last = (
+            half
+            * math.log(p.original_length / (2 * math.pi * turns))
+            / math.log(p.rotary_base)
+            for turns in (p.fast_turns, p.slow_turns)
+        )
+        if p.truncate:
+            first, last = math.floor(first), math.ceil(last)
+        first, last = max(first, 0), min(last, D - 1)
+        width = last - first or 0.001
+        kept_d = 1 - (np.arange(half) - first) / width
+    kept_d = np.clip(kept_d, 0, 1)
+    return rate_d * (kept_d + (1 - kept_d) / p.factor).astype(np.float32), factor
 
 
 @jax.tree_util.register_dataclass

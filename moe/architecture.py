@@ -197,6 +197,7 @@ def _embedding(model: ModelSettings) -> EmbeddingSettings:
         transform=model.activation if model.output_transform else "",
         output_norm=_norm(model),
         output_bias=model.output_bias,
+        logit_cap=model.logit_cap,
     )
 
 
@@ -289,11 +290,18 @@ def _heads(side: ModelSettings, layer: int) -> HeadsSettings:
         kv_heads=side.num_kv_heads or side.num_heads,
         head_dim=side.head_dim,
         biases=side.attention_biases,
+        output_bias=side.attention_output_bias,
         positions=_positions(side, windowed=window > 0),
         window=window,
         causal=side.shape != "encoder",
         shares_bias=side.positions == "relative",
         init_scale=side.init_scale,
+        qk_norm=side.qk_norm,
+        norm=_norm(side),
+        sinks=side.attention_sinks,
+        cap=side.attention_cap,
+        score_scale=side.attention_scale,
+        gated=side.attention_output_gate,
     )
 
 

@@ -14,9 +14,11 @@ from moe.model.attention.mask import Who
 from moe.model.attention.scoring import Scoring
 from moe.settings import HeadsSettings
 from partitioning import rules
+from partitioning.settings import BATCH_AXES
 
 ROW = ("batch", "length")
 BY_HEAD = (*ROW, "heads", "head_dim")
+HEADS = ("heads",)
 
 
 def method_of(run: Run, s: HeadsSettings, length: int) -> tuple[Kernel | None, str]:
@@ -68,16 +70,20 @@ def results(run: Run) -> Iterator[tuple[Kernel, Any, Any]]:
 
 
 def _draw(run: Run, s: HeadsSettings, method: Kernel, length: int) -> tuple[Any, ...]:
-    """Queries, keys, values, gradients of the output; and who they are."""
+    """Queries, keys, values, sinks, gradients of the output; and who they are."""
     mesh = run.settings.mesh
     B, L = mesh.batch_shards, min(length, 2 * kernel_method.block(method, length))
     prefix = run.settings.data.prefix_attention == "bidirectional"
     heads = (s.num_heads, s.kv_heads, s.kv_heads, s.num_heads)
-    placed = rules.sharding(run.mesh, BY_HEAD), rules.sharding(run.mesh, ROW)
+    by_head, of_heads, by_row = (
+        rules.sharding(run.mesh, axes) for axes in (BY_HEAD, HEADS, ROW)
+    )
 
-    @functools.partial(jax.jit, out_shardings=(*[placed[0]] * 4, placed[1], placed[1]))
+    @functools.partial(
+        jax.jit, out_shardings=(*[by_head] * 4, of_heads, by_row, by_row)
+    )
     def draw() -> tuple[Any, ...]:
-        keys = jax.random.split(jax.random.key(0), len(heads))
+        *keys, own_key = jax.random.split(jax.random.key(0), len(heads) + 1)
         arrays = (
             jax.random.normal(key, (B, L, n, s.head_dim), run.settings.execution.dtype)
             for key, n in zip(keys, heads, strict=True)
@@ -88,7 +94,8 @@ def _draw(run: Run, s: HeadsSettings, method: Kernel, length: int) -> tuple[Any,
         end_B1 = L // 3 + row_B1 % 7
         segment_BL = jnp.where(place_L < end_B1, 1, 2) * (place_L < L - L // 8)
         prefix_BL = (place_L < end_B1 // 2) & prefix
-        return *arrays, segment_BL, prefix_BL.astype(jnp.int32)
+        sink_N = jax.random.normal(own_key, (s.num_heads,))
+        return *arrays, sink_N, segment_BL, prefix_BL.astype(jnp.int32)
 
     return draw()
 
@@ -96,27 +103,32 @@ def _draw(run: Run, s: HeadsSettings, method: Kernel, length: int) -> tuple[Any,
 def _attended(
     run: Run, s: HeadsSettings, method: Kernel | None, arguments: tuple[Any, ...]
 ) -> dict[str, Any]:
-    """Output, and the gradients of queries, keys and values."""
+    """Output, and the gradients of queries, keys, values, and sinks if there are."""
     grid = run.learner.model.grid
     has_prefix = run.settings.data.prefix_attention == "bidirectional"
-    scoring = Scoring(s.scale, s.window, causal=s.causal)
+    names = ("queries", "keys", "values", *(("sinks",) if s.sinks else ()))
 
-    def on_device(
-        query: Any, key: Any, value: Any, d_mixed: Any, segment: Any, prefix: Any
-    ) -> dict[str, Any]:
+    def on_device(*given: Any) -> dict[str, Any]:
+        *asked, d_mixed, sink_N, segment, prefix = given
         place_L = jnp.arange(segment.shape[1], dtype=jnp.int32)
         who = Who(place_L, segment, prefix if has_prefix else None)
 
-        def attend(query: Any, key: Any, value: Any) -> Any:
+        def attend(query: Any, key: Any, value: Any, sink_N: Any = None) -> Any:
+            scoring = Scoring(s.scale, s.window, s.cap, None, sink_N, causal=s.causal)
             given = query, key, value, who, who, scoring
             if method is None:
                 return whole.attend(*given)
             return kernel.attend(*given, method=method)
 
-        mixed, transposed = jax.vjp(attend, query, key, value)
-        gradients = zip(("queries", "keys", "values"), transposed(d_mixed), strict=True)
-        return {"output": mixed, **dict(gradients)}
+        sink = (sink_N,) if s.sinks else ()
+        mixed, transposed = jax.vjp(attend, *asked, *sink)
+        gradients = dict(zip(names, transposed(d_mixed), strict=True))
+        if s.sinks:
+            gradients["sinks"] = grid.sum(gradients["sinks"], BATCH_AXES)
+        return {"output": mixed, **gradients}
 
-    by_head, by_row = rules.spec(BY_HEAD), rules.spec(ROW)
-    cut = jax.jit(grid.run(on_device, (*[by_head] * 4, by_row, by_row), by_head))
-    return cut(*arguments)
+    by_head, of_heads, by_row = (rules.spec(axes) for axes in (BY_HEAD, HEADS, ROW))
+    found = dict.fromkeys(("output", *names), by_head)
+    found |= {"sinks": of_heads} if s.sinks else {}
+    cut = grid.run(on_device, (*[by_head] * 4, of_heads, by_row, by_row), found)
+    return jax.jit(cut)(*arguments)

@@ -5,7 +5,7 @@ full sharding. It is never whole.
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,16 +35,20 @@ class TargetScores:
     logit_sum_BL: jax.Array | None = None
 
 
-class Head(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Head:
     """This device's part of the output projection.
 
     Attributes:
         matrix_mv: the matrix.
         bias_v: bias of the logits; None without.
+        cap: bound of the logits; 0 sets none.
     """
 
     matrix_mv: jax.Array
     bias_v: jax.Array | None
+    cap: float = dataclasses.field(default=0.0, metadata={"static": True})
 
 
 def score_targets(
@@ -119,15 +123,19 @@ def score_targets(
 
 
 def logits_of(head: Head, x_BLM: jax.Array, execution: Execution) -> jax.Array:
-    """Projects to logits_BLV, in float32, of this device's part of the vocabulary."""
+    """Projects to logits_BLV, in float32, of this device's part of the vocabulary.
+
+    With a cap they are cap·tanh(logit / cap) (Gemma 2, arXiv:2408.00118, section 2).
+    """
     matrix_Mv = _whole(head.matrix_mv, execution)
-    return product(x_BLM, matrix_Mv, head.bias_v, result=jnp.float32)
+    logits_BLV = product(x_BLM, matrix_Mv, head.bias_v, result=jnp.float32)
+    return head.cap * jnp.tanh(logits_BLV / head.cap) if head.cap else logits_BLV
 
 
 def projection(params: Any, s: EmbeddingSettings) -> Head:
     """Returns this device's part of the output projection, [M, V], and its bias."""
     matrix_mv = params["embedding"].T if s.tied else params["head"]
-    return Head(matrix_mv, params.get("output_bias"))
+    return Head(matrix_mv, params.get("output_bias"), s.logit_cap)
 
 
 def transform(

@@ -16,4 +16,16 @@ def attention_problems(model: ModelSettings) -> list[str]:
             f"ATTENTION_WINDOWS = {model.attention_windows}: a window has 1 place or "
             "more; 0 sees all"
         )
-    return found
+    if model.qk_norm == "unit" and model.positions != "rotary":
+        found.append(
+            f"QK_NORM = 'unit' means nothing to POSITIONS = {model.positions!r}: it "
+            "normalises what was turned; choose 'head'"
+        )
+    bounds = {
+        "ATTENTION_CAP": model.attention_cap,
+        "LOGIT_CAP": model.logit_cap,
+        "ATTENTION_SCALE": model.attention_scale,
+    }
+    return found + [
+        f"{m} = {x}: cannot be negative" for m, x in bounds.items() if x < 0
+    ]

@@ -28,7 +28,19 @@ class ModelSettings:
         mlp_biases: whether dense feed-forwards have biases.
         num_kv_heads: heads of keys and values, each shared by as many heads of queries
             (arXiv:2305.13245); 0 has one for each.
-        attention_biases: whether the four projections have biases.
+        attention_biases: whether queries, keys and values have biases.
+        attention_output_bias: whether what is made of the mixed values has one.
+        qk_norm: what of queries and of keys is normalised together, as `norm` says,
+            before they are turned: each "head" (Qwen3), all heads, the "width" (OLMoE);
+            "unit" divides each head of turned ones by its root mean square, without
+            weights (Llama 4); "none".
+        attention_sinks: whether every softmax has a learned score that no key has
+            (arXiv:2309.17453, section 3.3).
+        attention_cap: bound of the scores, which come as cap·tanh(score / cap) (Gemma
+            2, arXiv:2408.00118, section 2); 0 sets none.
+        attention_scale: factor of the products of queries and keys; 0 takes D^-0.5.
+        attention_output_gate: whether mixed values are multiplied by a sigmoid of the
+            same input (arXiv:2505.06708).
         attention_windows: places that tokens see back, of the layers from the bottom
             up, and again from the first; 0 sees all; () has no window in any layer.
         positions: "rotary" (arXiv:2104.09864); "relative", T5's bias by bucket of
@@ -86,6 +98,8 @@ class ModelSettings:
         output_transform: whether a dense layer and a norm precede the output (BERT's
             masked-token head).
         output_bias: whether logits have a bias (BERT).
+        logit_cap: bound of the logits, which come as cap·tanh(logit / cap); 0 sets
+            none.
     """
 
     vocab_size: int
@@ -100,6 +114,12 @@ class ModelSettings:
     mlp_biases: bool = False
     num_kv_heads: int = 0
     attention_biases: bool = False
+    attention_output_bias: bool = False
+    qk_norm: Literal["none", "head", "width", "unit"] = "none"
+    attention_sinks: bool = False
+    attention_cap: float = 0.0
+    attention_scale: float = 0.0
+    attention_output_gate: bool = False
     attention_windows: tuple[int, ...] = ()
     positions: Literal[
         "rotary", "relative", "relative_per_layer", "learned", "none"
@@ -141,3 +161,4 @@ class ModelSettings:
     embedding_norm: bool = False
     output_transform: bool = False
     output_bias: bool = False
+    logit_cap: float = 0.0

@@ -82,24 +82,42 @@ class HeadsSettings:
         num_heads: N, heads of queries.
         kv_heads: U, heads of keys and values, each shared by N / U of queries.
         head_dim: D.
-        biases: whether the four projections have biases.
+        biases: whether queries, keys and values have biases.
+        output_bias: whether what is made of the mixed values has one.
         positions: how it sees positions.
         window: places, its own among them, that a token sees back (arXiv:2310.06825,
             section 2), and ahead if it is not causal; 0 sees all.
         causal: whether tokens see none that follow.
         shares_bias: whether the bias by distance is the stack's, and not its own.
         init_scale: variance of the initial weights, times their fan-in.
+        qk_norm: what of queries and of keys is normalised together, with learned
+            weights, before they are turned: each "head" (arXiv:2010.04245), or all
+            heads, the "width"; "unit" divides each head of turned ones by its root mean
+            square, without weights; "none".
+        norm: that norm's kind and epsilon.
+        sinks: whether every softmax has a learned score of its head that no key has.
+        cap: bound of the scores; 0 sets none. See `Scoring`.
+        score_scale: factor of the products of queries and keys; 0 takes D^-0.5.
+        gated: whether mixed values are multiplied by a sigmoid of the same input
+            (arXiv:2505.06708, eq. 5).
     """
 
     num_heads: int
     kv_heads: int
     head_dim: int
     biases: bool = False
+    output_bias: bool = False
     positions: PositionSettings = PositionSettings()
     window: int = 0
     causal: bool = True
     shares_bias: bool = False
     init_scale: float = 1.0
+    qk_norm: Literal["none", "head", "width", "unit"] = "none"
+    norm: NormSettings = NormSettings()
+    sinks: bool = False
+    cap: float = 0.0
+    score_scale: float = 0.0
+    gated: bool = False
 
     def reach(self, length: int) -> int:
         """Returns the most keys that one of so many queries sees."""
@@ -109,7 +127,7 @@ class HeadsSettings:
     @property
     def scale(self) -> float:
         """What products of queries and keys are multiplied by."""
-        return self.head_dim**-0.5
+        return self.score_scale or self.head_dim**-0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,6 +184,8 @@ class EmbeddingSettings:
             norm like `output_norm` follows; "" has neither.
         output_norm: that norm.
         output_bias: whether logits have a bias.
+        logit_cap: bound of the logits, which come as cap·tanh(logit / cap) (Gemma 2,
+            arXiv:2408.00118, section 2); 0 sets none.
     """
 
     vocab_size: int
@@ -178,3 +198,4 @@ class EmbeddingSettings:
     transform: str = ""
     output_norm: NormSettings = NormSettings()
     output_bias: bool = False
+    logit_cap: float = 0.0

@@ -43,7 +43,8 @@ CASES = {
         # A pyramid: of both segments losses, ledger and biases count.
         "NUM_LAYERS=2 NUM_EXPERTS=16 EXPERTS_PER_LAYER=(8,16) ATTENTION_WINDOWS=(8,0) "
         "ROPE_FRACTION=0.5 ROPE_PAIRS=neighbours ROPE_SCALING=yarn ROPE_FACTOR=4.0 "
-        "ROPE_ORIGINAL_LENGTH=32",
+        "ROPE_ORIGINAL_LENGTH=32 QK_NORM=width ATTENTION_SINKS=True ATTENTION_CAP=2.0 "
+        "ATTENTION_OUTPUT_GATE=True LOGIT_CAP=4.0",
         ("decisions",),
     ),
     "hashed": (

@@ -141,6 +141,7 @@ def test_biases_positions_and_norms_of_gpt3_are_no_products():
         max_positions=512,
         norm="layer",
         attention_biases=True,
+        attention_output_bias=True,
         mlp_biases=True,
     )
     counts = accounting.count(describe(model, ROUTER), LENGTH)

@@ -3,6 +3,7 @@
 The oracle itself is compared with loops in `test_mixing_values.py`.
 """
 
+import dataclasses
 import functools
 import re
 from collections import Counter
@@ -146,6 +147,12 @@ def test_a_kind_of_layer_and_the_setting_decide():
         positions=PositionSettings("distance", buckets=8, max_distance=16),
     )
     assert kernel_method.of_heads(relative, auto, *told, **more)[0] is None
+    bounded = HeadsSettings(num_heads=2, kv_heads=2, head_dim=64, sinks=True, cap=5.0)
+    assert kernel_method.of_heads(bounded, auto, *told, **more)[0] == "splash"
+    for changed, why in (({"cap": 0.0}, "sinks"), ({"sinks": False}, "bound")):
+        one = dataclasses.replace(bounded, **changed)
+        told = "gpu", "NVIDIA H200"
+        assert why in kernel_method.of_heads(one, auto, *told, **more)[1]
 
 
 def pretend_cudnn(monkeypatch):

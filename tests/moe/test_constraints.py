@@ -422,6 +422,13 @@ def test_a_dense_model_is_not_asked_about_its_routers():
             {"max_positions": 64},
             "MAX_POSITIONS = 64 means nothing to POSITIONS = 'rotary': leave it at 0",
         ),
+        (
+            {"qk_norm": "unit", "positions": "none"},
+            "QK_NORM = 'unit' means nothing to POSITIONS = 'none'",
+        ),
+        ({"attention_cap": -1.0}, "ATTENTION_CAP = -1.0: cannot be negative"),
+        ({"attention_scale": -1.0}, "ATTENTION_SCALE = -1.0: cannot be negative"),
+        ({"logit_cap": -1.0}, "LOGIT_CAP = -1.0: cannot be negative"),
         ({"rope_fraction": 0.25}, "ROPE_FRACTION = 0.25 of HEAD_DIM = 4 numbers"),
         ({"rope_fraction": 1.5}, "ROPE_FRACTION = 1.5 of HEAD_DIM = 4 numbers"),
         (

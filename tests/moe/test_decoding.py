@@ -49,9 +49,21 @@ MODELS = {
         RouterSettings(),
         dataclasses.replace(EXECUTION, attention_block=4),
     ),
-    # Every other layer sees three places back.
+    # Every other layer sees three places back; and what else attention may have.
     "windows": (
-        dataclasses.replace(SPARSE, moe_every=0, attention_windows=(3, 0)),
+        dataclasses.replace(
+            SPARSE,
+            moe_every=0,
+            attention_windows=(3, 0),
+            num_kv_heads=1,
+            qk_norm="width",
+            rope_fraction=0.5,
+            rope_pairs="neighbours",
+            attention_sinks=True,
+            attention_cap=2.0,
+            attention_output_gate=True,
+            logit_cap=5.0,
+        ),
         RouterSettings(),
         dataclasses.replace(EXECUTION, attention_block=4),
     ),

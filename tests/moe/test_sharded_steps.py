@@ -48,6 +48,7 @@ MODELS = {
         mlp_biases=True,
         expert_biases=True,
         attention_biases=True,
+        attention_output_bias=True,
         norm="layer",
         positions="relative",
         moe_position="first",

@@ -57,6 +57,7 @@ BERT = dataclasses.replace(
     norm_epsilon=1e-3,
     mlp_biases=True,
     attention_biases=True,
+    attention_output_bias=True,
     token_types=2,
     embedding_norm=True,
     output_transform=True,

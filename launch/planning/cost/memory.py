@@ -310,6 +310,11 @@ def _rest(sizes: Local, block: Block) -> int:
         s = a.settings
         heads, kv_heads = sizes.cut_heads(s.num_heads), sizes.cut_heads(s.kv_heads)
         found += (2 * T * heads + a.key_tokens * kv_heads) * s.head_dim * d
+        if s.gated:  # the sigmoid, and what it multiplies
+            found += 2 * T * heads * s.head_dim * d
+        if s.qk_norm != "none":
+            normed = (T * heads + a.key_tokens * kv_heads) * s.head_dim
+            found += normed * (FLOAT32 + d)
         if not sizes.attention_block(a):
             scores = sizes.rows * heads * sizes.length * a.keys
             found += scores * (FLOAT32 + d)
@@ -431,9 +436,10 @@ def _logits(sizes: Local, parameters: tuple[Weight, ...]) -> dict[str, int]:
 
 
 def _projected(sizes: Local, a: Attention) -> int:
-    """(T·n + T'·2u)·D, elements of queries, and of keys and values of T' tokens."""
+    """(T·n + T'·2u)·D of queries, maybe gates, and keys and values of T' tokens."""
     s = a.settings
     heads, kv_heads = sizes.cut_heads(s.num_heads), sizes.cut_heads(s.kv_heads)
+    heads *= 2 if s.gated else 1
     return (sizes.tokens * heads + a.key_tokens * 2 * kv_heads) * s.head_dim
 
 

@@ -131,6 +131,8 @@ def _projections(sizes: Local, block: Block, layers: int) -> list[Part]:
         shapes = [(a.key_tokens, M, inward), (sizes.tokens, M, outward)]
         if not a.crosses:
             shapes = [(sizes.tokens, M, inward + outward)]
+        if a.settings.gated:
+            shapes.append((sizes.tokens, M, outward))
         for shape in (*shapes, (sizes.tokens, outward, M)):
             found.append(_product(sizes, "", shape, number=layers, again=again))
     return found

@@ -16,7 +16,7 @@ from moe.model.view import Source, View
 
 OUTPUT_NAME = "attention_output"  # kept by remat, so that no sum over devices repeats
 
-Weights = dict[str, jax.Array]
+Weights = dict[str, Any]
 Memory = dict[str, jax.Array]  # each [B, T, ...]
 
 
@@ -83,6 +83,8 @@ def attend(
     reach += execution.settings.attention_block
     scoring = kind.scoring(w, view, reach, settings)
     mixed_BLNX = mix(query_BLND, key_BTUD, value_BTUX, view, scoring, execution)
+    if "gate" in w:
+        mixed_BLNX *= jax.nn.sigmoid(product(x_BLM, w["gate"]))
     y_BLM = grid.leave(product(mixed_BLNX, w["output"], inputs=2))
     y_BLM = checkpoint_name(y_BLM, OUTPUT_NAME)
     if "output_bias" in w:

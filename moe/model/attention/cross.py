@@ -28,4 +28,4 @@ def apply(
     """Attends to the view's source; what is remembered of it never changes."""
     del key, number
     given = w, x_BLM, view, memory, s, execution
-    return *attend(heads.KIND, *given, source=view.source), None
+    return *attend(heads.kind(execution.grid), *given, source=view.source), None

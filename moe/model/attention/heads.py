@@ -1,7 +1,14 @@
 """Multi-head attention (arXiv:1706.03762), whose heads may share keys and values."""
 
-import jax
+import dataclasses
+import functools
+from typing import Any
 
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from moe.model import norms
 from moe.model.attention.attend import Kind, Memory, Weights, attend
 from moe.model.attention.positions import bias_of, rotate, table_spec
 from moe.model.attention.scoring import Scoring
@@ -10,9 +17,10 @@ from moe.model.parameters import Spec, matrix, vector
 from moe.model.products import product
 from moe.model.view import View
 from moe.settings import HeadsSettings
+from partitioning.grid import Grid
 
 
-def specs(s: HeadsSettings, width: int) -> dict[str, Spec]:
+def specs(s: HeadsSettings, width: int) -> dict[str, Any]:
     """Describes the projections, with U heads of keys (arXiv:2305.13245)."""
     M, N, U, D = width, s.num_heads, s.kv_heads, s.head_dim
     asking, asked = ("heads", "head_dim"), ("kv_heads", "head_dim")
@@ -20,7 +28,7 @@ def specs(s: HeadsSettings, width: int) -> dict[str, Spec]:
     def projection(heads: int, axes: tuple[str, ...]) -> Spec:
         return matrix((M, heads, D), ("embed", *axes), (0,), (1, 2), s.init_scale)
 
-    found = {
+    found: dict[str, Any] = {
         "query": projection(N, asking),
         "key": projection(U, asked),
         "value": projection(U, asked),
@@ -31,11 +39,30 @@ def specs(s: HeadsSettings, width: int) -> dict[str, Spec]:
             "query_bias": vector((N, D), asking),
             "key_bias": vector((U, D), asked),
             "value_bias": vector((U, D), asked),
-            "output_bias": vector((M,), ("norm",)),
         }
+    if s.output_bias:
+        found["output_bias"] = vector((M,), ("norm",))
+    if s.qk_norm in ("head", "width"):
+        found["query_norm"] = _norm_specs(s, N, asking)
+        found["key_norm"] = _norm_specs(s, U, asked)
+    if s.sinks:
+        found["sink"] = vector((N,), ("heads",))
+    if s.gated:
+        found["gate"] = projection(N, asking)
     if s.positions.kind == "distance" and not s.shares_bias:
         found["distance"] = table_spec(s.positions, N, s.init_scale)
     return found
+
+
+def _norm_specs(s: HeadsSettings, heads: int, axes: tuple[str, str]) -> dict[str, Spec]:
+    """Describes a norm of one head, which all share, or of so many."""
+    D = s.head_dim
+    if s.qk_norm == "head":
+        return norms.specs(s.norm, D)
+    return {
+        name: dataclasses.replace(spec, shape=(heads, D), axes=axes, outputs=(0, 1))
+        for name, spec in norms.specs(s.norm, heads * D).items()
+    }
 
 
 def memory(s: HeadsSettings) -> dict[str, Spec]:
@@ -56,21 +83,25 @@ def apply(
 ) -> tuple[jax.Array, Memory | None, None]:
     """Attends; see `attend`. Nothing is drawn, and nothing counted."""
     del key, number
-    return *attend(KIND, w, x_BLM, view, memory, s, execution), None
+    return *attend(kind(execution.grid), w, x_BLM, view, memory, s, execution), None
 
 
-def _ask(
-    w: Weights, x_BLM: jax.Array, position_BL: jax.Array, s: HeadsSettings
-) -> jax.Array:
-    return _turned(product(x_BLM, w["query"], w.get("query_bias")), position_BL, s)
+def kind(grid: Grid) -> Kind:
+    """Returns what this kind of attention does on one device of a mesh."""
 
+    def projected(
+        name: str, w: Weights, x_BLM: jax.Array, position_BL: Any, s: HeadsSettings
+    ) -> jax.Array:
+        y_BLND = product(x_BLM, w[name], w.get(f"{name}_bias"))
+        return _placed(w.get(f"{name}_norm"), y_BLND, position_BL, s, grid)
 
-def _remember(
-    w: Weights, x_BLM: jax.Array, position_BL: jax.Array, s: HeadsSettings
-) -> Memory:
-    key_BLUD = product(x_BLM, w["key"], w.get("key_bias"))
-    value_BLUD = product(x_BLM, w["value"], w.get("value_bias"))
-    return {"key": _turned(key_BLUD, position_BL, s), "value": value_BLUD}
+    def remember(
+        w: Weights, x_BLM: jax.Array, position_BL: jax.Array, s: HeadsSettings
+    ) -> Memory:
+        value_BLUD = product(x_BLM, w["value"], w.get("value_bias"))
+        return {"key": projected("key", w, x_BLM, position_BL, s), "value": value_BLUD}
+
+    return Kind(functools.partial(projected, "query"), remember, _expand, _scoring)
 
 
 def _expand(
@@ -83,13 +114,33 @@ def _expand(
 def _scoring(w: Weights, view: View, reach: int, s: HeadsSettings) -> Scoring:
     table = view.distance_table if s.shares_bias else w.get("distance")
     bias = None if table is None else bias_of(table, reach, s.positions)
-    return Scoring(s.scale, s.window, bias=bias, causal=s.causal)
+    return Scoring(s.scale, s.window, s.cap, bias, w.get("sink"), causal=s.causal)
 
 
-def _turned(x_BLND: jax.Array, position_BL: jax.Array, s: HeadsSettings) -> jax.Array:
+def _placed(
+    w: Weights | None,
+    x_BLND: jax.Array,
+    position_BL: jax.Array,
+    s: HeadsSettings,
+    grid: Grid,
+) -> jax.Array:
+    """Normalises queries or keys, and turns them."""
+    if w is not None:
+        mean = norms.over_last
+        if s.qk_norm == "width":
+            mean = functools.partial(_over_all_heads, grid)
+        x_BLND = norms.normalise(w, x_BLND, s.norm, mean)
     if s.positions.kind != "rotary":
         return x_BLND
-    return rotate(x_BLND, position_BL, s.positions)
+    x_BLND = rotate(x_BLND, position_BL, s.positions)
+    if s.qk_norm == "unit":
+        x = x_BLND.astype(jnp.float32)
+        square = norms.over_last(x * x)
+        x_BLND = (x * lax.rsqrt(square + s.norm.epsilon)).astype(x_BLND.dtype)
+    return x_BLND
 
 
-KIND = Kind(_ask, _remember, _expand, _scoring)
+def _over_all_heads(grid: Grid, x_BLND: jax.Array) -> jax.Array:
+    """Averages over heads, of which each device of `model` has as many, and width."""
+    own_BL11 = jnp.mean(x_BLND, axis=(-2, -1), keepdims=True)
+    return grid.sum(own_BL11, ["model"]) / grid.size("model")

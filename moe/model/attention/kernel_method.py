@@ -108,6 +108,8 @@ def of_heads(
         whole=whole,
         bias=s.positions.kind == "distance",
         prefix=prefix,
+        sink=s.sinks,
+        cap=s.cap > 0,
     )
 
 

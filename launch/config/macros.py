@@ -29,6 +29,7 @@ _NAMES = {
     "router.family": "ROUTER",
     "router.options": "ROUTER_OPTIONS",
     "router.num_selected": "NUM_SELECTED_EXPERTS",
+    "router.logit_bias": "ROUTER_LOGIT_BIAS",
     "router.scores": "ROUTER_SCORES",
     "router.renormalize": "RENORMALIZE_GATES",
     "router.second_policy": "SECOND_EXPERT_POLICY",

@@ -233,6 +233,8 @@ def _describe_router(
             router.num_expert_groups > 1
         ),
         "a bias for selection": router.selection_bias,
+        "a bias of logits": router.logit_bias,
+        "gates on inputs": router.gate_place == "input",
         "a shared expert": settings.model.shared_expert_mlp_dim > 0,
         f"at most {router.max_experts_per_token} per token": (
             router.max_experts_per_token > 0

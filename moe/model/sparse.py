@@ -37,6 +37,8 @@ def specs(s: SparseSettings, width: int) -> dict[str, Any]:
     if s.router.reads_logits:
         axes = ("embed", "routed")
         found["router"] = Spec((M, E), axes, (0,), (1,), stddev=ROUTER_STDDEV)
+        if s.router.logit_bias:
+            found["router_bias"] = vector((E,), ("routed",))
     if s.router.selection_bias:
         # Moved by loads after each step, by less than bfloat16 can tell.
         bias = vector((E,), ("routed",))
@@ -151,7 +153,7 @@ def route(
         context = dataclasses.replace(context, order_V=order_V)
     logits_GSE = jnp.zeros((*mask_GS.shape, s.num_experts))
     if s.router.reads_logits:
-        logits_GSE, clean_GSE = logits_of(x_GSM, w["router"], keys, s.router)
+        logits_GSE, clean_GSE = logits_of(x_GSM, w, keys, s.router)
         context = dataclasses.replace(context, clean_logits_GSE=clean_GSE)
     slots = capacity(s.router, s.num_experts, train=keys is not None)
     assignment = route_of(s.router)(
@@ -177,10 +179,14 @@ def _compute(
     execution: Execution,
 ) -> tuple[jax.Array, RouterSums]:
     """Dispatch, experts, combine."""
-    G, S, _ = x_GSM.shape
+    G, S, M = x_GSM.shape
+    sums = assignment.sums
     transport, _, room = exchange_of(s, execution, G * S, train=keys is not None)
     drawn = keys is not None and s.dropout > 0
     dropout_G = keys["dropout"] if keys is not None and drawn else None
+    gates_inputs = s.router.gate_place == "input"
+    if gates_inputs:
+        x_GSM, assignment = _gated(x_GSM, assignment)
 
     def one_round(
         x_GSM: jax.Array, first_row: jax.Array | int
@@ -188,15 +194,35 @@ def _compute(
         rows, size_e, plan = transport.dispatch(x_GSM, assignment, room, first_row)
         rows = experts.compute(w, rows, size_e, dropout_G, room, s, execution)
         y_GSM = transport.combine(rows, assignment, plan, room)
+        if gates_inputs:  # a token's choices are side by side
+            y_GSM = jnp.sum(y_GSM.reshape(len(y_GSM), S, -1, M), axis=2)
         return y_GSM, jnp.zeros((), jnp.int32) if plan is None else plan.excess
 
     if execution.in_rounds and room.num_rounds > 1:
         y_GSM = in_rounds(one_round, x_GSM, assignment, room, execution.grid)
-        return transport.finish(y_GSM, room, x_GSM.dtype), assignment.sums
+        return transport.finish(y_GSM, room, x_GSM.dtype), sums
     y_GSM, excess = one_round(x_GSM, 0)
-    excess_G = assignment.sums.excess_G.at[0].set(excess)
-    sums = dataclasses.replace(assignment.sums, excess_G=excess_G)
+    sums = dataclasses.replace(sums, excess_G=sums.excess_G.at[0].set(excess))
     return transport.finish(y_GSM, room, x_GSM.dtype), sums
+
+
+def _gated(x_GSM: jax.Array, assignment: Assignment) -> tuple[jax.Array, Assignment]:
+    """Makes of each choice a token of its own, its gate times what it was.
+
+    Choices keep their numbers, s·J + j, so both maps stay as they are; and a transport
+    that multiplies outputs has nothing to multiply by.
+
+    Returns:
+        x_GtM, where t counts the S·J choices; and their Assignment, with gates of 1.
+    """
+    G, _, M = x_GSM.shape
+    gated_GSJM = assignment.gate_GSJ[..., None] * x_GSM[:, :, None].astype(jnp.float32)
+    slot_Gt1 = assignment.slot_of_choice_GSJ.reshape(G, -1, 1)
+    return gated_GSJM.reshape(G, -1, M).astype(x_GSM.dtype), dataclasses.replace(
+        assignment,
+        slot_of_choice_GSJ=slot_Gt1,
+        gate_GSJ=jnp.ones(slot_Gt1.shape, jnp.float32),
+    )
 
 
 def _shared(

@@ -19,13 +19,16 @@ def group_keys(key: jax.Array, group_G: jax.Array) -> Keys:
 
 
 def logits_of(
-    x_GSM: jax.Array, router_ME: jax.Array, keys: Keys | None, settings: RouterSettings
+    x_GSM: jax.Array,
+    w: dict[str, jax.Array],
+    keys: Keys | None,
+    settings: RouterSettings,
 ) -> tuple[jax.Array, jax.Array | None]:
     """Computes the logits of each token and expert.
 
     Args:
         x_GSM: activations; jitter changes what the router sees of them alone.
-        router_ME: the router's matrix.
+        w: the router's matrix "router" [M, E], and maybe its "router_bias" [E].
         keys: PRNG keys of each group; None outside training, where nothing is drawn.
         settings: type of the product, jitter and noise.
     Returns:
@@ -39,12 +42,14 @@ def logits_of(
         x_GSM = (x_GSM * (1 + settings.jitter * noise_GSM)).astype(settings.logit_dtype)
     # On TPU, and with TF32, a plain float32 product would multiply in lower precision.
     logits_GSE = product(
-        x_GSM, router_ME, precision=jax.lax.Precision.HIGHEST, result=jnp.float32
+        x_GSM, w["router"], precision=jax.lax.Precision.HIGHEST, result=jnp.float32
     )
+    if "router_bias" in w:
+        logits_GSE += w["router_bias"].astype(jnp.float32)
     if keys is None or settings.logit_noise == 0:
         return logits_GSE, None
     noise_GSE = jax.vmap(lambda k: jax.random.normal(k, logits_GSE.shape[1:]))(
         keys["noise"]
     )
-    num_experts = router_ME.shape[1]
+    num_experts = logits_GSE.shape[-1]
     return logits_GSE + settings.logit_noise / num_experts * noise_GSE, logits_GSE

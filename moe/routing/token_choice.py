@@ -5,7 +5,7 @@ renormalised gates and a random second expert (arXiv:2006.16668, Algorithm 1;
 arXiv:2112.06905, section 4); Mixtral's top-k, whose softmax over the selected logits
 is a renormalised softmax (arXiv:2401.04088, section 2.1); V-MoE's noisy top-k with
 batch priority (arXiv:2106.05974); DeepSeek-V3's sigmoid scores, selection bias and
-limited groups (arXiv:2412.19437, eqs. 12-16).
+limited groups (arXiv:2412.19437, eqs. 12-16); DeepSeek-V4's √softplus scores.
 """
 
 import jax
@@ -90,9 +90,18 @@ def scores(
     if settings.scores == "softmax":
         probability_GSE = jax.nn.softmax(logits_GSE)
         return probability_GSE, probability_GSE
-    # σ / Σσ, in logarithms, where no sum is 0.
-    probability_GSE = jax.nn.softmax(jax.nn.log_sigmoid(logits_GSE))
-    return jax.nn.sigmoid(logits_GSE), probability_GSE
+    # Each over the sum of all, in logarithms, where no sum is 0.
+    if settings.scores == "sigmoid":
+        probability_GSE = jax.nn.softmax(jax.nn.log_sigmoid(logits_GSE))
+        return jax.nn.sigmoid(logits_GSE), probability_GSE
+    log_score_GSE = _log_softplus(logits_GSE) / 2
+    return jnp.exp(log_score_GSE), jax.nn.softmax(log_score_GSE)
+
+
+def _log_softplus(x: jax.Array) -> jax.Array:
+    """Returns ln ln(1 + eˣ), which is x where eˣ is nothing beside 1."""
+    above = jnp.log(jax.nn.softplus(jnp.maximum(x, -18.0)))
+    return jnp.where(x > -17.0, above, x)
 
 
 def limit_to_groups(score_GSE: jax.Array, settings: RouterSettings) -> jax.Array:

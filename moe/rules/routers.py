@@ -99,6 +99,14 @@ def _foreign_settings(router: RouterSettings) -> list[str]:
         "OVERFLOW": ("overflow", ("token_choice",)),
         "LOGIT_NOISE": ("logit_noise", ("token_choice",)),
         "ROUTER_BIAS": ("selection_bias", ("token_choice",)),
+        "ROUTER_LOGIT_BIAS": (
+            "logit_bias",
+            ("token_choice", "prototypes", "expert_choice", "sinkhorn", _OWN),
+        ),
+        "GATE_PLACE": (
+            "gate_place",
+            ("token_choice", "prototypes", "expert_choice", "sinkhorn", _OWN),
+        ),
         "JITTER_NOISE": (
             "jitter",
             ("token_choice", "prototypes", "expert_choice", "sinkhorn", _OWN),
@@ -145,6 +153,7 @@ def _own_problems(router: RouterSettings) -> list[str]:
             f"{macro} = {value!r} means nothing to {name}, which reads no logits: set "
             f"it to {default!r}"
             for macro, value, default in (
+                ("ROUTER_LOGIT_BIAS", router.logit_bias, False),
                 ("JITTER_NOISE", router.jitter, 0.0),
                 ("ROUTER_DTYPE", router.logit_dtype, "float32"),
             )

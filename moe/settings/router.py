@@ -22,12 +22,17 @@ class RouterSettings:
         own: what that name stands for, once it is imported.
         num_selected: K, experts per token: 1 is Switch (arXiv:2101.03961), 2 GLaM
             (arXiv:2112.06905). Per prototype; on average, in expert choice.
-        scores: "softmax" over the experts, or "sigmoid" of each logit by itself
-            (DeepSeek-V3, arXiv:2412.19437, eq. 15).
+        logit_bias: whether logits have a bias that is learnt (gpt-oss,
+            arXiv:2508.10925).
+        scores: "softmax" over the experts; of each logit by itself "sigmoid"
+            (DeepSeek-V3, arXiv:2412.19437, eq. 15) or "sqrt_softplus", √ln(1 + eˣ)
+            (DeepSeek-V4).
         renormalize: divide a token's gates by their sum: "no" (Switch, V-MoE, T5X);
             "before_drop", over its choices (GLaM; a softmax over the selected logits,
             as in Mixtral, is the same); "after_drop", over those that got a slot.
         gate_scale: multiplies every gate (DeepSeek-V3: 2.5).
+        gate_place: what a gate multiplies: the expert's "output", or its "input"
+            (Llama 4).
         second_policy: "all" keeps every choice; "random" keeps the second with
             probability 2·g2 (GShard, arXiv:2006.16668, Algorithm 1). Training only.
         num_prototypes: Z, groups of experts each of which a token visits.
@@ -73,9 +78,11 @@ class RouterSettings:
     options: Options = NO_OPTIONS
     own: Router | None = dataclasses.field(default=None, metadata=NO_KNOB)
     num_selected: int = 1
-    scores: Literal["softmax", "sigmoid"] = "softmax"
+    logit_bias: bool = False
+    scores: Literal["softmax", "sigmoid", "sqrt_softplus"] = "softmax"
     renormalize: Literal["no", "before_drop", "after_drop"] = "no"
     gate_scale: float = 1.0
+    gate_place: Literal["output", "input"] = "output"
     second_policy: Literal["all", "random"] = "all"
     num_prototypes: int = 1
     num_expert_groups: int = 1

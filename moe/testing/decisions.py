@@ -104,6 +104,8 @@ def scores(logits_E: np.ndarray, settings: RouterSettings) -> np.ndarray:
     """What weighs, and mostly what chooses: per prototype, if there are several."""
     if settings.scores == "sigmoid":
         return 1 / (1 + np.exp(-logits_E))
+    if settings.scores == "sqrt_softplus":
+        return np.sqrt(np.log1p(np.exp(logits_E)))
     parts = np.split(logits_E, settings.num_prototypes)
     return np.concatenate([_softmax(part) for part in parts])
 
@@ -113,7 +115,7 @@ def probabilities(logits_E: np.ndarray, settings: RouterSettings) -> np.ndarray:
     if settings.family == "hashed":
         return np.zeros_like(logits_E)
     score_E = scores(logits_E, settings)
-    return score_E / score_E.sum() if settings.scores == "sigmoid" else score_E
+    return score_E if settings.scores == "softmax" else score_E / score_E.sum()
 
 
 def picked_gates(

@@ -29,6 +29,7 @@ class OracleResult:
         y_GSM: outputs.
         d_x_GSM: gradient of the objective with respect to the inputs.
         d_router_ME: with respect to the router; zero for a hash router.
+        d_router_bias_E: with respect to the bias of its logits.
         d_experts: with respect to the arrays of the experts, by name.
         sums: router sums, by name without suffix, each [G] or [G, E], where G counts
             the rows of each group.
@@ -38,6 +39,7 @@ class OracleResult:
     y_GSM: np.ndarray
     d_x_GSM: np.ndarray
     d_router_ME: np.ndarray
+    d_router_bias_E: np.ndarray
     d_experts: dict[str, np.ndarray]
     sums: dict[str, np.ndarray]
     decisions: list[Decision]
@@ -52,6 +54,7 @@ def one_token_at_a_time(
     capacity: int,
     *,
     activation: str = "relu",
+    router_bias_E: np.ndarray | None = None,
     d_y_GSM: np.ndarray,
     d_probability_GE: np.ndarray,
     d_z: float,
@@ -70,6 +73,7 @@ def one_token_at_a_time(
         settings: options of the router.
         capacity: C, slots per expert per group.
         activation: nonlinearity of the experts.
+        router_bias_E: bias of the logits; None without.
         d_y_GSM: weights of the outputs in the objective.
         d_probability_GE: weights of the summed probabilities, likewise.
         d_z: weight of the summed z, likewise.
@@ -79,6 +83,8 @@ def one_token_at_a_time(
     experts = {name: array.astype(np.float64) for name, array in experts.items()}
     d_y_GSM = d_y_GSM.astype(np.float64)
     logits_GSE = x_GSM @ router_ME
+    if router_bias_E is not None:
+        logits_GSE = logits_GSE + router_bias_E.astype(np.float64)
     decisions = [decide(logits_GSE[g], told_G[g], settings, capacity) for g in range(G)]
     sums_G = [
         router_sums(logits_GSE[g], told_G[g], decisions[g], settings, row)
@@ -89,6 +95,7 @@ def one_token_at_a_time(
         y_GSM=np.zeros_like(x_GSM),
         d_x_GSM=np.zeros_like(x_GSM),
         d_router_ME=np.zeros_like(router_ME),
+        d_router_bias_E=np.zeros(router_ME.shape[1]),
         d_experts={name: np.zeros_like(array) for name, array in experts.items()},
         sums={name: np.array([sums[name] for sums in sums_G]) for name in sums_G[0]},
         decisions=decisions,
@@ -100,14 +107,21 @@ def one_token_at_a_time(
         d_gates = {}
         for j, e in held.items():
             of_expert = {name: array[e] for name, array in experts.items()}
+            # A gate multiplies what the expert is given, or what it makes of it.
+            inward = gates[j] if settings.gate_place == "input" else 1.0
+            outward = gates[j] / inward
             y_M, d_x_M, d_expert = one_expert(
-                of_expert, x_GSM[g, s], gates[j] * d_y_GSM[g, s], activation
+                of_expert, inward * x_GSM[g, s], outward * d_y_GSM[g, s], activation
             )
-            out.y_GSM[g, s] += gates[j] * y_M
-            out.d_x_GSM[g, s] += d_x_M
+            out.y_GSM[g, s] += outward * y_M
+            out.d_x_GSM[g, s] += inward * d_x_M
             for name, d_array in d_expert.items():
                 out.d_experts[name][e] += d_array
-            d_gates[j] = float(d_y_GSM[g, s] @ y_M)
+            d_gates[j] = float(
+                x_GSM[g, s] @ d_x_M
+                if settings.gate_place == "input"
+                else d_y_GSM[g, s] @ y_M
+            )
 
         d_logits_E = d_logits(
             logits_GSE[g, s],
@@ -118,6 +132,7 @@ def one_token_at_a_time(
             d_z=d_z,
         )
         out.d_router_ME += np.outer(x_GSM[g, s], d_logits_E)
+        out.d_router_bias_E += d_logits_E
         out.d_x_GSM[g, s] += router_ME @ d_logits_E
     return out
 

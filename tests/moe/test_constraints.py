@@ -305,6 +305,8 @@ BELONGS_TO = {
     "OVERFLOW": ("overflow", "spill", {"token_choice"}),
     "LOGIT_NOISE": ("logit_noise", 1.0, {"token_choice"}),
     "ROUTER_BIAS": ("selection_bias", True, {"token_choice"}),
+    "GATE_PLACE": ("gate_place", "input", set(FAMILIES) - {"hashed"}),
+    "ROUTER_LOGIT_BIAS": ("logit_bias", True, set(FAMILIES) - {"hashed"}),
     "JITTER_NOISE": ("jitter", 0.1, set(FAMILIES) - {"hashed"}),
     "RENORMALIZE_GATES": (
         "renormalize",

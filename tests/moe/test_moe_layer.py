@@ -69,6 +69,9 @@ ROUTERS = {
     "m6t": replace(TIGHT, family="prototypes", num_prototypes=2, num_selected=2),
     "hashed": replace(TIGHT, family="hashed", num_selected=2),
     "sinkhorn": replace(TIGHT, family="sinkhorn", num_selected=2, capacity_factor=0.5),
+    "gated_inputs": replace(
+        TIGHT, num_selected=2, scores="sigmoid", gate_place="input", logit_bias=True
+    ),
 }
 # Groups of two tokens of each of two rows.
 OF_TWO_ROWS = {
@@ -80,6 +83,7 @@ EXPERTS = {
     "spill": {"activation": "gelu", "biases": True},
     "expert_choice": {"activation": "geglu"},
     "dropless": {"activation": "swiglu", "biases": True},
+    "gated_inputs": {"activation": "swiglu", "biases": True},
 }
 
 
@@ -191,6 +195,7 @@ def oracle(s: SparseSettings, arrays, x_BLM):
         router,
         capacity(router, E, train=True),
         activation=s.experts.activation,
+        router_bias_E=arrays.get("router_bias"),
         d_y_GSM=grouped(p["d_y"], router),
         d_probability_GE=p["d_probability"],
         d_z=p["d_z"],
@@ -212,6 +217,8 @@ def agree(result, expected, router: RouterSettings = TIGHT) -> None:
         close(d_arrays["experts"][name], d_array, atol=2e-4, err_msg=name)
     if "router" in d_arrays:
         close(d_arrays["router"], expected.d_router_ME, atol=2e-4)
+    if "router_bias" in d_arrays:
+        close(d_arrays["router_bias"], expected.d_router_bias_E, atol=2e-4)
     for name, total in expected.sums.items():
         field = name + ("_GE" if total.ndim == 2 else "_G")
         close(getattr(sums, field), total, err_msg=field)
@@ -232,6 +239,7 @@ COVER = [
     ("m6t", "e8", "einsum"),
     ("hashed", "d1", "einsum"),
     ("sinkhorn", "d4e2", "einsum"),
+    ("gated_inputs", "d4e2", "ragged"),
 ]
 FAST = [
     ("spill", "d2e4", "all_to_all"),

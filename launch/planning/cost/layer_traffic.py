@@ -142,7 +142,9 @@ def _experts(sizes: Local, block: Block, layers: int, s: SparseSettings) -> list
     number = 2 * times(sizes, block, layers, kept_by=saving)
     told = f"{layers} layers, there and back, forward and backward"
     if sizes.transport(s)[0] == "ring":
-        whole = sizes.settings.mesh.expert * sizes.piece_tokens * M * d
+        # What gates multiply goes out, and sums of tokens come back.
+        tokens = (sizes.carried_tokens(s) + sizes.piece_tokens) // 2
+        whole = sizes.settings.mesh.expert * tokens * M * d
         fewer = number - layers * repeats(sizes, block, kept_by=saving)
         rows = flow_of(
             sizes, "tokens gathered", ("expert",), whole, fewer, f"all tokens; {told}"

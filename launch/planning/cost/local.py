@@ -210,6 +210,11 @@ class Local:
         """Whether rows of a sparse layer are slots of capacity."""
         return self.transport(s)[0] in auto.PADDED
 
+    def carried_tokens(self, s: SparseSettings) -> int:
+        """Returns the tokens that transports see: choices, where gates are inside."""
+        gated = s.router.gate_place == "input"
+        return self.piece_tokens * (s.router.num_choices(s.num_experts) if gated else 1)
+
     def sent_rows(self, s: SparseSettings) -> int:
         """Returns the rows that this chip's tokens make: slots, or choices."""
         groups = -(-self.piece_tokens // s.router.group_size)
@@ -351,6 +356,7 @@ def _of_shapes(settings: Settings) -> tuple[Layers, str, OptimizerSettings]:
             bare,
             family=router.family,
             own=router.own,
+            logit_bias=router.logit_bias,
             selection_bias=router.selection_bias,
         ),
     )

@@ -398,7 +398,9 @@ def _experts(sizes: Local, s: SparseSettings) -> dict[str, int]:
     if cut > 1:  # gathered over `model`, and their outputs before the sum
         buffers += 2 * cut * here * M * d
     if sizes.transport(s)[0] == "ring":  # tokens of the whole axis, and their sums
-        buffers += 2 * sizes.settings.mesh.expert * sizes.piece_tokens * M * d
+        buffers += 2 * sizes.settings.mesh.expert * sizes.carried_tokens(s) * M * d
+    if s.router.gate_place == "input":
+        buffers += sizes.carried_tokens(s) * M * d
     wide = hidden = _expert_hidden(sizes, s)
     if sizes.train:
         wide = ACTIVATIONS_AT_ONCE * hidden + sizes.cut_expert(s)

@@ -66,6 +66,13 @@ BANK = {
     ),
     "biased_softmax": dataclasses.replace(TOP2, selection_bias=True),
     "sigmoid_top1": dataclasses.replace(TOP1, scores="sigmoid"),
+    "deepseek_v4": dataclasses.replace(
+        TOP3,
+        scores="sqrt_softplus",
+        renormalize="before_drop",
+        gate_scale=1.5,
+        selection_bias=True,
+    ),
     "spill_top1": dataclasses.replace(TOP1, overflow="spill"),
     "spill_before_drop": dataclasses.replace(
         TOP2, overflow="spill", renormalize="before_drop", slot_order="choice_major"
@@ -477,10 +484,11 @@ def test_a_capacity_of_no_slots_is_refused():
 
 
 @pytest.mark.fast
-def test_sigmoid_scores_of_almost_zero_have_finite_gradients():
+@pytest.mark.parametrize("scores", ["sigmoid", "sqrt_softplus"])
+def test_scores_of_almost_zero_have_finite_gradients(scores):
     # σ(-60) is 1e-26: sums of such scores are bounded, and so must be their gradient.
     settings = dataclasses.replace(
-        TOP2, scores="sigmoid", renormalize="before_drop", group_size=4
+        TOP2, scores=scores, renormalize="before_drop", group_size=4
     )
     logits_GSE = jnp.full((1, 4, 8), -60.0).at[0, 0].set(-110.0)
 

@@ -6,6 +6,7 @@ the rule, and the macro to change.
 
 import dataclasses
 import re
+from collections.abc import Sequence
 
 from moe import architecture
 from moe.dispatch.auto import PADDED
@@ -78,6 +79,8 @@ def problems(
         chosen = {"decoder": (router, length), "encoder": (router, length)}
         if model.shape == "encoder_decoder" and encoder_router is not None:
             chosen["encoder"] = encoder_router, encoder_length
+        routers = {name: chosen[name][0] for name in architecture.sides(model)}
+        found += _update_problems(list(routers.values()))
         for name, side in architecture.sides(model).items():
             beside = name == "encoder" != model.shape
             for line in _sparse_problems(side, *chosen[name], loss):
@@ -103,6 +106,17 @@ _ENCODERS_OWN = {
     "MIN_EXPERT_CAPACITY": "min_capacity",
 }
 _OWN_WORD = re.compile(rf"\b({'|'.join(_ENCODERS_OWN)})\b")
+
+
+def _update_problems(routers: Sequence[RouterSettings]) -> list[str]:
+    """How a bias follows the loads, where no router has one."""
+    update = routers[0].bias_update
+    if update == "sign" or any(router.selection_bias for router in routers):
+        return []
+    return [
+        f"ROUTER_BIAS_UPDATE = {update!r} means nothing to ROUTER_BIAS = False: leave "
+        "it at 'sign', or set ROUTER_BIAS"
+    ]
 
 
 def _sparse_problems(

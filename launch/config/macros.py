@@ -37,6 +37,7 @@ _NAMES = {
     "router.max_experts_per_token": "EXPERT_CHOICE_CAP",
     "router.jitter": "JITTER_NOISE",
     "router.selection_bias": "ROUTER_BIAS",
+    "router.bias_update": "ROUTER_BIAS_UPDATE",
     "router.bias_update_rate": "ROUTER_BIAS_RATE",
     "router.capacity_factor": "TRAIN_CAPACITY_FACTOR",
     "router.min_capacity": "MIN_EXPERT_CAPACITY",

@@ -232,7 +232,7 @@ def _describe_router(
         f"{router.num_selected_groups} of {router.num_expert_groups} groups": (
             router.num_expert_groups > 1
         ),
-        "a bias for selection": router.selection_bias,
+        f"a bias for selection, by {router.bias_update}": router.selection_bias,
         "a bias of logits": router.logit_bias,
         "gates on inputs": router.gate_place == "input",
         "a shared expert": settings.model.shared_expert_mlp_dim > 0,

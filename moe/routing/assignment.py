@@ -62,6 +62,8 @@ class RouterSums:
         without_expert_G: tokens that no expert computed: only the residual passes.
         excess_G: rows beyond the budget of this group's device, counted in the first
             of the device's sums; filled in by the layer.
+        needed_1EH: tokens of all groups by the bias that they would need for each
+            expert; see `moe.routing.needed_bias`. None unless biases are its quantiles.
         trace: what each router was given and decided; None unless it was asked for.
     """
 
@@ -78,6 +80,7 @@ class RouterSums:
     square_G: jax.Array
     without_expert_G: jax.Array
     excess_G: jax.Array
+    needed_1EH: jax.Array | None = None
     trace: "Trace | None" = None
 
 
@@ -134,6 +137,7 @@ class Choices:
         spill_GSJ: int32 experts and float32 gates of where each choice goes if its
             expert is full; None to drop.
         priority_GS: float32, tokens with more are seated first; None for their order.
+        needed_1EH: as in `RouterSums`.
     """
 
     expert_GSJ: jax.Array
@@ -144,6 +148,7 @@ class Choices:
     load_GSE: jax.Array | None = None
     spill_GSJ: tuple[jax.Array, jax.Array] | None = None
     priority_GS: jax.Array | None = None
+    needed_1EH: jax.Array | None = None
 
 
 def assign(
@@ -243,6 +248,7 @@ def assign(
             else over_tokens(_mean_square(jax.lax.stop_gradient(logits_GSE))),
             without_expert_G=how_many(mask_GS & jnp.all(slot_of_choice_GSJ < 0, -1)),
             excess_G=jnp.zeros(tokens_G.shape, jnp.int32),
+            needed_1EH=choices.needed_1EH,
         ),
     )
 

@@ -11,6 +11,7 @@ limited groups (arXiv:2412.19437, eqs. 12-16); DeepSeek-V4's √softplus scores.
 import jax
 import jax.numpy as jnp
 
+from moe.routing import needed_bias
 from moe.routing.assignment import (
     Assignment,
     Choices,
@@ -52,7 +53,17 @@ def route(
         selection_GSE += jax.lax.stop_gradient(context.bias_E)
     selection_GSE = limit_to_groups(selection_GSE, settings)
     spills = settings.overflow == "spill"
-    _, ranked_GSK = jax.lax.top_k(selection_GSE, 2 * K if spills else K)
+    ranks = 2 * K if spills else K
+    needed_1EH = None
+    if settings.bias_update == "quantile" and context.key_G is not None:
+        assert context.bias_E is not None
+        best_GSK, ranked_GSK = jax.lax.top_k(selection_GSE, max(ranks, K + 1))
+        needed_1EH = needed_bias.counted(
+            score_GSE, best_GSK[..., K], context.bias_E, context.mask_GS
+        )
+        ranked_GSK = ranked_GSK[..., :ranks]
+    else:
+        _, ranked_GSK = jax.lax.top_k(selection_GSE, ranks)
     expert_GSK = ranked_GSK[..., :K]
 
     gate_GSK = pick(score_GSE, ranked_GSK)
@@ -75,6 +86,7 @@ def route(
             load_GSE=chances(logits_GSE, context, settings),
             spill_GSJ=(ranked_GSK[..., K:], gate_GSK[..., K:]) if spills else None,
             priority_GS=priority(gate_GSK[..., :K], settings),
+            needed_1EH=needed_1EH,
         ),
         logits_GSE,
         context.mask_GS,

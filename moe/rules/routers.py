@@ -78,6 +78,8 @@ def family_problems(
     }
     if family in by_family:
         found += by_family[family](model, router)
+    if router.selection_bias and router.bias_update == "quantile":
+        found += _quantile_problems(model, router)
     found += _load_problems(router, loss)
     return found
 
@@ -177,6 +179,34 @@ def _load_problems(router: RouterSettings, loss: LossSettings) -> list[str]:
         found.append(
             f"{factor} takes chances among the K largest logits, but ROUTER_BIAS and "
             "NUM_SELECTED_GROUPS choose otherwise: set it to 0.0"
+        )
+    return found
+
+
+def _quantile_problems(model: ModelSettings, router: RouterSettings) -> list[str]:
+    """What biases that are quantiles cannot be of, and the step that they have not."""
+    asked, found = "ROUTER_BIAS_UPDATE = 'quantile'", []
+    if router.scores == "sqrt_softplus":
+        found.append(
+            f"{asked} counts scores in [0, 1], which ROUTER_SCORES = 'sqrt_softplus' "
+            "exceeds: set it to 'sigmoid' or 'softmax', or ROUTER_BIAS_UPDATE to 'sign'"
+        )
+    if router.num_selected_groups < router.num_expert_groups:
+        found.append(
+            f"{asked} has all experts compete, but NUM_SELECTED_GROUPS = "
+            f"{router.num_selected_groups} of {router.num_expert_groups} bars some: "
+            "set ROUTER_BIAS_UPDATE to 'sign'"
+        )
+    if router.num_selected >= model.num_experts:
+        found.append(
+            f"{asked} needs an expert that is not chosen: NUM_SELECTED_EXPERTS = "
+            f"{router.num_selected} are all of NUM_EXPERTS = {model.num_experts}"
+        )
+    unused = RouterSettings().bias_update_rate
+    if router.bias_update_rate != unused:
+        found.append(
+            f"ROUTER_BIAS_RATE = {router.bias_update_rate} means nothing to {asked}: "
+            f"leave it at {unused}"
         )
     return found
 

@@ -48,6 +48,8 @@ class RouterSettings:
             (V-MoE, arXiv:2106.05974: 1).
         selection_bias: give each expert a bias on its score, for selection only, that
             evens out loads without a loss (arXiv:2408.15664).
+        bias_update: how it follows: by a "sign", one step up or down, or to the
+            "quantile" of what tokens would have needed (Kimi K3).
         bias_update_rate: its step after each batch: 1e-3 there; 0 freezes it.
         logit_dtype: dtype of the product that makes logits; probabilities and losses
             are float32.
@@ -94,6 +96,7 @@ class RouterSettings:
     jitter: float = 0.0
     logit_noise: float = 0.0
     selection_bias: bool = False
+    bias_update: Literal["sign", "quantile"] = "sign"
     bias_update_rate: float = 1e-3
     logit_dtype: Literal["float32", "bfloat16"] = "float32"
     slot_order: Literal["token_major", "choice_major", "batch_priority"] = "token_major"

@@ -3,6 +3,7 @@
 In training all of it is inside one `shard_map`; what compares results wants them whole.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -46,6 +47,7 @@ def forward(
         by_block = []
         for s, each in zip(sparse, sums, strict=True):
             blocks = len(row_B) // s.router.group_rows
+            each = dataclasses.replace(each, needed_1EH=None)  # of no group
             by_block.append(
                 jax.tree.map(
                     lambda x, n=blocks: x.reshape(x.shape[0], n, -1, *x.shape[2:]), each
@@ -99,6 +101,7 @@ def layer(
         w = gather_weights(w, specs, execution)
         y_BLM, sums = sparse.sparse_layer(w, x_BLM, routed, key, n, s, execution)
         blocks = len(x_BLM) // s.router.group_rows
+        sums = dataclasses.replace(sums, needed_1EH=None)
         return y_BLM, jax.tree.map(
             lambda sum_G: sum_G.reshape(blocks, -1, *sum_G.shape[1:]), sums
         )

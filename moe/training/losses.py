@@ -8,6 +8,7 @@ divides.
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -30,11 +31,12 @@ class RouterTotals:
     routed = computed + dropped + padding holds exactly, where routed counts the
     choices of real tokens and those that padding would have made.
 
-    All fields but the last are those of `RouterSums`, added up over groups.
+    All fields but one are those of `RouterSums`, added up over groups.
 
     Attributes:
         local_balance_P: the balance loss of each group, or of each sequence, times its
             tokens, summed; 0 where the loss is formed over the whole batch.
+        needed_PEH: None unless biases are quantiles.
     """
 
     tokens_P: jax.Array
@@ -51,6 +53,7 @@ class RouterTotals:
     without_expert_P: jax.Array
     excess_P: jax.Array
     local_balance_P: jax.Array
+    needed_PEH: jax.Array | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -188,9 +191,9 @@ def router_totals(
         balance_PG = balance(unit(number_GE), unit(router.probability_GE))
         local_balance_P = over_groups(cut(router.tokens_G) * balance_PG)
     added = {
-        field.name.replace("_G", "_P"): over_groups(getattr(router, field.name))
+        re.sub("_[G1]", "_P", field.name): over_groups(getattr(router, field.name))
         for field in dataclasses.fields(router)
-        if field.name != "trace"
+        if field.name != "trace" and getattr(router, field.name) is not None
     }
     return RouterTotals(**added, local_balance_P=local_balance_P)
 

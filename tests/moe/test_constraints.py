@@ -62,6 +62,9 @@ def sinkhorn(**changes: Any) -> dict[str, Any]:
     return {"family": "sinkhorn", "allow_future_leak": True} | changes
 
 
+QUANTILE = {"selection_bias": True, "bias_update": "quantile"}
+
+
 def spill(**changes: Any) -> dict[str, Any]:
     return {"overflow": "spill", "allow_future_leak": True} | changes
 
@@ -87,6 +90,7 @@ def spill(**changes: Any) -> dict[str, Any]:
         },
         {"logit_noise": 1.0, "load_weight": 0.005, "importance_weight": 0.005},
         {"num_selected": 2, "second_policy": "random"},
+        {"selection_bias": True, "bias_update": "quantile", "scores": "sigmoid"},
         {"num_layers": 7, "first_dense_layers": 3},
         {"expert_dropout": 0.4, "transport": "all_to_all"},
         {"expert_dropout": 0.4},
@@ -186,6 +190,27 @@ def test_settings_that_obey_the_rules(changes):
         ),
         ({"min_capacity": -1}, "MIN_EXPERT_CAPACITY = -1: cannot be negative"),
         ({"bias_update_rate": -1.0}, "ROUTER_BIAS_RATE = -1.0: cannot be negative"),
+        (
+            {"bias_update": "quantile"},
+            "ROUTER_BIAS_UPDATE = 'quantile' means nothing to ROUTER_BIAS = False",
+        ),
+        (
+            QUANTILE | {"bias_update_rate": 0.0},
+            "ROUTER_BIAS_RATE = 0.0 means nothing to ROUTER_BIAS_UPDATE = 'quantile': "
+            "leave it at 0.001",
+        ),
+        (
+            QUANTILE | {"scores": "sqrt_softplus"},
+            "ROUTER_BIAS_UPDATE = 'quantile' counts scores in [0, 1]",
+        ),
+        (
+            QUANTILE | {"num_expert_groups": 4, "num_selected_groups": 2},
+            "ROUTER_BIAS_UPDATE = 'quantile' has all experts compete",
+        ),
+        (
+            QUANTILE | {"num_selected": 8},
+            "ROUTER_BIAS_UPDATE = 'quantile' needs an expert that is not chosen",
+        ),
         ({"jitter": 1.0}, "JITTER_NOISE = 1.0: must be in [0, 1)"),
         ({"gate_scale": 0.0}, "GATE_SCALE = 0.0: must be above 0"),
         (

@@ -431,8 +431,10 @@ def gates_of(name: str) -> np.ndarray:
 def test_sums_of_small_scores_divide_as_those_of_large_ones_do():
     context = RouterContext(mask_GS=jnp.ones((1, 1), bool))
     settings = RouterSettings(**DEEPSEEK, group_size=1)
-    logits_GSE = jnp.array([[[-20.0, -20.0, -90.0]]])
-    found = token_choice.route(logits_GSE, context, settings, capacity=1)
+    route = jax.jit(
+        lambda logits: token_choice.route(logits, context, settings, capacity=1)
+    )
+    found = route(np.array([[[-20.0, -20.0, -90.0]]], np.float32))
     np.testing.assert_allclose(found.gate_GSJ[0, 0], [0.5, 0.5], rtol=1e-6)
     score = math.exp(-20)
     assert round(score / (2 * score + 1e-6), 4) == 0.0021  # LFM2

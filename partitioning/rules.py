@@ -22,6 +22,8 @@ Rules = Mapping[str, tuple[str, ...]]
 
 # What is left of a matrix when it is fully sharded is cut along this dimension.
 FULLY_SHARDED = ("embed", "expert_embed")
+# What these dimensions are called in the optimizer's state.
+MOMENTS = {axis: f"{axis}_moment" for axis in FULLY_SHARDED}
 
 
 def table(

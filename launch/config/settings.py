@@ -226,6 +226,7 @@ def _range_problems(settings: Settings) -> list[str]:
         "MAX_SKIPPED_STEPS": loop.max_skipped_steps,
         "SAMPLE_TOKENS": sample.num_tokens,
         "NUM_BEAMS": sample.num_beams,
+        "MUON_STEPS": optimizer.muon_steps,
         "JOIN_TIMEOUT": platform.join_timeout_seconds,
         "HEARTBEAT_TIMEOUT": platform.heartbeat_timeout_seconds,
     }
@@ -252,6 +253,7 @@ def _range_problems(settings: Settings) -> list[str]:
         "SCHEDULE_STEPS": optimizer.schedule_steps,
         "WEIGHT_DECAY": optimizer.weight_decay,
         "CLIP_NORM": optimizer.clip_norm,
+        "MUON_RMS": optimizer.muon_rms,
         "SIMULATED_DEVICES": platform.simulated_devices,
         "NUM_PROCESSES": platform.num_processes,
         "SAMPLE_TEMPERATURE": sample.temperature,
@@ -267,6 +269,7 @@ def _range_problems(settings: Settings) -> list[str]:
         "FINAL_LEARNING_RATE_FRACTION": (optimizer.final_fraction, "[0, 1]"),
         "BETA1": (optimizer.b1, "[0, 1)"),
         "BETA2": (optimizer.b2, "[0, 1)"),
+        "MUON_BETA": (optimizer.muon_beta, "[0, 1)"),
         "SAMPLE_TOP_P": (sample.top_p, "(0, 1]"),
         "LABEL_SMOOTHING": (loss.label_smoothing, "[0, 1)"),
     }
@@ -302,13 +305,16 @@ def _range_problems(settings: Settings) -> list[str]:
 def _optimizer_problems(optimizer: OptimizerSettings) -> list[str]:
     """Settings of another optimizer, or of another schedule."""
     default = OptimizerSettings()
-    belongs_to = {
-        "BETA2": ("b2", "OPTIMIZER", optimizer.name, "adamw"),
-        "EPSILON": ("eps", "OPTIMIZER", optimizer.name, "adamw"),
-        "FINAL_LEARNING_RATE_FRACTION": (
-            *("final_fraction", "SCHEDULE", optimizer.schedule, "cosine"),
-        ),
-        "SCHEDULE_STEPS": ("schedule_steps", "SCHEDULE", optimizer.schedule, "cosine"),
+    muon = "OPTIMIZER", ("muon",)
+    cosine = "SCHEDULE", ("cosine",)
+    belongs_to: dict[str, tuple[str, str, tuple[str, ...]]] = {
+        "BETA2": ("b2", "OPTIMIZER", ("adamw", "muon")),
+        "EPSILON": ("eps", "OPTIMIZER", ("adamw", "muon")),
+        "MUON_BETA": ("muon_beta", *muon),
+        "MUON_STEPS": ("muon_steps", *muon),
+        "MUON_RMS": ("muon_rms", *muon),
+        "FINAL_LEARNING_RATE_FRACTION": ("final_fraction", *cosine),
+        "SCHEDULE_STEPS": ("schedule_steps", *cosine),
     }
     found = []
     options = {
@@ -326,12 +332,13 @@ def _optimizer_problems(optimizer: OptimizerSettings) -> list[str]:
             f"BETA1 = {optimizer.b1} means nothing to OPTIMIZER = {optimizer.name!r}: "
             f"leave it at {default.b1}, and use OPTIMIZER_OPTIONS"
         )
-    for macro, (field, choice, taken, owner) in belongs_to.items():
+    for macro, (field, choice, owners) in belongs_to.items():
         value, unused = getattr(optimizer, field), getattr(default, field)
-        if taken != owner and value != unused:
+        taken, _ = options[choice]
+        if taken not in owners and value != unused:
             found.append(
                 f"{macro} = {value} means nothing to {choice} = {taken!r}, only to "
-                f"{owner!r}: leave it at {unused}"
+                f"{' and '.join(map(repr, owners))}: leave it at {unused}"
             )
     return found
 

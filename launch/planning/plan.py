@@ -247,7 +247,10 @@ _SHRINK = (
         ("dispatch", "sparse", "routing", "rounds", "grouped", "expert"),
         "TRAIN_CAPACITY_FACTOR, SPARSE_REMAT, MESH_EXPERT, EXPERT_TENSOR_PARALLEL",
     ),
-    (("optimizer", "adafactor", "rounding"), "MOMENT_DTYPE, FSDP, OFFLOAD_OPTIMIZER"),
+    (
+        ("optimizer", "adafactor", "muon", "rounding"),
+        "MOMENT_DTYPE, FSDP, OFFLOAD_OPTIMIZER",
+    ),
     (("parallel", "gather"), "MESH_MODEL: a layer's weights are gathered whole"),
     (("feed_forward",), "MESH_MODEL, REMAT"),
     (("products",), "MESH_MODEL: a layer's weights are gathered whole"),

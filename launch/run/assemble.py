@@ -171,17 +171,21 @@ def assemble(
     except ValueError as error:  # slices that its axes do not join
         raise ConfigError(config.where, [str(error)]) from error
     _refuse_missing_exchange(config, mesh)
-    specs = inventory.specs(settings.layers)
-    optimizer = make_optimizer(settings.optimizer, settings.train.train_steps, specs)
+    model = build(
+        settings.model,
+        settings.router,
+        settings.execution,
+        mesh,
+        settings.partition,
+        settings.encoder_router,
+    )
+    optimizer = make_optimizer(
+        *(settings.optimizer, settings.train.train_steps),
+        inventory.specs(settings.layers),
+        model.grid,
+    )
     learner = Learner(
-        model=build(
-            settings.model,
-            settings.router,
-            settings.execution,
-            mesh,
-            settings.partition,
-            settings.encoder_router,
-        ),
+        model=model,
         optimizer=optimizer,
         schedule=make_schedule(settings.optimizer, settings.train.train_steps),
         loss=settings.loss,

@@ -55,9 +55,10 @@ class OptimizerSettings:
     """The optimizer and its learning-rate schedule.
 
     Attributes:
-        name: "adamw" (arXiv:1711.05101), "adafactor" (arXiv:1804.04235), or
-            "module:name" of a function (specs, **options) of somebody's own, which
-            returns what takes the place of Adam's scaling.
+        name: "adamw" (arXiv:1711.05101), "adafactor" (arXiv:1804.04235), "muon"
+            (arXiv:2502.16982), which leaves all but matrices to Adam; or "module:name"
+            of a function (specs, **options) of somebody's own, which returns what takes
+            the place of Adam's scaling.
         options: further arguments of that one.
         own: what that name stands for, once it is imported.
         learning_rate: its peak.
@@ -71,8 +72,12 @@ class OptimizerSettings:
         warmup_steps: linear rise, from peak / warmup_steps in the first.
         final_fraction: end of the cosine, as a fraction of the peak.
         b1: decay of the first moment; adafactor keeps one only if it is above 0.
-        b2: decay of the second moment (adamw).
-        eps: added to the root of the second moment (adamw).
+        b2: decay of the second moment (adamw, and Adam beside muon).
+        eps: added to the root of the second moment (the same).
+        muon_beta: decay of muon's momentum.
+        muon_steps: iterations that make a matrix orthogonal.
+        muon_rms: root mean square of muon's update of a matrix, over the learning
+            rate; 0 takes Jordan's factor of √max(1, outputs / inputs).
         weight_decay: decay of matrices, times the learning rate.
         clip_norm: bound of the global gradient norm; 0 does not clip.
         moment_dtype: dtype of the moments between steps.
@@ -82,7 +87,7 @@ class OptimizerSettings:
         offload: keep the optimizer's state in the host's memory.
     """
 
-    name: Literal["adamw", "adafactor"] | Named = "adamw"
+    name: Literal["adamw", "adafactor", "muon"] | Named = "adamw"
     options: Options = NO_OPTIONS
     own: Callable[..., Any] | None = dataclasses.field(default=None, metadata=NO_KNOB)
     learning_rate: float = 1e-3
@@ -97,6 +102,9 @@ class OptimizerSettings:
     b1: float = 0.9
     b2: float = 0.95
     eps: float = 1e-8
+    muon_beta: float = 0.95
+    muon_steps: int = 5
+    muon_rms: float = 0.2
     weight_decay: float = 0.1
     clip_norm: float = 1.0
     moment_dtype: Literal["float32", "bfloat16"] = "float32"

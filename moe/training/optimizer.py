@@ -10,15 +10,17 @@ import optax
 
 from moe.model.parameters import Spec
 from moe.settings import OptimizerSettings
+from moe.training.muon import scale_by_muon
 from moe.training.precision import moments_in, with_master
 from partitioning import rules
-
-# What fully sharded dimensions are called in the optimizer's state.
-MOMENTS = {axis: f"{axis}_moment" for axis in rules.FULLY_SHARDED}
+from partitioning.grid import Grid
 
 
 def make_optimizer(
-    settings: OptimizerSettings, train_steps: int, specs: Any
+    settings: OptimizerSettings,
+    train_steps: int,
+    specs: Any,
+    grid: Grid | None = None,
 ) -> optax.GradientTransformation:
     """Chains clipping, the optimizer, weight decay and the learning rate.
 
@@ -26,6 +28,7 @@ def make_optimizer(
         settings: which, and how.
         train_steps: where the cosine ends.
         specs: what the parameters are, to tell matrices from stacks of them.
+        grid: the mesh, over which Muon exchanges matrices; None on one device.
     """
     clip = (
         optax.clip_by_global_norm(settings.clip_norm)
@@ -41,6 +44,8 @@ def make_optimizer(
         scale = settings.own(specs, **settings.options)
     elif settings.name == "adamw":
         scale = optax.scale_by_adam(settings.b1, settings.b2, settings.eps)
+    elif settings.name == "muon":
+        scale = scale_by_muon(settings, specs, grid)
     else:
         assert settings.name == "adafactor", f"{settings.name}: not imported"
         scale = optax.chain(
@@ -97,7 +102,7 @@ def state_axes(opt_state_shapes: Any, specs: Any) -> Any:
 
     def axes_of(spec: Spec, leaf: jax.ShapeDtypeStruct) -> tuple[str | None, ...]:
         if leaf.shape == spec.shape:
-            return tuple(MOMENTS.get(axis or "", axis) for axis in spec.axes)
+            return tuple(rules.MOMENTS.get(axis or "", axis) for axis in spec.axes)
         lead = tuple(spec.axes[dim] for dim in spec.stacked)[: leaf.ndim]
         return (*lead, *(None,) * (leaf.ndim - len(lead)))
 

@@ -71,6 +71,22 @@ def test_work_is_three_forward_passes_and_what_is_computed_again():
 
 
 @pytest.mark.fast
+def test_muon_multiplies_every_matrix_with_itself_once_in_the_devices_that_share_it():
+    def flops(*bindings):
+        parts = work.parts(settings_of("OPTIMIZER='muon'", *bindings), "tpu")
+        return next(part for part in parts if part.name == "optimizer").flops
+
+    # 2 · 4 projections 32 × 32, and 5 · 2 matrices of 32 and 64: 4·m²·n + 2·m³ each.
+    cube = 32**3
+    whole = 5 * (8 * 6 * cube + 10 * (8 + 2) * cube)
+    assert flops() == flops("MESH_DATA=4") == whole
+    assert flops("MUON_STEPS=10") == 2 * whole
+    # An array of one matrix gives it to one of four; of four experts each has one.
+    shared = 5 * (8 * 6 * cube + (2 + 2) * 10 * cube)
+    assert flops("MESH_DATA=4", "FSDP='optimizer'") == shared
+
+
+@pytest.mark.fast
 def test_a_part_is_bound_by_arithmetic_or_by_memory_and_a_step_by_its_slowest_link():
     found = Estimate(
         parts=(PartTime("products", 3.0, 1.0), PartTime("norms", 0.0, 0.5)),

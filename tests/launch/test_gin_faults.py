@@ -379,9 +379,16 @@ def test_rules_do_not_speak_of_values_that_were_never_given(leaf):
         ),
         (
             ["OPTIMIZER=adafactor", "BETA2=0.99"],
-            "BETA2 = 0.99 means nothing to OPTIMIZER = 'adafactor', only to 'adamw': "
-            "leave it at 0.95",
+            "BETA2 = 0.99 means nothing to OPTIMIZER = 'adafactor', only to 'adamw' "
+            "and 'muon': leave it at 0.95",
         ),
+        (
+            ["MUON_RMS=0.4"],
+            "MUON_RMS = 0.4 means nothing to OPTIMIZER = 'adamw', only to 'muon': "
+            "leave it at 0.2",
+        ),
+        (["OPTIMIZER=muon", "MUON_BETA=1"], "MUON_BETA = 1.0: must be in [0, 1)"),
+        (["OPTIMIZER=muon", "MUON_STEPS=0"], "MUON_STEPS = 0: must be at least 1"),
         (
             ["OPTIMIZER=adafactor", "EPSILON=1e-6"],
             "EPSILON = 1e-06 means nothing to OPTIMIZER = 'adafactor'",

@@ -237,3 +237,16 @@ def test_a_compiled_step_sends_what_the_arithmetic_says(bindings):
     assert set(told) == set(compiled) == large
     for axis, patterns in compiled.items():
         assert told[axis] == pytest.approx(patterns, rel=0.005, abs=400), axis
+
+
+@pytest.mark.fast
+def test_muon_exchanges_pieces_of_matrices_there_and_back():
+    assert "matrices made whole" not in flows_of("MESH_DATA=4", "OPTIMIZER='muon'")
+    sharded = ("MESH_DATA=4", "FSDP='optimizer'")
+    assert "matrices made whole" not in flows_of(*sharded)
+    flow = flows_of(*sharded, "OPTIMIZER='muon'")["matrices made whole"]
+    # Two layers of four projections 32 · 32 and a dense layer of two 32 · 64, each of
+    # one matrix in its array, which is padded to four; 4 experts of two 32 · 64.
+    assert flow.whole_bytes == (8 * 4 * 32 * 32 + (2 * 4 + 2 * 4) * 32 * 64) // 4 * 4
+    assert flow.times == 2
+    assert flow.by_axis == {"data": 2 * flow.whole_bytes * 3 / 4}

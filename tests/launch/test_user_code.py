@@ -236,7 +236,10 @@ def test_words_that_are_not_there_are_told_with_those_that_are():
     text = str(raised.value)
     assert "'sinkhorn', or 'module:name' of your own; nearest: token_choice" in text
     assert "or 'module:name' of your own; nearest: cosine" in text
-    assert "must be one of 'adamw', 'adafactor', or 'module:name' of your own" in text
+    assert (
+        "must be one of 'adamw', 'adafactor', 'muon', or 'module:name' of your own"
+        in text
+    )
 
 
 @pytest.mark.fast

@@ -75,6 +75,11 @@ CASES = {
         ("decisions", "evaluation"),
     ),
 }
+CASES["muon"] = (
+    "data=2,expert=2,model=2",
+    "OPTIMIZER=muon FSDP=data_expert ACTIVATION=swiglu NUM_KV_HEADS=2 NUM_HEADS=4",
+    (),
+)
 DAILY = ("selection_bias",)
 
 

@@ -13,12 +13,12 @@ from moe.model import inventory, parameters
 from moe.model.parameters import matrix, vector
 from moe.settings import ModelSettings, OptimizerSettings, RouterSettings
 from moe.training.optimizer import (
-    MOMENTS,
     make_optimizer,
     make_schedule,
     state_axes,
 )
 from partitioning import placement
+from partitioning.rules import MOMENTS
 
 LAYERS, EXPERTS, IN, OUT = 2, 3, 128, 160  # from 128 on Adafactor factors a dimension
 ADAFACTOR = OptimizerSettings(

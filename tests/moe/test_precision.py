@@ -156,6 +156,7 @@ def types_of(tree):
     [
         ("adamw", "bfloat16"),
         ("adafactor", "float32"),
+        ("muon", "bfloat16"),
         pytest.param("adamw", "float32", marks=pytest.mark.slow),
         pytest.param("adafactor", "bfloat16", marks=pytest.mark.slow),
     ],

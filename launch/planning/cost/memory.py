@@ -15,7 +15,7 @@ import math
 from collections.abc import Iterator, Mapping
 
 from launch.config.settings import Settings
-from launch.planning.cost import local
+from launch.planning.cost import local, muon
 from launch.planning.cost.local import BYTES, FLOAT32, Attention, Local, Weight
 from moe.layers import Block, of_kind
 from moe.routing.capacity import capacity
@@ -233,15 +233,17 @@ def _gradient(weight: Weight, settings: Settings) -> int:
 def _update(
     settings: Settings, parameters: tuple[Weight, ...], others: tuple[Weight, ...]
 ) -> int:
-    """Adam is fused with the step it makes; Adafactor measures its updates first.
+    """Adam is fused with the step it makes; others measure their updates first.
 
-    Adafactor: float32 updates, of all arrays: the compiler takes none of them before
-    the last is made. Stochastic rounding: random bits of the largest array.
+    Adafactor and Muon: float32 updates, of all arrays: the compiler takes none of them
+    before the last is made. Muon: the largest array as whole matrices, too, before and
+    after. Stochastic rounding: random bits of the largest array.
     Offloading: the moments of one array, there and back.
     """
     largest = max(weight.local_size for weight in parameters) * FLOAT32
     every = sum(weight.local_size for weight in parameters) * FLOAT32
-    found = every if settings.optimizer.name == "adafactor" else 0
+    found = every if settings.optimizer.name in ("adafactor", "muon") else 0
+    found += max((2 * share.pieces_bytes for share in muon.shares(settings)), default=0)
     if settings.optimizer.rounding == "stochastic":
         found += largest
     if settings.optimizer.offload:

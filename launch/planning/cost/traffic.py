@@ -14,7 +14,7 @@ import math
 from collections.abc import Iterable, Sequence
 
 from launch.config.settings import Settings
-from launch.planning.cost import layer_traffic, local
+from launch.planning.cost import layer_traffic, local, muon
 from launch.planning.cost.flow import (
     EXCHANGE,
     Flow,
@@ -46,6 +46,7 @@ def flows(
     found = [
         *_weights(scored, parameters),
         *_gradients(scored, parameters),
+        *_matrices(scored, fastest_first),
         *(flow for sizes in sides for flow in _tables(sizes, parameters)),
         *(flow for sizes in sides for flow in layer_traffic.attention(sizes)),
         *(flow for sizes in sides for flow in layer_traffic.feed_forwards(sizes)),
@@ -137,6 +138,26 @@ def _gradients(sizes: Local, parameters: tuple[Weight, ...]) -> list[Flow]:
             )
         )
     return found
+
+
+def _matrices(sizes: Local, fastest_first: Sequence[str]) -> list[Flow]:
+    """Muon exchanges pieces of matrices for whole ones, and back."""
+    moved: dict[tuple[str, ...], int] = {}
+    for share in muon.shares(sizes.settings, fastest_first):
+        for axes in share.exchanged_over:
+            moved[axes] = moved.get(axes, 0) + share.pieces_bytes
+    return [
+        flow_of(
+            sizes,
+            "matrices made whole",
+            at_once(axes, sizes.sizes),
+            pieces,
+            2,
+            "elements of a chip × 4, there and back",
+            EXCHANGE,
+        )
+        for axes, pieces in moved.items()
+    ]
 
 
 def _by_axes(

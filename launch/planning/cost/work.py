@@ -8,7 +8,7 @@ import dataclasses
 import functools
 
 from launch.config.settings import Settings
-from launch.planning.cost import local
+from launch.planning.cost import local, muon
 from launch.planning.cost.flow import forward_passes, repeats
 from launch.planning.cost.local import BYTES, FLOAT32, Attention, Local
 from moe.layers import Block, of_kind
@@ -303,9 +303,13 @@ def _optimizer(settings: Settings) -> Part:
     """Parameters and state read and written, gradients written and read twice.
 
     Gathered weights are written once for each use, and read by the products above.
+    Muon's products are none of the model's.
     """
     parameters, others = local.weights(settings)
     kept = sum(w.local_size * w.itemsize for w in (*parameters, *others))
     gradient = BYTES[settings.execution.param_dtype]
     gradients = sum(w.local_size for w in parameters) * gradient
-    return Part("optimizer", 0, 0, 2 * kept + 3 * gradients)
+    products = sum(
+        s.flops(settings.optimizer.muon_steps) for s in muon.shares(settings)
+    )
+    return Part("optimizer", 0, products, 2 * kept + 3 * gradients)

@@ -267,6 +267,7 @@ def _range_problems(settings: Settings) -> list[str]:
     }
     fractions = {
         "FINAL_LEARNING_RATE_FRACTION": (optimizer.final_fraction, "[0, 1]"),
+        "DECAY_FRACTION": (optimizer.decay_fraction, "(0, 1]"),
         "BETA1": (optimizer.b1, "[0, 1)"),
         "BETA2": (optimizer.b2, "[0, 1)"),
         "MUON_BETA": (optimizer.muon_beta, "[0, 1)"),
@@ -306,15 +307,17 @@ def _optimizer_problems(optimizer: OptimizerSettings) -> list[str]:
     """Settings of another optimizer, or of another schedule."""
     default = OptimizerSettings()
     muon = "OPTIMIZER", ("muon",)
-    cosine = "SCHEDULE", ("cosine",)
+    falling = "SCHEDULE", ("cosine", "wsd")
     belongs_to: dict[str, tuple[str, str, tuple[str, ...]]] = {
         "BETA2": ("b2", "OPTIMIZER", ("adamw", "muon")),
         "EPSILON": ("eps", "OPTIMIZER", ("adamw", "muon")),
         "MUON_BETA": ("muon_beta", *muon),
         "MUON_STEPS": ("muon_steps", *muon),
         "MUON_RMS": ("muon_rms", *muon),
-        "FINAL_LEARNING_RATE_FRACTION": ("final_fraction", *cosine),
-        "SCHEDULE_STEPS": ("schedule_steps", *cosine),
+        "FINAL_LEARNING_RATE_FRACTION": ("final_fraction", *falling),
+        "SCHEDULE_STEPS": ("schedule_steps", *falling),
+        "DECAY_FRACTION": ("decay_fraction", "SCHEDULE", ("wsd",)),
+        "DECAY_SHAPE": ("decay_shape", "SCHEDULE", ("wsd",)),
     }
     found = []
     options = {
@@ -337,8 +340,8 @@ def _optimizer_problems(optimizer: OptimizerSettings) -> list[str]:
         taken, _ = options[choice]
         if taken not in owners and value != unused:
             found.append(
-                f"{macro} = {value} means nothing to {choice} = {taken!r}, only to "
-                f"{' and '.join(map(repr, owners))}: leave it at {unused}"
+                f"{macro} = {value!r} means nothing to {choice} = {taken!r}, only to "
+                f"{' and '.join(map(repr, owners))}: leave it at {unused!r}"
             )
     return found
 
@@ -423,6 +426,14 @@ def _size_problems(settings: Settings) -> list[str]:
         found.append(
             f"WARMUP_STEPS = {optimizer.warmup_steps} is longer than the run of "
             f"TRAIN_STEPS = {train.train_steps}: the peak would never be reached"
+        )
+    steps = optimizer.schedule_steps or train.train_steps
+    falling = optimizer.decay_fraction * steps
+    if optimizer.schedule == "wsd" and optimizer.warmup_steps + falling > steps:
+        found.append(
+            f"WARMUP_STEPS = {optimizer.warmup_steps} and DECAY_FRACTION = "
+            f"{optimizer.decay_fraction:g} of {steps} steps, {falling:g}, leave none "
+            "at the peak: one of them must be smaller"
         )
     if optimizer.rounding != "nearest" and settings.execution.param_dtype == "float32":
         found.append(

@@ -64,13 +64,18 @@ class OptimizerSettings:
         learning_rate: its peak.
         schedule: course after the warm-up, over the updates made, which skipped steps
             are not: "rsqrt" decays as 1/√step, "cosine" falls to `final_fraction` at
-            step `schedule_steps`, "constant" stays; or "module:name" of a function
+            step `schedule_steps`, "constant" stays, "wsd" stays and falls to it at the
+            end (arXiv:2404.06395, section 4); or "module:name" of a function
             (peak, num_steps, **options) of somebody's own, which returns the course.
-        schedule_steps: where the cosine ends; 0 takes the run's last step.
+        schedule_steps: where the cosine, or the fall of "wsd", ends; 0 takes the run's
+            last step.
+        decay_fraction: part of those steps in which "wsd" falls.
+        decay_shape: how it does: "linear", "sqrt" as 1 - √x (arXiv:2405.18392, eq. 2),
+            "cosine".
         schedule_options: further arguments of a function of one's own.
         own_schedule: what that name stands for, once it is imported.
         warmup_steps: linear rise, from peak / warmup_steps in the first.
-        final_fraction: end of the cosine, as a fraction of the peak.
+        final_fraction: end of the cosine and of "wsd", as a fraction of the peak.
         b1: decay of the first moment; adafactor keeps one only if it is above 0.
         b2: decay of the second moment (adamw, and Adam beside muon).
         eps: added to the root of the second moment (the same).
@@ -91,12 +96,14 @@ class OptimizerSettings:
     options: Options = NO_OPTIONS
     own: Callable[..., Any] | None = dataclasses.field(default=None, metadata=NO_KNOB)
     learning_rate: float = 1e-3
-    schedule: Literal["rsqrt", "cosine", "constant"] | Named = "cosine"
+    schedule: Literal["rsqrt", "cosine", "constant", "wsd"] | Named = "cosine"
     schedule_options: Options = NO_OPTIONS
     own_schedule: Callable[..., Any] | None = dataclasses.field(
         default=None, metadata=NO_KNOB
     )
     schedule_steps: int = 0
+    decay_fraction: float = 0.2
+    decay_shape: Literal["linear", "sqrt", "cosine"] = "linear"
     warmup_steps: int = 100
     final_fraction: float = 0.1
     b1: float = 0.9

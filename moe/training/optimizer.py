@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,6 +16,13 @@ from moe.training.precision import moments_in, with_master
 from partitioning import rules
 from partitioning.grid import Grid
 
+# What part of the way down is behind, as a function of the part of the steps.
+DECAYS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "linear": lambda x: x,
+    "sqrt": jnp.sqrt,
+    "cosine": lambda x: (1 - jnp.cos(jnp.pi * x)) / 2,
+}
+
 
 def make_optimizer(
     settings: OptimizerSettings,
@@ -26,7 +34,7 @@ def make_optimizer(
 
     Args:
         settings: which, and how.
-        train_steps: where the cosine ends.
+        train_steps: where the learning rate has fallen, unless SCHEDULE_STEPS says.
         specs: what the parameters are, to tell matrices from stacks of them.
         grid: the mesh, over which Muon exchanges matrices; None on one device.
     """
@@ -61,13 +69,22 @@ def make_optimizer(
 def make_schedule(settings: OptimizerSettings, train_steps: int) -> optax.Schedule:
     """Returns the learning rate as a function of the number of updates made."""
     peak, warmup = settings.learning_rate, settings.warmup_steps
-    num_steps = max((settings.schedule_steps or train_steps) - warmup, 1)
+    steps = settings.schedule_steps or train_steps
+    num_steps = max(steps - warmup, 1)
     if settings.own_schedule is not None:
         after = settings.own_schedule(peak, num_steps, **settings.schedule_options)
     elif settings.schedule == "cosine":
         after = optax.cosine_decay_schedule(
             peak, num_steps, alpha=settings.final_fraction
         )
+    elif settings.schedule == "wsd":
+        falling = settings.decay_fraction * steps
+
+        def after(count: jax.Array) -> jax.Array:
+            fallen = jnp.clip((count - num_steps + falling) / falling, 0, 1)
+            left = 1 - DECAYS[settings.decay_shape](fallen)
+            return peak * (left + (1 - left) * settings.final_fraction)
+
     elif settings.schedule == "rsqrt":
         start = max(warmup, 1)
 

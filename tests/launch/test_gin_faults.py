@@ -387,6 +387,17 @@ def test_rules_do_not_speak_of_values_that_were_never_given(leaf):
             "MUON_RMS = 0.4 means nothing to OPTIMIZER = 'adamw', only to 'muon': "
             "leave it at 0.2",
         ),
+        (
+            ["DECAY_SHAPE=sqrt"],
+            "DECAY_SHAPE = 'sqrt' means nothing to SCHEDULE = 'cosine', only to 'wsd': "
+            "leave it at 'linear'",
+        ),
+        (
+            ["SCHEDULE=wsd", "DECAY_FRACTION=0.8"],
+            "WARMUP_STEPS = 5 and DECAY_FRACTION = 0.8 of 20 steps, 16, leave none at "
+            "the peak: one of them must be smaller",
+        ),
+        (["SCHEDULE=wsd", "DECAY_FRACTION=0"], "DECAY_FRACTION = 0.0: must be in (0, "),
         (["OPTIMIZER=muon", "MUON_BETA=1"], "MUON_BETA = 1.0: must be in [0, 1)"),
         (["OPTIMIZER=muon", "MUON_STEPS=0"], "MUON_STEPS = 0: must be at least 1"),
         (

@@ -201,7 +201,37 @@ def test_learning_rates_rise_to_their_peak_and_follow_their_schedule(schedule, a
 
 
 @pytest.mark.fast
-@pytest.mark.parametrize("schedule", ["constant", "rsqrt", "cosine"])
+@pytest.mark.parametrize(
+    ("shape", "half", "three_quarters"),
+    # Down from 1 to 0.2: 0.2 + 0.8 · what is left after half, 3/4 of the steps.
+    [
+        ("linear", 0.6, 0.4),
+        ("sqrt", 0.2 + 0.8 * (1 - 0.5**0.5), 0.2 + 0.8 * (1 - 0.75**0.5)),
+        ("cosine", 0.6, 0.2 + 0.8 * (1 - 0.5**0.5) / 2),
+    ],
+)
+@pytest.mark.parametrize("warmup", [0, 10])
+def test_wsd_stays_at_the_peak_and_falls_in_the_last_part_of_all_steps(
+    warmup, shape, half, three_quarters
+):
+    settings = OptimizerSettings(
+        learning_rate=3.0,
+        schedule="wsd",
+        warmup_steps=warmup,
+        final_fraction=0.2,
+        decay_fraction=0.4,
+        decay_shape=shape,
+    )
+    expected = {10: 1, 59: 1, 60: 1, 80: half, 90: three_quarters, 100: 0.2, 120: 0.2}
+    rate = jax.jit(make_schedule(settings, train_steps=100))
+    np.testing.assert_allclose(
+        rate(np.array(list(expected))), 3 * np.array(list(expected.values())), rtol=1e-5
+    )
+    assert rate(np.array([61]))[0] < 3
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("schedule", ["constant", "rsqrt", "cosine", "wsd"])
 def test_without_warm_up_the_first_update_is_made_at_the_peak(schedule):
     settings = OptimizerSettings(learning_rate=3.0, schedule=schedule, warmup_steps=0)
     rate = jax.jit(make_schedule(settings, train_steps=100))(np.array([0, 1, 50]))

@@ -257,7 +257,7 @@ def _task_rows(
     """The rows of a split of each task, if they suit the objective."""
     rows = tuple(TaskRows(task, store.split(task, split), data) for task in tasks)
     for row in rows:
-        _ = row.maker  # what keeps it from being made is said now
+        _ = row.maker, row.masking  # what keeps them from being made is said now
     if lacking := [r.task for r in rows if not {*r.features} <= {*r.part.features}]:
         raise StoreError(
             f"OBJECTIVE = {data.objective!r} needs the features "

@@ -104,6 +104,8 @@ _DENOISING = Objective(
     fills=True,
 )
 
+_MASKED = Objective(layouts=("encoder",), sentinels=1, packs=True)
+
 OBJECTIVES: Mapping[str, Objective] = {
     "causal_lm": Objective(packs=True, predicts_all=True),
     "prefix_lm": Objective(maker="tasks.denoising:prefix"),
@@ -116,5 +118,6 @@ OBJECTIVES: Mapping[str, Objective] = {
         predicts_all=True,
         reads=("inputs", "targets"),
     ),
-    "masked_lm": Objective(layouts=("encoder",), sentinels=1, packs=True),
+    "masked_lm": _MASKED,
+    "masked_entities": _MASKED,
 }

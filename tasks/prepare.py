@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from tasks import files, seqio_tasks, settings, vocabularies
+from tasks import files, masked_tokens, seqio_tasks, settings, vocabularies
 from tasks.baselines import COMPRESSED_BYTES, baselines
 from tasks.errors import StoreError
 from tasks.manifest import (
@@ -274,8 +274,10 @@ def _vocabulary(work: str, plan: Plan, found: Found, reporter: _Reporter) -> Non
 def _refuse_unsuited_vocabulary(work: str, data: DataSettings) -> None:
     """Says what an objective lacks before hours are spent on tokens."""
     try:
+        vocabulary = tokenise.read_vocabulary(work)
         if data.asks is not None:
-            data.asks.make(data, tokenise.read_vocabulary(work))
+            data.asks.make(data, vocabulary)
+        masked_tokens.masking(data, vocabulary)
     except ValueError as error:
         raise StoreError(str(error)) from error
 

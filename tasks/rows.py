@@ -18,9 +18,9 @@ from tasks.store import Split
 class TaskRows:
     """What the rows of a split hold.
 
-    Text is cut into rows by `data.packing` for "causal_lm" and "masked_lm". The other
-    objectives on text make one piece of each row, cut from the stream as T5 does,
-    documents or not.
+    Text is cut into rows by `data.packing` where tokens are learnt as they are stored,
+    or masked ("causal_lm", "masked_lm"). The other objectives on text make one piece of
+    each row, cut from the stream as T5 does, documents or not.
 
     Attributes:
         task: its name.
@@ -90,13 +90,15 @@ class TaskRows:
 
     @functools.cached_property
     def masking(self) -> masked_tokens.Masking | None:
-        """How single tokens are masked, if they are."""
-        if self.data.objective != "masked_lm":
-            return None
-        words = self.part.vocabulary
-        return masked_tokens.Masking(
-            self.data.noise_density, words.size, words.extra_ids, words.eos_id
-        )
+        """How tokens, words or entities are masked, if they are.
+
+        Raises:
+            StoreError: the list of entities does not suit.
+        """
+        try:
+            return masked_tokens.masking(self.data, self.part.vocabulary)
+        except ValueError as error:
+            raise StoreError(str(error)) from error
 
     @functools.cached_property
     def index(self) -> packing.Pack | packing.Stream:

@@ -1,7 +1,7 @@
 """What to learn from, and in which pieces. Read before jax: standard library only."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from tasks.objectives import OBJECTIVES, Objective
@@ -24,12 +24,16 @@ class DataSettings:
         own: what that name stands for, once it is imported.
         layout: whose features a batch has: a "decoder"'s, in whose rows targets follow
             their inputs; an "encoder_decoder"'s, with a row for each; an "encoder"'s.
-        packing: how "causal_lm" and "masked_lm" cut text into rows. "next_fit" keeps a
-            document's pieces whole; "stream" cuts the stored stream every L tokens.
+        packing: how objectives that learn stored tokens, or mask them, cut text into
+            rows. "next_fit" keeps a document's pieces whole; "stream" cuts the stored
+            stream every L tokens.
         prefix_attention: whether the tokens that are given, and not predicted, see
             one another whole ("bidirectional") or only those before them ("causal").
-        noise_density: fraction of tokens that "span_corruption" and "masked_lm" mask.
-        mean_noise_span_length: mean length of its spans, in tokens.
+        noise_density: fraction of tokens that "span_corruption", "masked_lm" and
+            "masked_entities" mask.
+        mean_noise_span_length: mean length of spans, in tokens ("span_corruption").
+        entities: path of the list of what "masked_entities" masks as one, beside words;
+            "" is words alone.
         vocabulary: "bytes", "sentencepiece" (trained on the train split when the
             store is prepared), the path of a SentencePiece model or of a Hugging Face
             `tokenizer.json`, or "task", which keeps the tokens of a Task that
@@ -56,7 +60,13 @@ class DataSettings:
     store_dir: str
     objective: (
         Literal[
-            "causal_lm", "prefix_lm", "span_corruption", "ul2", "seq2seq", "masked_lm"
+            "causal_lm",
+            "prefix_lm",
+            "span_corruption",
+            "ul2",
+            "seq2seq",
+            "masked_lm",
+            "masked_entities",
         ]
         | str
     ) = "causal_lm"
@@ -67,6 +77,7 @@ class DataSettings:
     prefix_attention: Literal["causal", "bidirectional"] = "causal"
     noise_density: float = 0.15
     mean_noise_span_length: float = 3.0
+    entities: str = ""
     vocabulary: str = "sentencepiece"
     vocabulary_size: int = 2048
     vocabulary_model: Literal["bpe", "unigram"] = "bpe"
@@ -166,6 +177,15 @@ def problems(
     ]
 
 
+_PACKED = tuple(name for name, asks in OBJECTIVES.items() if asks.packs)
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Names in quotes, with an "and" before the last."""
+    *first, last = map(repr, names)
+    return f"{', '.join(first)} and {last}" if first else last
+
+
 def _length_problems(data: DataSettings) -> list[str]:
     """Which features an objective needs, and how long."""
     lengths, asks = dict(data.task_feature_lengths), data.asks
@@ -184,7 +204,7 @@ def _length_problems(data: DataSettings) -> list[str]:
         )
     if data.packing == "stream" and not (asks and asks.packs):
         found.append(
-            "PACKING = 'stream' is for OBJECTIVE = 'causal_lm' and 'masked_lm', and "
+            f"PACKING = 'stream' is for OBJECTIVE = {_listed(_PACKED)}, and "
             f"would be ignored with {data.objective!r}: set it to 'next_fit'"
         )
     found += _noise_problems(data)
@@ -228,17 +248,21 @@ def _noise_problems(data: DataSettings) -> list[str]:
         found.append(f"MEAN_NOISE_SPAN_LENGTH = {length}: must be at least 1")
     default = {field.name: field.default for field in dataclasses.fields(data)}
     for macro, field, value, owners in (
-        ("NOISE_DENSITY", "noise_density", density, ("span_corruption", "masked_lm")),
+        (
+            *("NOISE_DENSITY", "noise_density", density),
+            ("span_corruption", "masked_lm", "masked_entities"),
+        ),
         (
             *("MEAN_NOISE_SPAN_LENGTH", "mean_noise_span_length", length),
             ("span_corruption",),
         ),
+        ("ENTITIES", "entities", data.entities, ("masked_entities",)),
     ):
         if data.objective not in owners and value != default[field]:
             found.append(
-                f"{macro} = {value} means nothing to OBJECTIVE = {data.objective!r}, "
-                f"only to {' and '.join(map(repr, owners))}: leave it at "
-                f"{default[field]}"
+                f"{macro} = {value!r} means nothing to OBJECTIVE = "
+                f"{data.objective!r}, only to {_listed(owners)}: leave it at "
+                f"{default[field]!r}"
             )
     return found
 
@@ -266,7 +290,7 @@ def _vocabulary_problems(data: DataSettings) -> list[str]:
     if data.extra_ids < needed:
         uses = "marks what it asks for with sentinels"
         remedy = f"set it to {needed} or more (T5 has 100)"
-        if data.objective == "masked_lm":
+        if data.objective in ("masked_lm", "masked_entities"):
             uses = "puts the last of EXTRA_IDS in the place of masked tokens"
             remedy = "set it to 1"
         found.append(

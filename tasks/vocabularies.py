@@ -29,6 +29,9 @@ _SPACE = "\u2581"  # what SentencePiece writes for a space
 class Vocabulary(Protocol):
     """What every vocabulary offers."""
 
+    def __hash__(self) -> int:
+        """Vocabularies are records, and may be keys."""
+
     @property
     def kind(self) -> str:
         """One of "bytes", "sentencepiece" and "huggingface"."""

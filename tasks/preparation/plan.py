@@ -27,6 +27,7 @@ _FREE = {
     "packing",
     "prefix_attention",
     "noise_density",
+    "entities",
     "mean_noise_span_length",
     "shuffle",
     "read_retries",

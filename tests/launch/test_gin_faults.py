@@ -411,7 +411,7 @@ def test_rules_do_not_speak_of_values_that_were_never_given(leaf):
         (
             ["NOISE_DENSITY=0.3"],
             "NOISE_DENSITY = 0.3 means nothing to OBJECTIVE = 'causal_lm', only to "
-            "'span_corruption' and 'masked_lm': leave it at 0.15",
+            "'span_corruption', 'masked_lm' and 'masked_entities': leave it at 0.15",
         ),
         (
             ["MEAN_NOISE_SPAN_LENGTH=4.0"],

@@ -33,11 +33,12 @@ meshes and knobs by arithmetic, at most {margin:.0%} full; the first are compile
 a program may have.
 
 GLaM's rows are for v4, which the paper names (64B/64E for the 1,024 chips it had), and
-so are Switch-C's, for v3's successor, and M6's, which had GPUs of the same memory. The
-others were published without a TPU: v5p, and v5e for dense models below 10 billion. Of
-M6-T 1T the batch is 4,096 rows instead of 3,840, which divide over 480 GPUs and over no
-large slice; that of Switch-C's decoder is 2,048 instead of 1,024, two rows of a group
-on each chip, and Switch-C's groups have two rows instead of T5X's sixteen.
+so are those of Switch, T5, GShard and LaMDA, which had v3, and M6's, which had GPUs of
+the same memory. The others were published without a TPU: v5p, and v5e for dense models
+below 10 billion. Of M6-T 1T the batch is 4,096 rows instead of 3,840, which divide over
+480 GPUs and over no large slice; that of Switch-C's decoder is 2,048 instead of 1,024,
+two rows of a group on each chip, and Switch-C's groups have two rows instead of T5X's
+sixteen.
 """
 
 _NOTES = """\

@@ -28,19 +28,23 @@ _PROGRAM = (
     "launch/planning/compiler/hlo.py",
 )
 
-# The chip of a row, by the start of its name. GLaM was trained on v4. Switch-C had v3,
-# whose successor v4 is; M6 had V100 of 32 GB, as large as v4, of the same years. The
-# others were published without a TPU: v5p for what is large, v5e for what is not.
+# The chip of a row, by the start of its name. GLaM was trained on v4. Switch-C, GShard
+# and LaMDA had v3, whose successor v4 is; M6 had V100 of 32 GB, as large as v4, of the
+# same years. The others, v5p, were published without a TPU; small ones have v5e.
 CHIP_OF = {
     "glam": "v4",
     "switch": "v4",
     "t5": "v4",
+    "gshard": "v4",
+    "flan": "v4",
     "m6": "v4",
-    "wudao": "v5p",
-    "mixtral": "v5p",
-    "gpt3_13b": "v5p",
-    "gpt3_175b": "v5p",
-    "gpt3": "v5e",
+    "gpt2": "v5e",
+    "gpt3_1_3b": "v5e",
+    "gpt3_2_7b": "v5e",
+    "gpt3_6_7b": "v5e",
+    "pangu_alpha_2_6b": "v5e",
+    "megatron_8_3b": "v5e",
+    "ernie_3_10b": "v5e",
 }
 # GLaM 64B/64E is compiled for the slice that its authors had.
 FIRST_SLICE = {"glam_64b_64e": "v4:8x8x16"}
@@ -136,7 +140,7 @@ def read(name: str) -> ResolvedConfig:
 def chip_of(name: str) -> str:
     """Returns the chip on which a row is compiled."""
     starts = [start for start in CHIP_OF if name.startswith(start)]
-    return CHIP_OF[max(starts, key=len)]
+    return CHIP_OF[max(starts, key=len)] if starts else "v5p"
 
 
 def slices_of(name: str) -> list[Topology]:

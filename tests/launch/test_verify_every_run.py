@@ -18,12 +18,17 @@ from launch.config import edit, reader
 from launch.config.settings import PlatformSettings, problems
 from launch.verification import examine
 from launch.verification.shrink import shrink
+from moe import architecture
 
 CONFIGS = Path(str(importlib.resources.files("configs")))
 # Sizes of one family shrink to the same: one of each is enough.
 LIKE = ("t5_small", "t5_base", "t5_3b", "t5_11b", "t5_1_1_small", "t5_1_1_base")
 LIKE += ("t5_1_1_large", "t5_1_1_xl", "switch_base_8", "switch_base_16", "bert_large")
 LIKE += ("switch_base_32", "switch_base_64", "switch_base_256", "switch_large")
+LIKE += ("gpt2_355m", "gpt2_774m", "gpt2_1_5b", "megatron_8_3b", "turing_nlg_17b")
+LIKE += ("mt_nlg_530b", "pangu_alpha_2_6b", "pangu_alpha_13b", "pangu_alpha_200b")
+LIKE += ("pangu_nlp_100b_proxy", "yuan_1_245b", "ernie_3_10b", "ernie_3_titan_260b")
+LIKE += ("m6_dense_10b", "cpm_2_11b")
 RUNS = sorted(
     path.stem
     for path in (CONFIGS / "runs").glob("*.gin")
@@ -49,7 +54,7 @@ def read(run: str, mesh: str):
         f"VOCAB_SIZE={-(-settings.model.vocab_size // 2) * 2}",
         f"BATCH_SIZE={max(settings.train.batch_size, 16)}",
     ]
-    if settings.model.moe_every:
+    if architecture.has_experts(settings.model):
         knobs += [f"GROUP_SIZE={min(16, settings.data.length // 4)}", "GROUP_ROWS=1"]
         knobs += ["ENCODER_GROUP_SIZE=16"] if settings.data.encoder_length else []
     return reader.read([f"runs/{run}.gin"], knobs)

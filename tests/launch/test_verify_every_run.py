@@ -12,13 +12,13 @@ from pathlib import Path
 
 import jax
 import pytest
+from every_run import on_eight_devices
 
 from benchmarks.ladder.rows import is_shared
-from launch.config import edit, reader
+from launch.config import edit
 from launch.config.settings import PlatformSettings, problems
 from launch.verification import examine
 from launch.verification.shrink import shrink
-from moe import architecture
 
 CONFIGS = Path(str(importlib.resources.files("configs")))
 # Sizes of one family shrink to the same: one of each is enough.
@@ -42,24 +42,6 @@ MESHES = {
 }
 
 
-def read(run: str, mesh: str):
-    """A configuration with the knobs of a mesh.
-
-    No run is for these meshes: its vocabulary may be odd, its batch too small for
-    eight devices, its groups longer than the cuts of a row.
-    """
-    settings = reader.read([f"runs/{run}.gin"]).settings
-    knobs = [
-        *MESHES[mesh],
-        f"VOCAB_SIZE={-(-settings.model.vocab_size // 2) * 2}",
-        f"BATCH_SIZE={max(settings.train.batch_size, 16)}",
-    ]
-    if architecture.has_experts(settings.model):
-        knobs += [f"GROUP_SIZE={min(16, settings.data.length // 4)}", "GROUP_ROWS=1"]
-        knobs += ["ENCODER_GROUP_SIZE=16"] if settings.data.encoder_length else []
-    return reader.read([f"runs/{run}.gin"], knobs)
-
-
 @pytest.fixture(scope="session")
 def passed(pytestconfig) -> Path:
     """A folder for what this code and these configurations have passed."""
@@ -79,7 +61,7 @@ def passed(pytestconfig) -> Path:
 @pytest.mark.parametrize("run", RUNS)
 @pytest.mark.parametrize("mesh", MESHES)
 def test_the_meshes_suit_every_run(run, mesh):
-    settings = read(run, mesh).settings
+    settings = on_eight_devices(run, *MESHES[mesh]).settings
     on_mesh = dataclasses.replace(
         settings, mesh=edit.parse_mesh(mesh)[0], platform=PlatformSettings()
     )
@@ -94,7 +76,7 @@ def test_every_run_is_the_same_on_a_mesh(run, mesh, passed):
     file = passed / f"{run}-{mesh}.json"
     if file.exists():
         return  # with this very code
-    config = read(run, mesh)
+    config = on_eight_devices(run, *MESHES[mesh])
     small = shrink(config.settings, [edit.parse_mesh(mesh)[0]], run, 8)
     (verdict,) = examine.examine(config, small, parts=("decisions",))
     assert verdict.ok, examine.differing(verdict)

@@ -165,6 +165,11 @@ def _shape_problems(model: ModelSettings) -> list[str]:
         )
     if model.norm_epsilon < 0:
         found.append(f"NORM_EPSILON = {model.norm_epsilon}: cannot be negative")
+    if model.output_transform and "glu" in model.activation:
+        found.append(
+            f"OUTPUT_TRANSFORM = True has no gate for ACTIVATION = "
+            f"{model.activation!r}: set one to another"
+        )
     if model.token_types < 0:
         found.append(f"TOKEN_TYPES = {model.token_types}: cannot be negative")
     if model.relative_buckets % 2 and model.shape != "decoder":

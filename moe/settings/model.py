@@ -7,6 +7,17 @@ nothing else does. What it means for each layer, `moe/architecture.py` says.
 import dataclasses
 from typing import Literal
 
+Activation = Literal[
+    "relu",
+    "relu_squared",
+    "gelu",
+    "gelu_exact",
+    "geglu",
+    "geglu_exact",
+    "swiglu",
+    "swiglu_clamped",
+]
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelSettings:
@@ -23,8 +34,9 @@ class ModelSettings:
         num_heads: N.
         head_dim: D.
         mlp_dim: F of a dense layer.
-        activation: "relu", "gelu" (its approximation by tanh), "gelu_exact" (BERT),
-            "geglu" or "swiglu"; the last two are gated.
+        activation: "relu", "relu_squared" (arXiv:2109.08668), "gelu" (its approximation
+            by tanh) or "gelu_exact" (BERT); or gated: "geglu", "geglu_exact", "swiglu",
+            "swiglu_clamped" (gpt-oss).
         mlp_biases: whether dense feed-forwards have biases.
         num_kv_heads: heads of keys and values, each shared by as many heads of queries
             (arXiv:2305.13245); 0 has one for each.
@@ -110,7 +122,7 @@ class ModelSettings:
     mlp_dim: int
     shape: Literal["decoder", "encoder_decoder", "encoder"] = "decoder"
     num_encoder_layers: int = 0
-    activation: Literal["relu", "gelu", "gelu_exact", "geglu", "swiglu"] = "gelu"
+    activation: Activation = "gelu"
     mlp_biases: bool = False
     num_kv_heads: int = 0
     attention_biases: bool = False
@@ -130,9 +142,7 @@ class ModelSettings:
     norm: Literal["rms", "layer"] = "rms"
     norm_place: Literal["before", "after"] = "before"
     norm_epsilon: float = 0.0
-    expert_activation: Literal[
-        "same", "relu", "gelu", "gelu_exact", "geglu", "swiglu"
-    ] = "same"
+    expert_activation: Literal["same", Activation] = "same"
     expert_biases: bool = False
     first_dense_layers: int = 0
     moe_every: int = 2

@@ -136,7 +136,7 @@ class DenseSettings:
 
     Attributes:
         mlp_dim: F.
-        activation: "relu", "gelu", "geglu" or "swiglu"; the last two are gated.
+        activation: key of `PLAIN` or `GATED` in `moe/model/feed_forward/dense.py`.
         biases: whether both products have biases.
         init_scale: variance of the initial weights, times their fan-in.
     """

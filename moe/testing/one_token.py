@@ -202,8 +202,11 @@ def one_expert(
 def _activate(before_IF: np.ndarray, activation: str) -> np.ndarray:
     """Hidden activations; gated ones take the second row times f of the first."""
     first_F = before_IF[0]
-    if activation == "relu":
-        return np.maximum(first_F, 0)
+    if activation.startswith("relu"):
+        return np.maximum(first_F, 0) ** (2 if activation == "relu_squared" else 1)
+    if activation == "swiglu_clamped":
+        gate_F, linear_F = np.minimum(first_F, 7), np.clip(before_IF[1], -7, 7)
+        return gate_F / (1 + np.exp(-1.702 * gate_F)) * (linear_F + 1)
     if activation == "swiglu":
         return first_F / (1 + np.exp(-first_F)) * before_IF[1]
     # gelu by its usual tanh, as in jax.nn.gelu

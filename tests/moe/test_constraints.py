@@ -117,6 +117,10 @@ def test_settings_that_obey_the_rules(changes):
         ({"dropout": -0.1}, "DROPOUT_RATE = -0.1: must be in [0, 1)"),
         ({"init_scale": 0.0}, "INIT_SCALE = 0.0: must be above 0"),
         ({"moe_every": -1}, "MOE_EVERY = -1: 0 means dense"),
+        (
+            {"output_transform": True, "activation": "geglu"},
+            "OUTPUT_TRANSFORM = True has no gate for ACTIVATION = 'geglu'",
+        ),
         # Layers.
         ({"first_dense_layers": -2}, "FIRST_DENSE_LAYERS = -2: cannot be negative"),
         (

@@ -50,10 +50,11 @@ def row_by_row(w, rows_RM, size_e, activation):
         for _ in range(size):
             up = np.einsum("M,M...->...", rows_RM[row].astype(np.float64), w["up"][e])
             up = up + w.get("up_bias", {e: 0})[e]
-            if activation == "swiglu":
-                hidden_F = up[0] / (1 + np.exp(-up[0])) * up[1]
+            if activation == "swiglu_clamped":
+                gate, linear = np.minimum(up[0], 7), np.clip(up[1], -7, 7)
+                hidden_F = gate / (1 + np.exp(-1.702 * gate)) * (linear + 1)
             else:
-                hidden_F = np.maximum(up, 0)
+                hidden_F = np.maximum(up, 0) ** 2
             y_RM[row] = hidden_F @ w["down"][e] + w.get("down_bias", {e: 0})[e]
             row += 1
     return y_RM
@@ -66,7 +67,7 @@ def every_expert_masked(w, rows_RM, size_e, activation):
     if "up_bias" in w:
         up_eRF += w["up_bias"][:, None]
     if activation in GATED:
-        hidden_eRF = GATED[activation](up_eRF[:, :, 0]) * up_eRF[:, :, 1]
+        hidden_eRF = GATED[activation](up_eRF[:, :, 0], up_eRF[:, :, 1])
     else:
         hidden_eRF = PLAIN[activation](up_eRF)
     y_eRM = jnp.einsum("eRF,eFM->eRM", hidden_eRF, w["down"])
@@ -101,7 +102,7 @@ def assert_near(wanted, got, rtol):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("activation", ["relu", "swiglu"])
+@pytest.mark.parametrize("activation", ["relu_squared", "swiglu_clamped"])
 def test_outputs_and_gradients_for_any_sizes(activation, method):
     w = draw_weights(activation)
     ours = jax.jit(value_and_gradients(grouped_feed_forward, activation, method=method))

@@ -43,13 +43,13 @@ def by_hand(model: ModelSettings, router: RouterSettings) -> tuple[int, int]:
     last += model.embedding_norm + model.output_transform
     norms = (2 * layers + crosses + last) * M * (2 if model.norm == "layer" else 1)
     # A gate has a matrix of its own.
-    up = 2 if model.activation in ("geglu", "swiglu") else 1
+    up = 2 if "glu" in model.activation else 1
     dense = (up + 1) * M * F
     if model.mlp_biases:
         dense += up * F + M
     of_experts = model.expert_activation
     of_experts = model.activation if of_experts == "same" else of_experts
-    expert_up = 2 if of_experts in ("geglu", "swiglu") else 1
+    expert_up = 2 if "glu" in of_experts else 1
     expert = (expert_up + 1) * M * model.expert_mlp_dim
     if model.expert_biases:
         expert += expert_up * model.expert_mlp_dim + M

@@ -82,7 +82,8 @@ EXPERTS = {
     "deepseek": {"activation": "swiglu", "biases": True},
     "spill": {"activation": "gelu", "biases": True},
     "expert_choice": {"activation": "geglu"},
-    "dropless": {"activation": "swiglu", "biases": True},
+    "dropless": {"activation": "swiglu_clamped", "biases": True},
+    "glam": {"activation": "relu_squared"},
     "gated_inputs": {"activation": "swiglu", "biases": True},
 }
 

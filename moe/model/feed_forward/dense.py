@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 
 from moe.model.execution import Execution
 from moe.model.parameters import Spec, matrix, vector
@@ -11,15 +12,27 @@ from moe.model.products import product
 from moe.model.view import View
 from moe.settings import DenseSettings
 
-Activation = Callable[[jax.Array], jax.Array]
-GATED: dict[str, Activation] = {
-    "geglu": jax.nn.gelu,
-    "swiglu": jax.nn.silu,
-}  # arXiv:2002.05202
-PLAIN: dict[str, Activation] = {
+gelu_exact = functools.partial(jax.nn.gelu, approximate=False)
+
+
+def _clamped(gate: jax.Array, linear: jax.Array) -> jax.Array:
+    """The gated unit of gpt-oss: σ(1.702·x) makes about a gelu of x·σ(1.702·x)."""
+    gate, linear = jnp.minimum(gate, 7.0), jnp.clip(linear, -7.0, 7.0)
+    return gate * jax.nn.sigmoid(1.702 * gate) * (linear + 1.0)
+
+
+# Of the gate and of what it gates (arXiv:2002.05202).
+GATED: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
+    "geglu": lambda gate, linear: jax.nn.gelu(gate) * linear,
+    "geglu_exact": lambda gate, linear: gelu_exact(gate) * linear,
+    "swiglu": lambda gate, linear: jax.nn.silu(gate) * linear,
+    "swiglu_clamped": _clamped,
+}
+PLAIN: dict[str, Callable[[jax.Array], jax.Array]] = {
     "relu": jax.nn.relu,
+    "relu_squared": lambda x: jnp.square(jax.nn.relu(x)),  # arXiv:2109.08668
     "gelu": jax.nn.gelu,
-    "gelu_exact": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_exact": gelu_exact,
 }
 
 Weights = dict[str, jax.Array]
@@ -92,4 +105,4 @@ def activate(up: jax.Array, activation: str) -> jax.Array:
     """Applies the non-linearity; gated ones halve the dimension before the last."""
     if activation in PLAIN:
         return PLAIN[activation](up)
-    return GATED[activation](up[..., 0, :]) * up[..., 1, :]
+    return GATED[activation](up[..., 0, :], up[..., 1, :])

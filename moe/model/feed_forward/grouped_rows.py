@@ -18,7 +18,7 @@ def split_inputs(activation: str, up_RU: jax.Array) -> list[jax.Array]:
 
 
 def activate(activation: str, *inputs: jax.Array) -> jax.Array:
-    """Applies the non-linearity; gated ones multiply the second input by it."""
+    """Applies the non-linearity to one input, or to a gate and what it gates."""
     if activation in GATED:
-        return GATED[activation](inputs[0]) * inputs[1]
-    return PLAIN[activation](inputs[0])
+        return GATED[activation](*inputs)
+    return PLAIN[activation](*inputs)

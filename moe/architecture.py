@@ -19,7 +19,7 @@ from moe.settings import (
     SparseSettings,
 )
 
-EPSILONS = {"rms": 1e-6, "layer": 1e-5}
+EPSILONS = {"rms": 1e-6, "rms_plus_one": 1e-6, "layer": 1e-5}
 
 
 def sides(model: ModelSettings) -> dict[str, ModelSettings]:
@@ -47,8 +47,8 @@ def has_experts(model: ModelSettings) -> bool:
 
 
 def has_dense(model: ModelSettings) -> bool:
-    """Whether any layer is dense."""
-    return any(
+    """Whether any layer has a dense feed-forward."""
+    return model.extra_mlp != "none" or any(
         side.moe_every != 1 or side.first_dense_layers > 0
         for side in sides(model).values()
     )
@@ -192,6 +192,8 @@ def _embedding(model: ModelSettings) -> EmbeddingSettings:
         max_positions=model.max_positions if model.positions == "learned" else 0,
         tied=model.tie_embeddings,
         init_scale=model.init_scale,
+        scale=model.embed_scale or model.model_dim**0.5,
+        logit_scale=model.logit_scale,
         token_types=model.token_types,
         norm=_norm(model) if model.embedding_norm else None,
         transform=model.activation if model.output_transform else "",
@@ -209,9 +211,10 @@ def _stack(side: ModelSettings, router: RouterSettings, *, crosses: bool) -> Sta
     return Stack(
         below + _repeating(blocks[first:], max(side.moe_every, 1), first),
         width=side.model_dim,
-        norm=_norm(side) if side.norm_place == "before" else None,
+        norm=_norm(side) if side.norm_place != "after" else None,
         shared_positions=_positions(side) if side.positions == "relative" else None,
         dropout=side.dropout,
+        residual_scale=side.residual_scale,
     )
 
 
@@ -249,7 +252,7 @@ def _repeating(blocks: list[Block], step: int, first: int) -> tuple[Segment, ...
 def _block(
     side: ModelSettings, router: RouterSettings, layer: int, *, crosses: bool
 ) -> Block:
-    """Attention, maybe to the other stack too, then experts or a dense feed-forward."""
+    """Attention, maybe to the other stack too, then experts or dense, or both."""
     norm, own = _norm(side), _heads(side, layer)
     block = [Sublayer("attention", "heads", own, norm)]
     if crosses:
@@ -257,14 +260,15 @@ def _block(
             own, positions=PositionSettings(), window=0, causal=False, shares_bias=False
         )
         block.append(Sublayer("cross", "cross", cross, norm))
+    mlp = DenseSettings(side.mlp_dim, side.activation, side.mlp_biases, side.init_scale)
+    dense = Sublayer("dense", "dense", mlp, norm)
     experts = _experts(side)
-    if layer in experts:
-        sparse = _sparse(side, router, experts[layer])
-        return *block, Sublayer("sparse", "sparse", sparse, norm)
-    dense = DenseSettings(
-        side.mlp_dim, side.activation, side.mlp_biases, side.init_scale
-    )
-    return *block, Sublayer("dense", "dense", dense, norm)
+    if layer not in experts:
+        return *block, dense
+    of_experts = _sparse(side, router, experts[layer])
+    sparse = Sublayer("sparse", "sparse", of_experts, norm)
+    also = {"before": (dense, sparse), "after": (sparse, dense)}
+    return *block, *also.get(side.extra_mlp, (sparse,))
 
 
 def _experts(side: ModelSettings) -> dict[int, int]:
@@ -351,6 +355,7 @@ def _sparse(
         ),
         router=router,
         shared=shared if model.shared_expert_mlp_dim else None,
+        shared_gate=model.shared_expert_gate,
         dropout=model.expert_dropout,
         vocab_size=model.vocab_size if router.family == "hashed" else 0,
     )

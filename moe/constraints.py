@@ -70,8 +70,14 @@ def problems(
             if getattr(encoder_router, field) != getattr(router, field)
         ]
     found += fraction_problems({"DROPOUT_RATE": model.dropout})
-    if model.init_scale <= 0:
-        found.append(f"INIT_SCALE = {model.init_scale}: must be above 0")
+    above_0 = {
+        "INIT_SCALE": model.init_scale,
+        "RESIDUAL_SCALE": model.residual_scale,
+        "LOGIT_SCALE": model.logit_scale,
+    }
+    found += [f"{m} = {x}: must be above 0" for m, x in above_0.items() if x <= 0]
+    if model.embed_scale < 0:
+        found.append(f"EMBED_SCALE = {model.embed_scale}: cannot be negative")
     found += _execution_problems(model, execution)
     found += architecture.problems(model)
     if architecture.has_experts(model):
@@ -208,6 +214,11 @@ def _expert_problems(model: ModelSettings, execution: ExecutionSettings) -> list
     if model.shared_expert_mlp_dim < 0:
         found.append(
             f"SHARED_EXPERT_MLP_DIM = {model.shared_expert_mlp_dim}: 0 means none"
+        )
+    if model.shared_expert_gate and not model.shared_expert_mlp_dim:
+        found.append(
+            "SHARED_EXPERT_GATE = True means nothing to SHARED_EXPERT_MLP_DIM = 0: set "
+            "one to another"
         )
     if model.expert_dropout > 0 and execution.transport not in ("auto", *PADDED):
         found.append(

@@ -71,6 +71,7 @@ class Stack(NamedTuple):
         norm: normalisation of the output; None where the last layer has done it.
         shared_positions: the bias by distance that layers share; None without.
         dropout: probability of zeroing what a sublayer adds.
+        residual_scale: factor of what a sublayer adds.
     """
 
     segments: tuple[Segment, ...]
@@ -78,6 +79,7 @@ class Stack(NamedTuple):
     norm: NormSettings | None
     shared_positions: PositionSettings | None = None
     dropout: float = 0.0
+    residual_scale: float = 1.0
 
     @property
     def layers(self) -> list[Block]:

@@ -236,6 +236,7 @@ def _describe_router(
         "a bias of logits": router.logit_bias,
         "gates on inputs": router.gate_place == "input",
         "a shared expert": settings.model.shared_expert_mlp_dim > 0,
+        "its gate": settings.model.shared_expert_gate,
         f"at most {router.max_experts_per_token} per token": (
             router.max_experts_per_token > 0
         ),

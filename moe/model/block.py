@@ -1,6 +1,5 @@
 """A layer: sublayers that read the residual stream in turn and add to it."""
 
-import functools
 from typing import Any
 
 import jax
@@ -25,7 +24,7 @@ def specs(block: Block, width: int) -> Tree:
     """Describes the parameters of a layer."""
     return {
         each.name: {
-            "norm": norms.specs(each.norm, width),
+            **{name: norms.specs(each.norm, width) for name in each.norm.names},
             **KINDS[each.kind].specs(each.settings, width),
         }
         for each in block
@@ -59,7 +58,7 @@ def run(
     stack: Stack,
     execution: Execution,
 ) -> tuple[jax.Array, Tree | None, list[Any]]:
-    """Adds what each sublayer makes of the stream, which is normalised before or after.
+    """Adds what each sublayer makes of the stream, normalised where its norm says.
 
     Args:
         block: the layer's sublayers.
@@ -81,12 +80,13 @@ def run(
         if key is not None:
             layer_key = jax.random.fold_in(key, number)
             own_key, drop_key = jax.random.split(jax.random.fold_in(layer_key, place))
-        norm = functools.partial(
-            norms.normalise, w[each.name]["norm"], settings=each.norm
-        )
+        own, norm = w[each.name], each.norm
+        given_BLM = x_BLM
+        if norm.place in ("before", "both"):
+            given_BLM = norms.normalise(own["norm"], x_BLM, norm)
         y_BLM, memory, sums = KINDS[each.kind].apply(
-            w[each.name],
-            norm(x_BLM) if each.norm.place == "before" else x_BLM,
+            own,
+            given_BLM,
             view,
             None if memories is None else memories.get(each.name),
             each.settings,
@@ -94,11 +94,19 @@ def run(
             number,
             execution,
         )
+        if norm.place in ("output", "both"):
+            y_BLM = norms.normalise(own["output_norm"], y_BLM, norm)
         row_B = view.routed.row_B
-        x_BLM = x_BLM + dropout(y_BLM, stack.dropout, drop_key, row_B, execution)
-        x_BLM = norm(x_BLM) if each.norm.place == "after" else x_BLM
+        y_BLM = dropout(y_BLM, stack.dropout, drop_key, row_B, execution)
+        x_BLM = x_BLM + _scaled(y_BLM, stack.residual_scale)
+        if norm.place == "after":
+            x_BLM = norms.normalise(own["norm"], x_BLM, norm)
         if memory is not None:
             kept[each.name] = memory
         if sums is not None:
             counted.append(sums)
     return x_BLM, None if memories is None else kept, counted
+
+
+def _scaled(y_BLM: jax.Array, scale: float) -> jax.Array:
+    return y_BLM if scale == 1 else y_BLM * scale

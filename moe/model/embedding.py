@@ -59,11 +59,11 @@ def embed(
 ) -> jax.Array:
     """Embeds tokens, maybe adds their positions and types; x_BLM as the stream is cut.
 
-    Scaled to unit variance: beside a smaller residual stream the first attention's mean
-    would dominate, all tokens look alike, and the routers send them to the same
-    experts. A tied output then starts out predicting its own input.
+    By default scaled to unit variance: beside a smaller residual stream the first
+    attention's mean would dominate, all tokens look alike, and the routers send them to
+    the same experts. A tied output then starts out predicting its own input.
     """
-    x_BLM = look_up(params["embedding"], id_BL, execution) * s.width**0.5
+    x_BLM = look_up(params["embedding"], id_BL, execution) * s.scale
     if s.max_positions:
         position_BL = execution.grid.residual(position_BL)
         here_BLM = jnp.take(params["positions"], position_BL, axis=0)

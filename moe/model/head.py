@@ -43,11 +43,13 @@ class Head:
     Attributes:
         matrix_mv: the matrix.
         bias_v: bias of the logits; None without.
+        scale: factor of the logits.
         cap: bound of the logits; 0 sets none.
     """
 
     matrix_mv: jax.Array
     bias_v: jax.Array | None
+    scale: float = dataclasses.field(default=1.0, metadata={"static": True})
     cap: float = dataclasses.field(default=0.0, metadata={"static": True})
 
 
@@ -129,13 +131,16 @@ def logits_of(head: Head, x_BLM: jax.Array, execution: Execution) -> jax.Array:
     """
     matrix_Mv = _whole(head.matrix_mv, execution)
     logits_BLV = product(x_BLM, matrix_Mv, head.bias_v, result=jnp.float32)
+    if head.scale != 1:
+        logits_BLV *= head.scale
     return head.cap * jnp.tanh(logits_BLV / head.cap) if head.cap else logits_BLV
 
 
 def projection(params: Any, s: EmbeddingSettings) -> Head:
     """Returns this device's part of the output projection, [M, V], and its bias."""
     matrix_mv = params["embedding"].T if s.tied else params["head"]
-    return Head(matrix_mv, params.get("output_bias"), s.logit_cap)
+    bias = params.get("output_bias")
+    return Head(matrix_mv, bias, cap=s.logit_cap, scale=s.logit_scale)
 
 
 def transform(

@@ -11,7 +11,7 @@ from moe.settings import NormSettings
 
 def specs(settings: NormSettings, width: int) -> dict[str, Spec]:
     """Returns the parameters: `scale`, and `bias` of a "layer" norm, each [M]."""
-    scale = vector((width,), ("norm",), 1.0)
+    scale = vector((width,), ("norm",), float(settings.kind != "rms_plus_one"))
     if settings.kind == "layer":
         return {"scale": scale, "bias": vector((width,), ("norm",))}
     return {"scale": scale}
@@ -31,7 +31,8 @@ def normalise(
     """Returns normalised activations in their dtype; in between all is float32.
 
     "rms" divides by the root mean square (arXiv:1910.07467, eq. 4), "layer" subtracts
-    the mean and divides by the deviation (arXiv:1607.06450, eq. 4).
+    the mean and divides by the deviation (arXiv:1607.06450, eq. 4). The scale of
+    "rms_plus_one" is 1 + w.
 
     Args:
         w: what `specs` describes.
@@ -44,7 +45,8 @@ def normalise(
         x -= mean(x)
     square = mean(x * x)
     x *= jax.lax.rsqrt(square + settings.epsilon)
-    x *= w["scale"].astype(jnp.float32)
+    scale = w["scale"].astype(jnp.float32)
+    x *= 1.0 + scale if settings.kind == "rms_plus_one" else scale
     if settings.kind == "layer":
         x += w["bias"].astype(jnp.float32)
     return x.astype(x_BLM.dtype)

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from moe.model.exchange import exchange_of
 from moe.model.execution import Execution
 from moe.model.feed_forward import dense, experts
-from moe.model.parameters import Spec, vector
+from moe.model.parameters import Spec, matrix, vector
+from moe.model.products import product
 from moe.model.rounds import in_rounds
 from moe.model.view import Routed, View
 from moe.routing import hashed
@@ -45,6 +46,9 @@ def specs(s: SparseSettings, width: int) -> dict[str, Any]:
         found["selection_bias"] = dataclasses.replace(bias, dtype="float32")
     if s.shared is not None:
         found["shared"] = dense.specs(s.shared, M)
+        if s.shared_gate:
+            scale = s.shared.init_scale
+            found["shared_gate"] = matrix((M, 1), ("embed", None), (0,), (1,), scale)
     return found
 
 
@@ -126,7 +130,11 @@ def sparse_layer(
     y_BGrLM = y_GSM.reshape(B // rows, here, rows, length, M)
     y_BLM = y_BGrLM.swapaxes(1, 2).reshape(B, L, M)
     if s.shared is not None:
-        y_BLM += _shared(w["shared"], x_BLM, s.shared.activation, execution)
+        shared_BLM = _shared(w["shared"], x_BLM, s.shared.activation, execution)
+        if s.shared_gate:
+            logit_BL1 = product(x_BLM, w["shared_gate"], result=jnp.float32)
+            shared_BLM *= jax.nn.sigmoid(logit_BL1).astype(x_BLM.dtype)
+        y_BLM += shared_BLM
     return y_BLM, sums
 
 

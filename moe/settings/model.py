@@ -63,10 +63,12 @@ class ModelSettings:
             an encoder half for each side.
         relative_max_distance: distance from which on all share the last bucket.
         max_positions: rows of the learned table; at least L.
-        norm: "rms" (arXiv:1910.07467) or "layer" (arXiv:1607.06450), which has a bias.
-        norm_place: "before" a sublayer, with one more norm on top (T5, GPT-2), or
-            "after" it and what it was added to (arXiv:1706.03762; BERT).
-        norm_epsilon: added to the mean square; 0 takes 1e-6 of "rms", 1e-5 of "layer".
+        norm: "rms" (arXiv:1910.07467); "rms_plus_one", whose scales are one more than
+            their weights (Gemma); or "layer" (arXiv:1607.06450), which has a bias.
+        norm_place: "before" a sublayer (T5, GPT-2), on its "output", before that is
+            added (OLMo 2), or "both" (Gemma 2), with one more norm on top; or "after"
+            it and what it was added to (arXiv:1706.03762; BERT).
+        norm_epsilon: added to the mean square; 0 takes 1e-5 of "layer", else 1e-6.
         expert_activation: activation of the experts; "same" takes `activation`.
         expert_biases: whether experts have biases.
         first_dense_layers: layers at the bottom that are dense (DeepSeek-V3: 3).
@@ -79,8 +81,12 @@ class ModelSettings:
             first, as in PR-MoE's pyramid (arXiv:2201.05596, section 4.1); () has
             `num_experts` in all.
         expert_mlp_dim: F of one expert.
+        extra_mlp: whether a sparse layer has a dense feed-forward too, a sublayer of
+            its own "before" or "after" the experts (ST-MoE, arXiv:2202.08906); "none".
         shared_expert_mlp_dim: F of the experts that every token visits, side by side
             as one (DeepSeekMoE, arXiv:2401.06066, section 3.2); 0 has none.
+        shared_expert_gate: whether what they make of a token is multiplied by
+            sigmoid(x·w) (Qwen2-MoE).
         dropout: probability of zeroing an activation on the residual path.
         expert_dropout: the same inside the experts, for fine-tuning (Switch, section
             2.4: 0.4).
@@ -88,6 +94,9 @@ class ModelSettings:
             section 2.4: 0.1). As in Flaxformer's recipe, of all products, of the bias
             by distance and of an output projection of its own, but not of embeddings,
             which start out with unit variance, nor of routers, which have 0.02².
+        embed_scale: factor of embeddings; 0 takes the root of M (T5, Gemma).
+        residual_scale: factor of what each sublayer adds to the stream (Granite).
+        logit_scale: factor of the logits.
         rope_base: base of the rotary position angles (arXiv:2104.09864).
         rope_base_windowed: base in layers with a window, whose angles are not scaled
             (Gemma 3, arXiv:2503.19786, section 2.1); 0: as in the others.
@@ -139,8 +148,8 @@ class ModelSettings:
     relative_buckets: int = 32
     relative_max_distance: int = 128
     max_positions: int = 0
-    norm: Literal["rms", "layer"] = "rms"
-    norm_place: Literal["before", "after"] = "before"
+    norm: Literal["rms", "rms_plus_one", "layer"] = "rms"
+    norm_place: Literal["before", "both", "output", "after"] = "before"
     norm_epsilon: float = 0.0
     expert_activation: Literal["same", Activation] = "same"
     expert_biases: bool = False
@@ -151,10 +160,15 @@ class ModelSettings:
     num_experts: int = 8
     experts_per_layer: tuple[int, ...] = ()
     expert_mlp_dim: int = 1024
+    extra_mlp: Literal["none", "before", "after"] = "none"
     shared_expert_mlp_dim: int = 0
+    shared_expert_gate: bool = False
     dropout: float = 0.0
     expert_dropout: float = 0.0
     init_scale: float = 1.0
+    embed_scale: float = 0.0
+    residual_scale: float = 1.0
+    logit_scale: float = 1.0
     rope_base: float = 10_000.0
     rope_base_windowed: float = 0.0
     rope_fraction: float = 1.0

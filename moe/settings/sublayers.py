@@ -15,14 +15,24 @@ class NormSettings:
     """A normalisation.
 
     Attributes:
-        kind: "rms" (arXiv:1910.07467), or "layer" (arXiv:1607.06450), which has a bias.
+        kind: "rms" (arXiv:1910.07467); "rms_plus_one", whose scales are one more than
+            their weights (Gemma); or "layer" (arXiv:1607.06450), which has a bias.
         epsilon: added to the mean square.
-        place: "before" a sublayer or "after" the sum with its input.
+        place: "before" a sublayer; on its "output", before that is added; "both"; or
+            "after" the sum with its input.
     """
 
-    kind: Literal["rms", "layer"] = "rms"
+    kind: Literal["rms", "rms_plus_one", "layer"] = "rms"
     epsilon: float = 1e-6
-    place: Literal["before", "after"] = "before"
+    place: Literal["before", "both", "output", "after"] = "before"
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names among a sublayer's weights of its norms; all but one are of `norm`."""
+        return {
+            "both": ("norm", "output_norm"),
+            "output": ("output_norm",),
+        }.get(self.place, ("norm",))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,6 +166,7 @@ class SparseSettings:
         experts: one expert.
         router: how tokens choose.
         shared: the expert that every token visits; None without.
+        shared_gate: whether its output is multiplied by a gate of the token.
         dropout: probability of zeroing a hidden activation of an expert.
         vocab_size: V, which the hash router's table covers.
     """
@@ -164,6 +175,7 @@ class SparseSettings:
     experts: DenseSettings
     router: RouterSettings
     shared: DenseSettings | None = None
+    shared_gate: bool = False
     dropout: float = 0.0
     vocab_size: int = 0
 
@@ -178,6 +190,8 @@ class EmbeddingSettings:
         max_positions: rows of a table of positions; 0 has none.
         tied: whether the output projection is the table.
         init_scale: variance of an output projection of its own, times its fan-in.
+        scale: factor of the embeddings of tokens.
+        logit_scale: factor of the logits.
         token_types: rows of a table of token types; 0 has none.
         norm: normalisation of the sum of all of these; None without.
         transform: activation of a dense layer before the output projection, which a
@@ -193,6 +207,8 @@ class EmbeddingSettings:
     max_positions: int = 0
     tied: bool = False
     init_scale: float = 1.0
+    scale: float = 1.0
+    logit_scale: float = 1.0
     token_types: int = 0
     norm: NormSettings | None = None
     transform: str = ""

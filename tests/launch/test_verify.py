@@ -39,7 +39,9 @@ CASES = {
         "context=2,expert=2,model=2",
         "NUM_SELECTED_EXPERTS=2 ROUTER_SCORES=sigmoid ROUTER_BIAS=True FSDP=data "
         "RENORMALIZE_GATES=after_drop EXPERT_TENSOR_PARALLEL=False EXPERT_BIASES=True "
-        "SHARED_EXPERT_MLP_DIM=32 ACTIVATION=swiglu AUX_LOSS_SCOPE=sequence "
+        "SHARED_EXPERT_MLP_DIM=32 SHARED_EXPERT_GATE=True ACTIVATION=swiglu_clamped "
+        "AUX_LOSS_SCOPE=sequence NORM=rms_plus_one NORM_PLACE=both EXTRA_MLP=after "
+        "EMBED_SCALE=2.0 RESIDUAL_SCALE=0.5 LOGIT_SCALE=0.5 "
         # A pyramid: of both segments losses, ledger and biases count.
         "NUM_LAYERS=2 NUM_EXPERTS=16 EXPERTS_PER_LAYER=(8,16) ATTENTION_WINDOWS=(8,0) "
         "ROPE_FRACTION=0.5 ROPE_PAIRS=neighbours ROPE_SCALING=yarn ROPE_FACTOR=4.0 "

@@ -118,6 +118,39 @@ def test_shared_experts_and_dense_layers_below_are_counted_as_by_hand():
     assert counts.forward_flops_per_token == flops
 
 
+@pytest.mark.parametrize(
+    ("width", "mlp_dim", "heads", "head_dim", "num_experts", "billions"),
+    [(1024, 2816, 16, 64, 32, "4.105"), (5120, 20480, 64, 128, 64, "269.1")],
+)
+def test_dense_sublayers_beside_experts_make_the_sizes_of_st_moe(
+    width, mlp_dim, heads, head_dim, num_experts, billions
+):
+    # arXiv:2202.08906, table 11: 4.1B and 269B.
+    model = ModelSettings(
+        shape="encoder_decoder",
+        vocab_size=32128,
+        num_layers=24,
+        num_encoder_layers=24,
+        model_dim=width,
+        num_heads=heads,
+        head_dim=head_dim,
+        mlp_dim=mlp_dim,
+        activation="geglu",
+        positions="relative",
+        moe_every=4,
+        num_experts=num_experts,
+        expert_mlp_dim=mlp_dim,
+        extra_mlp="before",
+    )
+    counts = accounting.count(describe(model, ROUTER), LENGTH, LENGTH)
+    assert f"{counts.total / 1e9:.4g}" == billions
+    without = describe(dataclasses.replace(model, extra_mlp="none"), ROUTER)
+    fewer = accounting.count(without, LENGTH, LENGTH)
+    # Three matrices and a norm in 6 + 6 layers; a token meets those of its side.
+    assert counts.total - fewer.total == 12 * (3 * width * mlp_dim + width)
+    assert counts.products - fewer.products == 6 * 3 * width * mlp_dim
+
+
 @pytest.mark.parametrize("activation", ["gelu", "swiglu"])
 def test_biases_are_parameters_but_no_products(activation):
     model = dataclasses.replace(SMALL, activation=activation)

@@ -116,6 +116,9 @@ def test_settings_that_obey_the_rules(changes):
         ({"dropout": 1.0}, "DROPOUT_RATE = 1.0: must be in [0, 1)"),
         ({"dropout": -0.1}, "DROPOUT_RATE = -0.1: must be in [0, 1)"),
         ({"init_scale": 0.0}, "INIT_SCALE = 0.0: must be above 0"),
+        ({"residual_scale": 0.0}, "RESIDUAL_SCALE = 0.0: must be above 0"),
+        ({"logit_scale": -1.0}, "LOGIT_SCALE = -1.0: must be above 0"),
+        ({"embed_scale": -1.0}, "EMBED_SCALE = -1.0: cannot be negative"),
         ({"moe_every": -1}, "MOE_EVERY = -1: 0 means dense"),
         (
             {"output_transform": True, "activation": "geglu"},
@@ -140,6 +143,7 @@ def test_settings_that_obey_the_rules(changes):
         ({"num_experts": 0}, "NUM_EXPERTS = 0: must be at least 1"),
         ({"expert_mlp_dim": 0}, "EXPERT_MLP_DIM = 0: must be at least 1"),
         ({"shared_expert_mlp_dim": -1}, "SHARED_EXPERT_MLP_DIM = -1: 0 means none"),
+        ({"shared_expert_gate": True}, "SHARED_EXPERT_GATE = True means nothing to"),
         ({"expert_dropout": 1.0}, "EXPERT_DROPOUT_RATE = 1.0: must be in [0, 1)"),
         (
             {"expert_dropout": 0.4, "transport": "ring"},

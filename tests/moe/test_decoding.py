@@ -39,7 +39,19 @@ MODELS = {
     "top1": (SPARSE, RouterSettings(num_selected=1), EXECUTION),
     # Two segments, each with a memory of its own; and the transport of "auto".
     "alternating_top2": (
-        dataclasses.replace(SPARSE, num_layers=5, first_dense_layers=1, moe_every=2),
+        dataclasses.replace(
+            SPARSE,
+            num_layers=5,
+            first_dense_layers=1,
+            moe_every=2,
+            norm_place="both",
+            embed_scale=1.5,
+            residual_scale=0.5,
+            logit_scale=2.0,
+            extra_mlp="before",
+            shared_expert_mlp_dim=4,
+            shared_expert_gate=True,
+        ),
         RouterSettings(num_selected=2, renormalize="before_drop"),
         dataclasses.replace(EXECUTION, transport="auto"),
     ),

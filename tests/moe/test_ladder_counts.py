@@ -37,11 +37,14 @@ def by_hand(model: ModelSettings, router: RouterSettings) -> tuple[int, int]:
     attention = 2 * M * N * D + 2 * M * U * D
     if model.attention_biases:
         attention += N * D + 2 * U * D + M
-    # Two in each layer, three where it looks across, and the last one of each stack; a
-    # layer norm has a bias beside its scale.
-    last = len(sides) if model.norm_place == "before" else 0
+    # Two in each layer, three where it looks across, twice as many if outputs have one
+    # too, and the last one of each stack; a layer norm has a bias beside its scale.
+    last = len(sides) if model.norm_place != "after" else 0
     last += model.embedding_norm + model.output_transform
-    norms = (2 * layers + crosses + last) * M * (2 if model.norm == "layer" else 1)
+    extra = sparse if model.extra_mlp != "none" else 0
+    norms = 2 * layers + crosses + extra
+    norms = norms * (2 if model.norm_place == "both" else 1) + last
+    norms *= M * (2 if model.norm == "layer" else 1)
     # A gate has a matrix of its own.
     up = 2 if "glu" in model.activation else 1
     dense = (up + 1) * M * F
@@ -64,7 +67,8 @@ def by_hand(model: ModelSettings, router: RouterSettings) -> tuple[int, int]:
     vocabulary += model.token_types * M + V * model.output_bias
     vocabulary += (M * M + M) * model.output_transform
     all_tokens = vocabulary + positions + norms + (layers + crosses) * attention
-    all_tokens += (layers - sparse) * dense + sparse * M * E  # routers have no bias
+    all_tokens += (layers - sparse + extra) * dense
+    all_tokens += sparse * M * E  # routers have no bias
     all_tokens += sparse * (up + 1) * M * model.shared_expert_mlp_dim
     visited = int(mean_choices(router, E))
     return all_tokens + sparse * E * expert, all_tokens + sparse * visited * expert

@@ -547,10 +547,10 @@ def test_one_expert_is_a_dense_feed_forward(meshes):
         np.testing.assert_array_equal(sums.kept_GE[:, 0], sums.tokens_G)
 
 
-@pytest.mark.parametrize("mesh", ["d2e4", "d2e2m2"])
-def test_a_shared_expert_adds_a_dense_feed_forward_of_every_token(meshes, mesh):
+@pytest.mark.parametrize(("mesh", "gated"), [("d2e4", False), ("d2e2m2", True)])
+def test_a_shared_expert_adds_a_dense_feed_forward_of_every_token(meshes, mesh, gated):
     without = sparse_of("switch")
-    s = replace(without, shared=DenseSettings(6, "relu"))
+    s = replace(without, shared=DenseSettings(6, "relu"), shared_gate=gated)
     arrays, x_BLM = weights_of(s), problem()["x"]
     execution = executed("all_to_all", meshes[mesh])
     alone = {name: arrays[name] for name in ("router", "experts")}
@@ -566,5 +566,8 @@ def test_a_shared_expert_adds_a_dense_feed_forward_of_every_token(meshes, mesh):
 
     with jax.set_mesh(execution.mesh):
         together, routed, dense = jax.device_get(run(x_BLM))
+    if gated:  # between 0.05 and 0.95 here
+        logit_BL1 = x_BLM.astype(np.float64) @ arrays["shared_gate"]
+        dense = dense / (1 + np.exp(-logit_BL1))
     np.testing.assert_allclose(together, routed + dense, rtol=1e-6, atol=1e-6)
     assert np.abs(dense).min(axis=-1).max() > 0.01

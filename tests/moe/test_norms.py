@@ -26,7 +26,7 @@ def weights_of(norm: str) -> dict[str, jax.Array]:
 def in_loops(x_TM, scale_M, bias_M) -> np.ndarray:
     y_TM = np.zeros(x_TM.shape)
     for t, x_M in enumerate(x_TM.astype(np.float64)):
-        if bias_M is None:
+        if bias_M is None:  # of "rms_plus_one" the caller has added 1
             y_TM[t] = scale_M * x_M / np.sqrt(sum(x_M**2) / M + 1e-6)
         else:
             mean = sum(x_M) / M
@@ -43,7 +43,7 @@ def test_root_mean_square_as_worked_out_by_hand():
     np.testing.assert_allclose(y_M[:2], [3 / 2.04124, 4 / 2.04124], rtol=1e-5)
 
 
-@pytest.mark.parametrize("norm", ["rms", "layer"])
+@pytest.mark.parametrize("norm", EPSILONS)
 def test_norms_agree_with_loops(norm):
     weights = weights_of(norm)
     draw = np.random.default_rng(0)
@@ -55,8 +55,19 @@ def test_norms_agree_with_loops(norm):
     x_TM = draw.normal(size=(5, M)).astype(np.float32) * 3 + 1
     x_TM[-1] = 1e-3 * draw.normal(size=M)
     y_TM = normalise(weights, x_TM[None], settings_of(norm))[0]
-    expected = in_loops(x_TM, scale_M, bias_M if norm == "layer" else None)
+    factor_M = scale_M + 1.0 if norm == "rms_plus_one" else scale_M
+    expected = in_loops(x_TM, factor_M, bias_M if norm == "layer" else None)
     np.testing.assert_allclose(y_TM, expected, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.fast
+def test_every_norm_starts_by_multiplying_by_one():
+    x_BLM = jax.random.normal(jax.random.key(0), (1, 4, M))
+    wanted = normalise(weights_of("rms"), x_BLM, settings_of("rms"))
+    plus_one = weights_of("rms_plus_one")
+    assert not plus_one["scale"].any()
+    got = normalise(plus_one, x_BLM, settings_of("rms_plus_one"))
+    np.testing.assert_array_equal(got, wanted)
 
 
 @pytest.mark.parametrize("norm", ["rms", "layer"])
@@ -70,6 +81,6 @@ def test_bfloat16_is_rounded_once_at_the_end(norm):
 
 
 def test_only_the_layer_norm_has_a_bias_and_neither_is_cut_over_devices():
-    of_rms, of_layer = (axes(specs(settings_of(norm), M)) for norm in EPSILONS)
+    of_rms, of_layer = (axes(specs(settings_of(norm), M)) for norm in ("rms", "layer"))
     assert of_rms == {"scale": ("norm",)}
     assert of_layer == {"scale": ("norm",), "bias": ("norm",)}

@@ -55,6 +55,7 @@ MODELS = {
         tie_embeddings=True,
         dropout=0.1,
         shared_expert_mlp_dim=8,
+        shared_expert_gate=True,
     ),
     "plain": dataclasses.replace(
         BASE,

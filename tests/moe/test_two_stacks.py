@@ -1,4 +1,4 @@
-"""An encoder and a decoder, and an encoder alone, compared with loops; on every mesh.
+"""An encoder and a decoder, and one alone, compared with loops; on every mesh.
 
 The oracle is written token by token, head by head, in float64.
 """
@@ -63,7 +63,26 @@ BERT = dataclasses.replace(
     output_transform=True,
     output_bias=True,
 )
+# Norms on both sides, factors, a gated shared expert, and a dense sublayer beside the
+# experts.
+GEMMA = dataclasses.replace(
+    TWO,
+    shape="decoder",
+    num_encoder_layers=0,
+    norm="rms_plus_one",
+    norm_place="both",
+    embed_scale=1.5,
+    residual_scale=0.7,
+    logit_scale=0.6,
+    shared_expert_mlp_dim=6,
+    shared_expert_gate=True,
+    extra_mlp="after",
+)
+OLMO = dataclasses.replace(
+    GEMMA, norm="rms", norm_place="output", residual_scale=1.0, extra_mlp="before"
+)
 MODELS = {"two": TWO, "bert": BERT}
+ALL = MODELS | {"gemma": GEMMA, "olmo": OLMO}
 # Nothing drops, and each token's expert is its own choice, whatever groups there are.
 ROUTER = RouterSettings(group_size=4, capacity_factor=0.0)
 EXECUTION = ExecutionSettings(dtype="float32", attention_block=0)
@@ -72,7 +91,7 @@ EXECUTION = ExecutionSettings(dtype="float32", attention_block=0)
 @functools.cache
 def model_of(name: str, mesh: str = "d1", block: int = 0):
     execution = dataclasses.replace(EXECUTION, attention_block=block)
-    return build(MODELS[name], ROUTER, execution, make_mesh(MESHES[mesh]))
+    return build(ALL[name], ROUTER, execution, make_mesh(MESHES[mesh]))
 
 
 @functools.cache
@@ -105,6 +124,8 @@ def side(name: str, length: int, draw) -> dict[str, np.ndarray]:
 @functools.cache
 def batch_of(name: str):
     draw = np.random.default_rng(0)
+    if name in ("gemma", "olmo"):
+        return side("decoder", L, draw)
     if name == "bert":
         types = draw.integers(0, 2, (B, T)).astype(np.int32)
         return side("encoder", T, draw) | {"encoder_token_types": types}
@@ -119,7 +140,8 @@ def normalised(w, x, settings):
     if settings.norm == "layer":
         x = x - np.mean(x)
     epsilon = settings.norm_epsilon or 1e-6
-    x = x / math.sqrt(np.mean(x * x) + epsilon) * w["scale"]
+    scale = w["scale"] + (1 if settings.norm == "rms_plus_one" else 0)
+    x = x / math.sqrt(np.mean(x * x) + epsilon) * scale
     return x + w["bias"] if settings.norm == "layer" else x
 
 
@@ -186,7 +208,11 @@ def routed(w, x_M, settings):
     probability = np.exp(logits - logits.max()) / np.sum(np.exp(logits - logits.max()))
     best = int(np.argmax(logits))
     own = {name: array[best] for name, array in w["experts"].items()}
-    return probability[best] * fed(own, x_M, settings), probability
+    y_M = probability[best] * fed(own, x_M, settings)
+    if "shared" in w:
+        gate = 1 / (1 + math.exp(-(x_M @ w["shared_gate"][:, 0])))
+        y_M = y_M + gate * fed(w["shared"], x_M, settings)
+    return y_M, probability
 
 
 def layer_in_loops(w, x, segment_L, stack, table, source, settings, seen):
@@ -194,15 +220,17 @@ def layer_in_loops(w, x, segment_L, stack, table, source, settings, seen):
 
     What the router makes of each real token is added to `seen` of the stack.
     """
-    after = settings.norm_place == "after"
-    for kind in ("attention", "cross", "dense", "sparse"):
+    where, kinds = settings.norm_place, ["attention", "cross", "dense", "sparse"]
+    if settings.extra_mlp == "after":
+        kinds = ["attention", "sparse", "dense"]
+
+    def norm(x, own):
+        return np.stack([normalised(own, token, settings) for token in x])
+
+    for kind in kinds:
         if kind not in w:
             continue
-
-        def norm(x, own=w[kind]["norm"]):
-            return np.stack([normalised(own, token, settings) for token in x])
-
-        given = x if after else norm(x)
+        given = norm(x, w[kind]["norm"]) if where in ("before", "both") else x
         if kind in ("attention", "cross"):
             y = attended(
                 *(w[kind], given, segment_L),
@@ -218,14 +246,18 @@ def layer_in_loops(w, x, segment_L, stack, table, source, settings, seen):
             for place in np.flatnonzero(segment_L):
                 y[place], probability = routed(w[kind], given[place], settings)
                 seen.setdefault(stack, []).append(probability)
-        x = norm(x + y) if after else x + y
+        if where in ("both", "output"):
+            y = norm(y, w[kind]["output_norm"])
+        x = x + settings.residual_scale * y
+        x = norm(x, w[kind]["norm"]) if where == "after" else x
     return x
 
 
 def stack_in_loops(stack, params, row, source, settings, seen):
     """The output of a stack for one row, normalised: a dense layer and a sparse one."""
     segment_L = row[f"{stack}_segment_ids"]
-    x = params["embedding"][row[f"{stack}_input_tokens"]] * math.sqrt(M)
+    scale = settings.embed_scale or math.sqrt(M)
+    x = params["embedding"][row[f"{stack}_input_tokens"]] * scale
     if "positions" in params:
         x = x + params["positions"][row["encoder_positions"]]
         x = x + params["token_types"][row["encoder_token_types"]]
@@ -244,7 +276,7 @@ def stack_in_loops(stack, params, row, source, settings, seen):
 @functools.cache
 def in_loops(name: str) -> tuple[np.ndarray, dict]:
     """Logits of each row; and each stack's router probabilities of each token."""
-    settings, logits, seen = MODELS[name], [], {}
+    settings, logits, seen = ALL[name], [], {}
     params = jax.tree.map(lambda x: np.asarray(x, np.float64), params_of(name))
     for number in range(B):
         row = {feature: array[number] for feature, array in batch_of(name).items()}
@@ -257,7 +289,8 @@ def in_loops(name: str) -> tuple[np.ndarray, dict]:
             w = params["transform"]
             x = gelu(x @ w["kernel"] + w["bias"], True)
             x = np.stack([normalised(w["norm"], token, settings) for token in x])
-        logits.append(x @ params["embedding"].T + params.get("output_bias", 0))
+        logit_LV = x @ params["embedding"].T + params.get("output_bias", 0)
+        logits.append(settings.logit_scale * logit_LV)
     return np.stack(logits), seen
 
 
@@ -277,15 +310,18 @@ def logits_of(name: str, mesh: str = "d1", block: int = 0) -> np.ndarray:
 
 
 def scored(name: str) -> np.ndarray:
-    stack = "decoder" if name == "two" else "encoder"
+    stack = "encoder" if name == "bert" else "decoder"
     return batch_of(name)[f"{stack}_segment_ids"] > 0
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_logits_agree_with_loops(name):
+@pytest.mark.parametrize(
+    ("name", "mesh"),
+    [("two", "d1"), ("bert", "d1"), ("gemma", "d2e2m2"), ("olmo", "d1")],
+)
+def test_logits_agree_with_loops(name, mesh):
     expected, _ = in_loops(name)
     np.testing.assert_allclose(
-        logits_of(name)[scored(name)], expected[scored(name)], atol=3e-5
+        logits_of(name, mesh)[scored(name)], expected[scored(name)], atol=3e-5
     )
     assert np.std(expected[scored(name)]) > 0.3
 

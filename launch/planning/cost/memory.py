@@ -307,7 +307,8 @@ def _rest(sizes: Local, block: Block) -> int:
     T·(2n + u)·D·d; b·n·l·L·(4 + d) unless blocked; T·f·d, or R·(M + f)·d.
     """
     M, d, T = sizes.stack.width, sizes.dtype_bytes, sizes.tokens
-    found = len(block) * (sizes.residual_tokens * M * (FLOAT32 + d) + T * M * d)
+    norms = sum(len(each.norm.names) for each in block)
+    found = norms * sizes.residual_tokens * M * (FLOAT32 + d) + len(block) * T * M * d
     for a in sizes.attentions(block):
         s = a.settings
         heads, kv_heads = sizes.cut_heads(s.num_heads), sizes.cut_heads(s.kv_heads)

@@ -6,6 +6,7 @@ Flat words become the records of `moe/layers.py`. Standard library only.
 import dataclasses
 import functools
 import itertools
+import math
 
 from moe.layers import Block, Layers, Segment, Stack, Sublayer
 from moe.settings import (
@@ -135,23 +136,37 @@ def shortened(model: ModelSettings) -> ModelSettings:
 
 
 def _shortened(side: ModelSettings) -> ModelSettings:
-    windows = tuple(dict.fromkeys(side.attention_windows))
+    cycles = _each_once(side.attention_windows, side.position_layers)
+    side = dataclasses.replace(
+        side, attention_windows=cycles[0], position_layers=cycles[1]
+    )
+    kinds = max(*map(len, cycles), 2)
     if not side.moe_every:
-        return dataclasses.replace(
-            side, num_layers=min(side.num_layers, 2), attention_windows=windows
-        )
+        return dataclasses.replace(side, num_layers=min(side.num_layers, kinds))
     first = min(side.first_dense_layers, 2)
     every = min(side.moe_every, 3)  # longer periods repeat dense layers
     periods = (side.num_layers - side.first_dense_layers) // side.moe_every
-    periods = max(min(periods, 2), 1)
+    if side.experts_per_layer:
+        kinds = 2
+    periods = max(min(periods, max(-(-(kinds - first) // every), 2)), 1)
     return dataclasses.replace(
         side,
         first_dense_layers=first,
         moe_every=every,
         num_layers=first + periods * every,
         experts_per_layer=_extremes(side.experts_per_layer, periods),
-        attention_windows=windows,
     )
+
+
+def _each_once(*cycles: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """Patterns in which what stands beside one another does so once; () stays."""
+    length = math.lcm(*(len(cycle) or 1 for cycle in cycles))
+    beside = (
+        tuple(cycle[n % len(cycle)] if cycle else 0 for cycle in cycles)
+        for n in range(length)
+    )
+    once = list(zip(*dict.fromkeys(beside), strict=True))
+    return [found if given else () for given, found in zip(cycles, once, strict=True)]
 
 
 def _extremes(each: tuple[int, ...], number: int) -> tuple[int, ...]:
@@ -287,18 +302,19 @@ def _sparse_layers(side: ModelSettings) -> range:
 
 
 def _heads(side: ModelSettings, layer: int) -> HeadsSettings:
-    windows = side.attention_windows or (0,)
+    windows, placed = side.attention_windows or (0,), side.position_layers or (1,)
     window = windows[layer % len(windows)]
+    sees = placed[layer % len(placed)] > 0
     return HeadsSettings(
         num_heads=side.num_heads,
         kv_heads=side.num_kv_heads or side.num_heads,
         head_dim=side.head_dim,
         biases=side.attention_biases,
         output_bias=side.attention_output_bias,
-        positions=_positions(side, windowed=window > 0),
+        positions=_positions(side, window) if sees else PositionSettings(),
         window=window,
         causal=side.shape != "encoder",
-        shares_bias=side.positions == "relative",
+        shares_bias=side.positions == "relative" and sees,
         init_scale=side.init_scale,
         qk_norm=side.qk_norm,
         norm=_norm(side),
@@ -309,9 +325,9 @@ def _heads(side: ModelSettings, layer: int) -> HeadsSettings:
     )
 
 
-def _positions(side: ModelSettings, *, windowed: bool = False) -> PositionSettings:
+def _positions(side: ModelSettings, window: int = 0) -> PositionSettings:
     if side.positions == "rotary":
-        own_base = windowed and side.rope_base_windowed > 0
+        own_base = window > 0 and side.rope_base_windowed > 0
         return PositionSettings(
             "rotary",
             rotary_base=side.rope_base_windowed if own_base else side.rope_base,
@@ -332,7 +348,7 @@ def _positions(side: ModelSettings, *, windowed: bool = False) -> PositionSettin
             max_distance=side.relative_max_distance,
             two_sided=side.shape == "encoder",
         )
-    return PositionSettings("none")
+    return PositionSettings("alibi" if side.positions == "alibi" else "none")
 
 
 def _sparse(

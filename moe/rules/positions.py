@@ -24,6 +24,11 @@ def position_problems(model: ModelSettings, length: int) -> list[str]:
             f"RELATIVE_BUCKETS = {buckets} and RELATIVE_MAX_DISTANCE = {farthest}: "
             "there must be 2 at least, and half of them less than the distance"
         )
+    if not set(model.position_layers) <= {0, 1} or {*model.position_layers} == {0}:
+        found.append(
+            f"POSITION_LAYERS = {model.position_layers}: of each layer 1 or 0, and of "
+            "one at least 1; or POSITIONS = 'none'"
+        )
     if model.positions == "rotary":
         found += _rotary_problems(model)
     return found + _unused(model)
@@ -94,7 +99,9 @@ def _unused(model: ModelSettings) -> list[str]:
     kind = f"POSITIONS = {model.positions!r}"
     scaling = f"ROPE_SCALING = {model.rope_scaling!r}" if rotary else kind
     no_window = f"ATTENTION_WINDOWS = {model.attention_windows}" if rotary else kind
+    attended = model.positions not in ("learned", "none")
     belongs_to = {
+        "POSITION_LAYERS": (attended, kind),
         "ROPE_BASE": (rotary, kind),
         "ROPE_FRACTION": (rotary, kind),
         "ROPE_PAIRS": (rotary, kind),

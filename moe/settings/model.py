@@ -57,8 +57,11 @@ class ModelSettings:
             up, and again from the first; 0 sees all; () has no window in any layer.
         positions: "rotary" (arXiv:2104.09864); "relative", T5's bias by bucket of
             distance (arXiv:1910.10683), one table for all layers; "relative_per_layer",
-            one for each; "learned", a vector per position, added to the embedding
+            one for each; "alibi", a slope of each head times the distance
+            (arXiv:2108.12409); "learned", a vector per position, added to the embedding
             (GPT-3); "none".
+        position_layers: whether attention knows positions, 1 or 0, of the layers from
+            the bottom up, and again from the first; () in all (arXiv:2501.18795).
         relative_buckets: buckets of distance; a decoder has all of them for the past,
             an encoder half for each side.
         relative_max_distance: distance from which on all share the last bucket.
@@ -143,8 +146,9 @@ class ModelSettings:
     attention_output_gate: bool = False
     attention_windows: tuple[int, ...] = ()
     positions: Literal[
-        "rotary", "relative", "relative_per_layer", "learned", "none"
+        "rotary", "relative", "relative_per_layer", "alibi", "learned", "none"
     ] = "rotary"
+    position_layers: tuple[int, ...] = ()
     relative_buckets: int = 32
     relative_max_distance: int = 128
     max_positions: int = 0

@@ -41,7 +41,9 @@ class PositionSettings:
 
     Attributes:
         kind: "rotary" turns queries and keys (arXiv:2104.09864); "distance" adds a
-            bias by bucket of distance to the scores (T5, arXiv:1910.10683); "none".
+            bias by bucket of distance to the scores (T5, arXiv:1910.10683); "alibi"
+            takes the distance from them, times a slope of each head
+            (arXiv:2108.12409); "none".
         rotary_base: base of the angles.
         buckets: buckets of distance.
         max_distance: distance from which on all share the last bucket.
@@ -64,7 +66,7 @@ class PositionSettings:
         truncate: whether "yarn" begins and ends its degrees at whole d.
     """
 
-    kind: Literal["rotary", "distance", "none"] = "none"
+    kind: Literal["rotary", "distance", "alibi", "none"] = "none"
     rotary_base: float = 10_000.0
     buckets: int = 32
     max_distance: int = 128

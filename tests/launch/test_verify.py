@@ -73,7 +73,8 @@ CASES = {
     "dense": (
         "data=2,model=4",
         "MOE_EVERY=0 NUM_HEADS=4 NUM_KV_HEADS=4 FSDP=data ACTIVATION=geglu "
-        "POSITIONS=none OPTIMIZER=adafactor TIE_EMBEDDINGS=True",
+        "POSITIONS=alibi POSITION_LAYERS=(1,0) NUM_LAYERS=2 OPTIMIZER=adafactor "
+        "TIE_EMBEDDINGS=True",
         ("decisions", "evaluation"),
     ),
 }

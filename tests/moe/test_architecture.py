@@ -157,6 +157,28 @@ def test_windows_alternate_and_are_compiled_once_each():
     assert [s.reach(8) for s in heads[:3]] == [8, 8, 4]
 
 
+def test_some_layers_see_no_positions_nor_share_the_bias_by_distance():
+    layers = {"position_layers": (1, 1, 0), "moe_every": 1, "num_layers": 7}
+    for positions, kind in (("rotary", "rotary"), ("relative", "distance")):
+        found = stack_of(positions=positions, **layers).settings("heads")
+        expected = [kind, kind, "none"] * 2 + [kind]
+        assert [s.positions.kind for s in found] == expected
+        shared = [positions == "relative" and kind != "none" for kind in expected]
+        assert [s.shares_bias for s in found] == shared
+
+
+def test_what_is_shortened_keeps_windows_and_positions_as_they_stand_beside_another():
+    given = {"attention_windows": (16, 0), "position_layers": (1, 1, 1, 0)}
+    model = dataclasses.replace(MODEL, moe_every=0, num_layers=12, **given)
+    short = architecture.shortened(model)
+    # Layer by layer: a window, none, a window again, and neither.
+    assert short.num_layers == 3
+    assert short.attention_windows == (16, 0, 0)
+    assert short.position_layers == (1, 1, 0)
+    sparse = dataclasses.replace(model, moe_every=1)
+    assert architecture.shortened(sparse).num_layers == 3
+
+
 def test_layers_with_a_window_may_have_a_base_of_their_own_that_is_not_scaled():
     scaled = {"rope_scaling": "linear", "rope_factor": 8.0, "rope_base": 1e6}
     given = {"attention_windows": (16, 0), "moe_every": 2, "num_layers": 2, **scaled}

@@ -147,6 +147,8 @@ def test_a_kind_of_layer_and_the_setting_decide():
         positions=PositionSettings("distance", buckets=8, max_distance=16),
     )
     assert kernel_method.of_heads(relative, auto, *told, **more)[0] is None
+    alibi = dataclasses.replace(relative, positions=PositionSettings("alibi"))
+    assert kernel_method.of_heads(alibi, auto, *told, **more)[0] is None
     bounded = HeadsSettings(num_heads=2, kv_heads=2, head_dim=64, sinks=True, cap=5.0)
     assert kernel_method.of_heads(bounded, auto, *told, **more)[0] == "splash"
     for changed, why in (({"cap": 0.0}, "sinks"), ({"sinks": False}, "bound")):

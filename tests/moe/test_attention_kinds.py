@@ -60,12 +60,16 @@ CASES = {
         positions=PositionSettings("rotary", rotary_base=BASE),
     ),
 }
+CASES["alibi"] = HeadsSettings(6, 6, D, positions=PositionSettings("alibi"))
+# 2^-8/4, and so on to 2^-8; then the first and third of eight heads.
+SLOPES = (1 / 4, 1 / 16, 1 / 64, 1 / 256, 1 / 2, 1 / 8)
 # How eight devices, of which `model` has two and `context` two, attend.
 MESH = MeshSettings(data=2, context=2, model=2)
 WAYS = {
     "head": (PartitionSettings(context_attention="ring"), 3),
     "width": (PartitionSettings(), 0),
     "unit": (PartitionSettings(sequence_parallel=False), 3),
+    "alibi": (PartitionSettings(context_attention="ring"), 3),
 }
 
 
@@ -132,6 +136,8 @@ def in_loops(w, x_BLM, position_BL, segment_BL, s: HeadsSettings):
                 scores = np.array([query[i][n] @ key[j][u] * scale for j in seen])
                 if s.cap:
                     scores = s.cap * np.tanh(scores / s.cap)
+                if s.positions.kind == "alibi":
+                    scores = scores - [SLOPES[n] * (i - j) for j in seen]
                 total = np.sum(np.exp(scores))
                 total += np.exp(w["sink"][n]) if s.sinks else 0
                 for score, j in zip(scores, seen, strict=True):

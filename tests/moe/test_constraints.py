@@ -457,6 +457,12 @@ def test_a_dense_model_is_not_asked_about_its_routers():
             {"max_positions": 64},
             "MAX_POSITIONS = 64 means nothing to POSITIONS = 'rotary': leave it at 0",
         ),
+        ({"position_layers": (1, 2)}, "POSITION_LAYERS = (1, 2): of each layer 1 or"),
+        ({"position_layers": (0, 0)}, "POSITION_LAYERS = (0, 0): of each layer 1 or"),
+        (
+            {"position_layers": (1, 0), "positions": "none"},
+            "POSITION_LAYERS = (1, 0) means nothing to POSITIONS = 'none'",
+        ),
         (
             {"qk_norm": "unit", "positions": "none"},
             "QK_NORM = 'unit' means nothing to POSITIONS = 'none'",

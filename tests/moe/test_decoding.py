@@ -67,6 +67,7 @@ MODELS = {
             SPARSE,
             moe_every=0,
             attention_windows=(3, 0),
+            position_layers=(1, 0),
             num_kv_heads=1,
             qk_norm="width",
             rope_fraction=0.5,

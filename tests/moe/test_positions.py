@@ -12,6 +12,7 @@ from moe.model.attention.positions import (
     bucket_of,
     rates,
     rotate,
+    slopes,
     table_spec,
 )
 from moe.model.parameters import draw
@@ -112,6 +113,16 @@ def test_the_table_is_drawn_with_variance_1_over_the_mean_of_buckets_and_heads()
     mean = (32 + 512) / 2
     np.testing.assert_allclose(jnp.std(table), mean**-0.5, rtol=0.022)
     assert spec.axes == (None, "heads")
+
+
+def test_slopes_of_alibi_as_its_paper_has_them():
+    # Section 3: for 8 heads 1/2, 1/4, ..., 1/256; for 16 those of 2^-0.5, 2^-1, ...
+    np.testing.assert_allclose(slopes(8), 0.5 ** np.arange(1, 9))
+    np.testing.assert_allclose(slopes(16), 0.5 ** (np.arange(1, 17) / 2), rtol=1e-6)
+    # 12 heads: of 8, then the first, third, fifth and seventh of 16.
+    between = 0.5 ** np.array([0.5, 1.5, 2.5, 3.5])
+    np.testing.assert_allclose(slopes(12), [*slopes(8), *between], rtol=1e-6)
+    assert slopes(1) == [1 / 256]
 
 
 def rate_in_words(d: int, D: int, p: PositionSettings) -> float:

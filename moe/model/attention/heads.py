@@ -10,7 +10,13 @@ from jax import lax
 
 from moe.model import norms
 from moe.model.attention.attend import Kind, Memory, Weights, attend
-from moe.model.attention.positions import bias_of, rotate, table_spec
+from moe.model.attention.positions import (
+    bias_of,
+    falling,
+    rotate,
+    slopes,
+    table_spec,
+)
 from moe.model.attention.scoring import Scoring
 from moe.model.execution import Execution
 from moe.model.parameters import Spec, matrix, vector
@@ -101,7 +107,15 @@ def kind(grid: Grid) -> Kind:
         value_BLUD = product(x_BLM, w["value"], w.get("value_bias"))
         return {"key": projected("key", w, x_BLM, position_BL, s), "value": value_BLUD}
 
-    return Kind(functools.partial(projected, "query"), remember, _expand, _scoring)
+    def scoring(w: Weights, view: View, reach: int, s: HeadsSettings) -> Scoring:
+        table = view.distance_table if s.shares_bias else w.get("distance")
+        bias = None if table is None else bias_of(table, reach, s.positions)
+        if s.positions.kind == "alibi":
+            slope_N = grid.piece(jnp.asarray(slopes(s.num_heads)), ["model"], 0)
+            bias = falling(slope_N, reach)
+        return Scoring(s.scale, s.window, s.cap, bias, w.get("sink"), causal=s.causal)
+
+    return Kind(functools.partial(projected, "query"), remember, _expand, scoring)
 
 
 def _expand(
@@ -109,12 +123,6 @@ def _expand(
 ) -> tuple[jax.Array, jax.Array]:
     del w, s
     return memory["key"], memory["value"]
-
-
-def _scoring(w: Weights, view: View, reach: int, s: HeadsSettings) -> Scoring:
-    table = view.distance_table if s.shares_bias else w.get("distance")
-    bias = None if table is None else bias_of(table, reach, s.positions)
-    return Scoring(s.scale, s.window, s.cap, bias, w.get("sink"), causal=s.causal)
 
 
 def _placed(

@@ -106,7 +106,7 @@ def of_heads(
         width=s.head_dim,
         value_width=s.head_dim,
         whole=whole,
-        bias=s.positions.kind == "distance",
+        bias=s.positions.kind in ("distance", "alibi"),
         prefix=prefix,
         sink=s.sinks,
         cap=s.cap > 0,

@@ -1,4 +1,4 @@
-"""Where tokens stand: rotary angles, and T5's bias by bucket of distance."""
+"""Where tokens stand: rotary angles, and biases by distance."""
 
 import dataclasses
 import math
@@ -144,6 +144,24 @@ def bias_of(table: jax.Array, reach: int, settings: PositionSettings) -> Bias:
     bucket_Z = bucket_of(np.arange(-reach, reach), settings)
     one_hot = jax.nn.one_hot(bucket_Z, len(table), dtype=jnp.float32)
     return Bias((one_hot @ table.astype(jnp.float32)).T)
+
+
+def falling(slope_N: jax.Array, reach: int) -> Bias:
+    """Takes the distance from scores, forward and back, times a slope of each head."""
+    distance_Z = np.abs(np.arange(-reach, reach))
+    return Bias(-slope_N[:, None] * distance_Z)
+
+
+def slopes(num_heads: int) -> np.ndarray:
+    """Returns the slope of each head (arXiv:2108.12409, section 3).
+
+    2^(-8/N), 2^(-16/N), ..., 2^-8 for N a power of 2. Else those of the power P below,
+    and between them every other of those of 2P, as its authors' code has it.
+    """
+    power = 2 ** int(math.log2(num_heads))
+    steep = 2.0 ** (-8 * np.arange(1, power + 1) / power)
+    between = 2.0 ** (-4 * np.arange(1, 2 * power, 2) / power)
+    return np.concatenate([steep, between[: num_heads - power]]).astype(np.float32)
 
 
 def bucket_of(distance: np.ndarray, settings: PositionSettings) -> np.ndarray:

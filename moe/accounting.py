@@ -34,9 +34,9 @@ class Counts:
     of its own.
 
     Attributes:
-        total: parameters.
+        total: parameters; those that layers share once.
         active: parameters that one token meets: all, but of the experts only those
-            that it chooses, or that choose it on average.
+            that it chooses, or that choose it on average; of shared ones in one layer.
         embedding: parameters of the input embedding, a part of `total`.
         positions: in tables of positions.
         products: weights in matrix products outside the experts; a tied embedding is
@@ -150,13 +150,18 @@ def count(layers: Layers, length: int, encoder_length: int = 0) -> Counts:
     if not layers.embedding.tied:
         del tables["embedding"]
     products = _sizes(tables)[1] * share[last]
-    for name in share:
+    for name, stack in layers.stacks.items():
         products += _sizes(described[name])[1] * share[name]
+        for segment, blocks in zip(
+            stack.segments, described[name]["layers"], strict=True
+        ):
+            products += _sizes(blocks)[1] * (segment.uses - 1) * share[name]
     one_of_each, met, seated, idle = (Fraction(0),) * 4
     for place in layers.sparse():
         s, blocks = place.sublayer.settings, described[place.stack]["layers"]
         weights = blocks[place.segment][place.block][place.sublayer.name]
         all_sizes, all_products = _sizes(weights["experts"])
+        all_products *= layers.stacks[place.stack].segments[place.segment].uses
         products -= all_products * share[place.stack]
         chosen = mean_choices(s.router, s.num_experts)
         slots = capacity(s.router, s.num_experts, train=True) * s.num_experts

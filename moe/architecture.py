@@ -75,6 +75,11 @@ def problems(model: ModelSettings) -> list[str]:
     for name, side in sides(model).items():
         own = "ENCODER_" if name != model.shape and name == "encoder" else ""
         found += _period_problems(side, f"NUM_{own}LAYERS", f"{own}MOE_EVERY")
+    if not found and model.layer_sharing == "all" and not _shares(model):
+        found.append(
+            "LAYER_SHARING = 'all' means nothing to layers of which none repeats: set "
+            "it to 'none'"
+        )
     each = model.experts_per_layer
     number = sum(len(_sparse_layers(side)) for side in sides(model).values())
     if found or not each:
@@ -94,6 +99,12 @@ def problems(model: ModelSettings) -> list[str]:
             f"EXPERTS_PER_LAYER = {each}: set it to {max(each)}"
         ]
     return []
+
+
+def _shares(model: ModelSettings) -> bool:
+    """Whether layers repeat, so that they can share parameters."""
+    stacks = (_stack(s, RouterSettings(), crosses=False) for s in sides(model).values())
+    return any(segment.shared for stack in stacks for segment in stack.segments)
 
 
 def _period_problems(side: ModelSettings, number: str, every: str) -> list[str]:
@@ -223,8 +234,10 @@ def _stack(side: ModelSettings, router: RouterSettings, *, crosses: bool) -> Sta
     first = side.first_dense_layers if side.moe_every else 0
     blocks = [_block(side, router, n, crosses=crosses) for n in range(side.num_layers)]
     below = _repeating(blocks[:first], 1, 0)
+    segments = below + _repeating(blocks[first:], max(side.moe_every, 1), first)
+    shared = side.layer_sharing == "all"
     return Stack(
-        below + _repeating(blocks[first:], max(side.moe_every, 1), first),
+        tuple(s._replace(shared=shared and s.repeats > 1) for s in segments),
         width=side.model_dim,
         norm=_norm(side) if side.norm_place != "after" else None,
         shared_positions=_positions(side) if side.positions == "relative" else None,

@@ -50,11 +50,19 @@ class Segment(NamedTuple):
         blocks: blocks of one period.
         repeats: periods.
         first: number of the first layer in its stack.
+        shared: whether all periods have the same parameters, but for those that are
+            one for each layer.
     """
 
     blocks: tuple[Block, ...]
     repeats: int
     first: int
+    shared: bool = False
+
+    @property
+    def uses(self) -> int:
+        """How often a token meets each array of parameters in a pass."""
+        return self.repeats if self.shared else 1
 
     def numbers(self, block: int) -> range:
         """Returns the numbers of the layers that are this block of a period."""

@@ -22,7 +22,7 @@ from launch.checkpoints.places import (
     read_manifest,
     sealed,
 )
-from launch.checkpoints.sums import digest_of
+from launch.checkpoints.sums import Digest
 from launch.checkpoints.writing import manifest_written, writing
 from launch.config.diff import changes
 from launch.config.places import sections
@@ -124,8 +124,8 @@ def _mean(name: str, sources: Sequence[Arrays], state: Path) -> str:
         target = ts.open(
             spec_of(state, name) | {"metadata": metadata}, create=True
         ).result()
-    sums = [_Sum(shape) for _ in sources]
-    mean = _Sum(shape)
+    sums = [Digest(shape) for _ in sources]
+    mean = Digest(shape)
     for place, values in sources[0].blocks(name):
         total = np.asarray(values, np.float32)
         sums[0].add(place, values)
@@ -142,17 +142,3 @@ def _mean(name: str, sources: Sequence[Arrays], state: Path) -> str:
         if found.digest() != source.saved[name]["digest"]:
             raise DamagedError(source.path, f"{name} is not what was saved")
     return mean.digest()
-
-
-class _Sum:
-    """A digest that grows piece by piece."""
-
-    def __init__(self, shape: tuple[int, ...]) -> None:
-        self._shape = shape
-        self._total = 0
-
-    def add(self, place: tuple[slice, ...], values: np.ndarray) -> None:
-        self._total += int(digest_of(self._shape, [(place, values)]), 16)
-
-    def digest(self) -> str:
-        return f"{self._total % 2**32:08x}"

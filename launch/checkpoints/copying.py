@@ -77,9 +77,13 @@ def arriving(to: Path, step: int) -> Iterator[Path]:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def beside(model_dir: Path, to: Path) -> None:
+def beside(model_dir: Path, to: Path, config: str = "") -> None:
     """Copies what a checkpoint is used with, unless it is there.
 
+    Args:
+        model_dir: the run that it is of.
+        to: the folder that gets it.
+        config: the configuration there; "" copies that of the run.
     Raises:
         CheckpointError: `to` has a configuration, and it is another.
     """
@@ -87,10 +91,15 @@ def beside(model_dir: Path, to: Path) -> None:
         source, target = model_dir / name, folder_of(to).parent / name
         if not source.exists():
             continue
-        if name == "config.gin" and target.exists():
-            if source.read_bytes() != target.read_bytes():
+        if name == "config.gin":
+            content = config.encode() or source.read_bytes()
+            if not target.exists():
+                with writing(target):
+                    target.write_bytes(content)
+            elif content != target.read_bytes():
+                wanted = "what it would be" if config else source
                 raise CheckpointError(
-                    f"{target} is not {source}: take a folder that holds no other run"
+                    f"{target} is not {wanted}: take a folder that holds no other run"
                 )
             continue
         with writing(target):

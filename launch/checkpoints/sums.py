@@ -22,6 +22,26 @@ def digest_of(
     return f"{total % 2**32:08x}"
 
 
+class Digest:
+    """A digest that grows piece by piece.
+
+    Args:
+        shape: shape of the array.
+    """
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self._shape = shape
+        self._total = 0
+
+    def add(self, place: Index, values: np.ndarray) -> None:
+        """Adds a piece, by its place."""
+        self._total += int(digest_of(self._shape, [(place, values)]), 16)
+
+    def digest(self) -> str:
+        """The digest of the pieces so far, in hexadecimal."""
+        return f"{self._total % 2**32:08x}"
+
+
 def _sum(shape: tuple[int, ...], starts: list[int], values: np.ndarray) -> int:
     word = {1: np.uint8, 2: np.uint16, 4: np.uint32}[values.dtype.itemsize]
     # Not of numbers: of those NumPy warns when they wrap.

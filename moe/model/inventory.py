@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from moe.layers import Block, Layers, Segment, Stack
 from moe.model import block, embedding, norms, parameters
 from moe.model.attention.positions import table_spec
+from moe.model.parameters import Spec
 
 
 @functools.lru_cache(maxsize=64)
@@ -54,10 +55,7 @@ def _stack_specs(stack: Stack) -> dict[str, Any]:
     """Those of each segment, of each block of its period; norm and bias on top."""
     found: dict[str, Any] = {
         "layers": [
-            [
-                parameters.stack(block.specs(each, stack.width), segment.repeats)
-                for each in segment.blocks
-            ]
+            [_layers_specs(each, segment, stack.width) for each in segment.blocks]
             for segment in stack.segments
         ],
     }
@@ -71,15 +69,32 @@ def _stack_specs(stack: Stack) -> dict[str, Any]:
     return found
 
 
+def _layers_specs(each: Block, segment: Segment, width: int) -> Any:
+    """Those of a block of every period; one of each that the periods share."""
+
+    def one(spec: Spec) -> Spec:
+        shared = segment.shared and not spec.per_layer
+        return parameters.stack(spec, 1 if shared else segment.repeats)
+
+    return jax.tree.map(one, block.specs(each, width))
+
+
 def _draw_stack(stack: Stack, key: jax.Array, param_dtype: str) -> dict[str, Any]:
     def layers(each: Block, segment: Segment, place: int) -> Any:
         described = block.specs(each, stack.width)
         numbers_P = jnp.array(segment.numbers(place))
-        return jax.vmap(
+        drawn = jax.vmap(
             lambda number: parameters.draw(
                 described, jax.random.fold_in(key, number), param_dtype
             )
-        )(numbers_P)
+        )
+        if not segment.shared:
+            return drawn(numbers_P)
+        kept = _layers_specs(each, segment, stack.width)  # those of the lowest layer
+        first = drawn(numbers_P[:1])
+        return jax.tree.map(
+            lambda x, spec: jnp.broadcast_to(x, spec.shape), first, kept
+        )
 
     described = _stack_specs(stack)
     return parameters.draw(

@@ -30,6 +30,7 @@ class Spec:
             them; 0 starts it at `value`.
         value: what a parameter that is not drawn starts at.
         dtype: type that it is kept in; "" is that of the run.
+        per_layer: whether each layer has its own, where layers share parameters.
     """
 
     shape: tuple[int, ...]
@@ -39,6 +40,7 @@ class Spec:
     stddev: float = 0.0
     value: float = 0.0
     dtype: str = ""
+    per_layer: bool = False
 
     @property
     def is_matrix(self) -> bool:

@@ -43,7 +43,9 @@ def specs(s: SparseSettings, width: int) -> dict[str, Any]:
     if s.router.selection_bias:
         # Moved by loads after each step, by less than bfloat16 can tell.
         bias = vector((E,), ("routed",))
-        found["selection_bias"] = dataclasses.replace(bias, dtype="float32")
+        found["selection_bias"] = dataclasses.replace(
+            bias, dtype="float32", per_layer=True
+        )
     if s.shared is not None:
         found["shared"] = dense.specs(s.shared, M)
         if s.shared_gate:

@@ -6,14 +6,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from moe.layers import Block, Stack
+from moe.layers import Block, Segment, Stack
 from moe.model import block
 from moe.model.execution import Execution
 from moe.model.products import gather_weights, gathers_weights
 from moe.model.remat import rematerialised
 from moe.model.view import View
 
-# Per segment, per block of its period; arrays lead with the segment's repeats.
+# Per segment, per block of its period; arrays lead with the segment's repeats, or with
+# 1 where all periods share them.
 Tree = list[list[Any]]
 
 
@@ -46,8 +47,16 @@ def run(
     for s, segment in enumerate(stack.segments):
         layers = [_layer(each, stack, view, key, execution) for each in segment.blocks]
 
-        def period(x_BLM: jax.Array, scanned: Any, layers: Any = layers) -> Any:
-            arrays, numbers, memories = scanned
+        own, arrays_of = _by_period(w["layers"][s], segment)
+
+        def period(
+            x_BLM: jax.Array,
+            scanned: Any,
+            layers: Any = layers,
+            arrays_of: Any = arrays_of,
+        ) -> Any:
+            own, numbers, memories = scanned
+            arrays = arrays_of(own)
             kept, sums = [], []
             for i, layer in enumerate(layers):
                 old = None if memories is None else memories[i]
@@ -63,12 +72,33 @@ def run(
         x_BLM, (kept, sums) = jax.lax.scan(
             period,
             x_BLM,
-            (w["layers"][s], numbers, old),
+            (own, numbers, old),
             unroll=not execution.settings.scan_layers,
         )
         filled.append(kept)
         counted += sums
     return x_BLM, None if memories is None else filled, tuple(counted)
+
+
+def _by_period(
+    arrays: Any, segment: Segment
+) -> tuple[list[jax.Array], Callable[[list[jax.Array]], Any]]:
+    """Parts the arrays that a loop runs over from those that all periods share.
+
+    Returns:
+        The former, led by the segment's repeats; and what makes a period's arrays of
+        one period's share of them.
+    """
+    leaves, structure = jax.tree.flatten(arrays)
+    shared = [segment.shared and x.shape[0] == 1 for x in leaves]
+    fixed = [x[0] for x, same in zip(leaves, shared, strict=True) if same]
+
+    def of_period(own: list[jax.Array]) -> Any:
+        parts = {True: iter(fixed), False: iter(own)}
+        return jax.tree.unflatten(structure, [next(parts[same]) for same in shared])
+
+    own = [x for x, same in zip(leaves, shared, strict=True) if not same]
+    return own, of_period
 
 
 def _layer(

@@ -100,6 +100,9 @@ class ModelSettings:
         embed_scale: factor of embeddings; 0 takes the root of M (T5, Gemma).
         residual_scale: factor of what each sublayer adds to the stream (Granite).
         logit_scale: factor of the logits.
+        layer_sharing: "none": every layer has parameters of its own; "all": layers that
+            repeat have one set between them (arXiv:2110.03888, section 3.1), but for
+            the biases that choose experts.
         rope_base: base of the rotary position angles (arXiv:2104.09864).
         rope_base_windowed: base in layers with a window, whose angles are not scaled
             (Gemma 3, arXiv:2503.19786, section 2.1); 0: as in the others.
@@ -173,6 +176,7 @@ class ModelSettings:
     embed_scale: float = 0.0
     residual_scale: float = 1.0
     logit_scale: float = 1.0
+    layer_sharing: Literal["none", "all"] = "none"
     rope_base: float = 10_000.0
     rope_base_windowed: float = 0.0
     rope_fraction: float = 1.0

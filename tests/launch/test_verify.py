@@ -32,6 +32,7 @@ CASES = {
         "replica=2,expert=4",
         "ROUTER=prototypes NUM_PROTOTYPES=2 TRANSPORT=ring REMAT=full NORM=layer "
         "POSITIONS=learned MAX_POSITIONS=64 ATTENTION_BIASES=True MLP_BIASES=True "
+        "NORM_PLACE=output "
         "FSDP=data_expert MICROBATCHES=2 AUX_LOSS_SCOPE=global",
         ("decisions",),
     ),
@@ -52,7 +53,8 @@ CASES = {
     "hashed": (
         "data=2,expert=4",
         "ROUTER=hashed NUM_SELECTED_EXPERTS=2 TRAIN_CAPACITY_FACTOR=0.0 "
-        "TRANSPORT=ragged FSDP=optimizer MOE_POSITION=first TIE_EMBEDDINGS=True",
+        "TRANSPORT=ragged FSDP=optimizer MOE_POSITION=first TIE_EMBEDDINGS=True "
+        "ACTIVATION=relu_squared",
         (),
     ),
     "sinkhorn": (
@@ -60,7 +62,7 @@ CASES = {
         "ROUTER=sinkhorn ALLOW_FUTURE_LEAK=True CONTEXT_ATTENTION=ring "
         "POSITIONS=relative ATTENTION_BLOCK=16 REMAT=minimal FSDP=data "
         "VOCAB_CHUNKS=2 SEQUENCE_PARALLEL=False NUM_HEADS=4 NUM_KV_HEADS=2 "
-        "NUM_LAYERS=4 ATTENTION_WINDOWS=(12,0)",
+        "NUM_LAYERS=4 ATTENTION_WINDOWS=(12,0) LAYER_SHARING=all",
         ("decisions",),
     ),
     "expert_choice": (

@@ -69,6 +69,14 @@ def by_axis(found: Iterable[Flow]) -> dict[str, dict[str, float]]:
 # -------------------------------------------------------------------------- weights
 
 
+def _uses(sizes: Local, weight: Weight) -> int:
+    """How often a pass gathers an array: for each of the layers that share it."""
+    stack, *names = weight.path.split("/")
+    if weight.num_layers > 1 or names[:1] != ["layers"]:
+        return 1
+    return sizes.settings.layers.stacks[stack].segments[int(names[1])].uses
+
+
 def _weights(sizes: Local, parameters: tuple[Weight, ...]) -> list[Flow]:
     """Fully sharded weights are gathered for use, and their gradients scattered.
 
@@ -89,8 +97,9 @@ def _weights(sizes: Local, parameters: tuple[Weight, ...]) -> list[Flow]:
             ("weights", layers, gathers),
             ("output projection", of_logits, 1 if at_once else gathers),
         ):
-            forward = sum(w.gathered_size * _type(w, execution.dtype) for w in used)
-            back = sum(w.gathered_size * _type(w, execution.reduce_dtype) for w in used)
+            size = {w.path: w.gathered_size * _uses(sizes, w) for w in used}
+            forward = sum(size[w.path] * _type(w, execution.dtype) for w in used)
+            back = sum(size[w.path] * _type(w, execution.reduce_dtype) for w in used)
             found += [
                 flow_of(
                     sizes,

@@ -81,7 +81,13 @@ def problems(model: ModelSettings) -> list[str]:
             "it to 'none'"
         )
     each = model.experts_per_layer
-    number = sum(len(_sparse_layers(side)) for side in sides(model).values())
+    numbers = [len(_sparse_layers(side)) for side in sides(model).values()]
+    number, fewest = sum(numbers), min(filter(None, numbers), default=0)
+    if not found and fewest and not 0 <= model.first_hash_layers <= fewest:
+        found.append(
+            f"FIRST_HASH_LAYERS = {model.first_hash_layers}: must be between 0 and the "
+            f"{fewest} sparse layers of a stack"
+        )
     if found or not each:
         return found
     if not has_experts(model):
@@ -165,6 +171,11 @@ def _shortened(side: ModelSettings) -> ModelSettings:
         first_dense_layers=first,
         moe_every=every,
         num_layers=first + periods * every,
+        first_hash_layers=(
+            periods
+            if side.first_hash_layers == len(_sparse_layers(side))
+            else min(side.first_hash_layers, 1)
+        ),
         experts_per_layer=_extremes(side.experts_per_layer, periods),
     )
 
@@ -293,10 +304,36 @@ def _block(
     experts = _experts(side)
     if layer not in experts:
         return *block, dense
+    if layer in _sparse_layers(side)[: side.first_hash_layers]:
+        router = by_table(router)
     of_experts = _sparse(side, router, experts[layer])
     sparse = Sublayer("sparse", "sparse", of_experts, norm)
     also = {"before": (dense, sparse), "after": (sparse, dense)}
     return *block, *also.get(side.extra_mlp, (sparse,))
+
+
+def by_table(router: RouterSettings) -> RouterSettings:
+    """Returns the hash router of as many choices, groups and slots as another."""
+    of_choosing = {
+        name: getattr(RouterSettings(), name)
+        for name in (
+            *("options", "own", "num_prototypes", "num_expert_groups"),
+            *("num_selected_groups", "group_score", "max_experts_per_token"),
+            *("sinkhorn_iterations", "second_policy", "overflow", "logit_noise"),
+            *("selection_bias", "bias_update", "bias_update_rate"),
+        )
+    }
+    hashed = dataclasses.replace(
+        router,
+        family="hashed",
+        num_selected=router.num_selected * router.num_prototypes,
+        **of_choosing,
+    )
+    if hashed.reads_logits:
+        return hashed
+    return dataclasses.replace(
+        hashed, scores="softmax", renormalize="no", logit_bias=False, jitter=0.0
+    )
 
 
 def _experts(side: ModelSettings) -> dict[int, int]:

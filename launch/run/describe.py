@@ -240,6 +240,10 @@ def _describe_router(
         f"at most {router.max_experts_per_token} per token": (
             router.max_experts_per_token > 0
         ),
+        "gates by scores": router.family == "hashed" and router.reads_logits,
+        f"the first {settings.model.first_hash_layers} by a table": (
+            settings.model.first_hash_layers > 0
+        ),
         "spilling": router.overflow == "spill",
         "batch priority": router.slot_order == "batch_priority",
         "a random second expert": router.second_policy == "random",

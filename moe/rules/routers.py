@@ -47,7 +47,12 @@ def family_problems(
 ) -> list[str]:
     """Settings that the chosen router cannot have, or would ignore."""
     K, family = router.num_selected, router.family
-    found = _foreign_settings(router)
+    found = _foreign_settings(router, model.first_hash_layers)
+    if family == "hashed" and model.first_hash_layers:
+        found.append(
+            f"FIRST_HASH_LAYERS = {model.first_hash_layers} means nothing to ROUTER = "
+            "'hashed', of which all layers are such: set it to 0"
+        )
     if router.second_policy == "random" and K != 2:
         found.append(
             "SECOND_EXPERT_POLICY = 'random' is defined for NUM_SELECTED_EXPERTS = 2, "
@@ -84,8 +89,14 @@ def family_problems(
     return found
 
 
-def _foreign_settings(router: RouterSettings) -> list[str]:
-    """Settings of other routers than the chosen one."""
+# What a table has a use for if its gates are scores.
+_WEIGHING = (
+    *("scores", "renormalize", "logit_bias", "gate_place", "jitter", "logit_dtype"),
+)
+
+
+def _foreign_settings(router: RouterSettings, num_hash_layers: int) -> list[str]:
+    """Settings of other routers than the chosen one, and than that of hash layers."""
     default = RouterSettings()
     found = []
     belongs_to = {
@@ -93,6 +104,7 @@ def _foreign_settings(router: RouterSettings) -> list[str]:
         "EXPERT_CHOICE_CAP": ("max_experts_per_token", ("expert_choice",)),
         "SINKHORN_ITERATIONS": ("sinkhorn_iterations", ("sinkhorn",)),
         "HASH_SEED": ("hash_seed", ("hashed",)),
+        "HASH_GATES": ("hash_gates", ("hashed",)),
         "ROUTER_SCORES": ("scores", ("token_choice",)),
         "NUM_EXPERT_GROUPS": ("num_expert_groups", ("token_choice",)),
         "NUM_SELECTED_GROUPS": ("num_selected_groups", ("token_choice",)),
@@ -129,6 +141,10 @@ def _foreign_settings(router: RouterSettings) -> list[str]:
     family = _OWN if router.is_own else router.family
     for macro, (field, families) in belongs_to.items():
         value, default_value = getattr(router, field), getattr(default, field)
+        if "hashed" in families and num_hash_layers:
+            continue
+        if family == "hashed" and router.reads_logits and field in _WEIGHING:
+            continue
         if family not in families and value != default_value:
             found.append(
                 f"{macro} = {value!r} means nothing to ROUTER = {router.family!r}, "

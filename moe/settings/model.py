@@ -75,6 +75,8 @@ class ModelSettings:
         expert_activation: activation of the experts; "same" takes `activation`.
         expert_biases: whether experts have biases.
         first_dense_layers: layers at the bottom that are dense (DeepSeek-V3: 3).
+        first_hash_layers: sparse layers at the bottom of a stack that choose by a table
+            from token to expert (DeepSeek-V4: 3).
         moe_every: above the first dense layers, every n-th layer is sparse; 0 makes
             every layer dense.
         encoder_moe_every: the same of the encoder beside a decoder; -1: as there.
@@ -161,6 +163,7 @@ class ModelSettings:
     expert_activation: Literal["same", Activation] = "same"
     expert_biases: bool = False
     first_dense_layers: int = 0
+    first_hash_layers: int = 0
     moe_every: int = 2
     encoder_moe_every: int = -1
     moe_position: Literal["last", "first"] = "last"

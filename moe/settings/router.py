@@ -43,6 +43,7 @@ class RouterSettings:
         max_experts_per_token: cap of expert choice; 0 sets none.
         sinkhorn_iterations: row and column scalings of the Sinkhorn router.
         hash_seed: seed of the hash router's table.
+        hash_gates: its gates: "even", 1/K, or the "scores" of a router's logits.
         jitter: multiply the router's input by U(1 - jitter, 1 + jitter), in training.
         logit_noise: standard deviation of noise on the logits, times 1/E, in training
             (V-MoE, arXiv:2106.05974: 1).
@@ -93,6 +94,7 @@ class RouterSettings:
     max_experts_per_token: int = 0
     sinkhorn_iterations: int = 8
     hash_seed: int = 0
+    hash_gates: Literal["even", "scores"] = "even"
     jitter: float = 0.0
     logit_noise: float = 0.0
     selection_bias: bool = False
@@ -124,7 +126,9 @@ class RouterSettings:
     @property
     def reads_logits(self) -> bool:
         """Whether there are logits, and weights that make them."""
-        return self.family != "hashed" and (self.own is None or self.own.reads_logits)
+        if self.family == "hashed":
+            return self.hash_gates == "scores"
+        return self.own is None or self.own.reads_logits
 
     def num_choices(self, num_experts: int) -> int:
         """Returns J, choices that a token may hold."""

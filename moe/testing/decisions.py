@@ -168,7 +168,7 @@ def router_sums(
         p_E = probabilities(logits_SE[s], settings)
         sums["probability"] += p_E
         sums["entropy"] -= sum(p * math.log(p) for p in p_E if p > 0)
-        if settings.family != "hashed":
+        if settings.reads_logits:
             sums["z"] += z_loss(logits_SE[s], settings)
             sums["square"] += np.mean(logits_SE[s] ** 2)
         if told.clean_logits_SE is not None:
@@ -322,7 +322,7 @@ def _gate(
 ) -> float:
     """Gate of expert e for choice j, before anything is dropped."""
     K = settings.num_selected
-    if settings.family == "hashed":
+    if settings.family == "hashed" and settings.hash_gates == "even":
         return 1 / K
     score_E = scores(logits_E, settings)
     if settings.renormalize != "before_drop":

@@ -157,7 +157,7 @@ def d_logits(
         gates = held_gates(logits_E, picked, held, settings)
         value = sum(float(d_gates[j]) * gate for j, gate in gates.items())
         value += float(probabilities(logits_E, settings) @ d_probability_E)
-        if settings.family != "hashed":
+        if settings.reads_logits:
             value += d_z * z_loss(logits_E, settings)
         return value
 

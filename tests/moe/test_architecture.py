@@ -58,6 +58,37 @@ def test_sparse_layers_are_told_by_their_numbers():
     assert not list(layers_of(moe_every=0).sparse())
 
 
+def test_the_first_sparse_layers_may_choose_by_a_table():
+    router = RouterSettings(
+        num_selected=2,
+        scores="sqrt_softplus",
+        renormalize="before_drop",
+        selection_bias=True,
+        overflow="spill",
+        hash_gates="scores",
+        group_size=16,
+    )
+    model = dataclasses.replace(MODEL, moe_every=1, first_hash_layers=3)
+    layers = architecture.describe(model, router)
+    assert written(layers.decoder) == "3(s) 4(s)"
+    table, chosen = (place.sublayer.settings for place in layers.sparse())
+    assert chosen.router == router
+    assert (table.vocab_size, chosen.vocab_size) == (32, 0)
+    given = {"num_selected": 2, "hash_gates": "scores", "group_size": 16}
+    weighed = {"scores": "sqrt_softplus", "renormalize": "before_drop"}
+    assert table.router == RouterSettings(family="hashed", **given, **weighed)
+    even = dataclasses.replace(router, hash_gates="even", num_prototypes=2)
+    table, _ = (
+        p.sublayer.settings for p in architecture.describe(model, even).sparse()
+    )
+    given |= {"num_selected": 4, "hash_gates": "even"}
+    assert table.router == RouterSettings(family="hashed", **given)
+    short = architecture.shortened(model)
+    assert (short.num_layers, short.first_hash_layers) == (2, 1)
+    short = architecture.shortened(dataclasses.replace(model, first_hash_layers=7))
+    assert (short.num_layers, short.first_hash_layers) == (2, 2)
+
+
 def test_a_pyramid_has_a_segment_for_each_number_of_experts():
     layers = layers_of(
         moe_every=2, num_layers=8, num_experts=16, experts_per_layer=(4, 4, 16, 16)

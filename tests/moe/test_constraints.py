@@ -76,6 +76,10 @@ def spill(**changes: Any) -> dict[str, Any]:
         prototypes(num_selected=2, renormalize="before_drop", jitter=0.1),
         expert_choice(max_experts_per_token=2, jitter=0.1),
         {"family": "hashed", "hash_seed": 3, "slot_order": "choice_major"},
+        {"family": "hashed", "hash_gates": "scores", "scores": "sqrt_softplus"}
+        | {"num_selected": 2, "renormalize": "before_drop", "logit_bias": True},
+        {"first_hash_layers": 1, "hash_seed": 3, "hash_gates": "scores"}
+        | {"selection_bias": True, "scores": "sqrt_softplus"},
         sinkhorn(sinkhorn_iterations=4, renormalize="before_drop", num_selected=2),
         spill(slot_order="batch_priority", num_selected=4),
         {
@@ -139,6 +143,15 @@ def test_settings_that_obey_the_rules(changes):
             {"first_dense_layers": 1},
             "NUM_LAYERS = 4 less FIRST_DENSE_LAYERS = 1 is not a multiple of "
             "MOE_EVERY = 2",
+        ),
+        (
+            {"first_hash_layers": 3},
+            "FIRST_HASH_LAYERS = 3: must be between 0 and the 2 sparse layers of a",
+        ),
+        ({"first_hash_layers": -1}, "FIRST_HASH_LAYERS = -1: must be between 0 and"),
+        (
+            {"first_hash_layers": 1, "family": "hashed"},
+            "FIRST_HASH_LAYERS = 1 means nothing to ROUTER = 'hashed'",
         ),
         ({"num_experts": 0}, "NUM_EXPERTS = 0: must be at least 1"),
         ({"expert_mlp_dim": 0}, "EXPERT_MLP_DIM = 0: must be at least 1"),
@@ -330,6 +343,7 @@ BELONGS_TO = {
     "EXPERT_CHOICE_CAP": ("max_experts_per_token", 2, {"expert_choice"}),
     "SINKHORN_ITERATIONS": ("sinkhorn_iterations", 4, {"sinkhorn"}),
     "HASH_SEED": ("hash_seed", 3, {"hashed"}),
+    "HASH_GATES": ("hash_gates", "scores", {"hashed"}),
     "ROUTER_SCORES": ("scores", "sigmoid", {"token_choice"}),
     "NUM_EXPERT_GROUPS": ("num_expert_groups", 2, {"token_choice"}),
     "NUM_SELECTED_GROUPS": ("num_selected_groups", 2, {"token_choice"}),

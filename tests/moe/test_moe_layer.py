@@ -67,7 +67,7 @@ ROUTERS = {
     ),
     "dropless": FREE,
     "m6t": replace(TIGHT, family="prototypes", num_prototypes=2, num_selected=2),
-    "hashed": replace(TIGHT, family="hashed", num_selected=2),
+    "hashed": replace(TIGHT, family="hashed", num_selected=2, hash_gates="scores"),
     "sinkhorn": replace(TIGHT, family="sinkhorn", num_selected=2, capacity_factor=0.5),
     "gated_inputs": replace(
         TIGHT, num_selected=2, scores="sigmoid", gate_place="input", logit_bias=True

@@ -356,6 +356,7 @@ def _of_shapes(settings: Settings) -> tuple[Layers, str, OptimizerSettings]:
             bare,
             family=router.family,
             own=router.own,
+            hash_gates=router.hash_gates,
             logit_bias=router.logit_bias,
             selection_bias=router.selection_bias,
         ),

@@ -90,6 +90,15 @@ BANK = {
     ),
     "expert_choice": RouterSettings(family="expert_choice", group_size=S),
     "hashed": RouterSettings(family="hashed", num_selected=2, group_size=S),
+    "hashed_by_scores": RouterSettings(
+        family="hashed",
+        num_selected=2,
+        hash_gates="scores",
+        scores="sqrt_softplus",
+        renormalize="before_drop",
+        slot_order="batch_priority",
+        group_size=S,
+    ),
     "s_base": RouterSettings(family="sinkhorn", group_size=S),
     "sinkhorn_top2": RouterSettings(
         family="sinkhorn", num_selected=2, renormalize="before_drop", group_size=S
@@ -100,6 +109,7 @@ BANK = {
 # scaling columns to be even makes every score of Sinkhorn the same, up to rounding.
 NOT_DRAWN = {
     "v_moe": ("tied",),
+    "hashed_by_scores": ("tied",),
     "spill_after_drop": ("tied",),
     "expert_choice": ("tied",),
     "s_base": ("tied", "twins", "uniform"),

@@ -61,7 +61,7 @@ def table(
         "expert": ("expert",),
         "vocab": ("model",),
         "heads": ("model",),
-        "kv_heads": ("model",),
+        "kv_heads": ("model",) if partition.cuts_kv_heads else (),
         "mlp": ("model",),
         "expert_mlp": () if whole_experts else ("model",),
         "embed": ordered(*weights, *also_expert),

@@ -60,15 +60,32 @@ class PartitionSettings:
         context_attention: how attention sees all of a sequence that is cut over
             `context`: "all_gather" of keys and values, or a "ring" of them
             (arXiv:2310.01889).
+        cuts_kv_heads: whether heads of keys and values are cut over `model`; else each
+            device of that axis has all of them. Not set by hand: see `fitting`.
     """
 
     fsdp: Literal["none", "optimizer", "data", "data_expert"] = "none"
     sequence_parallel: bool = True
     expert_tensor_parallel: bool = True
     context_attention: Literal["all_gather", "ring"] = "all_gather"
+    cuts_kv_heads: bool = dataclasses.field(default=True, metadata={"knob": False})
 
 
 UNCUT = PartitionSettings()
+
+
+def fitting(
+    partition: PartitionSettings, model_devices: int, kv_heads: int
+) -> PartitionSettings:
+    """Returns the same, in which heads of keys that do not divide are not cut.
+
+    Args:
+        partition: what is cut.
+        model_devices: devices along `model`.
+        kv_heads: heads of keys and values.
+    """
+    cuts = model_devices < 1 or kv_heads % model_devices == 0
+    return dataclasses.replace(partition, cuts_kv_heads=cuts)
 
 
 def by_links(links: Mapping[str, float], sizes: Mapping[str, int]) -> tuple[str, ...]:

@@ -106,8 +106,6 @@ def _model_axis_problems(
         "NUM_HEADS": model.num_heads,
         "VOCAB_SIZE": model.vocab_size,
     }
-    if model.num_kv_heads:
-        cut["NUM_KV_HEADS"] = model.num_kv_heads
     sparse = architecture.has_experts(model)
     if architecture.has_dense(model):
         cut["MLP_DIM"] = model.mlp_dim

@@ -21,6 +21,7 @@ from partitioning.settings import (
     AXES,
     MeshSettings,
     PartitionSettings,
+    fitting,
 )
 from tasks.settings import DataSettings, FilterSettings, MixtureSettings
 
@@ -168,6 +169,12 @@ class Settings:
     filters: FilterSettings
     loop: LoopSettings
     sample: SampleSettings
+
+    def __post_init__(self) -> None:
+        """Cuts heads of keys over the mesh only where they divide."""
+        kv_heads = self.model.num_kv_heads or self.model.num_heads
+        cut = fitting(self.partition, self.mesh.model, kv_heads)
+        object.__setattr__(self, "partition", cut)
 
     @property
     def layers(self) -> Layers:

@@ -74,7 +74,8 @@ def _draw(run: Run, s: HeadsSettings, method: Kernel, length: int) -> tuple[Any,
     mesh = run.settings.mesh
     B, L = mesh.batch_shards, min(length, 2 * kernel_method.block(method, length))
     prefix = run.settings.data.prefix_attention == "bidirectional"
-    heads = (s.num_heads, s.kv_heads, s.kv_heads, s.num_heads)
+    kv_heads = s.own_kv_heads(mesh.model) * mesh.model  # each device's, beside another
+    heads = (s.num_heads, kv_heads, kv_heads, s.num_heads)
     by_head, of_heads, by_row = (
         rules.sharding(run.mesh, axes) for axes in (BY_HEAD, HEADS, ROW)
     )

@@ -120,8 +120,9 @@ def shrink(
         ConfigError: no small settings obey all rules.
     """
     small = [meshes.shrink(mesh, most) for mesh in asked]
+    fewer = _with_fewer_heads(settings, asked, _common(small, "model"))
     problems: list[str] = []
-    for candidate, tail in _candidates(settings, small):
+    for candidate, tail in _candidates(fewer, small):
         problems = moe.constraints.problems(
             candidate.model,
             candidate.router,
@@ -219,17 +220,12 @@ def _model(
     whole = _common(small, "data", "context", "expert", "model")
     least = _FACTORED if settings.optimizer.name == "adafactor" else 16
     chunks = min(settings.execution.vocab_chunks, 2)
-    had_kv_heads = model.num_kv_heads or model.num_heads
-    shared = min(model.num_heads // had_kv_heads, 2)
-    kv_heads = cut if cut > 1 else min(had_kv_heads, 2)
     sparse = architecture.has_experts(model)
     learned = model.positions == "learned"
     return dataclasses.replace(
         model,
         vocab_size=_multiple(cut * chunks, max(least, 32)),
         model_dim=_multiple(whole, least),
-        num_heads=kv_heads * shared,
-        num_kv_heads=kv_heads if model.num_kv_heads else 0,
         head_dim=_head_dim(model),
         attention_windows=tuple(
             w and max(w * length // settings.data.length, 2)
@@ -247,6 +243,27 @@ def _model(
         shared_expert_mlp_dim=_multiple(cut, 16) if model.shared_expert_mlp_dim else 0,
         init_scale=1.0,
     )
+
+
+def _with_fewer_heads(
+    settings: Settings, asked: Sequence[MeshSettings], cut: int
+) -> Settings:
+    """The settings with few heads, whose keys divide over `model` if they did."""
+    model = settings.model
+    had = model.num_kv_heads or model.num_heads
+    kv_heads = cut if cut > 1 else min(had, 2)
+    num_heads = kv_heads * min(model.num_heads // had, 2)
+    uneven = [mesh.model for mesh in asked if had % mesh.model]
+    if uneven and uneven[0] % had == 0:  # a device's queries share one
+        num_heads, kv_heads = cut, max(cut // 2, 1)
+    elif uneven:
+        num_heads, kv_heads = 3 * cut, 3
+    fewer = dataclasses.replace(
+        model,
+        num_heads=num_heads,
+        num_kv_heads=kv_heads if model.num_kv_heads else 0,
+    )
+    return dataclasses.replace(settings, model=fewer)
 
 
 def _head_dim(model: ModelSettings) -> int:

@@ -1,5 +1,6 @@
 """What `verify` prints, and what it refuses once jax is there."""
 
+import dataclasses
 import math
 from collections.abc import Sequence
 
@@ -112,9 +113,9 @@ def refuse_what_does_not_divide(
         settings.layers, settings.execution.param_dtype, optimizer
     )
     state_axes = new_state.logical_axes(shapes, settings.layers)
-    table = rules.table(settings.partition)
     found = []
     for mesh in asked:
+        table = rules.table(dataclasses.replace(settings, mesh=mesh).partition)
         abstract = AbstractMesh(tuple(getattr(mesh, axis) for axis in AXES), AXES)
         found += [
             f"on {describe_mesh(mesh)}: {problem}"

@@ -6,7 +6,7 @@ from moe import architecture
 from moe.model.execution import Execution
 from moe.model.transformer import Model
 from moe.settings import ExecutionSettings, ModelSettings, RouterSettings
-from partitioning.settings import UNCUT, PartitionSettings
+from partitioning.settings import UNCUT, PartitionSettings, fitting
 
 
 def build(
@@ -19,4 +19,6 @@ def build(
 ) -> Model:
     """Describes a model without allocating it."""
     layers = architecture.describe(model, router, encoder_router)
+    kv_heads = model.num_kv_heads or model.num_heads
+    partition = fitting(partition, mesh.shape["model"], kv_heads)
     return Model(layers, Execution(execution, mesh, partition))

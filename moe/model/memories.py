@@ -143,8 +143,9 @@ def _memory(model: Model, room: int, source_room: int) -> Any:
 
 def _memory_specs(model: Model) -> Any:
     """How memories are cut."""
+    table = model.grid.table
     return jax.tree.map(
-        lambda spec: rules.spec((spec.axes[0], "batch", *spec.axes[1:])),
+        lambda spec: rules.spec((spec.axes[0], "batch", *spec.axes[1:]), table),
         _memory(model, 1, 1),
     )
 

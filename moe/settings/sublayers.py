@@ -136,6 +136,16 @@ class HeadsSettings:
         seen = self.window if self.causal else 2 * self.window - 1
         return min(seen, length) if self.window else length
 
+    def own_kv_heads(self, devices: int) -> int:
+        """Returns the heads of keys that one of so many devices attends to.
+
+        Where they divide they are cut. Where the devices are a multiple of them, the
+        queries of each need one; else each has one of its own for every query.
+        """
+        if self.kv_heads % devices == 0:
+            return self.kv_heads // devices
+        return 1 if devices % self.kv_heads == 0 else -(-self.num_heads // devices)
+
     @property
     def scale(self) -> float:
         """What products of queries and keys are multiplied by."""

@@ -68,12 +68,6 @@ def test_what_divides_is_accepted(mesh, partition):
         ({"model": 8}, {}, {}, "NUM_HEADS = 4 does not divide over MESH_MODEL = 8"),
         (
             {"model": 4},
-            {"num_kv_heads": 2},
-            {},
-            "NUM_KV_HEADS = 2 does not divide over MESH_MODEL = 4: the least is 4",
-        ),
-        (
-            {"model": 4},
             {"expert_mlp_dim": 42},
             {},
             "EXPERT_MLP_DIM = 42 does not divide over MESH_MODEL = 4: nearest are 40 "
@@ -97,6 +91,12 @@ def test_what_divides_is_accepted(mesh, partition):
 def test_what_does_not_divide_is_said_with_what_would(mesh, model, partition, said):
     found = faults(mesh, dataclasses.replace(MODEL, **model), **partition)
     assert any(said in line for line in found), found
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 3, 6, 12])
+def test_any_number_of_heads_of_keys_will_do(kv_heads):
+    model = dataclasses.replace(MODEL, num_heads=12, num_kv_heads=kv_heads)
+    assert faults({"model": 4}, model) == []
 
 
 def test_experts_that_are_not_cut_over_model_need_not_divide():

@@ -74,7 +74,7 @@ CASES = {
     ),
     "dense": (
         "data=2,model=4",
-        "MOE_EVERY=0 NUM_HEADS=4 NUM_KV_HEADS=4 FSDP=data ACTIVATION=geglu "
+        "MOE_EVERY=0 NUM_HEADS=4 NUM_KV_HEADS=2 FSDP=data ACTIVATION=geglu "
         "POSITIONS=alibi POSITION_LAYERS=(1,0) NUM_LAYERS=2 OPTIMIZER=adafactor "
         "TIE_EMBEDDINGS=True",
         ("decisions", "evaluation"),
@@ -137,6 +137,21 @@ def test_shrinking_keeps_choices_and_what_divides():
     assert (names["NUM_EXPERTS"].before, names["NUM_EXPERTS"].after) == (64, 8)
     # With 2 of 8 experts for each token, 2.0 · 2 · 8 / 8 slots would be enough.
     assert capacity(settings.router, 8, train=True) == 4
+
+
+@pytest.mark.parametrize(
+    ("kv_heads", "asked", "heads"),
+    [
+        (8, 8, (8, 4)),  # each device has its own
+        (4, 8, (4, 2)),  # two devices share one
+        (1, 8, (4, 2)),
+        (12, 8, (12, 3)),  # one and a half on each
+    ],
+)
+def test_shrinking_keeps_how_devices_share_heads_of_keys(kv_heads, asked, heads):
+    knobs = f"NUM_HEADS=48 NUM_KV_HEADS={kv_heads} MOE_EVERY=0"
+    small = shrunk(knobs, f"model={asked}").settings.model
+    assert (small.num_heads, small.num_kv_heads) == heads
 
 
 def test_the_transport_is_that_of_the_run_and_not_of_simulated_devices():

@@ -20,7 +20,12 @@ from moe.settings import (
 )
 from partitioning import rules
 from partitioning.mesh import make_mesh
-from partitioning.settings import MeshSettings, PartitionSettings
+from partitioning.settings import (
+    UNCUT,
+    MeshSettings,
+    PartitionSettings,
+    fitting,
+)
 
 B, L, M, N, U, D = 2, 8, 6, 4, 2, 4
 BASE = 10.0
@@ -60,16 +65,24 @@ CASES = {
         positions=PositionSettings("rotary", rotary_base=BASE),
     ),
 }
-CASES["alibi"] = HeadsSettings(6, 6, D, positions=PositionSettings("alibi"))
+CASES["alibi"] = HeadsSettings(6, 3, D, positions=PositionSettings("alibi"))
 # 2^-8/4, and so on to 2^-8; then the first and third of eight heads.
 SLOPES = (1 / 4, 1 / 16, 1 / 64, 1 / 256, 1 / 2, 1 / 8)
-# How eight devices, of which `model` has two and `context` two, attend.
-MESH = MeshSettings(data=2, context=2, model=2)
+RING = PartitionSettings(context_attention="ring")
+WHOLE = PartitionSettings(sequence_parallel=False)
+ALONE = MeshSettings()
+C2M2 = MeshSettings(data=2, context=2, model=2)
+C2M4 = MeshSettings(context=2, model=4)
+# How eight devices attend: the case, the mesh, what is cut, tokens of a block. Where
+# `model` has four devices, two share a head of keys; in "alibi" its two have one and a
+# half each, and so have all.
 WAYS = {
-    "head": (PartitionSettings(context_attention="ring"), 3),
-    "width": (PartitionSettings(), 0),
-    "unit": (PartitionSettings(sequence_parallel=False), 3),
-    "alibi": (PartitionSettings(context_attention="ring"), 3),
+    "head": ("head", C2M2, RING, 3),
+    "width": ("width", C2M2, PartitionSettings(), 0),
+    "unit": ("unit", C2M2, WHOLE, 3),
+    "alibi": ("alibi", C2M2, RING, 3),
+    "shared": ("width", C2M4, RING, 3),
+    "shared, whole": ("head", C2M4, WHOLE, 0),
 }
 
 
@@ -171,12 +184,12 @@ def given(name: str):
 
 
 @functools.cache
-def attended(name: str, *, alone: bool):
+def attended(name: str, sizes=ALONE, partition=UNCUT, block=0):
     """Output, and gradients of weights and activations."""
-    s, (partition, block) = CASES[name], WAYS[name]
-    mesh = make_mesh(MeshSettings() if alone else MESH)
-    settings = ExecutionSettings(dtype="float32", attention_block=0 if alone else block)
-    execution = Execution(settings, mesh, PartitionSettings() if alone else partition)
+    s, mesh = CASES[name], make_mesh(sizes)
+    settings = ExecutionSettings(dtype="float32", attention_block=block)
+    partition = fitting(partition, sizes.model, s.kv_heads)
+    execution = Execution(settings, mesh, partition)
     grid = execution.grid
     specs = heads.specs(s, M)
 
@@ -203,7 +216,7 @@ def attended(name: str, *, alone: bool):
 def test_attention_and_its_gradients_agree_with_loops(name):
     w, x_BLM, d_BLM, *told = given(name)
     w, x_BLM, d_BLM = jax.tree.map(lambda x: x.astype(np.float64), (w, x_BLM, d_BLM))
-    y_BLM, gradients = attended(name, alone=True)
+    y_BLM, gradients = attended(name)
     expected_BLM = in_loops(w, x_BLM, *told, CASES[name])
     np.testing.assert_allclose(y_BLM, expected_BLM, rtol=1e-4, atol=1e-5)
     # Of each array along a direction of its own, by central differences.
@@ -221,9 +234,10 @@ def test_attention_and_its_gradients_agree_with_loops(name):
         assert abs(np.sum(gradient * along) - slope) < 1e-3 * abs(slope) + 1e-8, place
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_eight_devices_attend_as_one(name):
-    alone, cut = (attended(name, alone=alone) for alone in (True, False))
+@pytest.mark.parametrize("way", WAYS)
+def test_eight_devices_attend_as_one(way):
+    name, *on_eight = WAYS[way]
+    alone, cut = attended(name), attended(name, *on_eight)
     paths = jax.tree_util.tree_leaves_with_path(alone)
     for (path, expected), found in zip(paths, jax.tree.leaves(cut), strict=True):
         where = jax.tree_util.keystr(path)

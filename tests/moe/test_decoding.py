@@ -68,7 +68,8 @@ MODELS = {
             moe_every=0,
             attention_windows=(3, 0),
             position_layers=(1, 0),
-            num_kv_heads=1,
+            num_heads=4,
+            num_kv_heads=2,
             qk_norm="width",
             rope_fraction=0.5,
             rope_pairs="neighbours",
@@ -122,23 +123,26 @@ def full_forward(name: str, tokens_BL, **features) -> np.ndarray:
 
 
 @functools.cache
-def compiled_piece(name: str, length: int):
-    return jax.jit(functools.partial(extend, model_of(name, length)))
+def compiled_piece(name: str, length: int, mesh: str = "d1"):
+    return jax.jit(functools.partial(extend, model_of(name, length, mesh)))
 
 
 @pytest.mark.parametrize(
-    ("name", "lengths"),
+    ("name", "mesh", "lengths"),
     [
-        ("alternating_top2", (2, 2, 2, 2)),
-        ("top1", (1,) * L),
-        ("windows", (4, 2, 1, 1)),
+        ("alternating_top2", "d1", (2, 2, 2, 2)),
+        ("top1", "d1", (1,) * L),
+        ("windows", "d1", (4, 2, 1, 1)),
+        ("windows", "d2m4", (4, 4)),  # two devices share a head of keys
     ],
 )
-def test_a_sequence_read_in_pieces_has_the_logits_of_the_full_forward(name, lengths):
+def test_a_sequence_read_in_pieces_has_the_logits_of_the_full_forward(
+    name, mesh, lengths
+):
     tokens_BL = np.random.default_rng(1).integers(0, V, (B, L)).astype(np.int32)
     memories, logits, start = empty_memories(model_of(name, L), B, L), [], 0
     for length in lengths:
-        piece_BLV, memories = compiled_piece(name, length)(
+        piece_BLV, memories = compiled_piece(name, length, mesh)(
             params_of(name),
             tokens_BL[:, start : start + length],
             np.ones((B, length), bool),

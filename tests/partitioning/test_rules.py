@@ -67,7 +67,7 @@ def test_logical_axes_become_mesh_axes(logical_axes, mesh_axes):
 
 def test_the_table_names_mesh_axes_only_and_no_array_uses_one_twice():
     tables = [
-        rules.table(PartitionSettings(fsdp=fsdp, expert_tensor_parallel=cut))
+        rules.table(PartitionSettings(fsdp, True, cut, cuts_kv_heads=cut))
         for fsdp in ("none", "optimizer", "data", "data_expert")
         for cut in (True, False)
     ]

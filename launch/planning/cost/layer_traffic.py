@@ -54,7 +54,7 @@ def attention(sizes: Local) -> list[Flow]:
             purpose = f"attention of {kind} layers"
             found.append(_cut_layers(sizes, purpose, block, layers, last=False))
             s, rows = a.settings, sizes.rows * a.keys
-            kept = rows * sizes.cut_heads(s.kv_heads)
+            kept = rows * sizes.kv_heads(s)
             found.append(
                 flow_of(
                     sizes,

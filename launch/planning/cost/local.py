@@ -278,6 +278,10 @@ class Local:
         """Returns the heads that one chip has of so many."""
         return -(-heads // self.settings.mesh.model)
 
+    def kv_heads(self, s: HeadsSettings) -> int:
+        """Returns the heads of keys that one chip attends to."""
+        return s.own_kv_heads(self.settings.mesh.model)
+
     def cut_width(self, s: DenseSettings) -> int:
         """Returns f, the part of a dense layer's width that one chip has."""
         return -(-s.mlp_dim // self.settings.mesh.model)

@@ -311,7 +311,7 @@ def _rest(sizes: Local, block: Block) -> int:
     found = norms * sizes.residual_tokens * M * (FLOAT32 + d) + len(block) * T * M * d
     for a in sizes.attentions(block):
         s = a.settings
-        heads, kv_heads = sizes.cut_heads(s.num_heads), sizes.cut_heads(s.kv_heads)
+        heads, kv_heads = sizes.cut_heads(s.num_heads), sizes.kv_heads(s)
         found += (2 * T * heads + a.key_tokens * kv_heads) * s.head_dim * d
         if s.gated:  # the sigmoid, and what it multiplies
             found += 2 * T * heads * s.head_dim * d
@@ -363,7 +363,7 @@ def _attention(sizes: Local, a: Attention) -> dict[str, int]:
     """Heads and their gradients, keys of all of a sequence, one block of scores."""
     s, d, T = a.settings, sizes.dtype_bytes, sizes.tokens
     M, D, L = sizes.stack.width, s.head_dim, a.keys
-    heads, kv_heads = sizes.cut_heads(s.num_heads), sizes.cut_heads(s.kv_heads)
+    heads, kv_heads = sizes.cut_heads(s.num_heads), sizes.kv_heads(s)
     # (T·2n + T'·2u)·D·d twice: queries, keys, values and what they are mixed to.
     mixed = T * 2 * heads + a.key_tokens * 2 * kv_heads
     work = ACTIVATIONS_AT_ONCE * mixed * D * d
@@ -443,7 +443,7 @@ def _logits(sizes: Local, parameters: tuple[Weight, ...]) -> dict[str, int]:
 def _projected(sizes: Local, a: Attention) -> int:
     """(T·n + T'·2u)·D of queries, maybe gates, and keys and values of T' tokens."""
     s = a.settings
-    heads, kv_heads = sizes.cut_heads(s.num_heads), sizes.cut_heads(s.kv_heads)
+    heads, kv_heads = sizes.cut_heads(s.num_heads), sizes.kv_heads(s)
     heads *= 2 if s.gated else 1
     return (sizes.tokens * heads + a.key_tokens * 2 * kv_heads) * s.head_dim
 

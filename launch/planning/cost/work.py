@@ -123,7 +123,7 @@ def _projections(sizes: Local, block: Block, layers: int) -> list[Part]:
     again = repeats(sizes, block, kept_by=("none", "minimal"))
     for a in sizes.attentions(block):
         heads = sizes.cut_heads(a.settings.num_heads)
-        kv_heads = sizes.cut_heads(a.settings.kv_heads)
+        kv_heads = sizes.kv_heads(a.settings)
         inward, outward = (
             2 * kv_heads * a.settings.head_dim,
             heads * a.settings.head_dim,

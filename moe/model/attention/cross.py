@@ -27,5 +27,6 @@ def apply(
 ) -> tuple[jax.Array, Memory | None, None]:
     """Attends to the view's source; what is remembered of it never changes."""
     del key, number
+    w = w if memory else heads.own_keys(w, s, execution.grid)
     given = w, x_BLM, view, memory, s, execution
     return *attend(heads.kind(execution.grid), *given, source=view.source), None

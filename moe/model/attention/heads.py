@@ -89,7 +89,38 @@ def apply(
 ) -> tuple[jax.Array, Memory | None, None]:
     """Attends; see `attend`. Nothing is drawn, and nothing counted."""
     del key, number
+    w = w if memory else own_keys(w, s, execution.grid)
     return *attend(kind(execution.grid), w, x_BLM, view, memory, s, execution), None
+
+
+def own_keys(w: Weights, s: HeadsSettings, grid: Grid) -> Weights:
+    """Leaves of weights of all keys those of the one head that queries here need.
+
+    Where a device needs more than one, or remembers all, `expand` takes them instead.
+    """
+    if grid.size("model") % s.kv_heads or grid.partition.cuts_kv_heads:
+        return w
+
+    def own(array: jax.Array, spec: Spec) -> jax.Array:
+        return _needed(array, spec.axes.index("kv_heads"), s, grid)
+
+    asked = {
+        name: spec
+        for name, spec in specs(s, len(w["key"])).items()
+        if all("kv_heads" in each.axes for each in jax.tree.leaves(spec))
+    }
+    return w | {name: jax.tree.map(own, w[name], spec) for name, spec in asked.items()}
+
+
+def _needed(x: jax.Array, dim: int, s: HeadsSettings, grid: Grid) -> jax.Array:
+    """Takes from all heads of keys those that the queries of this device share."""
+    size = grid.size("model")
+    if size % s.kv_heads == 0:
+        own = grid.index("model") * s.kv_heads // size
+        return lax.dynamic_slice_in_dim(x, own, 1, dim)
+    heads = s.num_heads // size
+    head_n = grid.index("model") * heads + jnp.arange(heads)
+    return jnp.take(x, head_n * s.kv_heads // s.num_heads, axis=dim)
 
 
 def kind(grid: Grid) -> Kind:
@@ -115,14 +146,16 @@ def kind(grid: Grid) -> Kind:
             bias = falling(slope_N, reach)
         return Scoring(s.scale, s.window, s.cap, bias, w.get("sink"), causal=s.causal)
 
-    return Kind(functools.partial(projected, "query"), remember, _expand, scoring)
+    def expand(
+        w: Weights, memory: Memory, s: HeadsSettings
+    ) -> tuple[jax.Array, jax.Array]:
+        key_BTUD, value_BTUD = memory["key"], memory["value"]
+        if not grid.partition.cuts_kv_heads and key_BTUD.shape[2] == s.kv_heads:
+            key_BTUD = _needed(key_BTUD, 2, s, grid)
+            value_BTUD = _needed(value_BTUD, 2, s, grid)
+        return key_BTUD, value_BTUD
 
-
-def _expand(
-    w: Weights, memory: Memory, s: HeadsSettings
-) -> tuple[jax.Array, jax.Array]:
-    del w, s
-    return memory["key"], memory["value"]
+    return Kind(functools.partial(projected, "query"), remember, expand, scoring)
 
 
 def _placed(

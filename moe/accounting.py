@@ -23,7 +23,7 @@ import jax
 from moe.layers import Layers
 from moe.model import inventory
 from moe.routing.capacity import capacity, mean_choices
-from moe.settings import HeadsSettings
+from moe.settings import HeadsSettings, LatentSettings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +47,7 @@ class Counts:
         slots: rows of fixed capacity there, C·E / S for each token; likewise.
         scores: operations of attention's scores and mixing, 4·N·D·L in each layer, as
             if every token saw as many as the last. Heads that share keys share none.
+            Of latent attention as it is trained: 2·N·(D + R + X)·L.
         causal_scores: the same where a token sees itself and those before it: (L + 1) /
             2 of L on average.
     """
@@ -172,8 +173,8 @@ def count(layers: Layers, length: int, encoder_length: int = 0) -> Counts:
         idle += int(all_sizes - all_sizes * chosen / s.num_experts)
     scores = causal_scores = Fraction(0)
     for name, stack in layers.stacks.items():
-        for s in stack.settings("heads"):
-            each = 4 * s.num_heads * s.head_dim * share[name]
+        for s in (*stack.settings("heads"), *stack.settings("latent")):
+            each = 2 * s.num_heads * (s.key_width + s.value_width) * share[name]
             scores += each * s.reach(lengths[name])
             causal_scores += each * Fraction(_pairs(s, lengths[name]), lengths[name])
         for s in stack.settings("cross"):
@@ -198,7 +199,7 @@ def count(layers: Layers, length: int, encoder_length: int = 0) -> Counts:
     )
 
 
-def _pairs(s: HeadsSettings, length: int) -> int:
+def _pairs(s: HeadsSettings | LatentSettings, length: int) -> int:
     """Pairs of tokens of a row of which the first sees the second."""
     window = min(s.window or length, length)
     back = length * window - window * (window - 1) // 2

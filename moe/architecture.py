@@ -13,6 +13,7 @@ from moe.settings import (
     DenseSettings,
     EmbeddingSettings,
     HeadsSettings,
+    LatentSettings,
     ModelSettings,
     NormSettings,
     PositionSettings,
@@ -292,11 +293,16 @@ def _block(
     side: ModelSettings, router: RouterSettings, layer: int, *, crosses: bool
 ) -> Block:
     """Attention, maybe to the other stack too, then experts or dense, or both."""
-    norm, own = _norm(side), _heads(side, layer)
-    block = [Sublayer("attention", "heads", own, norm)]
+    norm = _norm(side)
+    own = _latent(side, layer) if side.attention == "latent" else _heads(side, layer)
+    block = [Sublayer("attention", side.attention, own, norm)]
     if crosses:
         cross = dataclasses.replace(
-            own, positions=PositionSettings(), window=0, causal=False, shares_bias=False
+            _heads(side, layer),
+            positions=PositionSettings(),
+            window=0,
+            causal=False,
+            shares_bias=False,
         )
         block.append(Sublayer("cross", "cross", cross, norm))
     mlp = DenseSettings(side.mlp_dim, side.activation, side.mlp_biases, side.init_scale)
@@ -351,10 +357,39 @@ def _sparse_layers(side: ModelSettings) -> range:
     return range(side.first_dense_layers + place, side.num_layers, side.moe_every)
 
 
+def _latent(side: ModelSettings, layer: int) -> LatentSettings:
+    window, sees = _window(side, layer), _sees_positions(side, layer)
+    return LatentSettings(
+        num_heads=side.num_heads,
+        head_dim=side.head_dim,
+        rope_dim=side.rope_head_dim,
+        value_dim=side.value_head_dim or side.head_dim,
+        kv_latent=side.kv_latent_dim,
+        query_latent=side.query_latent_dim,
+        positions=_positions(side, window) if sees else PositionSettings(),
+        norm=NormSettings("rms", side.latent_norm_epsilon),
+        window=window,
+        causal=side.shape != "encoder",
+        init_scale=side.init_scale,
+        sinks=side.attention_sinks,
+        cap=side.attention_cap,
+        score_scale=side.attention_scale,
+        gated=side.attention_output_gate,
+    )
+
+
+def _window(side: ModelSettings, layer: int) -> int:
+    windows = side.attention_windows or (0,)
+    return windows[layer % len(windows)]
+
+
+def _sees_positions(side: ModelSettings, layer: int) -> bool:
+    placed = side.position_layers or (1,)
+    return placed[layer % len(placed)] > 0
+
+
 def _heads(side: ModelSettings, layer: int) -> HeadsSettings:
-    windows, placed = side.attention_windows or (0,), side.position_layers or (1,)
-    window = windows[layer % len(windows)]
-    sees = placed[layer % len(placed)] > 0
+    window, sees = _window(side, layer), _sees_positions(side, layer)
     return HeadsSettings(
         num_heads=side.num_heads,
         kv_heads=side.num_kv_heads or side.num_heads,

@@ -71,6 +71,7 @@ def table(
         "bucket": (),  # of distance
         "position": (),
         "head_dim": (),
+        "latent": (),  # what keys and values of all heads are made of
         "pair": (),  # a gate and what it gates
         "layers": (),
         # the same of the optimizer's state

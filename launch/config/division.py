@@ -146,12 +146,17 @@ def _full_sharding_problems(
         parts = 1
         for axis in over:
             parts *= getattr(mesh, axis)
-        if model.model_dim % parts:
-            found.append(
-                f"EMBED_DIM = {model.model_dim} does not divide over the {parts} "
-                f"pieces of {named(mesh, over)} that FSDP = {partition.fsdp!r} cuts "
-                f"{what} into: make an axis smaller, or choose another FSDP"
-            )
+        cut = {"EMBED_DIM": model.model_dim}
+        if what == "dense weights" and model.attention == "latent":
+            cut["KV_LATENT_DIM"] = model.kv_latent_dim
+            cut["QUERY_LATENT_DIM"] = model.query_latent_dim
+        found += [
+            f"{macro} = {width} does not divide over the {parts} "
+            f"pieces of {named(mesh, over)} that FSDP = {partition.fsdp!r} cuts "
+            f"{what} into: make an axis smaller, or choose another FSDP"
+            for macro, width in cut.items()
+            if width % parts
+        ]
     return found
 
 

@@ -12,16 +12,18 @@ from moe.model.attention import kernel, kernel_method, whole
 from moe.model.attention.kernel_method import Kernel
 from moe.model.attention.mask import Who
 from moe.model.attention.scoring import Scoring
-from moe.settings import HeadsSettings
+from moe.settings import HeadsSettings, LatentSettings
 from partitioning import rules
 from partitioning.settings import BATCH_AXES
+
+AttentionSettings = HeadsSettings | LatentSettings
 
 ROW = ("batch", "length")
 BY_HEAD = (*ROW, "heads", "head_dim")
 HEADS = ("heads",)
 
 
-def method_of(run: Run, s: HeadsSettings, length: int) -> tuple[Kernel | None, str]:
+def method_of(run: Run, s: AttentionSettings, length: int) -> tuple[Kernel | None, str]:
     """Returns the kernel that attends in training and scoring, and why; None if none.
 
     Args:
@@ -41,12 +43,12 @@ def method_of(run: Run, s: HeadsSettings, length: int) -> tuple[Kernel | None, s
     )
 
 
-def kinds(run: Run) -> list[tuple[HeadsSettings, int]]:
+def kinds(run: Run) -> list[tuple[AttentionSettings, int]]:
     """Returns each kind of layer that attends to its own tokens, and their number."""
     found = [
         (s, run.settings.length_of(name))
         for name, stack in run.settings.layers.stacks.items()
-        for s in stack.settings("heads")
+        for s in (*stack.settings("heads"), *stack.settings("latent"))
     ]
     return list(dict.fromkeys(found))
 
@@ -69,13 +71,16 @@ def results(run: Run) -> Iterator[tuple[Kernel, Any, Any]]:
             yield method, ours, oracle
 
 
-def _draw(run: Run, s: HeadsSettings, method: Kernel, length: int) -> tuple[Any, ...]:
+def _draw(
+    run: Run, s: AttentionSettings, method: Kernel, length: int
+) -> tuple[Any, ...]:
     """Queries, keys, values, sinks, gradients of the output; and who they are."""
     mesh = run.settings.mesh
     B, L = mesh.batch_shards, min(length, 2 * kernel_method.block(method, length))
     prefix = run.settings.data.prefix_attention == "bidirectional"
     kv_heads = s.own_kv_heads(mesh.model) * mesh.model  # each device's, beside another
-    heads = (s.num_heads, kv_heads, kv_heads, s.num_heads)
+    K, X = s.key_width, s.value_width
+    heads = (s.num_heads, K), (kv_heads, K), (kv_heads, X), (s.num_heads, X)
     by_head, of_heads, by_row = (
         rules.sharding(run.mesh, axes) for axes in (BY_HEAD, HEADS, ROW)
     )
@@ -86,8 +91,8 @@ def _draw(run: Run, s: HeadsSettings, method: Kernel, length: int) -> tuple[Any,
     def draw() -> tuple[Any, ...]:
         *keys, own_key = jax.random.split(jax.random.key(0), len(heads) + 1)
         arrays = (
-            jax.random.normal(key, (B, L, n, s.head_dim), run.settings.execution.dtype)
-            for key, n in zip(keys, heads, strict=True)
+            jax.random.normal(key, (B, L, *head), run.settings.execution.dtype)
+            for key, head in zip(keys, heads, strict=True)
         )
         place_L = jnp.arange(L, dtype=jnp.int32)
         row_B1 = jnp.arange(B, dtype=jnp.int32)[:, None]
@@ -102,7 +107,7 @@ def _draw(run: Run, s: HeadsSettings, method: Kernel, length: int) -> tuple[Any,
 
 
 def _attended(
-    run: Run, s: HeadsSettings, method: Kernel | None, arguments: tuple[Any, ...]
+    run: Run, s: AttentionSettings, method: Kernel | None, arguments: tuple[Any, ...]
 ) -> dict[str, Any]:
     """Output, and the gradients of queries, keys, values, and sinks if there are."""
     grid = run.learner.model.grid

@@ -227,6 +227,7 @@ def _model(
         vocab_size=_multiple(cut * chunks, max(least, 32)),
         model_dim=_multiple(whole, least),
         head_dim=_head_dim(model),
+        **_latent(model, _multiple(whole, least)),
         attention_windows=tuple(
             w and max(w * length // settings.data.length, 2)
             for w in model.attention_windows
@@ -272,6 +273,18 @@ def _head_dim(model: ModelSettings) -> int:
     turned = ((size, size * model.rope_fraction / 2) for size in sizes)
     fitting = [size for size, pairs in turned if abs(pairs - round(pairs)) < 1e-6]
     return fitting[0] if fitting else model.head_dim
+
+
+def _latent(model: ModelSettings, width: int) -> dict[str, Any]:
+    """Widths of latent attention, each another; latents divide as the model does."""
+    if model.attention != "latent":
+        return {}
+    return {
+        "query_latent_dim": width if model.query_latent_dim else 0,
+        "kv_latent_dim": width,
+        "rope_head_dim": _head_dim(model),
+        "value_head_dim": 6,
+    }
 
 
 def _execution(

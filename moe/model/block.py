@@ -6,14 +6,20 @@ import jax
 
 from moe.layers import Block, Stack
 from moe.model import norms, parameters, sparse
-from moe.model.attention import cross, heads
+from moe.model.attention import cross, heads, latent
 from moe.model.dropout import dropout
 from moe.model.execution import Execution
 from moe.model.feed_forward import dense
 from moe.model.view import View
 
 # Kinds of sublayers. Each is a file with `specs`, `memory` and `apply`.
-KINDS: Any = {"heads": heads, "cross": cross, "dense": dense, "sparse": sparse}
+KINDS: Any = {
+    "heads": heads,
+    "latent": latent,
+    "cross": cross,
+    "dense": dense,
+    "sparse": sparse,
+}
 
 OF_SOURCE = ("cross",)  # of them, those that remember the other stack's tokens
 

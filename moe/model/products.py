@@ -47,6 +47,25 @@ def product(
     return y if bias is None else y + bias.astype(y.dtype)
 
 
+def product_made_again(x: jax.Array, w: jax.Array) -> jax.Array:
+    """Multiplies as `product` does; REMAT = "minimal" keeps nothing of it.
+
+    For products that are wide and made of something narrow. That policy keeps those
+    without batch dimensions: this one has one, of size 1 (`test_latent.py`).
+
+    Args:
+        x: [..., inputs].
+        w: [inputs, *outputs].
+    """
+    axes = (((x.ndim,), (1,)), ((0,), (0,)))
+    return jax.lax.dot_general(x[None], w[None].astype(x.dtype), axes)[0]
+
+
+def product_by_head(x_BLNI: jax.Array, w_INO: jax.Array) -> jax.Array:
+    """Multiplies each head's activations with its own matrix; returns y_BLNO."""
+    return jnp.einsum("BLNI,INO->BLNO", x_BLNI, w_INO.astype(x_BLNI.dtype))
+
+
 def gather_weights(arrays: Any, specs: Any, execution: Execution) -> Any:
     """Gathers what is fully sharded of one layer, in the type of the products.
 

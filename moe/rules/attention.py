@@ -1,5 +1,6 @@
 """Rules of attention. Standard library only."""
 
+from moe.rules.latent import latent_problems
 from moe.settings import ModelSettings
 
 
@@ -16,6 +17,7 @@ def attention_problems(model: ModelSettings) -> list[str]:
             f"ATTENTION_WINDOWS = {model.attention_windows}: a window has 1 place or "
             "more; 0 sees all"
         )
+    found += latent_problems(model)
     if model.qk_norm == "unit" and model.positions != "rotary":
         found.append(
             f"QK_NORM = 'unit' means nothing to POSITIONS = {model.positions!r}: it "

@@ -37,15 +37,17 @@ def position_problems(model: ModelSettings, length: int) -> list[str]:
 def _rotary_problems(model: ModelSettings) -> list[str]:
     """How many numbers turn, and how fast."""
     found = []
-    width, fraction = model.head_dim, model.rope_fraction
+    latent, fraction = model.attention == "latent", model.rope_fraction
+    width = model.rope_head_dim if latent else model.head_dim
+    macro = "ROPE_HEAD_DIM" if latent else "HEAD_DIM"
     turned = PositionSettings(fraction=fraction).turned(width)
     if fraction == 1 and width % 2:
         found.append(
-            f"HEAD_DIM = {width}: rotary positions turn pairs, so it must be even"
+            f"{macro} = {width}: rotary positions turn pairs, so it must be even"
         )
     elif not 0 < fraction <= 1 or turned % 2 or abs(turned - fraction * width) > 1e-6:
         found.append(
-            f"ROPE_FRACTION = {fraction} of HEAD_DIM = {width} numbers: it must be an "
+            f"ROPE_FRACTION = {fraction} of {macro} = {width} numbers: it must be an "
             "even number of them, and at most all"
         )
     if model.rope_base_windowed < 0:

@@ -40,6 +40,15 @@ class ModelSettings:
         mlp_biases: whether dense feed-forwards have biases.
         num_kv_heads: heads of keys and values, each shared by as many heads of queries
             (arXiv:2305.13245); 0 has one for each.
+        attention: "heads" (arXiv:1706.03762), or "latent", whose keys and values are
+            made of one narrow vector for each token (DeepSeek-V2, arXiv:2405.04434,
+            section 2.1); `head_dim` is then the part without positions.
+        query_latent_dim: width of what its queries are made of; 0 makes them of the
+            input.
+        kv_latent_dim: width of what its keys and values are made of.
+        rope_head_dim: width of the part with positions, one key for all heads.
+        value_head_dim: width of its values; 0 takes `head_dim`.
+        latent_norm_epsilon: added to the mean square in the norms of both latents.
         attention_biases: whether queries, keys and values have biases.
         attention_output_bias: whether what is made of the mixed values has one.
         qk_norm: what of queries and of keys is normalised together, as `norm` says,
@@ -142,6 +151,12 @@ class ModelSettings:
     activation: Activation = "gelu"
     mlp_biases: bool = False
     num_kv_heads: int = 0
+    attention: Literal["heads", "latent"] = "heads"
+    query_latent_dim: int = 0
+    kv_latent_dim: int = 0
+    rope_head_dim: int = 0
+    value_head_dim: int = 0
+    latent_norm_epsilon: float = 1e-6
     attention_biases: bool = False
     attention_output_bias: bool = False
     qk_norm: Literal["none", "head", "width", "unit"] = "none"

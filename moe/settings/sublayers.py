@@ -5,6 +5,7 @@ only.
 """
 
 import dataclasses
+import math
 from typing import Literal
 
 from moe.settings.router import RouterSettings
@@ -81,6 +82,13 @@ class PositionSettings:
     attention_factor: float = 0.0
     truncate: bool = True
 
+    @property
+    def yarn_factor(self) -> float:
+        """What turned queries and keys are multiplied by, each (arXiv:2309.00071)."""
+        if self.scaling != "yarn":
+            return 1.0
+        return self.attention_factor or 0.1 * math.log(self.factor) + 1
+
     def turned(self, width: int) -> int:
         """Returns how many of a head's numbers are turned."""
         return round(self.fraction * width)
@@ -133,8 +141,17 @@ class HeadsSettings:
 
     def reach(self, length: int) -> int:
         """Returns the most keys that one of so many queries sees."""
-        seen = self.window if self.causal else 2 * self.window - 1
-        return min(seen, length) if self.window else length
+        return _reach(self.window, length, causal=self.causal)
+
+    @property
+    def key_width(self) -> int:
+        """Width of a head's queries and keys."""
+        return self.head_dim
+
+    @property
+    def value_width(self) -> int:
+        """X, width of a head's values."""
+        return self.head_dim
 
     def own_kv_heads(self, devices: int) -> int:
         """Returns the heads of keys that one of so many devices attends to.
@@ -150,6 +167,94 @@ class HeadsSettings:
     def scale(self) -> float:
         """What products of queries and keys are multiplied by."""
         return self.score_scale or self.head_dim**-0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class LatentSettings:
+    """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, section 2.1).
+
+    Keys and values of all heads are made of one narrow vector for each token, and of
+    one key that carries the positions.
+
+    Attributes:
+        num_heads: N.
+        head_dim: D, part of a head's queries and keys that knows no positions.
+        rope_dim: R, part that does; all heads share one such key.
+        value_dim: X, width of a head's values.
+        kv_latent: C, width of what keys and values are made of.
+        query_latent: width of what queries are made of; 0 makes them of the input.
+        positions: how queries and the shared key see positions.
+        norm: normalisation of what keys and values, and queries, are made of.
+        window: places that a token sees back, as in `HeadsSettings`.
+        causal: whether tokens see none that follow.
+        init_scale: variance of the initial weights, times their fan-in.
+        sinks: whether every softmax has a learned score, as in `HeadsSettings`.
+        cap: bound of the scores, likewise.
+        score_scale: factor of the products of queries and keys; 0 takes (D + R)^-0.5.
+        gated: whether mixed values are multiplied by a sigmoid, likewise.
+    """
+
+    num_heads: int
+    head_dim: int
+    rope_dim: int
+    value_dim: int
+    kv_latent: int
+    query_latent: int = 0
+    positions: PositionSettings = PositionSettings()
+    norm: NormSettings = NormSettings()
+    window: int = 0
+    causal: bool = True
+    init_scale: float = 1.0
+    sinks: bool = False
+    cap: float = 0.0
+    score_scale: float = 0.0
+    gated: bool = False
+
+    def reach(self, length: int) -> int:
+        """Returns the most keys that one of so many queries sees."""
+        return _reach(self.window, length, causal=self.causal)
+
+    def absorbs(self, length: int) -> bool:
+        """Whether so many queries are cheaper in the latent space than keys out of it.
+
+        For each key and head, L·(2C + R) there; else L·(D + R + X), and C·(D + X) to
+        make key and value.
+        """
+        made = self.head_dim + self.value_dim
+        return length * (2 * self.kv_latent - made) <= self.kv_latent * made
+
+    def own_kv_heads(self, devices: int) -> int:
+        """Returns the heads of keys that one of so many devices attends to."""
+        return -(-self.num_heads // devices)
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads of keys and values, once they are made."""
+        return self.num_heads
+
+    @property
+    def key_width(self) -> int:
+        """Width of a head's queries and keys."""
+        return self.head_dim + self.rope_dim
+
+    @property
+    def value_width(self) -> int:
+        """X, width of a head's values."""
+        return self.value_dim
+
+    @property
+    def scale(self) -> float:
+        """What products of queries and keys are multiplied by.
+
+        YaRN's factors count in both parts, as in DeepSeek-V2's own code.
+        """
+        scale = self.score_scale or self.key_width**-0.5
+        return scale * self.positions.yarn_factor**2
+
+
+def _reach(window: int, length: int, *, causal: bool) -> int:
+    seen = window if causal else 2 * window - 1
+    return min(seen, length) if window else length
 
 
 @dataclasses.dataclass(frozen=True)

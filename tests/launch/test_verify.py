@@ -72,6 +72,13 @@ CASES = {
         "POSITIONS=relative_per_layer Z_LOSS=0.0001",
         ("decisions", "evaluation", "accumulation"),
     ),
+    "latent": (
+        "data=2,context=2,model=2",
+        "ATTENTION=latent KV_LATENT_DIM=32 QUERY_LATENT_DIM=48 ROPE_HEAD_DIM=16 "
+        "VALUE_HEAD_DIM=24 FSDP=data ATTENTION_BLOCK=16 REMAT=minimal "
+        "NUM_LAYERS=2 ATTENTION_WINDOWS=(8,0)",
+        ("decisions", "evaluation"),
+    ),
     "dense": (
         "data=2,model=4",
         "MOE_EVERY=0 NUM_HEADS=4 NUM_KV_HEADS=2 FSDP=data ACTIVATION=geglu "

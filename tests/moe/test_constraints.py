@@ -17,6 +17,7 @@ from moe.settings import (
 pytestmark = pytest.mark.fast
 
 L = 64
+LATENT = {"attention": "latent", "kv_latent_dim": 8, "rope_head_dim": 2}
 SETTINGS = {
     "model": ModelSettings(
         vocab_size=32, num_layers=4, model_dim=8, num_heads=2, head_dim=4, mlp_dim=16
@@ -185,6 +186,20 @@ def test_settings_that_obey_the_rules(changes):
             "of 64 tokens: nearest are 64 and 128",
         ),
         ({"attention_windows": (4, -1)}, "ATTENTION_WINDOWS = (4, -1): a window has"),
+        # Latent attention.
+        (
+            LATENT | {"kv_latent_dim": 0},
+            "KV_LATENT_DIM = 0: ATTENTION = 'latent'",
+        ),
+        (LATENT | {"rope_head_dim": 3}, "ROPE_HEAD_DIM = 3: rotary positions turn"),
+        (LATENT | {"query_latent_dim": -1}, "QUERY_LATENT_DIM = -1: cannot be"),
+        (LATENT | {"latent_norm_epsilon": 0.0}, "LATENT_NORM_EPSILON = 0.0: must be"),
+        (LATENT | {"positions": "relative"}, "POSITIONS = 'relative': ATTENTION ="),
+        (LATENT | {"num_kv_heads": 2}, "NUM_KV_HEADS = 2 means nothing to ATTENTION"),
+        (
+            {"value_head_dim": 8},
+            "VALUE_HEAD_DIM = 8 means nothing to ATTENTION = 'heads'",
+        ),
         ({"row_budget": 0.5}, "ROW_BUDGET = 0.5: must be at least 1"),
         (
             expert_choice(max_experts_per_token=1, capacity_factor=2.0),

@@ -81,6 +81,20 @@ MODELS = {
         RouterSettings(),
         dataclasses.replace(EXECUTION, attention_block=4),
     ),
+    # Pieces of four tokens make keys of latents, shorter ones ask in their space.
+    "latent": (
+        dataclasses.replace(
+            SPARSE,
+            moe_every=0,
+            attention="latent",
+            head_dim=2,
+            kv_latent_dim=16,
+            rope_head_dim=2,
+            value_head_dim=3,
+        ),
+        RouterSettings(),
+        dataclasses.replace(EXECUTION, attention_block=4),
+    ),
 }
 
 
@@ -134,6 +148,7 @@ def compiled_piece(name: str, length: int, mesh: str = "d1"):
         ("top1", "d1", (1,) * L),
         ("windows", "d1", (4, 2, 1, 1)),
         ("windows", "d2m4", (4, 4)),  # two devices share a head of keys
+        ("latent", "d1", (4, 2, 1, 1)),
     ],
 )
 def test_a_sequence_read_in_pieces_has_the_logits_of_the_full_forward(

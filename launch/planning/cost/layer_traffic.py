@@ -13,7 +13,7 @@ from launch.planning.cost.flow import (
 from launch.planning.cost.local import FLOAT32, Local
 from moe.layers import Block, of_kind
 from moe.routing.capacity import capacity
-from moe.settings import SparseSettings
+from moe.settings import LatentSettings, SparseSettings
 
 
 def _cut_layers(
@@ -54,16 +54,19 @@ def attention(sizes: Local) -> list[Flow]:
             purpose = f"attention of {kind} layers"
             found.append(_cut_layers(sizes, purpose, block, layers, last=False))
             s, rows = a.settings, sizes.rows * a.keys
-            kept = rows * sizes.kv_heads(s)
+            kept = sizes.kv_heads(s) * (s.key_width + s.value_width)
+            formula = "2 × b × L × u × D × d"
+            if isinstance(s, LatentSettings) and not ring:
+                kept, formula = s.kv_latent + s.rope_dim, "b × L × (C + R) × d"
             found.append(
                 flow_of(
                     sizes,
                     f"keys and values of {kind} layers",
                     ("context",),
-                    2 * kept * s.head_dim * sizes.dtype_bytes,
+                    rows * kept * sizes.dtype_bytes,
                     times(sizes, block, layers) + layers * round_again,
-                    f"2 × b × L × u × D × d, {layers} layers: gathered, or passed "
-                    "round, forward and backward",
+                    f"{formula}, {layers} layers: gathered, or passed round, forward "
+                    "and backward",
                 )
             )
             found.append(

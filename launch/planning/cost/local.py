@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from launch.config.settings import Settings
 from launch.planning.hardware.chips import CHIPS
@@ -22,6 +22,7 @@ from moe.routing.capacity import capacity
 from moe.settings import (
     DenseSettings,
     HeadsSettings,
+    LatentSettings,
     OptimizerSettings,
     RouterSettings,
     SparseSettings,
@@ -107,10 +108,26 @@ class Attention:
         crosses: whether they are the other stack's.
     """
 
-    settings: HeadsSettings
+    settings: HeadsSettings | LatentSettings
     keys: int
     key_tokens: int
     crosses: bool
+
+
+class Projection(NamedTuple):
+    """A product [tokens, inputs] × [inputs, outputs] of attention.
+
+    Attributes:
+        tokens: t.
+        inputs: k.
+        outputs: n.
+        of_latent: whether it is made again where REMAT = "minimal" keeps others.
+    """
+
+    tokens: int
+    inputs: int
+    outputs: int
+    of_latent: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,13 +199,46 @@ class Local:
         """Returns what attends in a layer."""
         found = [
             Attention(s, self.row_length, self.tokens, False)
-            for s in of_kind(block, "heads")
+            for s in (*of_kind(block, "heads"), *of_kind(block, "latent"))
         ]
         for s in of_kind(block, "cross"):
             other = self.settings.data.encoder_length
             here = -(-other // self.settings.mesh.context)
             found.append(Attention(s, other, self.rows * here, True))
         return found
+
+    def projections(self, a: Attention) -> list[Projection]:
+        """Returns the products that make queries, keys, values and maybe gates.
+
+        T' tokens have keys and values, (n·K + u·(K + X)) wide. Latents are as wide on
+        every chip of `model`; keys are made of those of the whole row if it is gathered
+        (u is n, and C·(D + X) for each).
+        """
+        s, M, heads = a.settings, self.stack.width, self.cut_heads(a.settings.num_heads)
+        queries = heads * s.key_width
+        gate = [Projection(self.tokens, M, heads * s.value_width)] if s.gated else []
+        if isinstance(s, HeadsSettings):
+            kept = self.kv_heads(s) * (s.key_width + s.value_width)
+            if not a.crosses:
+                return [Projection(self.tokens, M, kept + queries), *gate]
+            keys = Projection(a.key_tokens, M, kept)
+            return [keys, Projection(self.tokens, M, queries), *gate]
+        down = s.query_latent + s.kv_latent + s.rope_dim
+        made = heads * (s.head_dim + s.value_dim)
+        latent = s.query_latent > 0
+        seen = a.key_tokens * self.gathered_rows
+        return [
+            Projection(self.tokens, M, down),
+            Projection(self.tokens, s.query_latent or M, queries, of_latent=latent),
+            Projection(seen, s.kv_latent, made, of_latent=True),
+            *gate,
+        ]
+
+    @property
+    def gathered_rows(self) -> int:
+        """Pieces of a row that latents are gathered of, where it is cut."""
+        gathered = self.settings.partition.context_attention == "all_gather"
+        return self.settings.mesh.context if gathered else 1
 
     def remat(self, block: Block) -> str:
         """Returns what the backward pass of a layer keeps."""
@@ -278,7 +328,7 @@ class Local:
         """Returns the heads that one chip has of so many."""
         return -(-heads // self.settings.mesh.model)
 
-    def kv_heads(self, s: HeadsSettings) -> int:
+    def kv_heads(self, s: HeadsSettings | LatentSettings) -> int:
         """Returns the heads of keys that one chip attends to."""
         return s.own_kv_heads(self.settings.mesh.model)
 

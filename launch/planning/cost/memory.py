@@ -19,7 +19,7 @@ from launch.planning.cost import local, muon
 from launch.planning.cost.local import BYTES, FLOAT32, Attention, Local, Weight
 from moe.layers import Block, of_kind
 from moe.routing.capacity import capacity
-from moe.settings import DenseSettings, SparseSettings
+from moe.settings import DenseSettings, HeadsSettings, SparseSettings
 from tasks import layouts
 
 # How often something is in memory at once, where the compiler decides. Few, so that
@@ -311,11 +311,13 @@ def _rest(sizes: Local, block: Block) -> int:
     found = norms * sizes.residual_tokens * M * (FLOAT32 + d) + len(block) * T * M * d
     for a in sizes.attentions(block):
         s = a.settings
+        found += sum(t * n * d for t, _, n, again in sizes.projections(a) if again)
         heads, kv_heads = sizes.cut_heads(s.num_heads), sizes.kv_heads(s)
-        found += (2 * T * heads + a.key_tokens * kv_heads) * s.head_dim * d
+        found += T * heads * (s.key_width + s.value_width) * d
+        found += a.key_tokens * kv_heads * s.key_width * d
         if s.gated:  # the sigmoid, and what it multiplies
-            found += 2 * T * heads * s.head_dim * d
-        if s.qk_norm != "none":
+            found += 2 * T * heads * s.value_width * d
+        if isinstance(s, HeadsSettings) and s.qk_norm != "none":
             normed = (T * heads + a.key_tokens * kv_heads) * s.head_dim
             found += normed * (FLOAT32 + d)
         if not sizes.attention_block(a):
@@ -362,15 +364,15 @@ def _weights_in_use(sizes: Local, parameters: tuple[Weight, ...], block: Block) 
 def _attention(sizes: Local, a: Attention) -> dict[str, int]:
     """Heads and their gradients, keys of all of a sequence, one block of scores."""
     s, d, T = a.settings, sizes.dtype_bytes, sizes.tokens
-    M, D, L = sizes.stack.width, s.head_dim, a.keys
+    M, both, L = sizes.stack.width, s.key_width + s.value_width, a.keys
     heads, kv_heads = sizes.cut_heads(s.num_heads), sizes.kv_heads(s)
     # (T·2n + T'·2u)·D·d twice: queries, keys, values and what they are mixed to.
-    mixed = T * 2 * heads + a.key_tokens * 2 * kv_heads
-    work = ACTIVATIONS_AT_ONCE * mixed * D * d
+    mixed = T * heads + a.key_tokens * kv_heads  # K + X is 2·D
+    work = ACTIVATIONS_AT_ONCE * mixed * both * d
     if sizes.settings.mesh.context > 1:  # b·L·2u·D·d, and its gradient
         whole = sizes.settings.partition.context_attention == "all_gather"
         seen = sizes.rows * L if whole else 2 * a.key_tokens
-        work += ACTIVATIONS_AT_ONCE * seen * 2 * kv_heads * D * d
+        work += ACTIVATIONS_AT_ONCE * seen * kv_heads * both * d
     # T·M·d of gathered input and its gradient; the norm's, in float32.
     work += ACTIVATIONS_AT_ONCE * (T * M * d + sizes.residual_tokens * M * FLOAT32)
     kernel = sizes.attention_kernel(a)
@@ -441,11 +443,11 @@ def _logits(sizes: Local, parameters: tuple[Weight, ...]) -> dict[str, int]:
 
 
 def _projected(sizes: Local, a: Attention) -> int:
-    """(T·n + T'·2u)·D of queries, maybe gates, and keys and values of T' tokens."""
-    s = a.settings
-    heads, kv_heads = sizes.cut_heads(s.num_heads), sizes.kv_heads(s)
-    heads *= 2 if s.gated else 1
-    return (sizes.tokens * heads + a.key_tokens * 2 * kv_heads) * s.head_dim
+    """(T·n + T'·2u)·D of queries, maybe gates, and keys and values of T' tokens.
+
+    Of latents T·(C + R + C'), and T·n·K of queries that are made of the input.
+    """
+    return sum(t * n for t, _, n, again in sizes.projections(a) if not again)
 
 
 def _hidden(sizes: Local, s: DenseSettings) -> int:

@@ -118,28 +118,22 @@ def _joined(name: str, found: list[Part]) -> Part:
 
 
 def _projections(sizes: Local, block: Block, layers: int) -> list[Part]:
-    """[T, M] × [M, (n + 2u)·D] and back; keys and values may be of other tokens."""
+    """[T, M] × [M, (n + 2u)·D] and back, or down to latents and up from them."""
     M, found = sizes.stack.width, []
     again = repeats(sizes, block, kept_by=("none", "minimal"))
+    latent = repeats(sizes, block, kept_by=("none",))
     for a in sizes.attentions(block):
-        heads = sizes.cut_heads(a.settings.num_heads)
-        kv_heads = sizes.kv_heads(a.settings)
-        inward, outward = (
-            2 * kv_heads * a.settings.head_dim,
-            heads * a.settings.head_dim,
-        )
-        shapes = [(a.key_tokens, M, inward), (sizes.tokens, M, outward)]
-        if not a.crosses:
-            shapes = [(sizes.tokens, M, inward + outward)]
-        if a.settings.gated:
-            shapes.append((sizes.tokens, M, outward))
-        for shape in (*shapes, (sizes.tokens, outward, M)):
-            found.append(_product(sizes, "", shape, number=layers, again=again))
+        mixed = sizes.cut_heads(a.settings.num_heads) * a.settings.value_width
+        for t, k, n, of_latent in sizes.projections(a):
+            more = latent if of_latent else again
+            found.append(_product(sizes, "", (t, k, n), number=layers, again=more))
+        out = sizes.tokens, mixed, M
+        found.append(_product(sizes, "", out, number=layers, again=again))
     return found
 
 
 def _scores(sizes: Local, block: Block, layers: int) -> list[Part]:
-    """4·T·L·n·D per layer, of blocks that are not skipped.
+    """4·T·L·n·D per layer, of blocks that are not skipped; 2·(K + X) is 4·D.
 
     With `context`, of the chip that has the ends of sequences, which sees most. Remat
     makes them again, and blocks once more. Kernels touch no memory for scores.
@@ -153,12 +147,12 @@ def _scores(sizes: Local, block: Block, layers: int) -> list[Part]:
         runs += microbatches if sizes.attention_block(a) else 0
         runs += repeats(sizes, block, kept_by=kept)
         pairs = layers * sizes.tokens * sizes.cut_heads(s.num_heads)
-        seen = pairs * _keys_seen(sizes, a)
+        seen, width = pairs * _keys_seen(sizes, a), s.key_width + s.value_width
         found.append(
             Part(
                 "",
-                model_flops=4 * pairs * s.reach(a.keys) * s.head_dim * microbatches,
-                flops=4 * seen * s.head_dim * runs,
+                model_flops=2 * pairs * s.reach(a.keys) * width * microbatches,
+                flops=2 * seen * width * runs,
                 touched_bytes=0 if kernel else seen * BYTES_PER_SCORE * runs,
             )
         )

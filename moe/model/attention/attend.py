@@ -16,7 +16,7 @@ from moe.model.view import Source, View
 
 OUTPUT_NAME = "attention_output"  # kept by remat, so that no sum over devices repeats
 
-Weights = dict[str, Any]
+Weights = dict[str, Any]  # arrays, and the weights of norms by name
 Memory = dict[str, jax.Array]  # each [B, T, ...]
 
 
@@ -28,12 +28,14 @@ class Kind(NamedTuple):
         remember: the same arguments to what later tokens need of these.
         expand: (weights, memory, settings) to key_BTUD and value_BTUX.
         scoring: (weights, view, reach, settings) to what scores are made of.
+        finish: (weights, mixed_BLNX) to what the output is made of; None: of these.
     """
 
     ask: Callable[..., jax.Array]
     remember: Callable[..., Memory]
     expand: Callable[..., tuple[jax.Array, jax.Array]]
     scoring: Callable[..., Scoring]
+    finish: Callable[..., jax.Array] | None = None
 
 
 def attend(
@@ -67,7 +69,9 @@ def attend(
     if source is not None:
         view = dataclasses.replace(view, keys=source.keys)
     told_BTM = x_BLM if source is None else source.x_BTM
+    held: Memory
     if told_BTM is None:  # the source is remembered
+        assert memory is not None
         held = memory
     else:
         held = fresh = kind.remember(w, told_BTM, view.position_BL, settings)
@@ -77,12 +81,16 @@ def attend(
                 name: lax.dynamic_update_slice_in_dim(memory[name], new, start, 1)
                 for name, new in fresh.items()
             }
-    key_BTUD, value_BTUX = kind.expand(w, held, settings)
     # As far as tokens of a row are apart, and what pads the last block.
-    reach = key_BTUD.shape[1] * grid.size("context")
+    reach = jax.tree.leaves(held)[0].shape[1] * grid.size("context")
     reach += execution.settings.attention_block
+    if _is_cut(view, execution) and not _goes_round(execution):
+        held = {name: grid.gather(x, ["context"], 1) for name, x in held.items()}
+    key_BTUD, value_BTUX = kind.expand(w, held, settings)
     scoring = kind.scoring(w, view, reach, settings)
     mixed_BLNX = mix(query_BLND, key_BTUD, value_BTUX, view, scoring, execution)
+    if kind.finish is not None:
+        mixed_BLNX = kind.finish(w, mixed_BLNX)
     if "gate" in w:
         mixed_BLNX *= jax.nn.sigmoid(product(x_BLM, w["gate"]))
     y_BLM = grid.leave(product(mixed_BLNX, w["output"], inputs=2))
@@ -108,22 +116,28 @@ def mix(
         from moe.model.attention import kernel
 
         return kernel.attend(query_BLND, key_BTUD, value_BTUX, *who, method=method)
-    cut = view.start is None and not execution.tokens_replicated
-    if cut and grid.size("context") > 1:
-        if grid.partition.context_attention == "ring":
-            ring = blocks.Ring("context", grid.size("context"))
-            block = block or key_BTUD.shape[1]
-            return blocks.attend(
-                query_BLND, key_BTUD, value_BTUX, *who, block=block, ring=ring
-            )
-        key_BTUD, value_BTUX = (
-            grid.gather(x, ["context"], 1) for x in (key_BTUD, value_BTUX)
+    if _is_cut(view, execution) and _goes_round(execution):
+        ring = blocks.Ring("context", grid.size("context"))
+        block = block or key_BTUD.shape[1]
+        return blocks.attend(
+            query_BLND, key_BTUD, value_BTUX, *who, block=block, ring=ring
         )
     # A memory has room for more tokens than there are yet.
     tokens = key_BTUD.shape[1] if view.start is None else query_BLND.shape[1]
     if 0 < block <= tokens:
         return blocks.attend(query_BLND, key_BTUD, value_BTUX, *who, block=block)
     return whole.attend(query_BLND, key_BTUD, value_BTUX, *who)
+
+
+def _is_cut(view: View, execution: Execution) -> bool:
+    """Whether devices of `context` have pieces of every sequence."""
+    whole = view.start is not None or execution.tokens_replicated
+    return not whole and execution.grid.size("context") > 1
+
+
+def _goes_round(execution: Execution) -> bool:
+    """Whether keys of a sequence that is cut go round, instead of being gathered."""
+    return execution.grid.partition.context_attention == "ring"
 
 
 def _kernel(

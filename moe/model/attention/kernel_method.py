@@ -3,7 +3,7 @@
 import re
 from typing import Any, Literal
 
-from moe.settings import ExecutionSettings, HeadsSettings
+from moe.settings import ExecutionSettings, HeadsSettings, LatentSettings
 
 Kernel = Literal["cudnn", "cudnn_interpreted", "splash", "splash_interpreted"]
 
@@ -86,7 +86,7 @@ def pick(
 
 
 def of_heads(
-    s: HeadsSettings,
+    s: HeadsSettings | LatentSettings,
     execution: ExecutionSettings,
     platform: str,
     device_kind: str,
@@ -103,8 +103,8 @@ def of_heads(
         device_kind,
         execution.dtype,
         length=length,
-        width=s.head_dim,
-        value_width=s.head_dim,
+        width=s.key_width,
+        value_width=s.value_width,
         whole=whole,
         bias=s.positions.kind in ("distance", "alibi"),
         prefix=prefix,

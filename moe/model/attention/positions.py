@@ -69,7 +69,7 @@ def rates(D: int, positions: PositionSettings) -> tuple[jax.Array, float]:
         turns_d /= 2 * math.pi
         kept_d = (turns_d - p.slow_turns) / (p.fast_turns - p.slow_turns)
     elif p.scaling == "yarn":
-        factor = p.attention_factor or 0.1 * math.log(p.factor) + 1
+        factor = p.yarn_factor
         first, last = (
             half
             * math.log(p.original_length / (2 * math.pi * turns))

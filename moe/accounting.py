@@ -20,7 +20,7 @@ from typing import Any
 
 import jax
 
-from moe.layers import Layers
+from moe.layers import Layers, Stack
 from moe.model import inventory
 from moe.routing.capacity import capacity, mean_choices
 from moe.settings import HeadsSettings, LatentSettings
@@ -50,6 +50,9 @@ class Counts:
             Of latent attention as it is trained: 2·N·(D + R + X)·L.
         causal_scores: the same where a token sees itself and those before it: (L + 1) /
             2 of L on average.
+        ahead: parameters of the modules that predict tokens after the next, in no other
+            number here: published counts leave them out, as scoring and drawing do.
+        ahead_flops: operations of their forward pass, in training alone.
     """
 
     total: int
@@ -62,6 +65,8 @@ class Counts:
     slots: Fraction
     scores: int
     causal_scores: int
+    ahead: int = 0
+    ahead_flops: int = 0
 
     @property
     def non_embedding(self) -> int:
@@ -87,8 +92,8 @@ class Counts:
 
     @property
     def train_flops_per_token(self) -> int:
-        """Forward and backward: three times the forward pass."""
-        return 3 * self.forward_flops_per_token
+        """Forward and backward: three times the forward pass, tokens ahead too."""
+        return 3 * (self.forward_flops_per_token + self.ahead_flops)
 
     def model_flops_per_token(self, *, causal: bool) -> int:
         """Returns what the model asks of a forward pass.
@@ -128,6 +133,7 @@ class Counts:
                 REMAT = "full" does: 4 forward passes' worth instead of 3.
         """
         forward = self.executed_flops_per_token(padded=padded, dropped=dropped)
+        forward += self.ahead_flops
         return (4 if recomputed else 3) * forward
 
     def _products(self, rows: Fraction) -> int:
@@ -143,6 +149,8 @@ def count(layers: Layers, length: int, encoder_length: int = 0) -> Counts:
         length: L of the stack that is scored, for the cost of attention.
         encoder_length: L of the encoder beside a decoder.
     """
+    if layers.ahead is not None:
+        return _with_ahead(layers, layers.ahead, length)
     described, (*_, last) = inventory.specs(layers), layers.stacks
     lengths = dict.fromkeys(layers.stacks, encoder_length) | {last: length}
     share = {name: Fraction(n, sum(lengths.values())) for name, n in lengths.items()}
@@ -196,6 +204,22 @@ def count(layers: Layers, length: int, encoder_length: int = 0) -> Counts:
         slots=seated / (one_of_each or 1),
         scores=int(scores),
         causal_scores=int(causal_scores),
+    )
+
+
+def _with_ahead(layers: Layers, ahead: Stack, length: int) -> Counts:
+    """Counts what predicts tokens after the next apart: their layers, as a model."""
+    counts = count(layers._replace(ahead=None), length)
+    alone = count(layers._replace(decoder=ahead, ahead=None), length)
+    modules, M = len(ahead.segments), ahead.width
+    logits = 2 * M * layers.embedding.vocab_size
+    joined = 2 * 2 * M * M
+    return dataclasses.replace(
+        counts,
+        ahead=_sizes(inventory.specs(layers)["ahead"])[0],
+        ahead_flops=alone.forward_flops_per_token
+        + (modules - 1) * logits
+        + modules * joined,
     )
 
 

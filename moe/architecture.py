@@ -220,7 +220,16 @@ def describe(
         name: _stack(side, routers[name], crosses=two and name == "decoder")
         for name, side in sides(model).items()
     }
-    return Layers(_embedding(model), found.get("encoder"), found.get("decoder"))
+    ahead = _ahead(found["decoder"], model) if model.predict_ahead else None
+    return Layers(_embedding(model), found.get("encoder"), found.get("decoder"), ahead)
+
+
+def _ahead(stack: Stack, model: ModelSettings) -> Stack:
+    """As many layers like the last as tokens are predicted after the next."""
+    *_, last = stack.layers
+    first = model.num_layers
+    segments = (Segment((last,), 1, first + n) for n in range(model.predict_ahead))
+    return stack._replace(segments=tuple(segments))
 
 
 def _embedding(model: ModelSettings) -> EmbeddingSettings:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from moe import architecture
 from moe.dispatch.auto import PADDED
+from moe.rules.ahead import ahead_problems
 from moe.rules.attention import attention_problems
 from moe.rules.fractions import fraction_problems
 from moe.rules.positions import position_problems
@@ -62,6 +63,7 @@ def problems(
     found += attention_problems(model)
     found += position_problems(model, max(length, encoder_length))
     found += _shape_problems(model)
+    found += ahead_problems(model, loss, length)
     if model.shape != "encoder_decoder" and encoder_router is not None:
         found += [
             f"ENCODER_{macro} = {getattr(encoder_router, field)!r} means nothing to "

@@ -135,11 +135,14 @@ class Layers(NamedTuple):
         encoder: layers in which tokens see all others; None without.
         decoder: layers in which they see those before them, and the encoder's output
             if there is one; None without.
+        ahead: layers that predict tokens after the next, in training alone: a segment
+            for each token (`moe/model/multi_token.py`); None without.
     """
 
     embedding: EmbeddingSettings
     encoder: Stack | None
     decoder: Stack | None
+    ahead: Stack | None = None
 
     @property
     def stacks(self) -> dict[str, Stack]:
@@ -159,11 +162,12 @@ class Layers(NamedTuple):
     def sparse(self) -> Iterator[Place]:
         """Yields the sparse sublayers of each segment, repeats of one as one."""
         for name, stack in self.stacks.items():
-            for s, segment in enumerate(stack.segments):
-                for b, block in enumerate(segment.blocks):
-                    for each in block:
-                        if each.kind == "sparse":
-                            yield Place(name, s, b, each, segment.numbers(b))
+            yield from _sparse(name, stack)
+
+    def sparse_ahead(self) -> Iterator[Place]:
+        """Yields those of the layers that predict tokens after the next."""
+        if self.ahead is not None:
+            yield from _sparse("ahead", self.ahead)
 
     @property
     def sparse_order(self) -> tuple[int, ...]:
@@ -176,6 +180,14 @@ class Layers(NamedTuple):
         ]
         order = sorted(range(len(layers)), key=layers.__getitem__)
         return tuple(order) if order != list(range(len(order))) else ()
+
+
+def _sparse(name: str, stack: Stack) -> Iterator[Place]:
+    for s, segment in enumerate(stack.segments):
+        for b, block in enumerate(segment.blocks):
+            for each in block:
+                if each.kind == "sparse":
+                    yield Place(name, s, b, each, segment.numbers(b))
 
 
 def with_routers(
@@ -200,4 +212,5 @@ def with_routers(
         return stack._replace(segments=segments)
 
     found = {name: of_stack(stack) for name, stack in layers.stacks.items()}
-    return Layers(layers.embedding, found.get("encoder"), found.get("decoder"))
+    ahead = None if layers.ahead is None else of_stack(layers.ahead)
+    return Layers(layers.embedding, found.get("encoder"), found.get("decoder"), ahead)

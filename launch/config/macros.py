@@ -50,6 +50,7 @@ _NAMES = {
     "loss.load_weight": "LOAD_LOSS_FACTOR",
     "loss.router_z_weight": "ROUTER_Z_LOSS_FACTOR",
     "loss.z_weight": "Z_LOSS",
+    "loss.ahead_weight": "AHEAD_LOSS_FACTOR",
     "loss.normalizing_factor": "LOSS_NORMALIZING_FACTOR",
     "optimizer.name": "OPTIMIZER",
     "optimizer.options": "OPTIMIZER_OPTIONS",

@@ -255,6 +255,7 @@ def _range_problems(settings: Settings) -> list[str]:
         "IMPORTANCE_LOSS_FACTOR": loss.importance_weight,
         "LOAD_LOSS_FACTOR": loss.load_weight,
         "Z_LOSS": loss.z_weight,
+        "AHEAD_LOSS_FACTOR": loss.ahead_weight,
         "LOSS_NORMALIZING_FACTOR": loss.normalizing_factor,
         "WARMUP_STEPS": optimizer.warmup_steps,
         "SCHEDULE_STEPS": optimizer.schedule_steps,

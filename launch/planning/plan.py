@@ -287,6 +287,7 @@ def to_json(plan: Plan) -> str:
         "counts": {
             "total": counts.total,
             "active": counts.active,
+            "ahead": counts.ahead,
             "tokens": plan.tokens,
             "flops_per_token": {
                 "model": counts.train_flops_per_token,

@@ -33,7 +33,11 @@ def facts(
     counts = count(settings.layers, settings.data.length, settings.data.encoder_length)
     tokens = train.batch_size * settings.data.tokens_per_row
     lines = [
-        ("parameters", f"{counts.total:,} total, {counts.active:,} active per token"),
+        (
+            "parameters",
+            f"{counts.total:,} total, {counts.active:,} active per token"
+            + (f"; {counts.ahead:,} more look ahead in training" * (counts.ahead > 0)),
+        ),
         (
             "FLOPs per token",
             f"{compact(counts.forward_flops_per_token)} forward, "

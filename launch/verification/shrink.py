@@ -242,6 +242,7 @@ def _model(
         ),
         expert_mlp_dim=_multiple(cut, max(least, 16)),
         shared_expert_mlp_dim=_multiple(cut, 16) if model.shared_expert_mlp_dim else 0,
+        predict_ahead=min(model.predict_ahead, 2),
         init_scale=1.0,
     )
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from moe.layers import Block, Layers, Segment, Stack
-from moe.model import block, embedding, norms, parameters
+from moe.model import block, embedding, multi_token, norms, parameters
 from moe.model.attention.positions import table_spec
 from moe.model.parameters import Spec
 
@@ -20,10 +20,15 @@ from moe.model.parameters import Spec
 @functools.lru_cache(maxsize=64)
 def specs(layers: Layers) -> Any:
     """Describes every parameter, in the tree that `draw` returns."""
-    return {
+    found = {
         **embedding.specs(layers.embedding),
         **{name: _stack_specs(stack) for name, stack in layers.stacks.items()},
     }
+    if layers.ahead is not None:
+        found["ahead"] = _specs_of_layers(layers.ahead) | multi_token.specs(
+            layers.ahead
+        )
+    return found
 
 
 def draw(layers: Layers, key: jax.Array, param_dtype: str) -> Any:
@@ -37,6 +42,10 @@ def draw(layers: Layers, key: jax.Array, param_dtype: str) -> Any:
         if name != layers.scored:
             own_key = jax.random.fold_in(stack_key, of_no_layer)
         found[name] = _draw_stack(stack, own_key, param_dtype)
+    if layers.ahead is not None:
+        own_key = jax.random.fold_in(stack_key, of_no_layer)
+        joins = parameters.draw(multi_token.specs(layers.ahead), own_key, param_dtype)
+        found["ahead"] = joins | _draw_layers(layers.ahead, stack_key, param_dtype)
     return found
 
 
@@ -53,12 +62,7 @@ def memory(stack: Stack, room: int, source_room: int) -> list[list[Any]]:
 
 def _stack_specs(stack: Stack) -> dict[str, Any]:
     """Those of each segment, of each block of its period; norm and bias on top."""
-    found: dict[str, Any] = {
-        "layers": [
-            [_layers_specs(each, segment, stack.width) for each in segment.blocks]
-            for segment in stack.segments
-        ],
-    }
+    found = _specs_of_layers(stack)
     if stack.norm is not None:
         found["norm"] = norms.specs(stack.norm, stack.width)
     if stack.shared_positions is not None:
@@ -67,6 +71,15 @@ def _stack_specs(stack: Stack) -> dict[str, Any]:
             stack.shared_positions, heads.num_heads, heads.init_scale
         )
     return found
+
+
+def _specs_of_layers(stack: Stack) -> dict[str, Any]:
+    return {
+        "layers": [
+            [_layers_specs(each, segment, stack.width) for each in segment.blocks]
+            for segment in stack.segments
+        ],
+    }
 
 
 def _layers_specs(each: Block, segment: Segment, width: int) -> Any:
@@ -80,6 +93,15 @@ def _layers_specs(each: Block, segment: Segment, width: int) -> Any:
 
 
 def _draw_stack(stack: Stack, key: jax.Array, param_dtype: str) -> dict[str, Any]:
+    described = _stack_specs(stack)
+    return parameters.draw(
+        {name: tree for name, tree in described.items() if name != "layers"},
+        key,
+        param_dtype,
+    ) | _draw_layers(stack, key, param_dtype)
+
+
+def _draw_layers(stack: Stack, key: jax.Array, param_dtype: str) -> dict[str, Any]:
     def layers(each: Block, segment: Segment, place: int) -> Any:
         described = block.specs(each, stack.width)
         numbers_P = jnp.array(segment.numbers(place))
@@ -96,12 +118,7 @@ def _draw_stack(stack: Stack, key: jax.Array, param_dtype: str) -> dict[str, Any
             lambda x, spec: jnp.broadcast_to(x, spec.shape), first, kept
         )
 
-    described = _stack_specs(stack)
-    return parameters.draw(
-        {name: tree for name, tree in described.items() if name != "layers"},
-        key,
-        param_dtype,
-    ) | {
+    return {
         "layers": [
             [layers(each, segment, place) for place, each in enumerate(segment.blocks)]
             for segment in stack.segments

@@ -78,21 +78,33 @@ def hidden(
     sums: tuple[RouterSums, ...] = ()
     source: Source | None = None
     for name in model.layers.stacks:
-        stream = Stream(
-            id_BL=batch[f"{name}_input_tokens"],
-            position_BL=batch[f"{name}_positions"],
-            segment_BL=batch[f"{name}_segment_ids"],
-            prefix_BL=batch.get(f"{name}_causal_attention"),
-            row_B=row_B,
-            type_BL=batch.get(f"{name}_token_types"),
-        )
-        distance_table = params[name].get("distance")
-        seen = view.of_stream(stream, distance_table, model.execution, source)
-        given = params, stream.id_BL, seen, None, key
+        seen = view_of(model, name, params, batch, row_B, source)
+        given = params, batch[f"{name}_input_tokens"], seen, None, key
         x_BLM, _, more = through_layers(model, name, *given)
         sums += more
         source = Source(seen.keys, x_BLM)
     return x_BLM, sums
+
+
+def view_of(
+    model: Model,
+    name: str,
+    params: Any,
+    batch: Batch,
+    row_B: jax.Array,
+    source: Source | None = None,
+) -> view.View:
+    """Says who the tokens of a stack are; arguments as in `hidden`."""
+    stream = Stream(
+        id_BL=batch[f"{name}_input_tokens"],
+        position_BL=batch[f"{name}_positions"],
+        segment_BL=batch[f"{name}_segment_ids"],
+        prefix_BL=batch.get(f"{name}_causal_attention"),
+        row_B=row_B,
+        type_BL=batch.get(f"{name}_token_types"),
+    )
+    distance_table = params[name].get("distance")
+    return view.of_stream(stream, distance_table, model.execution, source)
 
 
 def through_layers(

@@ -32,6 +32,8 @@ class LossSettings:
             the noise were drawn again; needs noisy logits.
         router_z_weight: weight of the router z-loss (arXiv:2202.08906, eq. 5).
         z_weight: weight of (log Z)² of the output softmax.
+        ahead_weight: weight of the cross-entropy of tokens after the next, averaged
+            over how far ahead they are (arXiv:2412.19437, eq. 25; 0.3, later 0.1).
         label_smoothing: probability that the other tokens of the vocabulary share in
             what is learnt (arXiv:1512.00567, section 7); reported losses have none.
         normalizing_factor: what the sums of cross-entropy and z-loss are divided by in
@@ -46,6 +48,7 @@ class LossSettings:
     load_weight: float = 0.0
     router_z_weight: float = 1e-3
     z_weight: float = 0.0
+    ahead_weight: float = 0.3
     label_smoothing: float = 0.0
     normalizing_factor: float = 0.0
 

@@ -130,6 +130,8 @@ class ModelSettings:
         rope_attention_factor: factor of turned queries and keys of "yarn"; 0 takes
             0.1·ln(factor) + 1.
         rope_truncate: whether "yarn" begins and ends its degrees at whole pairs.
+        predict_ahead: tokens after the next that training predicts too, each by one
+            more layer like the last (DeepSeek-V3, arXiv:2412.19437, section 2.2).
         tie_embeddings: whether the output projection is the embedding.
         token_types: rows of a table of token types (BERT's two sentences); 0 has none.
         embedding_norm: whether a norm follows the embedding (BERT).
@@ -206,6 +208,7 @@ class ModelSettings:
     rope_slow_turns: float = 1.0
     rope_attention_factor: float = 0.0
     rope_truncate: bool = True
+    predict_ahead: int = 0
     tie_embeddings: bool = False
     token_types: int = 0
     embedding_norm: bool = False

@@ -58,6 +58,23 @@ class RouterTotals:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class AheadSums:
+    """What the losses of tokens after the next are made of, in training alone.
+
+    Attributes:
+        cross_entropy_D: in nats, summed over target tokens, for each number of places
+            that they are ahead.
+        weight_D: target tokens.
+        router: totals as in `Sums`, of the layers that predict them.
+    """
+
+    cross_entropy_D: jax.Array
+    weight_D: jax.Array
+    router: tuple[RouterTotals, ...]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Sums:
     """All that the losses of a batch are made of; adding two merges two batches.
 
@@ -69,6 +86,7 @@ class Sums:
         learnt: cross-entropy with smoothed labels, summed; without smoothing the same.
         router: totals of each sparse sublayer of each segment, whose number of experts
             may differ; empty in a dense model.
+        ahead: sums of tokens after the next; None where there are none.
     """
 
     cross_entropy: jax.Array
@@ -77,6 +95,12 @@ class Sums:
     weight: jax.Array
     learnt: jax.Array
     router: tuple[RouterTotals, ...]
+    ahead: AheadSums | None = None
+
+    @property
+    def routers(self) -> tuple[RouterTotals, ...]:
+        """Totals of all sparse sublayers, those of tokens after the next at the end."""
+        return self.router + (self.ahead.router if self.ahead is not None else ())
 
 
 def sums(
@@ -120,6 +144,40 @@ def sums(
     )
 
 
+def ahead_sums(
+    scores: Sequence[TargetScores],
+    weights: Sequence[jax.Array],
+    router: Sequence[RouterSums],
+    settings: LossSettings,
+    join_sequence: Callable[[jax.Array], jax.Array] = lambda x: x,
+    *,
+    group_rows: Sequence[int] = (),
+) -> AheadSums:
+    """Sums up what is predicted after the next token.
+
+    Args:
+        scores: what is known of the logits of each target, one place ahead and on.
+        weights: of each, [B, L], 1 where the target counts, 0 elsewhere.
+        router: sums of each sparse sublayer, per layer and group.
+        settings: which balance loss is formed.
+        join_sequence: adds up over the devices that a sequence is cut over.
+        group_rows: rows of a group of each sparse sublayer.
+    """
+    weight_D = [jnp.asarray(weight_BL, jnp.float32) for weight_BL in weights]
+    nats_D = [
+        jnp.sum(weight_BL * (each.log_z_BL - each.target_logit_BL))
+        for each, weight_BL in zip(scores, weight_D, strict=True)
+    ]
+    return AheadSums(
+        cross_entropy_D=jnp.stack(nats_D),
+        weight_D=jnp.stack([jnp.sum(weight_BL) for weight_BL in weight_D]),
+        router=tuple(
+            router_totals(each, len(weights[0]), settings, join_sequence, group_rows=n)
+            for each, n in zip(router, group_rows, strict=True)
+        ),
+    )
+
+
 def smoothed(
     nats_BL: jax.Array, scores: TargetScores, smoothing: float, vocab_size: int
 ) -> jax.Array:
@@ -141,9 +199,15 @@ def smoothed(
 def over_devices(sums: Sums, grid: Grid) -> Sums:
     """Merges the parts of all devices; those of `model` score the same targets."""
     cuts = (*BATCH_AXES, "context")
-    router, rest = sums.router, dataclasses.replace(sums, router=())
-    merged = grid.sum(rest, cuts)
-    return dataclasses.replace(merged, router=grid.sum(router, (*cuts, "model")))
+
+    def merged(part: Any) -> Any:
+        whole = grid.sum(dataclasses.replace(part, router=()), cuts)
+        router = grid.sum(part.router, (*cuts, "model"))
+        return dataclasses.replace(whole, router=router)
+
+    ahead = None if sums.ahead is None else merged(sums.ahead)
+    rest = merged(dataclasses.replace(sums, ahead=None))
+    return dataclasses.replace(rest, ahead=ahead)
 
 
 def router_totals(
@@ -258,10 +322,19 @@ def total(
         "loss/output_z": z,
         "accuracy/fraction": _mean(sums.correct, sums.weight),
     }
+    if sums.ahead is not None:
+        ahead = sums.ahead
+        metrics["loss/ahead"] = jnp.mean(_mean(ahead.cross_entropy_D, ahead.weight_D))
+        by_D = settings.normalizing_factor or ahead.weight_D
+        mean_D = _mean(ahead.cross_entropy_D, jnp.asarray(by_D))
+        value += settings.ahead_weight * jnp.mean(mean_D)
     if sums.router:
-        terms, parts = _router_terms(sums.router, settings)
+        _, parts = _router_terms(sums.router, settings)
+        terms, _ = _router_terms(sums.routers, settings)
         value += terms
         metrics |= parts | ledger(sums.router, order)
+        if sums.ahead is not None:
+            metrics["router/over_budget_rows"] = excess_rows(sums.routers)
     metrics["loss/total"] = value
     return value, metrics
 

@@ -22,11 +22,13 @@ def move_selection_biases(
 
     Args:
         params: parameters, or a copy of them.
-        router: totals of each sparse sublayer, in the order of `Layers.sparse`.
+        router: totals of each sparse sublayer, in the order of `Layers.sparse` and then
+            `Layers.sparse_ahead`.
         layers: which of them have biases.
     """
     params = jax.tree.map(lambda array: array, params)  # dicts of its own
-    for place, totals in zip(layers.sparse(), router, strict=True):
+    places = *layers.sparse(), *layers.sparse_ahead()
+    for place, totals in zip(places, router, strict=True):
         settings = place.sublayer.settings.router
         if settings.selection_bias:
             blocks = params[place.stack]["layers"][place.segment]

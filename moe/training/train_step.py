@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec
 
-from moe.model import transformer
+from moe.model import multi_token, transformer
 from moe.model.head import projection, score_targets
 from moe.model.transformer import Batch, Model
 from moe.settings import LossSettings
@@ -103,10 +103,10 @@ def train_step(
     )
     taken = batch_index == state.data_index
     if sums.router:
-        taken &= losses.excess_rows(sums.router) == 0
-        params = move_selection_biases(params, sums.router, layers)
+        taken &= losses.excess_rows(sums.routers) == 0
+        params = move_selection_biases(params, sums.routers, layers)
         if isinstance(opt_state, MasterState):  # the next update starts from it
-            master = move_selection_biases(opt_state.master, sums.router, layers)
+            master = move_selection_biases(opt_state.master, sums.routers, layers)
             opt_state = opt_state._replace(master=master)
     finite = jnp.isfinite(gradient_norm) & jnp.isfinite(metrics["loss/total"])
     if loss_limit is not None:
@@ -165,6 +165,31 @@ def batch_sums(
     """
     model, A, scored = learner.model, learner.microbatches, learner.model.layers.scored
     sparse = [place.sublayer.settings for place in model.layers.sparse()]
+    sparse_ahead = [each.sublayer.settings for each in model.layers.sparse_ahead()]
+    ahead = model.layers.ahead if key is not None else None
+    if ahead is not None:
+        batch = batch | multi_token.features(batch, ahead)
+    add_up = functools.partial(model.grid.sum, axes=("context", "model"))
+
+    def look_ahead(
+        params: Any, x_BLM: jax.Array, piece: Batch, row_B: jax.Array, key: Any
+    ) -> losses.AheadSums:
+        seen = transformer.view_of(model, scored, params, piece, row_B)
+        given = params, x_BLM, piece, seen, key, model.layers, model.execution
+        outputs, router = multi_token.hidden(*given)
+        head = projection(params, model.layers.embedding)
+        names = [f"ahead_{k}" for k in range(1, len(outputs) + 1)]
+        return losses.ahead_sums(
+            [
+                score_targets(head, x, piece[f"{name}_target_tokens"], model.execution)
+                for name, x in zip(names, outputs, strict=True)
+            ],
+            [piece[f"{name}_loss_weights"] for name in names],
+            router,
+            learner.loss,
+            add_up,
+            group_rows=[s.router.group_rows for s in sparse_ahead],
+        )
 
     def one(params: Any, piece: Batch, row_B: jax.Array, key: Any) -> Any:
         x_BLM, router = transformer.hidden(model, params, piece, row_B, key)
@@ -175,7 +200,6 @@ def batch_sums(
             *(head, x_BLM, target_BL, model.execution),
             with_sum=learner.loss.label_smoothing > 0,
         )
-        add_up = functools.partial(model.grid.sum, axes=("context", "model"))
         sums = losses.sums(
             scores,
             target_BL,
@@ -186,6 +210,9 @@ def batch_sums(
             vocab_size=model.layers.embedding.vocab_size,
             group_rows=[s.router.group_rows for s in sparse],
         )
+        if ahead is not None:
+            more = look_ahead(params, x_BLM, piece, row_B, key)
+            sums = dataclasses.replace(sums, ahead=more)
         nats_BL = jax.lax.stop_gradient(scores.log_z_BL - scores.target_logit_BL)
         return sums, jnp.where(weight_BL > 0, nats_BL, 0)
 

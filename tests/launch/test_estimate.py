@@ -20,6 +20,12 @@ def settings_of(*bindings, name=TINY):
     return reader.read([name], [*devices, *bindings]).settings
 
 
+LATENT = (
+    *("ATTENTION='latent'", "KV_LATENT_DIM=24", "ROPE_HEAD_DIM=6"),
+    *("QUERY_LATENT_DIM=40", "VALUE_HEAD_DIM=10"),
+)
+
+
 @pytest.mark.fast
 @pytest.mark.parametrize(
     "bindings",
@@ -30,6 +36,8 @@ def settings_of(*bindings, name=TINY):
         ("MESH_DATA=2", "MESH_EXPERT=2", "MESH_MODEL=2", "GROUP_SIZE=32"),
         ("MICROBATCHES=4", "REMAT='full'"),
         ("MESH_CONTEXT=2", "GROUP_SIZE=32", "ATTENTION_BLOCK=16"),
+        LATENT,
+        (*LATENT, "QUERY_LATENT_DIM=0", "PREDICT_AHEAD=2", "MICROBATCHES=2"),
     ],
 )
 def test_the_parts_of_all_chips_are_the_operations_of_the_model(bindings):
@@ -38,7 +46,8 @@ def test_the_parts_of_all_chips_are_the_operations_of_the_model(bindings):
     tokens = settings.train.batch_size * settings.data.length
     counts = count(settings.layers, settings.data.length, settings.data.encoder_length)
     forward = sum(part.model_flops for part in parts) * settings.mesh.num_devices
-    assert forward == pytest.approx(counts.forward_flops_per_token * tokens)
+    expected = counts.forward_flops_per_token + counts.ahead_flops
+    assert forward == pytest.approx(expected * tokens)
 
 
 @pytest.mark.fast

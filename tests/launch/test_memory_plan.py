@@ -37,6 +37,11 @@ MESHES = {
     ),
     "context": ("MESH_DATA=2", "MESH_CONTEXT=2", "FSDP='data'", "GROUP_SIZE=32"),
     "adafactor": ("MESH_EXPERT=4", "OPTIMIZER='adafactor'", "BETA1=0.0"),
+    "latent": (
+        *("MESH_DATA=2", "MESH_MODEL=2", "FSDP='data'", "GROUP_SIZE=32"),
+        *("ATTENTION='latent'", "KV_LATENT_DIM=24", "ROPE_HEAD_DIM=6"),
+        *("QUERY_LATENT_DIM=40", "VALUE_HEAD_DIM=10", "PREDICT_AHEAD=2"),
+    ),
 }
 
 

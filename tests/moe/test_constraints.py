@@ -186,6 +186,12 @@ def test_settings_that_obey_the_rules(changes):
             "of 64 tokens: nearest are 64 and 128",
         ),
         ({"attention_windows": (4, -1)}, "ATTENTION_WINDOWS = (4, -1): a window has"),
+        # Tokens after the next.
+        ({"ahead_weight": 0.1}, "AHEAD_LOSS_FACTOR = 0.1 means nothing to PREDICT_"),
+        ({"predict_ahead": -1}, "PREDICT_AHEAD = -1: must be from 1 to 63"),
+        ({"predict_ahead": 64}, "PREDICT_AHEAD = 64: must be from 1 to 63"),
+        ({"predict_ahead": 1, "norm_place": "after"}, "PREDICT_AHEAD = 1 joins what"),
+        ({"predict_ahead": 1, "shape": "encoder"}, "PREDICT_AHEAD = 1 is for ARCH"),
         # Latent attention.
         (
             LATENT | {"kv_latent_dim": 0},

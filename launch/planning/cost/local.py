@@ -187,8 +187,18 @@ class Local:
 
     @property
     def stack(self) -> Stack:
-        """Its layers."""
-        return self.settings.layers.stacks[self.name]
+        """Its layers, and those that predict tokens after the next."""
+        layers = self.settings.layers
+        stack, ahead = layers.stacks[self.name], layers.ahead
+        if ahead is None:
+            return stack
+        return stack._replace(segments=stack.segments + ahead.segments)
+
+    @property
+    def num_ahead(self) -> int:
+        """Tokens after the next that are predicted."""
+        ahead = self.settings.layers.ahead
+        return 0 if ahead is None else len(ahead.segments)
 
     @property
     def row_length(self) -> int:
@@ -431,16 +441,27 @@ def _state(
 def by_block(
     parameters: tuple[Weight, ...], name: str, stack: Stack
 ) -> list[tuple[Block, list[Weight]]]:
-    """Groups a stack's parameters that are used together, layer by layer."""
+    """Groups a stack's parameters that are used together, layer by layer.
+
+    Those of layers that predict tokens after the next are its last segments.
+    """
     found: dict[tuple[int, int], list[Weight]] = {}
+    own = [int(w.path.split("/")[2]) for w in parameters if _of_layers(w, name)]
     for weight in parameters:
-        names = weight.path.split("/")
-        if names[:2] == [name, "layers"]:
-            found.setdefault((int(names[2]), int(names[3])), []).append(weight)
+        _, _, segment, block, *_ = (*weight.path.split("/"), *[""] * 4)
+        if _of_layers(weight, name):
+            found.setdefault((int(segment), int(block)), []).append(weight)
+        elif _of_layers(weight, "ahead"):
+            place = max(own) + 1 + int(segment), int(block)
+            found.setdefault(place, []).append(weight)
     return [
         (stack.segments[segment].blocks[block], weights)
         for (segment, block), weights in found.items()
     ]
+
+
+def _of_layers(weight: Weight, name: str) -> bool:
+    return weight.path.startswith(f"{name}/layers/")
 
 
 def tiled_bytes(shape: tuple[int, ...], itemsize: int) -> int:

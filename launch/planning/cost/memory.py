@@ -436,6 +436,7 @@ def _logits(sizes: Local, parameters: tuple[Weight, ...]) -> dict[str, int]:
     if table.gathered_over:
         in_use += M * part * BYTES[sizes.settings.execution.reduce_dtype]
     kept = LOGITS_AT_ONCE * T * part * FLOAT32
+    kept += sizes.num_ahead * T * part * FLOAT32 if chunks == 1 else 0
     if chunks == 1:  # nothing is made again, so that the gradient of the table is here
         kept += 0 if table.gathered_over else _gradient(table, sizes.settings)
     stream = ACTIVATIONS_AT_ONCE * T * M * (sizes.dtype_bytes + FLOAT32)

@@ -68,6 +68,10 @@ def parts(settings: Settings, chip: str, load: float = 1.0) -> tuple[Part, ...]:
                 found.setdefault(name, []).extend(kind(sizes, block, layers))
         found.setdefault("norms and sums", []).append(_stream(sizes))
     found["logits"] = [_head(sizes)]
+    if sizes.num_ahead:
+        M = sizes.stack.width
+        shape = sizes.residual_tokens, 2 * M, M
+        found["tokens ahead"] = [_product(sizes, "", shape, number=sizes.num_ahead)]
     joined = [_joined(name, parts) for name, parts in found.items() if parts]
     return (*joined, _optimizer(settings))
 
@@ -270,10 +274,10 @@ def _head(sizes: Local) -> Part:
     in_pieces = settings.execution.vocab_chunks > 1
     again = settings.train.microbatches if in_pieces else 0
     width = -(-embedding.vocab_size // settings.mesh.model)
-    shape = (sizes.tokens, embedding.width, width)
-    product = _product(sizes, "logits", shape, again=again)
+    shape, heads = (sizes.tokens, embedding.width, width), 1 + sizes.num_ahead
+    product = _product(sizes, "logits", shape, number=heads, again=again)
     runs = forward_passes(sizes) + settings.train.microbatches + again
-    scores = 2 * FLOAT32 * sizes.tokens * width * runs  # written, and read
+    scores = 2 * FLOAT32 * heads * sizes.tokens * width * runs  # written, and read
     return dataclasses.replace(product, touched_bytes=product.touched_bytes + scores)
 
 

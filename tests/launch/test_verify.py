@@ -32,7 +32,6 @@ CASES = {
         "replica=2,expert=4",
         "ROUTER=prototypes NUM_PROTOTYPES=2 TRANSPORT=ring REMAT=full NORM=layer "
         "POSITIONS=learned MAX_POSITIONS=64 ATTENTION_BIASES=True MLP_BIASES=True "
-        "NORM_PLACE=output "
         "FSDP=data_expert MICROBATCHES=2 AUX_LOSS_SCOPE=global",
         ("decisions",),
     ),
@@ -62,7 +61,7 @@ CASES = {
         "ROUTER=sinkhorn ALLOW_FUTURE_LEAK=True CONTEXT_ATTENTION=ring "
         "POSITIONS=relative ATTENTION_BLOCK=16 REMAT=minimal FSDP=data "
         "VOCAB_CHUNKS=2 SEQUENCE_PARALLEL=False NUM_HEADS=4 NUM_KV_HEADS=2 "
-        "NUM_LAYERS=4 ATTENTION_WINDOWS=(12,0) LAYER_SHARING=all",
+        "NUM_LAYERS=4 ATTENTION_WINDOWS=(12,0) LAYER_SHARING=all NORM_PLACE=output",
         ("decisions",),
     ),
     "expert_choice": (

@@ -35,6 +35,7 @@ class Published:
 
 
 _SAME_GAP = "as `glam_0_1b`"
+_NO_TABLES = "neither embedding is in what was published, as it seems"
 
 PUBLISHED = {
     "t5_small": Published(60 * _M),
@@ -59,6 +60,8 @@ PUBLISHED = {
     "switch_xxl": Published(395 * _B),
     "switch_c": Published(1_571 * _B),
     "switch_c_decoder": Published(1_571 * _B, sizes="stand-in"),
+    "st_moe_l": Published(4.1 * _B),
+    "st_moe_32b": Published(269 * _B),
     "gshard_600b": Published(
         600 * _B, why="600B rounds it; arXiv:2104.10350 has 619B", sizes="inferred"
     ),
@@ -122,5 +125,12 @@ PUBLISHED = {
     "wudao_1_75t_proxy": Published(1_750 * _B, sizes="stand-in"),
     "mixtral_8x7b": Published(46.7 * _B, 12.9 * _B),
     "mixtral_8x22b": Published(141 * _B, 39 * _B),
+    "olmoe_1b_7b": Published(6.9 * _B, 1.3 * _B),
     "deepseekmoe_16b": Published(16.4 * _B, 2.8 * _B, sizes="memory"),
+    "qwen3_30b_a3b": Published(30.5 * _B, 3.3 * _B),
+    "qwen3_235b_a22b": Published(235 * _B, 22 * _B),
+    "gpt_oss_20b": Published(20.91 * _B, 3.61 * _B, without_embedding=True),
+    "gpt_oss_120b": Published(116.83 * _B, 5.13 * _B, without_embedding=True),
+    "glm_4_5": Published(355 * _B, 32 * _B, why_active=_NO_TABLES, sizes="memory"),
+    "minimax_m2": Published(230 * _B, 10 * _B, why_active=_NO_TABLES),
 }

@@ -21,10 +21,23 @@ def sizes(name: str) -> tuple[ModelSettings, RouterSettings]:
     return settings.model, settings.router
 
 
+def attention_by_hand(model: ModelSettings) -> int:
+    """Parameters of the attention of one layer, but for the norm before it."""
+    M, N, D = model.model_dim, model.num_heads, model.head_dim
+    U = model.num_kv_heads or N
+    # Query and output, key and value; a bias beside each.
+    found = 2 * M * N * D + 2 * M * U * D
+    found += model.attention_biases * (N + 2 * U) * D
+    found += model.attention_output_bias * M
+    found += model.attention_output_gate * M * N * D
+    found += model.attention_sinks * N
+    return found + {"head": 2 * D, "width": (N + U) * D}.get(model.qk_norm, 0)
+
+
 def by_hand(model: ModelSettings, router: RouterSettings) -> tuple[int, int]:
     """Total and active parameters, as a sum over the parts of a model."""
-    M, N, D, F = model.model_dim, model.num_heads, model.head_dim, model.mlp_dim
-    U, V, E = model.num_kv_heads or N, model.vocab_size, model.num_experts
+    M, N, F = model.model_dim, model.num_heads, model.mlp_dim
+    V, E = model.vocab_size, model.num_experts
     sides = [(model.num_layers, model.moe_every)]
     if model.shape == "encoder_decoder":
         sides.append((model.num_encoder_layers, model.encoder_moe_every))
@@ -33,10 +46,7 @@ def by_hand(model: ModelSettings, router: RouterSettings) -> tuple[int, int]:
     sparse = sum((number - first) // every for number, every in sides if every)
     crosses = model.num_layers if model.shape == "encoder_decoder" else 0
 
-    # Query and output, key and value; a bias beside each of the four products.
-    attention = 2 * M * N * D + 2 * M * U * D
-    if model.attention_biases:
-        attention += N * D + 2 * U * D + M
+    attention = attention_by_hand(model)
     # Two in each layer, three where it looks across, twice as many if outputs have one
     # too, and the last one of each stack; a layer norm has a bias beside its scale.
     last = len(sides) if model.norm_place != "after" else 0
@@ -68,7 +78,8 @@ def by_hand(model: ModelSettings, router: RouterSettings) -> tuple[int, int]:
     vocabulary += (M * M + M) * model.output_transform
     all_tokens = vocabulary + positions + norms + (layers + crosses) * attention
     all_tokens += (layers - sparse + extra) * dense
-    all_tokens += sparse * M * E  # routers have no bias
+    # A router, its bias, and that which only chooses.
+    all_tokens += sparse * E * (M + router.logit_bias + router.selection_bias)
     all_tokens += sparse * (up + 1) * M * model.shared_expert_mlp_dim
     visited = int(mean_choices(router, E))
     return all_tokens + sparse * E * expert, all_tokens + sparse * visited * expert

@@ -77,7 +77,7 @@ class ShardedArray:
         """Writes one shard whole."""
         start, stop = self.bounds(shard)
         with _explained(self._path):
-            self._array[start:stop].write(values).result()
+            files.answer(self._array[start:stop].write(values), self._path)
 
 
 class Array:
@@ -105,7 +105,7 @@ class Array:
         self.retries = 0
         self._read_retries = read_retries
         try:
-            self._array = ts.open(
+            opening = ts.open(
                 {
                     "driver": "zarr3",
                     "kvstore": files.kvstore(path),
@@ -114,7 +114,10 @@ class Array:
                 },
                 open=True,
                 context=_shared_context(),
-            ).result()
+            )
+            self._array = files.answer(opening, path)
+        except TimeoutError as error:
+            raise StoreError(f"array {path} cannot be opened: {error}") from None
         except Exception as error:  # TensorStore raises several kinds
             what = "cannot be opened" if files.names(path) else "is missing"
             raise StoreError(
@@ -163,7 +166,9 @@ class Array:
         pause_seconds = _FIRST_PAUSE_SECONDS
         for attempt in range(self._read_retries + 1):
             try:
-                return np.asarray(future.result())
+                return np.asarray(files.answer(future, self.path))
+            except TimeoutError as error:
+                raise StoreError(f"array {self.path}: {error}") from None
             except Exception as error:  # TensorStore raises several kinds
                 if attempt == self._read_retries:
                     raise self._damage(start, stop, error) from None

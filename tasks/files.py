@@ -8,8 +8,11 @@ import contextlib
 import os
 import re
 import shutil
+import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import tensorstore as ts
 
@@ -18,6 +21,15 @@ from tasks.errors import StoreError
 _AT_ONCE = 256  # files that are asked for before the first answer is waited for
 _PASSWORD = re.compile(r"//[^/@\s]+@")  # of "https://name:word@host"
 _BUCKETS = {"gs://": "gcs", "s3://": "s3"}
+# Of a bucket that does not answer: seconds until something is said, again after twice
+# as many, and until it is given up. TensorStore tries on for a quarter of an hour.
+NOTICE_SECONDS, PATIENCE_SECONDS = 5.0, 120.0
+_REFUSED = "http_response_code='40"  # 401, 403: also of an object that is not there
+_KEYS = (
+    "look at the credentials: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or "
+    "~/.aws/credentials for s3://, GOOGLE_APPLICATION_CREDENTIALS or `gcloud auth "
+    "application-default login` for gs://"
+)
 
 
 def join(folder: str | Path, *names: str) -> str:
@@ -65,6 +77,43 @@ def _s3_endpoint() -> dict[str, str]:
     return {}
 
 
+def answer(future: Any, path: str | Path, patience_seconds: float | None = None) -> Any:
+    """Waits for TensorStore: of a bucket neither in silence nor for ever.
+
+    Args:
+        future: what was asked.
+        path: what it was asked of, for messages.
+        patience_seconds: after which it is given up; None: PATIENCE_SECONDS.
+    Raises:
+        TimeoutError: there was no answer.
+        Exception: what TensorStore raises, of several kinds.
+    """
+    if is_local(path):
+        return future.result()
+    began, notice = time.monotonic(), NOTICE_SECONDS
+    patience = PATIENCE_SECONDS if patience_seconds is None else patience_seconds
+    while True:
+        waited = time.monotonic() - began
+        try:
+            return future.result(timeout=max(0.0, min(notice, patience) - waited))
+        except TimeoutError:
+            if future.done():  # just now, or that is the answer
+                return future.result()
+        if notice >= patience:
+            future.cancel()
+            raise TimeoutError(
+                f"no answer in {patience:g} s: look at the network, at the server, and "
+                "at AWS_ENDPOINT_URL if one is set"
+            )
+        print(
+            f"waiting for {_PASSWORD.sub('//…@', str(path))}: no answer for "
+            f"{notice:g} s; trying on",
+            file=sys.stderr,
+            flush=True,
+        )
+        notice *= 2
+
+
 def read(path: str | Path) -> bytes | None:
     """Returns what a file holds, or None if there is none.
 
@@ -73,7 +122,7 @@ def read(path: str | Path) -> bytes | None:
     """
     folder, name = _parted(path)
     try:
-        found = _open(folder).read(name).result()
+        found = answer(_open(folder).read(name), path)
     except Exception as error:  # TensorStore raises several kinds
         raise StoreError(f"{path} cannot be read: {reason(error)}") from None
     return bytes(found.value) if found.state == "value" else None
@@ -96,7 +145,7 @@ def read_many(paths: Sequence[str]) -> Iterator[bytes | None]:
             waiting.append(folders[folder].read(name))
         for path, future in zip(some, waiting, strict=True):
             try:
-                found = future.result()
+                found = answer(future, path)
             except Exception as error:  # TensorStore raises several kinds
                 raise StoreError(f"{path} cannot be read: {reason(error)}") from None
             yield bytes(found.value) if found.state == "value" else None
@@ -110,7 +159,7 @@ def write(path: str | Path, content: bytes) -> None:
     """
     folder, name = _parted(path)
     try:
-        _open(folder).write(name, content).result()
+        answer(_open(folder).write(name, content), path)
     except Exception as error:  # TensorStore raises several kinds
         raise StoreError(
             f"{path} cannot be written: {reason(error)}. Free some space, or choose "
@@ -127,7 +176,7 @@ def names(folder: str | Path) -> list[str]:
     if is_local(folder) and not Path(folder).is_dir():
         return []
     try:
-        found = _open(str(folder)).list().result()
+        found = answer(_open(str(folder)).list(), folder)
     except Exception as error:  # TensorStore raises several kinds
         raise StoreError(f"{folder} cannot be listed: {reason(error)}") from None
     return sorted(name.decode() for name in found if not name.endswith(b".__lock"))
@@ -141,7 +190,8 @@ def delete(path: str | Path) -> None:
     """
     folder, name = _parted(path)
     try:
-        _open(folder).delete_range(ts.KvStore.KeyRange(name, f"{name}\0")).result()
+        only = ts.KvStore.KeyRange(name, f"{name}\0")
+        answer(_open(folder).delete_range(only), path)
     except Exception as error:  # TensorStore raises several kinds
         raise StoreError(f"{path} cannot be deleted: {reason(error)}") from None
 
@@ -154,7 +204,7 @@ def delete_folder(folder: str | Path) -> None:
     """
     try:
         if not is_local(folder):
-            _open(str(folder)).delete_range(ts.KvStore.KeyRange()).result()
+            answer(_open(str(folder)).delete_range(ts.KvStore.KeyRange()), folder)
         elif Path(folder).exists():
             for entry in Path(folder).iterdir():
                 if entry.is_dir() and not entry.is_symlink():
@@ -170,9 +220,11 @@ def delete_folder(folder: str | Path) -> None:
 def reason(error: Exception) -> str:
     """The cause in TensorStore's words, cut before its dump of the specification."""
     line = str(error).splitlines()[0] if str(error) else type(error).__name__
-    for mark in (" [tensorstore_spec=", " [source locations=", " [os_error_code="):
-        line = line.split(mark)[0]
-    return _PASSWORD.sub("//…@", line)[:200]
+    refused = any(f"{_REFUSED}{digit}'" in line for digit in "13")
+    for mark in ("tensorstore_spec", "source locations", "os_error_code", "x-amzn-"):
+        line = line.split(f" [{mark}")[0]
+    line = _PASSWORD.sub("//…@", line)[:200]
+    return f"the server refuses it ({line}): {_KEYS}" if refused else line
 
 
 def _parted(path: str | Path) -> tuple[str, str]:

@@ -177,6 +177,17 @@ TESTED = (
         "test_checkpoints.py",
     ),
     (
+        "a run killed while it uploads to a bucket, and before every write of one",
+        "a checkpoint is whole or not there; another machine goes on to the same bits",
+        "test_bucket.py",
+    ),
+    (
+        "a bucket that is busy, late, silent, loses answers or cuts them off, or holds "
+        "what was cut or changed",
+        "tried again, or refused and gone round; never learnt from",
+        "test_bucket.py",
+    ),
+    (
         "`prepare` killed a hundred times",
         "the same store, file by file",
         "test_preparing_again.py",

@@ -30,13 +30,16 @@ from launch.config.places import sections
 _OF_THE_MODEL = ("the model", "the sparse layers")
 
 
-def average(paths: Sequence[Path], to: Path, code: dict[str, Any]) -> Path:
+def average(
+    paths: Sequence[Path], to: Path, code: dict[str, Any], names: Sequence[Path]
+) -> Path:
     """Writes the mean of parameters, computed in float32 and kept in their type.
 
     Args:
         paths: folders of steps, two or more; the configuration is that of the first.
         to: folder of the run that is made.
         code: versions of what computes it, for its manifest.
+        names: places of the steps in the folders of their runs.
     Returns:
         The new checkpoint; its step is the latest of those given.
     Raises:
@@ -66,13 +69,13 @@ def average(paths: Sequence[Path], to: Path, code: dict[str, Any]) -> Path:
             "arrays": kept,
             "saved_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "parents": [
-                {"path": str(path), "step": manifest["step"]}
-                for path, manifest in zip(paths, manifests, strict=True)
+                {"path": str(name), "step": manifest["step"]}
+                for name, manifest in zip(names, manifests, strict=True)
             ],
             **code,
         }
         manifest_written(part, sealed(manifest))
-        copying.beside(paths[0].parents[1], to)
+        copying.beside(names[0].parents[1], to)
     return folder_of(to) / str(step)
 
 

@@ -19,14 +19,14 @@ from launch.checkpoints.writing import writing
 BESIDE = ("config.gin", "vocabulary")
 
 
-def copy(model_dir: Path, step: int, to: Path) -> Path:
+def copy(model_dir: Path, path: Path, to: Path) -> Path:
     """Copies a checkpoint to the folder of another run, which is made if need be.
 
     The copy is read back, and appears under its name when every digest is right.
 
     Args:
         model_dir: the run.
-        step: which of its checkpoints.
+        path: the folder of one of its steps.
         to: folder of the run that gets it.
     Returns:
         The new checkpoint.
@@ -35,12 +35,12 @@ def copy(model_dir: Path, step: int, to: Path) -> Path:
         CheckpointError: it is there already, `to` is of another run, or cannot be
             written.
     """
-    path = folder_of(model_dir) / str(step)
+    step = int(path.name)
     with arriving(to, step) as part:
         with writing(part):
             shutil.copytree(path, part)
         _refuse(path, faults.find(part))
-        beside(path.parents[1], to)
+        beside(model_dir.expanduser().absolute(), to)
     return folder_of(to) / str(step)
 
 

@@ -2,19 +2,13 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from launch.checkpoints.faults import sizes_of
-from launch.checkpoints.places import (
-    DamagedError,
-    folder_of,
-    read_manifest,
-    steps_in,
-)
+from launch.checkpoints.places import MANIFEST, DamagedError, read_manifest
 from launch.checkpoints.retention import losses_of
+from launch.checkpoints.there import There
 from launch.records.read import read_metrics
 
 
@@ -24,15 +18,15 @@ def of_run(model_dir: str | os.PathLike[str]) -> list[str]:
     Args:
         model_dir: the run.
     """
-    folder, steps = folder_of(model_dir), steps_in(folder_of(model_dir))
+    there = There(model_dir)
     losses = losses_of(read_metrics(model_dir))
     rows = [("step", "bytes", "saved at", "held-out loss", "code", "")]
-    for step in steps:
-        path = folder / str(step)
-        size = f"{sum(sizes_of(path).values()):,}"
-        loss = f"{losses[step]:.4f}" if step in losses else "–"
+    for step in there.steps:
+        size, loss = "–", f"{losses[step]:.4f}" if step in losses else "–"
         try:
-            manifest = read_manifest(path)
+            with there.held(step, MANIFEST) as (path, num_bytes):
+                size = f"{num_bytes:,}"
+                manifest = read_manifest(path)
         except DamagedError as damage:
             rows.append((f"{step:,}", size, "–", loss, "–", f"damaged: {damage.what}"))
             continue
@@ -42,23 +36,25 @@ def of_run(model_dir: str | os.PathLike[str]) -> list[str]:
         rows.append((f"{step:,}", size, when, loss, code_of(manifest), note))
     others = sorted(
         entry.name
-        for entry in (os.scandir(folder) if folder.is_dir() else ())
+        for entry in (os.scandir(there.folder) if there.folder.is_dir() else ())
         if not entry.name.isdecimal()
     )
     also = [f"not counted: {', '.join(others)}"] if others else []
     return [*columns(rows, right=(0, 1)), *also]
 
 
-def of_step(path: Path) -> list[str]:
+def of_step(there: There, step: int) -> list[str]:
     """Lists where a checkpoint comes from, and its arrays.
 
     Args:
-        path: the folder of a step.
+        there: the checkpoints of a run.
+        step: which one.
     """
-    manifest = read_manifest(path)
+    with there.held(step, MANIFEST) as (path, num_bytes):
+        manifest = read_manifest(path)
     arrays = manifest["arrays"]
     facts = [
-        ("checkpoint", str(path)),
+        ("checkpoint", there.name(step)),
         ("step", f"{manifest['step']:,}"),
         ("next batch", f"{manifest.get('data_index', 0):,}"),
         ("saved at", manifest.get("saved_at", "–")),
@@ -75,7 +71,7 @@ def of_step(path: Path) -> list[str]:
             for parent in manifest.get("parents", [])
         ),
         ("arrays", f"{len(arrays):,}, {_count(arrays):,} bytes uncompressed"),
-        ("files", f"{sum(sizes_of(path).values()):,} bytes"),
+        ("files", f"{num_bytes:,} bytes"),
     ]
     rows = [("array", "type", "shape", "bytes", "digest")]
     for name, array in arrays.items():

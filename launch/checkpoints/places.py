@@ -18,6 +18,7 @@ FOLDER = "checkpoints"
 # change, and then this folder learns to read what came before.
 FORMAT = 1
 ASIDE = ".damaged"
+MANIFEST = "manifest/metadata"  # what a checkpoint says about itself
 # As Orbax names what it has not finished; the next `train` removes what is so named.
 UNFINISHED = ".orbax-checkpoint-tmp"
 
@@ -62,26 +63,6 @@ def steps_in(folder: Path) -> list[int]:
     return sorted(int(name) for name in names if name.isascii() and name.isdecimal())
 
 
-def step_in(folder: Path, step: int | None) -> int:
-    """Returns the step asked for, or the newest.
-
-    Args:
-        folder: a folder of checkpoints.
-        step: which one; None takes the newest.
-    Raises:
-        CheckpointError: it is not there.
-    """
-    there = steps_in(folder)
-    if not there:
-        raise CheckpointError(f"{folder} holds no checkpoint")
-    if step is not None and step not in there:
-        raise CheckpointError(
-            f"{folder} has no checkpoint of step {step}; there are: "
-            f"{', '.join(map(str, there))}"
-        )
-    return there[-1] if step is None else step
-
-
 def read_manifest(path: Path) -> dict[str, Any]:
     """Reads what a checkpoint says about itself.
 
@@ -91,7 +72,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
         DamagedError: it is not there, or not as it was written.
         CheckpointError: it is of another format, or cannot be read now.
     """
-    file = path / "manifest" / "metadata"
+    file = path / MANIFEST
     try:
         content = file.read_bytes()
     except (FileNotFoundError, NotADirectoryError):

@@ -33,7 +33,12 @@ class Retention:
         """Answers Orbax for each checkpoint, the newest last."""
         del context
         steps = [int(one.step) for one in checkpoints]
-        stays = kept(
+        stays = self.kept(steps)
+        return [step in stays for step in steps]
+
+    def kept(self, steps: Sequence[int]) -> set[int]:
+        """Chooses among steps, in their order, those that stay."""
+        return kept(
             steps,
             newest=self.newest,
             period_steps=self.period_steps,
@@ -41,7 +46,6 @@ class Retention:
             losses=self.losses,
             stalled=self.stalled,
         )
-        return [step in stays for step in steps]
 
 
 def kept(

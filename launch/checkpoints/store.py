@@ -5,8 +5,8 @@ configuration, what data it learnt from. It restores on any mesh. Whatever does 
 is one error that shows every mismatch; whatever is damaged is an error of its own.
 """
 
+import functools
 import itertools
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,20 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from launch.checkpoints import compare, history, places, retention, writing
+from launch.checkpoints import (
+    compare,
+    history,
+    places,
+    remote,
+    retention,
+    there,
+    writing,
+)
 from launch.checkpoints.agreed import agreed
 from launch.checkpoints.arrays import Arrays
 from launch.checkpoints.manifest import manifest_of
 from launch.checkpoints.names import named_arrays, unnamed
-from launch.checkpoints.places import ASIDE, FOLDER, CheckpointError, DamagedError
+from launch.checkpoints.places import FOLDER, CheckpointError, DamagedError
 from launch.checkpoints.restoring import changed, placed, refuse_changed
 from launch.config.diff import Change
 from launch.job import together
@@ -37,7 +45,8 @@ class Checkpoints:
         keep: how many of the newest are kept.
         keep_period: the first of every so many steps is kept for good; 0: none.
         keep_best: how many with the least held-out loss are kept; 0: none for that.
-        read_only: create nothing, delete nothing.
+        bucket: CHECKPOINT_DIR, where they are kept; "": in the folder of the run.
+        read_only: create no checkpoint, delete none.
     Raises:
         CheckpointError: the folder cannot be read or made; or the run's checkpoints
             were deleted and its metrics were not.
@@ -50,6 +59,7 @@ class Checkpoints:
         keep_period: int = 0,
         keep_best: int = 0,
         *,
+        bucket: str = "",
         read_only: bool = False,
     ) -> None:
         self._model_dir = Path(model_dir).absolute()
@@ -62,12 +72,19 @@ class Checkpoints:
         self._manager: ocp.CheckpointManager | None = None
         self._steps: list[int] = []
         self._retention = retention.Retention(keep, keep_period, keep_best)
+        self._remote: remote.Remote | None = None
+        if bucket:
+            self._remote = remote.Remote(bucket, self._model_dir, self._number)
+            self._remote.look(read_only=read_only)
         if read_only:
             self._steps = self._as_first("steps", lambda: places.steps_in(self.folder))
             return
         writing.prepare()
         if together.is_first():
-            history.refuse_deleted(self._model_dir)
+            if self._remote is None:
+                there.forget(self._model_dir)
+            if self._remote is None or not self._remote.steps:
+                history.refuse_deleted(self._model_dir)
             with writing.writing(self.folder):
                 self.folder.mkdir(parents=True, exist_ok=True)
         together.together(f"making the folder of checkpoints {self._number}")
@@ -76,7 +93,9 @@ class Checkpoints:
             "history", lambda: history.known(self._model_dir, losses=keep_best > 0)
         )
         self._retention.losses |= {int(step): loss for step, loss in losses}
-        self._retention.stalled |= set(stalled)
+        self._retention.stalled |= set(
+            self._remote.stalled if self._remote else stalled
+        )
 
     def _open(self) -> None:
         """Opens the folder, or opens it again after another hand changed it."""
@@ -84,7 +103,10 @@ class Checkpoints:
             self.folder,
             item_names=("state", "manifest"),
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=self._retention,
+                # Of those in a bucket, the folder has the newest.
+                preservation_policy=(
+                    retention.Retention(1) if self._remote else self._retention
+                ),
                 create=False,
                 cleanup_tmp_directories=True,
                 single_host_load_and_broadcast=True,  # all know of the same steps
@@ -115,6 +137,8 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Lists the steps that there are, in their order; the same in all processes."""
+        if self._remote is not None:
+            return self._remote.steps
         known = self._steps if self._manager is None else self._manager.all_steps()
         return sorted(map(int, known))  # they are NumPy's, in several processes
 
@@ -151,16 +175,9 @@ class Checkpoints:
         """
         assert self._manager is not None, "what only reads moves nothing"
 
-        def rename() -> str:
-            for number in itertools.count(1):
-                aside = f"{step}{ASIDE}{'' if number == 1 else f'.{number}'}"
-                if not (self.folder / aside).exists():
-                    with writing.writing(self.folder / aside):
-                        os.rename(self.path(step), self.folder / aside)
-                    return aside
-            raise AssertionError("numbers do not end")
-
-        name = self._as_first("aside", rename)
+        name = self._as_first("aside", lambda: writing.set_aside(self.path(step)))
+        if self._remote is not None:
+            self._remote.set_aside(step)
         together.together(f"setting a checkpoint aside {self._number}-{step}")
         self._manager.close()
         self._open()
@@ -194,6 +211,9 @@ class Checkpoints:
                 f"step {step} was not saved: {self.folder} holds a step as new, "
                 f"{self.latest()}"
             )
+        if self._remote is not None:
+            keep = self._retention.kept([*self.steps(), step])
+            self._remote.begin(step, keep, self._manager.wait_until_finished)
 
     def wait(self) -> None:
         """Returns when what was being saved has been committed.
@@ -204,7 +224,10 @@ class Checkpoints:
         if self._manager is None or self._saving is None:
             return
         with writing.writing(self.path(self._saving)):
-            self._manager.wait_until_finished()
+            if self._remote is not None:
+                self._remote.wait()
+            else:
+                self._manager.wait_until_finished()
         step, self._saving = self._saving, None
         if together.is_first():
             history.remember_saved(self._model_dir, step)
@@ -222,6 +245,11 @@ class Checkpoints:
                 f"{self.folder} has no checkpoint of step {step}; there are: {there}"
             )
         if step not in self._manifests:
+            if self._remote is not None:
+                bring = functools.partial(self._remote.bring, step)
+                self._agreed(step, bring)
+                if self._manager is not None:
+                    self._manager.reload()
             self._manifests[step] = self._agreed(
                 step, lambda: places.read_manifest(self.path(step))
             )

@@ -47,10 +47,12 @@ def restored(
     """
     if config.settings.loop.self_check == "on":
         compiler_check.check()
-    model_dir = config.settings.loop.model_dir
+    loop = config.settings.loop
     with (
         jax.set_mesh(run.mesh),
-        Checkpoints(model_dir, keep=1, read_only=True) as saved,
+        Checkpoints(
+            loop.model_dir, keep=1, bucket=loop.checkpoint_dir, read_only=True
+        ) as saved,
     ):
         step = saved.require(step)
         now = {

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 import json
 import logging
 import os
@@ -13,7 +14,7 @@ from typing import Any
 
 from orbax.checkpoint._src import asyncio_utils
 
-from launch.checkpoints.places import UNFINISHED, CheckpointError, short
+from launch.checkpoints.places import ASIDE, UNFINISHED, CheckpointError, short
 
 
 @contextlib.contextmanager
@@ -77,6 +78,17 @@ def remove_unfinished(folder: Path) -> list[str]:
         if path.exists():
             left.append(path.name)
     return left
+
+
+def set_aside(path: Path) -> str:
+    """Renames a damaged checkpoint, if it is there; returns a name that is free."""
+    for number in itertools.count(1):
+        aside = path.with_name(f"{path.name}{ASIDE}{f'.{number}' * (number > 1)}")
+        if not aside.exists():
+            with writing(aside), contextlib.suppress(FileNotFoundError):
+                path.rename(aside)
+            return aside.name
+    raise AssertionError("numbers do not end")
 
 
 def manifest_written(path: Path, manifest: Mapping[str, Any]) -> None:

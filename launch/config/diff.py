@@ -38,6 +38,7 @@ _FREE = {
 # What is of one life of a run, and not of the run.
 _OF_A_LIFE = {
     "MODEL_DIR",
+    "CHECKPOINT_DIR",
     "STORE_DIR",
     "PROCESS_ID",
     "COORDINATOR_ADDRESS",

@@ -1,6 +1,7 @@
 """One run, whole. Read before jax is imported: standard library only."""
 
 import dataclasses
+import re
 from typing import Literal
 
 import moe.constraints
@@ -24,6 +25,8 @@ from partitioning.settings import (
     fitting,
 )
 from tasks.settings import DataSettings, FilterSettings, MixtureSettings
+
+_IN_BUCKET = re.compile(r"(gs|s3)://[^/\s]+/[^\s]*[^/\s]/*")  # and never all of one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +66,7 @@ class LoopSettings:
 
     Attributes:
         model_dir: checkpoints, metrics and the report of this run.
+        checkpoint_dir: folder of a bucket that has the checkpoints; "": `model_dir`.
         checkpoint_period_steps: between checkpoints; the last step always saves.
         checkpoint_minutes: between checkpoints at most; 0 leaves it to steps.
         keep_checkpoints: how many of the newest are kept.
@@ -101,6 +105,7 @@ class LoopSettings:
     """
 
     model_dir: str
+    checkpoint_dir: str = ""
     checkpoint_period_steps: int = 1000
     checkpoint_minutes: float = 0.0
     keep_checkpoints: int = 3
@@ -366,7 +371,12 @@ def _text_problems(settings: Settings) -> list[str]:
         "HELDOUT_SPLIT": data.heldout_split,
     }
     found = [f"{macro} is empty" for macro, text in texts.items() if not text.strip()]
-    paths = {**texts, "COMPILATION_CACHE_DIR": platform.compilation_cache_dir}
+    checkpoint_dir = settings.loop.checkpoint_dir
+    paths = {
+        **texts,
+        "COMPILATION_CACHE_DIR": platform.compilation_cache_dir,
+        "CHECKPOINT_DIR": checkpoint_dir,
+    }
     found += [
         f"{macro} = {text!r} holds a NUL, which no path or name may: take it out"
         for macro, text in paths.items()
@@ -376,7 +386,13 @@ def _text_problems(settings: Settings) -> list[str]:
         found.append(
             f"MODEL_DIR = {settings.loop.model_dir!r}: a run writes to a folder, which "
             "all processes share, such as one on NFS or a mounted bucket; only "
-            "STORE_DIR may be gs:// or s3://"
+            "STORE_DIR and CHECKPOINT_DIR may be gs:// or s3://"
+        )
+    if checkpoint_dir and not _IN_BUCKET.fullmatch(checkpoint_dir):
+        found.append(
+            f"CHECKPOINT_DIR = {checkpoint_dir!r}: must be '' (MODEL_DIR/checkpoints) "
+            "or a folder in a bucket, such as 'gs://bucket/runs/mine' or "
+            "'s3://bucket/runs/mine'"
         )
     for macro in ("STORE_DIR", "VOCABULARY"):
         scheme, there, _ = texts[macro].partition("://")

@@ -2,14 +2,17 @@
 
 import contextlib
 import fcntl
+import functools
 import os
 import secrets
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from launch.checkpoints.bucket import Bucket
+from launch.checkpoints.places import CheckpointError
 from launch.config.settings import Settings
 from launch.doctor.line import Line, masked
 from launch.terminal.lines import compact, waiting
@@ -24,16 +27,20 @@ _BUCKET_SECONDS = 60.0
 
 
 def lines(settings: Settings, *, quiet: bool) -> list[Line]:
-    """Returns what there is to say of MODEL_DIR and STORE_DIR.
+    """Returns what there is to say of MODEL_DIR, CHECKPOINT_DIR and STORE_DIR.
 
     Args:
         settings: those of the run.
         quiet: whether no progress is shown.
     """
     found = _written("MODEL_DIR", settings.loop.model_dir, quiet=quiet)
+    if checkpoint_dir := settings.loop.checkpoint_dir:
+        ask = functools.partial(_checkpoints, checkpoint_dir)
+        found.append(_bucket("CHECKPOINT_DIR", checkpoint_dir, ask, quiet=quiet))
     store_dir = settings.data.store_dir
     if "://" in store_dir:
-        return [*found, _bucket(store_dir, quiet=quiet)]
+        ask = functools.partial(_store, store_dir)
+        return [*found, _bucket("STORE_DIR", store_dir, ask, quiet=quiet)]
     same = nearest_folder(store_dir) == nearest_folder(settings.loop.model_dir)
     if same:
         where = nearest_folder(store_dir)
@@ -147,23 +154,35 @@ def _speed(name: str, file: int) -> Line:
     return Line("folders", f"{name} writes", value)
 
 
-def _bucket(store_dir: str, *, quiet: bool) -> Line:
-    """Whether a bucket answers: only a manifest is asked for."""
-    answer: list[str | StoreError] = []
+def _store(store_dir: str) -> str:
+    """What a bucket holds: only a manifest is asked for."""
+    there = store.is_there(store_dir)
+    return "holds a store" if there else "answers, holds no store yet"
 
-    def ask() -> None:
+
+def _checkpoints(checkpoint_dir: str) -> str:
+    """What a bucket holds: only an index is asked for."""
+    found = Bucket(checkpoint_dir)
+    found.look()
+    return f"answers, holds {len(found.entries):,} checkpoints"
+
+
+def _bucket(name: str, place: str, ask: Callable[[], str], *, quiet: bool) -> Line:
+    """Whether a bucket answers."""
+    answer: list[str | Exception] = []
+
+    def work() -> None:
         try:
-            there = store.is_there(store_dir)
-            answer.append("holds a store" if there else "answers, holds no store yet")
-        except StoreError as error:
+            answer.append(ask())
+        except (StoreError, CheckpointError) as error:
             answer.append(error)
 
-    with waiting(masked(f"asking {store_dir}"), quiet=quiet):
-        asking = threading.Thread(target=ask, name="bucket", daemon=True)
+    with waiting(masked(f"asking {place}"), quiet=quiet):
+        asking = threading.Thread(target=work, name="bucket", daemon=True)
         asking.start()
         asking.join(_BUCKET_SECONDS)
     found = answer[0] if answer else f"no answer within {_BUCKET_SECONDS:.0f} s"
     if answer and isinstance(found, str):
-        return Line("folders", "STORE_DIR", f"{store_dir}: {found}")
+        return Line("folders", name, f"{place}: {found}")
     advice = "check the name, the network, and the credentials of this machine"
-    return Line("folders", "STORE_DIR", str(found), "problem", advice)
+    return Line("folders", name, str(found), "problem", advice)

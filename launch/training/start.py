@@ -216,7 +216,11 @@ def _learn(
 
 def _checkpoints(loop: LoopSettings) -> Checkpoints:
     return Checkpoints(
-        loop.model_dir, loop.keep_checkpoints, loop.keep_period_steps, loop.keep_best
+        loop.model_dir,
+        loop.keep_checkpoints,
+        loop.keep_period_steps,
+        loop.keep_best,
+        bucket=loop.checkpoint_dir,
     )
 
 

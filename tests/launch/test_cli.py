@@ -543,7 +543,7 @@ def test_the_home_of_the_user_is_meant_by_its_sign(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("binding", "said"),
     [
-        ("MODEL_DIR=gs://bucket/run", "only STORE_DIR may be gs:// or s3://"),
+        ("MODEL_DIR=gs://bucket/run", "CHECKPOINT_DIR may be gs:// or s3://"),
         ("STORE_DIR=hdfs://there", "must be a path, or begin with gs:// or s3://"),
         ("VOCABULARY=http://there", "must be a path, or begin with gs:// or s3://"),
     ],

@@ -1,7 +1,9 @@
 """`switchyard checkpoint average`."""
 
+import contextlib
 import dataclasses
 import types
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launch.commands import Command, Options, kept_by_run, option
@@ -38,16 +40,28 @@ def reads(options: AverageOptions) -> tuple[list[str], list[str]]:
 
 def run(config: "ResolvedConfig", options: AverageOptions) -> int:
     """Writes the mean of the parameters of several checkpoints."""
-    from pathlib import Path
-
     from launch.checkpoints import average
     from launch.checkpoints.provenance import code
     from launch.terminal.lines import waiting
 
-    paths = [Path(one).expanduser().absolute() for one in options.checkpoint]
-    with waiting(f"averaging {len(paths)} checkpoints", quiet=options.quiet):
-        print(average.average(paths, Path(options.to), code()))
+    names = [Path(one).expanduser().absolute() for one in options.checkpoint]
+    with (
+        waiting(f"averaging {len(names)} checkpoints", quiet=options.quiet),
+        contextlib.ExitStack() as held,
+    ):
+        paths = [_held(name, held) for name in names]
+        print(average.average(paths, Path(options.to), code(), names))
     return EXIT_DONE
+
+
+def _held(path: Path, held: contextlib.ExitStack) -> Path:
+    """The folder of a step, read from a bucket if the run's checkpoints are there."""
+    from launch.checkpoints.there import There
+
+    if path.is_dir() or not path.name.isdecimal():
+        return path
+    there = There(path.parents[1])
+    return held.enter_context(there.held(there.step(int(path.name))))[0]
 
 
 COMMAND = Command(

@@ -22,13 +22,17 @@ def run(config: "ResolvedConfig", options: CopyOptions) -> int:
     from pathlib import Path
 
     from launch.checkpoints import copying
-    from launch.checkpoints.places import folder_of, step_in
+    from launch.checkpoints.there import There
     from launch.terminal.lines import waiting
 
     model_dir = Path(config.settings.loop.model_dir)
-    step = step_in(folder_of(model_dir), options.step)
-    with waiting(f"copying step {step}", quiet=options.quiet):
-        print(copying.copy(model_dir, step, Path(options.to)))
+    there = There(model_dir)
+    step = there.step(options.step)
+    with (
+        waiting(f"copying step {step}", quiet=options.quiet),
+        there.held(step) as (path, _),
+    ):
+        print(copying.copy(model_dir, path, Path(options.to)))
     return EXIT_DONE
 
 

@@ -25,16 +25,19 @@ class DiffOptions(RunOptions):
 def run(config: "ResolvedConfig", options: DiffOptions) -> int:
     """Prints in what two checkpoints differ."""
     from launch.checkpoints import difference, listing
-    from launch.checkpoints.places import folder_of, step_in
+    from launch.checkpoints.there import There
     from launch.terminal.lines import waiting
 
-    folder = folder_of(config.settings.loop.model_dir)
-    beside = folder if options.with_dir is None else folder_of(options.with_dir)
-    one = folder / str(step_in(folder, options.step))
-    other = beside / str(step_in(beside, options.with_step))
-    with waiting("comparing", quiet=options.quiet):
+    first = There(config.settings.loop.model_dir)
+    second = first if options.with_dir is None else There(options.with_dir)
+    step, with_step = first.step(options.step), second.step(options.with_step)
+    with (
+        waiting("comparing", quiet=options.quiet),
+        first.held(step) as (one, _),
+        second.held(with_step) as (other, _),
+    ):
         found = difference.between(one, other)
-    print(f"{one}\n{other}")
+    print(f"{first.name(step)}\n{second.name(with_step)}")
     for kind, lines in (("knob", found.knobs), ("fact", found.facts)):
         print(*(f"{kind}  {line}" for line in lines), sep="\n", end="\n" * bool(lines))
     if found.rows:

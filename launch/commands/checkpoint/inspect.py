@@ -12,14 +12,14 @@ if TYPE_CHECKING:
 def run(config: "ResolvedConfig", options: RunOptions) -> int:
     """Lists the checkpoints of a run, or all about one of them."""
     from launch.checkpoints import listing
-    from launch.checkpoints.places import folder_of, step_in
+    from launch.checkpoints.there import There
 
     model_dir = config.settings.loop.model_dir
     if options.step is None:
         print("\n".join(listing.of_run(model_dir)))
         return EXIT_DONE
-    step = step_in(folder_of(model_dir), options.step)
-    print("\n".join(listing.of_step(folder_of(model_dir) / str(step))))
+    there = There(model_dir)
+    print("\n".join(listing.of_step(there, there.step(options.step))))
     return EXIT_DONE
 
 

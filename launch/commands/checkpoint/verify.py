@@ -11,17 +11,16 @@ if TYPE_CHECKING:
 
 def run(config: "ResolvedConfig", options: RunOptions) -> int:
     """Reads checkpoints whole, and says of each what is damaged."""
-    from launch.checkpoints import faults
-    from launch.checkpoints.places import folder_of, step_in, steps_in
+    from launch.checkpoints.there import There
     from launch.terminal.lines import waiting
 
-    folder = folder_of(config.settings.loop.model_dir)
-    newest = step_in(folder, options.step)
-    steps = steps_in(folder) if options.step is None else [newest]
+    there = There(config.settings.loop.model_dir)
+    newest = there.step(options.step)
+    steps = there.steps if options.step is None else [newest]
     damaged = 0
     for step in steps:
         with waiting(f"reading step {step}", quiet=options.quiet):
-            verdict = faults.find(folder / str(step))
+            verdict = there.verdict(step)
         damaged += bool(verdict.faults)
         size = f"{verdict.num_arrays:,} arrays, {verdict.num_bytes:,} bytes"
         print(f"step {step:,}: {size}: {'damaged' if verdict.faults else 'whole'}")

@@ -25,7 +25,7 @@ from launch.checkpoints.writing import manifest_written, writing
 from moe.layers import Layers
 
 
-def delink(model_dir: Path, step: int, to: Path, layers: Layers, code: Any) -> Path:
+def delink(model_dir: Path, path: Path, to: Path, layers: Layers, code: Any) -> Path:
     """Writes a checkpoint in which each layer has a copy of what it shared.
 
     Of parameters and of the optimizer's state alike. Step, place in the data and all
@@ -33,7 +33,7 @@ def delink(model_dir: Path, step: int, to: Path, layers: Layers, code: Any) -> P
 
     Args:
         model_dir: the run whose layers share.
-        step: which of its checkpoints.
+        path: the folder of one of its steps.
         to: folder of the run that is made.
         layers: those of the run.
         code: versions of what makes it, for its manifest.
@@ -43,7 +43,7 @@ def delink(model_dir: Path, step: int, to: Path, layers: Layers, code: Any) -> P
         CheckpointError: nothing is shared, or the checkpoint cannot be written.
         DamagedError: it is damaged.
     """
-    path = folder_of(model_dir) / str(step)
+    step = int(path.name)
     manifest = read_manifest(path)
     source = Arrays(path, manifest)
     copies = {
@@ -53,9 +53,10 @@ def delink(model_dir: Path, step: int, to: Path, layers: Layers, code: Any) -> P
     if max(copies.values()) == 1:
         raise CheckpointError(f"the layers of {path} share no parameters")
     config = manifest["config"]
-    for macro, value in (("LAYER_SHARING", "none"), ("MODEL_DIR", str(to))):
-        before, _, after = re.split(rf"(?m)^({macro} = .*)$", config)
-        config = f"{before}{macro} = {value!r}{after}"
+    other = {"LAYER_SHARING": "none", "MODEL_DIR": str(to), "CHECKPOINT_DIR": ""}
+    for macro, value in other.items():
+        line = f"{macro} = {value!r}".replace("\\", r"\\")  # as a template has it
+        config = re.sub(rf"(?m)^{macro} = .*$", line, config)
     with copying.arriving(to, step) as part:
         kept = {
             name: _copied(source, name, copies[name], part / "state")
@@ -69,7 +70,7 @@ def delink(model_dir: Path, step: int, to: Path, layers: Layers, code: Any) -> P
             **code,
         }
         manifest_written(part, sealed(made))
-        copying.beside(path.parents[1], to, config)
+        copying.beside(model_dir.expanduser().absolute(), to, config)
     return folder_of(to) / str(step)
 
 

@@ -22,15 +22,18 @@ def run(config: "ResolvedConfig", options: DelinkOptions) -> int:
     from pathlib import Path
 
     from launch.checkpoints import delinking
-    from launch.checkpoints.places import folder_of, step_in
     from launch.checkpoints.provenance import code
+    from launch.checkpoints.there import There
     from launch.terminal.lines import waiting
 
     model_dir, to = Path(config.settings.loop.model_dir), Path(options.to).expanduser()
-    step = step_in(folder_of(model_dir), options.step)
-    with waiting(f"delinking step {step}", quiet=options.quiet):
-        layers = config.settings.layers
-        print(delinking.delink(model_dir, step, to, layers, code()))
+    there = There(model_dir)
+    step = there.step(options.step)
+    with (
+        waiting(f"delinking step {step}", quiet=options.quiet),
+        there.held(step) as (path, _),
+    ):
+        print(delinking.delink(model_dir, path, to, config.settings.layers, code()))
     return EXIT_DONE
 
 

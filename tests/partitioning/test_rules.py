@@ -12,7 +12,6 @@ from moe import architecture
 from moe.model import inventory, parameters
 from moe.settings import ModelSettings, RouterSettings
 from moe.testing import MESHES
-from moe.training.optimizer import MOMENTS
 from partitioning import placement, rules
 from partitioning.mesh import make_mesh
 from partitioning.settings import AXES, MeshSettings, PartitionSettings
@@ -77,7 +76,7 @@ def test_the_table_names_mesh_axes_only_and_no_array_uses_one_twice():
     for path, _, axes in placement.leaves(
         specs_of_tiny(), parameters.axes(specs_of_tiny())
     ):
-        of_moment = [MOMENTS.get(axis, axis) for axis in axes]
+        of_moment = [rules.MOMENTS.get(axis, axis) for axis in axes]
         for table, named in itertools.product(tables, (axes, of_moment)):
             used = [mesh_axis for axis in named if axis for mesh_axis in table[axis]]
             assert len(used) == len(set(used)), path

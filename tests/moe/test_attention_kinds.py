@@ -165,6 +165,19 @@ def in_loops(w, x_BLM, position_BL, segment_BL, s: HeadsSettings):
 # -------------------------------------------------------------------------- the tests
 
 
+def test_scores_start_as_large_whatever_their_factor_is():
+    def deviation(score_scale: float) -> float:
+        s = HeadsSettings(N, U, 16, score_scale=score_scale, init_scale=0.3)
+        query, key = (heads.specs(s, M)[name] for name in ("query", "key"))
+        assert key.stddev == (0.3 / M) ** 0.5
+        return query.stddev * s.scale
+
+    # A query of 0.3 variance, times 16^-0.5.
+    assert deviation(0.0) == (0.3 / M) ** 0.5 / 4
+    for score_scale in (1.0, 0.1):
+        assert math.isclose(deviation(score_scale), deviation(0.0))
+
+
 @functools.cache
 def given(name: str):
     """Weights, activations, gradients of the output; positions and segments."""

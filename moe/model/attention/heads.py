@@ -27,15 +27,21 @@ from partitioning.grid import Grid
 
 
 def specs(s: HeadsSettings, width: int) -> dict[str, Any]:
-    """Describes the projections, with U heads of keys (arXiv:2305.13245)."""
+    """Describes the projections, with U heads of keys (arXiv:2305.13245).
+
+    With `score_scale` queries start as much smaller as scores would be larger.
+    """
     M, N, U, D = width, s.num_heads, s.kv_heads, s.head_dim
     asking, asked = ("heads", "head_dim"), ("kv_heads", "head_dim")
 
-    def projection(heads: int, axes: tuple[str, ...]) -> Spec:
-        return matrix((M, heads, D), ("embed", *axes), (0,), (1, 2), s.init_scale)
+    def projection(heads: int, axes: tuple[str, ...], scale: float = 1.0) -> Spec:
+        scale *= s.init_scale
+        return matrix((M, heads, D), ("embed", *axes), (0,), (1, 2), scale)
 
+    # Scores start alike whatever their factor is; T5's, of 1, do so too.
+    first = 1 / (D * s.score_scale**2) if s.score_scale else 1.0
     found: dict[str, Any] = {
-        "query": projection(N, asking),
+        "query": projection(N, asking, first),
         "key": projection(U, asked),
         "value": projection(U, asked),
         "output": matrix((N, D, M), (*asking, "embed"), (0, 1), (2,), s.init_scale),

@@ -158,7 +158,10 @@ def _shortened(side: ModelSettings) -> ModelSettings:
     side = dataclasses.replace(
         side, attention_windows=cycles[0], position_layers=cycles[1]
     )
-    kinds = max(*map(len, cycles), 2)
+    cycle, twice = max(*map(len, cycles), 1), side.layer_sharing == "all"
+    kinds = max(cycle, 2)
+    if twice:  # so that they still repeat
+        kinds = 2 * math.lcm(cycle, min(side.moe_every, 3) or 1)
     if not side.moe_every:
         return dataclasses.replace(side, num_layers=min(side.num_layers, kinds))
     first = min(side.first_dense_layers, 2)
@@ -166,7 +169,11 @@ def _shortened(side: ModelSettings) -> ModelSettings:
     periods = (side.num_layers - side.first_dense_layers) // side.moe_every
     if side.experts_per_layer:
         kinds = 2
-    periods = max(min(periods, max(-(-(kinds - first) // every), 2)), 1)
+    below = 0 if twice else first
+    periods = max(min(periods, max(-(-(kinds - below) // every), 2)), 1)
+    each = _extremes(side.experts_per_layer, periods)
+    if each and twice:
+        each, periods = tuple(sorted(each * 2, key=each.index)), 2 * len(each)
     return dataclasses.replace(
         side,
         first_dense_layers=first,
@@ -177,7 +184,7 @@ def _shortened(side: ModelSettings) -> ModelSettings:
             if side.first_hash_layers == len(_sparse_layers(side))
             else min(side.first_hash_layers, 1)
         ),
-        experts_per_layer=_extremes(side.experts_per_layer, periods),
+        experts_per_layer=each,
     )
 
 

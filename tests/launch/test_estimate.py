@@ -35,6 +35,10 @@ LATENT = (
         ("ACTIVATION='swiglu'", "SHARED_EXPERT_MLP_DIM=32", "NUM_SELECTED_EXPERTS=2"),
         ("MESH_DATA=2", "MESH_EXPERT=2", "MESH_MODEL=2", "GROUP_SIZE=32"),
         ("MICROBATCHES=4", "REMAT='full'"),
+        (
+            *("NUM_LAYERS=4", "LAYER_SHARING='all'", "EXTRA_MLP='after'"),
+            *("SHARED_EXPERT_MLP_DIM=32", "SHARED_EXPERT_GATE=True", "MESH_DATA=2"),
+        ),
         ("MESH_CONTEXT=2", "GROUP_SIZE=32", "ATTENTION_BLOCK=16"),
         LATENT,
         (*LATENT, "QUERY_LATENT_DIM=0", "PREDICT_AHEAD=2", "MICROBATCHES=2"),

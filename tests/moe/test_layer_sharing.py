@@ -148,6 +148,26 @@ def test_the_largest_m6_has_209_billion_parameters_while_its_layers_share_them()
 
 
 @pytest.mark.fast
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"num_layers": 25, "attention_windows": (4, 4, 0)},
+        {"num_layers": 8, "first_dense_layers": 0, "moe_every": 0},
+        {"num_layers": 8, "first_dense_layers": 0, "moe_every": 1}
+        | {"attention_windows": (4, 0)},
+        {"num_layers": 9, "experts_per_layer": (2, 2, 4, 4)},
+    ],
+)
+def test_what_is_shortened_still_shares(changes):
+    model = dataclasses.replace(SHARED, **changes)
+    assert architecture.problems(model) == []
+    short = architecture.shortened(model)
+    assert architecture.problems(short) == []
+    assert short.num_layers <= 13
+
+
+@pytest.mark.fast
 def test_sharing_needs_layers_that_repeat():
     alone = dataclasses.replace(SHARED, num_layers=3)
     (found,) = architecture.problems(alone)

@@ -188,13 +188,16 @@ def _dense(sizes: Local, block: Block, layers: int) -> list[Part]:
 
 
 def _shared(sizes: Local, block: Block, layers: int) -> list[Part]:
-    """The experts that every token visits."""
-    return [
-        part
-        for s in of_kind(block, "sparse")
-        if s.shared is not None
-        for part in _feed_forward(sizes, block, layers, s.shared)
-    ]
+    """The experts that every token visits, and [p·T, M] × [M, 1] of their gates."""
+    again = repeats(sizes, block, kept_by=("none", "minimal"))
+    gate = (sizes.piece_tokens, sizes.stack.width, 1)
+    found = []
+    for s in of_kind(block, "sparse"):
+        if s.shared is not None:
+            found += _feed_forward(sizes, block, layers, s.shared)
+            number = layers if s.shared_gate else 0
+            found.append(_product(sizes, "", gate, number=number, again=again))
+    return found
 
 
 def _feed_forward(

@@ -120,6 +120,7 @@ PUBLISHED = {
     "m6_t_250b": Published(250 * _B, sizes="inferred"),
     "m6_t_1t": Published(1_002.7 * _B, sizes="memory"),
     "m6_10t": Published(10_000 * _B),
+    "m6_10t_shared": Published(None),
     "cpm_2_11b": Published(11 * _B, sizes="inferred"),
     "cpm_2_moe_198b": Published(198 * _B, sizes="inferred"),
     "wudao_1_75t_proxy": Published(1_750 * _B, sizes="stand-in"),
@@ -131,6 +132,7 @@ PUBLISHED = {
     "qwen3_235b_a22b": Published(235 * _B, 22 * _B),
     "gpt_oss_20b": Published(20.91 * _B, 3.61 * _B, without_embedding=True),
     "gpt_oss_120b": Published(116.83 * _B, 5.13 * _B, without_embedding=True),
+    "llama4_maverick": Published(400 * _B, 17 * _B),
     "glm_4_5": Published(355 * _B, 32 * _B, why_active=_NO_TABLES, sizes="memory"),
     "minimax_m2": Published(230 * _B, 10 * _B, why_active=_NO_TABLES),
 }

@@ -102,12 +102,14 @@ ENERGY = (
 )
 
 # GFLOPs of a sequence of 512 tokens of inputs and 114 of targets, forward. Switch:
-# arXiv:2101.03961, table 9; ST-MoE: arXiv:2202.08906, table 11.
+# arXiv:2101.03961, table 9; ST-MoE: arXiv:2202.08906, table 11, whose 645 of ST-MoE-L
+# do not follow from its sizes.
 SEQUENCE_GFLOPS = {
     "t5_base": 124,
     "t5_large": 425,
     "t5_1_1_xxl": 6_300,
     "switch_c": 890,
+    "st_moe_32b": 20_200,
 }
 
 

@@ -3,6 +3,7 @@
 What the papers say is compared in tests/benchmarks/test_zoo.py.
 """
 
+import dataclasses
 import functools
 
 import pytest
@@ -36,6 +37,10 @@ def attention_by_hand(model: ModelSettings) -> int:
 
 def by_hand(model: ModelSettings, router: RouterSettings) -> tuple[int, int]:
     """Total and active parameters, as a sum over the parts of a model."""
+    if model.layer_sharing == "all":  # and all layers are alike
+        assert model.moe_every == 1
+        one = dataclasses.replace(model, layer_sharing="none", num_layers=1)
+        return by_hand(one, router)
     M, N, F = model.model_dim, model.num_heads, model.mlp_dim
     V, E = model.vocab_size, model.num_experts
     sides = [(model.num_layers, model.moe_every)]

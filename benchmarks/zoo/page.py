@@ -115,9 +115,9 @@ def rows() -> list[Row]:
 
 def page(found: Sequence[Row]) -> str:
     """Returns the page."""
-    parts = (_HEAD, _table(found), "", _NOTES, _reasons(found))
-    parts += (_DAYS, _days(), "", _POWER, _energy(), "", _CARBON)
-    parts += (_SEQUENCES, _sequences(found), "")
+    parts = [_HEAD, _table(found), "", _NOTES, _reasons(found)]
+    parts += [_DAYS, _days(), "", _POWER, _energy(), "", _CARBON]
+    parts += [_SEQUENCES, _sequences(found), ""]
     return "\n".join(parts)
 
 

@@ -7,8 +7,9 @@ from typing import Any
 import jax
 
 from launch.checkpoints.places import CheckpointError
-from launch.config.diff import Change, changes
+from launch.config.diff import Change, changes, values
 
+PARTS = ("TRAINABLE", "FROZEN")  # which parameters the optimizer has a state of
 Row = tuple[str, str, str]  # what, as it was saved, as it is wanted
 
 
@@ -36,9 +37,13 @@ def checked(
         CheckpointError: every difference that is refused, in a table.
     """
     of_arrays = arrays(manifest["arrays"], wanted, partial=partial)
+    of_parts = [] if now is None or partial else parts(manifest, now)
+    if of_parts:
+        of_arrays = [row for row in of_arrays if not _is_of_parts(row)]
     of_data = [] if now is None else data(manifest, now, partial=partial)
     found = [] if now is None else changes(manifest["config"], now["config"])
     knobs = [(c.macro, c.before, c.now) for c in found if c.fixed and not partial]
+    knobs += of_parts
     refused = of_arrays if allow_changes else [*of_arrays, *of_data, *knobs]
     if not refused:
         return found
@@ -79,6 +84,29 @@ def arrays(
         for name in {**asked, **there}
         if there.get(name) != asked.get(name)
     ]
+
+
+def parts(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[Row]:
+    """Lists patterns of what is trained that differ.
+
+    Args:
+        saved: a manifest; one from before there were patterns trained all.
+        now: a run's provenance.
+    """
+    before, after = (
+        dict.fromkeys(PARTS, ()) | values(each["config"], PARTS)
+        for each in (saved, now)
+    )
+    return [
+        (macro, repr(before[macro]), repr(after[macro]))
+        for macro in PARTS
+        if before[macro] != after[macro]
+    ]
+
+
+def _is_of_parts(row: Row) -> bool:
+    """Whether an array of the optimizer is on one side alone."""
+    return row[0].startswith("opt_state/") and "–" in row[1:]
 
 
 def data(

@@ -265,6 +265,8 @@ class Checkpoints:
     ) -> TrainState:
         """Restores a whole state, on whatever mesh the run has.
 
+        What is trained only now has a state of the optimizer that begins here.
+
         Args:
             step: which one.
             run: gives shapes, and the place of every array.
@@ -279,6 +281,16 @@ class Checkpoints:
         """
         wanted = named_arrays(run.placed_shapes())
         arrays = self._arrays(step, wanted, now, allow_changes=allow_changes)
+        if len(arrays) < len(wanted):
+            params = {n: a for n, a in arrays.items() if n.startswith("params/")}
+            begin = jax.jit(
+                lambda named: run.learner.optimizer.init(
+                    unnamed(named, {"params": run.shapes.params})["params"]
+                ),
+                out_shardings=run.shardings.opt_state,
+            )
+            fresh = named_arrays({"opt_state": begin(params)})
+            arrays = fresh | arrays
         return unnamed(arrays, run.shapes)
 
     def compare(
@@ -348,7 +360,8 @@ class Checkpoints:
             allow_changes=allow_changes,
         )
         arrays = Arrays(self.path(step), manifest)
-        restored = self._agreed(step, lambda: placed(arrays, wanted))
+        there = {name: like for name, like in wanted.items() if name in arrays.saved}
+        restored = self._agreed(step, lambda: placed(arrays, there))
         names = changed(arrays, restored)
         self._agreed(step, lambda: refuse_changed(arrays, names))
         self._parents = [{"path": str(self.path(step)), "step": step}]

@@ -90,6 +90,12 @@ def changes(before: str, now: str) -> list[Change]:
     return found
 
 
+def values(text: str, macros: Sequence[str]) -> dict[str, Any]:
+    """Returns what knobs come to in a configuration, of those that it sets."""
+    given = _given(text)
+    return {macro: _value(given, macro) for macro in macros if macro in given}
+
+
 def told(found: Sequence[Change]) -> str:
     """Names changes in one line."""
     return ", ".join(map(str, found))

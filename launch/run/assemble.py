@@ -16,7 +16,7 @@ from moe.dispatch import auto
 from moe.model import inventory
 from moe.model.build import build
 from moe.model.exchange import exchange_of
-from moe.training import new_state
+from moe.training import new_state, trained
 from moe.training.losses import Sums
 from moe.training.optimizer import make_optimizer, make_schedule
 from moe.training.scoring import eval_step, in_rounds
@@ -179,9 +179,12 @@ def assemble(
         settings.partition,
         settings.encoder_router,
     )
+    specs = inventory.specs(settings.layers)
+    if found := trained.problems(specs, settings.optimizer):
+        raise ConfigError(config.where, found)
     optimizer = make_optimizer(
         *(settings.optimizer, settings.train.train_steps),
-        inventory.specs(settings.layers),
+        specs,
         model.grid,
     )
     learner = Learner(
@@ -192,6 +195,11 @@ def assemble(
         microbatches=settings.train.microbatches,
         seed=settings.train.seed,
         rounding=settings.optimizer.rounding,
+        trained_of=(
+            functools.partial(trained.trained_of, settings=settings.optimizer)
+            if settings.optimizer.trainable or settings.optimizer.frozen
+            else None
+        ),
     )
     shapes = new_state.abstract(
         settings.layers, settings.execution.param_dtype, optimizer

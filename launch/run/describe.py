@@ -14,10 +14,12 @@ from launch.terminal.lines import compact
 from moe import architecture, expected_drops
 from moe.accounting import count
 from moe.dispatch import auto
+from moe.model import inventory
 from moe.model.feed_forward import grouped_method
 from moe.routing.capacity import capacity, mean_choices, never_drops
 from moe.rules.routers import leaks
 from moe.settings import RouterSettings, SparseSettings
+from moe.training import trained
 from partitioning.mesh import describe
 from tasks.store import TokenStore
 
@@ -54,9 +56,19 @@ def facts(
         *data_facts(settings, store),
         ("attention", _describe_attention(run)),
     ]
+    lines += trained_facts(settings)
     if architecture.has_experts(model):
         lines += sparse_facts(settings, run.mesh)
     return lines
+
+
+def trained_facts(settings: Settings) -> list[tuple[str, str]]:
+    """How many of the parameters are trained, where some are not."""
+    optimizer = settings.optimizer
+    if not (optimizer.trainable or optimizer.frozen):
+        return []
+    some, all_ = trained.counted(inventory.specs(settings.layers), optimizer)
+    return [("trained", f"{some:,} of {all_:,} parameters; the rest is frozen")]
 
 
 def data_facts(settings: Settings, store: TokenStore | None) -> list[tuple[str, str]]:

@@ -112,8 +112,11 @@ def _train(
     """As `train`, in which signals are heard."""
     settings, run = config.settings, assemble(config)
     _refuse_offload_on_cpu(config, run)
-    if architecture.has_experts(settings.model) and not quiet:
-        for name, fact in describe.sparse_facts(settings, run.mesh):
+    if not quiet:
+        facts = describe.trained_facts(settings)
+        if architecture.has_experts(settings.model):
+            facts += describe.sparse_facts(settings, run.mesh)
+        for name, fact in facts:
             print(f"  {name}: {fact}", file=sys.stderr, flush=True)
     model_dir, last = Path(settings.loop.model_dir), settings.train.train_steps
     with (

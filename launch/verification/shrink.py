@@ -355,6 +355,8 @@ def _optimizer(optimizer: OptimizerSettings) -> OptimizerSettings:
         moment_dtype="float32",
         rounding="nearest",
         offload=False,
+        trainable=(),
+        frozen=(),
     )
 
 

@@ -93,6 +93,8 @@ class OptimizerSettings:
             "stochastic", so that updates below their precision count on average;
             "master", which keeps a float32 copy in the optimizer's state.
         offload: keep the optimizer's state in the host's memory.
+        trainable: patterns of names of parameters that are trained; () trains all.
+        frozen: patterns of those that are not.
     """
 
     name: Literal["adamw", "adafactor", "muon"] | Named = "adamw"
@@ -120,6 +122,8 @@ class OptimizerSettings:
     moment_dtype: Literal["float32", "bfloat16"] = "float32"
     rounding: Literal["nearest", "stochastic", "master"] = "nearest"
     offload: bool = False
+    trainable: tuple[str, ...] = ()
+    frozen: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

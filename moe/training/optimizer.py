@@ -13,6 +13,7 @@ from moe.model.parameters import Spec
 from moe.settings import OptimizerSettings
 from moe.training.muon import scale_by_muon
 from moe.training.precision import moments_in, with_master
+from moe.training.trained import trained_of
 from partitioning import rules
 from partitioning.grid import Grid
 
@@ -32,12 +33,15 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """Chains clipping, the optimizer, weight decay and the learning rate.
 
+    Its `init` takes all parameters, and its `update` those that are trained.
+
     Args:
         settings: which, and how.
         train_steps: where the learning rate has fallen, unless SCHEDULE_STEPS says.
         specs: what the parameters are, to tell matrices from stacks of them.
         grid: the mesh, over which Muon exchanges matrices; None on one device.
     """
+    specs = trained_of(specs, settings)
     clip = (
         optax.clip_by_global_norm(settings.clip_norm)
         if settings.clip_norm > 0
@@ -63,7 +67,11 @@ def make_optimizer(
     # Float32 too: Optax would start the moments of bfloat16 parameters in bfloat16.
     scale = moments_in(scale, settings.moment_dtype)
     whole = optax.chain(clip, scale, decay, rate)
-    return with_master(whole) if settings.rounding == "master" else whole
+    if settings.rounding == "master":
+        whole = with_master(whole)
+    return optax.GradientTransformation(
+        lambda params: whole.init(trained_of(params, settings)), whole.update
+    )
 
 
 def make_schedule(settings: OptimizerSettings, train_steps: int) -> optax.Schedule:

@@ -21,18 +21,18 @@ def move_selection_biases(
     tokens are those under the bias before (`moe.routing.needed_bias`).
 
     Args:
-        params: parameters, or a copy of them.
+        params: parameters, or a copy of them; None in place of those that are frozen.
         router: totals of each sparse sublayer, in the order of `Layers.sparse` and then
             `Layers.sparse_ahead`.
-        layers: which of them have biases.
+        layers: how each bias is moved.
     """
     params = jax.tree.map(lambda array: array, params)  # dicts of its own
     places = *layers.sparse(), *layers.sparse_ahead()
     for place, totals in zip(places, router, strict=True):
         settings = place.sublayer.settings.router
-        if settings.selection_bias:
-            blocks = params[place.stack]["layers"][place.segment]
-            weights = blocks[place.block][place.sublayer.name]
+        blocks = params[place.stack]["layers"][place.segment]
+        weights = blocks[place.block][place.sublayer.name]
+        if weights.get("selection_bias") is not None:
             if settings.bias_update == "quantile":
                 assert totals.needed_PEH is not None
                 bias_PE = weights["selection_bias"]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ from moe.training import losses
 from moe.training.precision import MasterState, apply_updates
 from moe.training.selection_bias import move_selection_biases
 from moe.training.train_state import TrainState
+from moe.training.trained import joined
 from partitioning import rules
 
 _ROUNDING = 2**31 - 1  # no layer has this number, by which the other draws are keyed
@@ -34,6 +36,8 @@ class Learner:
         microbatches: pieces the batch is computed in.
         seed: PRNG seed for every random draw.
         rounding: how updates reach the parameters.
+        trained_of: what is trained of a tree of parameters, None in place of all else;
+            None where all are.
         opt_shardings: where the optimizer's state belongs on the devices, if it is kept
             on their hosts between steps; else None.
     """
@@ -45,6 +49,7 @@ class Learner:
     microbatches: int
     seed: int
     rounding: str = "nearest"
+    trained_of: Callable[[Any], Any] | None = None
     opt_shardings: Any = None
 
 
@@ -80,22 +85,27 @@ def train_step(
     _, steps_key = jax.random.split(jax.random.key(learner.seed))  # the other: weights
     key, layers = jax.random.fold_in(steps_key, state.step), learner.model.layers
 
+    trained = state.params
+    if learner.trained_of is not None:
+        trained = learner.trained_of(state.params)
+
+    def whole(params: Any) -> Any:
+        return params if learner.trained_of is None else joined(params, state.params)
+
     def objective(params: Any) -> tuple[jax.Array, tuple[losses.Sums, dict]]:
-        sums, _ = batch_sums(params, batch, key, learner)
+        sums, _ = batch_sums(whole(params), batch, key, learner)
         value, metrics = losses.total(sums, learner.loss, layers.sparse_order)
         return value, (sums, metrics)
 
-    gradients, (sums, metrics) = jax.grad(objective, has_aux=True)(state.params)
+    gradients, (sums, metrics) = jax.grad(objective, has_aux=True)(trained)
     gradients = jax.tree.map(lambda g: g.astype(jnp.float32), gradients)
     gradient_norm = optax.tree.norm(gradients)
     old_opt_state = state.opt_state
     if learner.opt_shardings is not None:
         old_opt_state = jax.device_put(old_opt_state, learner.opt_shardings)
-    updates, opt_state = learner.optimizer.update(
-        gradients, old_opt_state, state.params
-    )
+    updates, opt_state = learner.optimizer.update(gradients, old_opt_state, trained)
     params = apply_updates(
-        state.params,
+        trained,
         updates,
         opt_state,
         learner.rounding,
@@ -114,8 +124,9 @@ def train_step(
     params, opt_state = jax.tree.map(
         lambda new, old: jnp.where(taken & finite, new, old),
         (params, opt_state),
-        (state.params, old_opt_state),
+        (trained, old_opt_state),
     )
+    params = whole(params)
     one = taken.astype(jnp.int32)
     skipped = (taken & ~finite).astype(jnp.int32)
     new_state = TrainState(

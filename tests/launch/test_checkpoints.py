@@ -57,7 +57,7 @@ def random_state(run: Run, step: int = 3, skipped: int = 0):
         if shape.dtype == np.int32:
             values = np.asarray(step, np.int32)
         else:
-            values = rng.standard_normal(shape.shape, np.float32)
+            values = rng.standard_normal(shape.shape, np.float32).astype(shape.dtype)
         return jax.device_put(values, shape.sharding)
 
     state = jax.tree.map(draw, run.placed_shapes())
@@ -131,6 +131,58 @@ def test_parameters_come_back_without_the_optimizer_that_made_them(run, saved):
     with opened(saved) as checkpoint:
         params = checkpoint.restore_params(3, other)
     assert_bit_equal(params, random_state(run).params)
+
+
+# ------------------------------------------------------------ what is trained
+
+
+FROZEN = ("*/experts/*", "embedding")
+
+
+def test_a_run_that_freezes_goes_on_without_the_state_of_what_is_frozen(run, saved):
+    other = tiny("MESH_EXPERT=4", f"FROZEN={FROZEN}")
+    now = provenance.provenance(f"SEED = 7\nFROZEN = {FROZEN}\n", DATA)
+    with opened(saved) as checkpoint:
+        with pytest.raises(CheckpointError, match="FROZEN") as refused:
+            checkpoint.restore(3, other, now)
+        state = checkpoint.restore(3, other, now, allow_changes=True)
+    assert "--allow_changes" in str(refused.value)
+    assert "experts" not in str(refused.value).replace(str(FROZEN), "")
+    arrays, before = arrays_of(state), arrays_of(random_state(run))
+    gone = before.keys() - arrays.keys()
+    assert gone == {
+        name
+        for name in before
+        if name.startswith("opt_state")
+        and ("/experts/" in name or name.endswith("/embedding"))
+    }
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(array, before[name], name)
+
+
+def test_what_is_trained_anew_begins_with_a_state_of_the_optimizer(tmp_path):
+    frozen = tiny(f"FROZEN={FROZEN}", "PARAM_DTYPE=bfloat16", "ROUNDING=master")
+    whole = tiny("MESH_EXPERT=2", "PARAM_DTYPE=bfloat16", "ROUNDING=master")
+    given = provenance.provenance(f"FROZEN = {FROZEN}\n", DATA)
+    now = provenance.provenance("FROZEN = ()\n", DATA)
+    before = random_state(frozen)
+    with Checkpoints(str(tmp_path), keep=1) as checkpoint:
+        checkpoint.save(before, frozen, given)
+        checkpoint.wait()
+    with opened(tmp_path) as checkpoint:
+        state = checkpoint.restore(3, whole, now, allow_changes=True)
+    arrays, old = arrays_of(state), arrays_of(before)
+    fresh = arrays.keys() - old.keys()
+    assert any("/mu/" in name for name in fresh)
+    for name, array in arrays.items():
+        if name in old:
+            np.testing.assert_array_equal(array, old[name], name)
+        elif "master/" in name:  # what the next update starts from
+            parameter = "params/" + name.partition("master/")[2]
+            assert array.dtype == np.float32
+            np.testing.assert_array_equal(array, arrays[parameter].astype(np.float32))
+        else:
+            assert not array.any(), name
 
 
 def test_the_manifest_says_where_a_checkpoint_comes_from(run, saved):

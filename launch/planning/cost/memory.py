@@ -20,6 +20,7 @@ from launch.planning.cost.local import BYTES, FLOAT32, Attention, Local, Weight
 from moe.layers import Block, of_kind
 from moe.routing.capacity import capacity
 from moe.settings import DenseSettings, HeadsSettings, SparseSettings
+from moe.training.trained import is_trained
 from tasks import layouts
 
 # How often something is in memory at once, where the compiler decides. Few, so that
@@ -141,7 +142,11 @@ def _moments(
     """
     *_, scored = sides
     settings = scored.settings
-    gradients = sum(_gradient(weight, settings) for weight in parameters)
+    gradients = sum(
+        _gradient(weight, settings)
+        for weight in parameters
+        if is_trained(weight.path, settings.optimizer)
+    )
     many = settings.train.microbatches > 1
     # The scan over layers stacks its gradients before they are added to those so far.
     in_backward = gradients * (2 if many else 1)

@@ -25,6 +25,7 @@ from launch.planning.cost.flow import (
     joins,
 )
 from launch.planning.cost.local import BYTES, FLOAT32, Local, Weight
+from moe.training.trained import is_trained
 from partitioning.settings import FASTEST_FIRST
 
 
@@ -99,7 +100,11 @@ def _weights(sizes: Local, parameters: tuple[Weight, ...]) -> list[Flow]:
         ):
             size = {w.path: w.gathered_size * _uses(sizes, w) for w in used}
             forward = sum(size[w.path] * _type(w, execution.dtype) for w in used)
-            back = sum(size[w.path] * _type(w, execution.reduce_dtype) for w in used)
+            back = sum(
+                size[w.path] * _type(w, execution.reduce_dtype)
+                for w in used
+                if is_trained(w.path, sizes.settings.optimizer)
+            )
             found += [
                 flow_of(
                     sizes,
@@ -134,6 +139,8 @@ def _gradients(sizes: Local, parameters: tuple[Weight, ...]) -> list[Flow]:
     new parameters are gathered: as many bytes.
     """
     found = []
+    optimizer = sizes.settings.optimizer
+    parameters = tuple(w for w in parameters if is_trained(w.path, optimizer))
     for axes, weights in _by_axes(parameters, gathered=False).items():
         whole = sum(weight.local_size * weight.itemsize for weight in weights)
         found.append(

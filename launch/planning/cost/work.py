@@ -14,6 +14,7 @@ from launch.planning.cost.local import BYTES, FLOAT32, Attention, Local
 from moe.layers import Block, of_kind
 from moe.routing.capacity import mean_choices
 from moe.settings import DenseSettings, SparseSettings
+from moe.training.trained import is_trained
 
 # A float32 product of highest precision is so many of bfloat16 on a TPU.
 HIGHEST_PRECISION = 6
@@ -309,7 +310,9 @@ def _optimizer(settings: Settings) -> Part:
     parameters, others = local.weights(settings)
     kept = sum(w.local_size * w.itemsize for w in (*parameters, *others))
     gradient = BYTES[settings.execution.param_dtype]
-    gradients = sum(w.local_size for w in parameters) * gradient
+    optimizer = settings.optimizer
+    trained = sum(w.local_size for w in parameters if is_trained(w.path, optimizer))
+    gradients = trained * gradient
     products = sum(
         s.flops(settings.optimizer.muon_steps) for s in muon.shares(settings)
     )

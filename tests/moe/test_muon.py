@@ -164,6 +164,26 @@ def test_every_layer_expert_and_half_is_made_orthogonal_by_itself(alone):
     assert len(shapes) == 3 + 2 * 3, "one momentum of Muon, two moments of Adam"
 
 
+def test_the_first_step_is_that_of_optax():
+    # Later ones differ: Optax corrects its momentum for its start, as Adam's.
+    _, gradients = given()
+    first = jax.tree.map(lambda g: g[0], gradients)
+    ours = muon.scale_by_muon(SETTINGS, SPECS)
+    updates, _ = ours.update(first, ours.init(first), first)
+    theirs = optax.contrib.muon(
+        1.0,
+        beta=SETTINGS.muon_beta,
+        consistent_rms=SETTINGS.muon_rms,
+        muon_weight_dimension_numbers=optax.contrib.MuonDimensionNumbers(2, 4),
+    )
+    up = {"up": first["layers"]["up"]}
+    wanted, _ = theirs.update(up, theirs.init(up), up)
+    size = np.sqrt(np.mean(np.square(wanted["up"])))
+    np.testing.assert_allclose(
+        updates["layers"]["up"], -wanted["up"], rtol=0, atol=2e-3 * size
+    )
+
+
 def test_tables_routers_and_vectors_are_moved_as_adam_does(alone):
     moved, _, _ = alone
     params, gradients = given()

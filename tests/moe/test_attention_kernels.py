@@ -27,11 +27,15 @@ CASES = {
     "window": (40, 0.0, False, False),
     "beyond a block": (200, 0.0, False, False),
     "cap and sinks": (40, 2.0, True, False),
+    "narrow values": (0, 0.0, False, False),
     "prefixes": (0, 0.0, False, True),
     "prefixes and window": (40, 0.0, False, True),
 }
 TAKEN = {
-    "splash_interpreted": ("all", "window", "beyond a block", "cap and sinks"),
+    "splash_interpreted": (
+        *("all", "window", "beyond a block", "cap and sinks"),
+        "narrow values",
+    ),
     "cudnn_interpreted": (
         *("all", "window", "beyond a block", "prefixes"),
         "prefixes and window",
@@ -56,6 +60,8 @@ def attended(method: str | None, case: str):
     """Output, and gradients of queries, keys, values and sinks."""
     window, cap, has_sinks, has_prefix = CASES[case]
     query, key, value, d_mixed, sink, segment = given()
+    if case == "narrow values":  # as in latent attention
+        value, d_mixed = (x[..., : D // 2] for x in (value, d_mixed))
     place_L = jnp.arange(L, dtype=jnp.int32)
     prefix = np.int32(place_L % 100 < 30) * np.ones((B, 1), np.int32)
     who = Who(place_L, segment, prefix if has_prefix else None)

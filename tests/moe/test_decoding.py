@@ -81,12 +81,13 @@ MODELS = {
         RouterSettings(),
         dataclasses.replace(EXECUTION, attention_block=4),
     ),
-    # Pieces of four tokens make keys of latents, shorter ones ask in their space.
+    # Pieces of six tokens make keys of latents, those of two ask in their space.
     "latent": (
         dataclasses.replace(
             SPARSE,
             moe_every=0,
             attention="latent",
+            num_heads=4,
             head_dim=2,
             kv_latent_dim=16,
             rope_head_dim=2,
@@ -148,7 +149,7 @@ def compiled_piece(name: str, length: int, mesh: str = "d1"):
         ("top1", "d1", (1,) * L),
         ("windows", "d1", (4, 2, 1, 1)),
         ("windows", "d2m4", (4, 4)),  # two devices share a head of keys
-        ("latent", "d1", (4, 2, 1, 1)),
+        ("latent", "d2m4", (6, 2)),
     ],
 )
 def test_a_sequence_read_in_pieces_has_the_logits_of_the_full_forward(

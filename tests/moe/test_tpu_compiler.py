@@ -93,6 +93,13 @@ def test_routing_is_computed_in_full_precision_from_bfloat16_tokens():
 
 
 @pytest.mark.slow
+def test_splash_takes_values_of_another_width_than_keys():
+    found = compiled("v5e:4x4", "bfloat16", "auto", "latent", script=ATTENTION)
+    assert found["kernels"] == {"fwd": 2, "dq": 2, "dkv": 2}
+    assert found["arrays_of_scores"] == 0
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_splash_attends_each_layer_once_and_holds_no_scores(dtype):
     # A layer with a window and one without, in one loop; "minimal" attends once.

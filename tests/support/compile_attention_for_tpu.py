@@ -1,12 +1,14 @@
 """Compiles the gradient of a dense model with the TPU's own compiler.
 
-    python tests/support/compile_attention_for_tpu.py TOPOLOGY DTYPE ATTENTION_KERNEL
+    python tests/support/compile_attention_for_tpu.py TOPOLOGY DTYPE ATTENTION_KERNEL \
+        [latent]
 
 In a process of its own, because that compiler can end it. Needs `libtpu`, no TPU.
 Prints one line of JSON: kernels by name, collectives, arrays of all scores.
 """
 
 import collections
+import dataclasses
 import json
 import os
 import re
@@ -42,9 +44,18 @@ MODEL = ModelSettings(
     moe_every=0,
     attention_windows=(300, 0),
 )
+# Of latent attention keys are wider than values: 192 and 128, as DeepSeek-V3's.
+LATENT = dataclasses.replace(
+    MODEL,
+    num_kv_heads=0,
+    head_dim=128,
+    attention="latent",
+    kv_latent_dim=512,
+    rope_head_dim=64,
+)
 
 
-def main(topology: str, dtype: str, kernel: str) -> None:
+def main(topology: str, dtype: str, kernel: str, kind: str = "heads") -> None:
     """Compiles for data 4 × model 4 and says what came out."""
     described = topologies.get_topology_desc(platform="tpu", topology_name=topology)
     made = topologies.make_mesh(described, (1, 1, 4, 1, 1, 4), AXES)
@@ -52,7 +63,8 @@ def main(topology: str, dtype: str, kernel: str) -> None:
     execution = ExecutionSettings(
         dtype=dtype, attention_block=0, attention_kernel=kernel
     )
-    model = build(MODEL, RouterSettings(), execution, mesh)
+    settings = LATENT if kind == "latent" else MODEL
+    model = build(settings, RouterSettings(), execution, mesh)
     shapes = parameters.shapes(model.specs, "float32")
     params = jax.tree.map(
         lambda shape, spec: jax.ShapeDtypeStruct(

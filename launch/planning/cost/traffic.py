@@ -196,6 +196,7 @@ def _tables(sizes: Local, parameters: tuple[Weight, ...]) -> list[Flow]:
     passes = forward_passes(sizes)
     both = passes + sizes.settings.train.microbatches
     stream = sizes.tokens * model.model_dim * d
+    times = 1 + sizes.num_ahead  # modules that look ahead embed and predict too
     scored = sizes.name == sizes.settings.layers.scored
     found = [
         flow_of(
@@ -203,7 +204,7 @@ def _tables(sizes: Local, parameters: tuple[Weight, ...]) -> list[Flow]:
             "ids gathered",
             axes,
             shares * sizes.tokens * 4,
-            passes,
+            times * passes,
             "int32 of all chips' tokens, forward",
         ),
         flow_of(
@@ -211,7 +212,7 @@ def _tables(sizes: Local, parameters: tuple[Weight, ...]) -> list[Flow]:
             "embeddings exchanged",
             at_once(axes, sizes.sizes),
             sizes.residual_tokens * model.model_dim * d,
-            both,
+            times * both,
             "tokens × M × d, forward and backward",
             EXCHANGE,
         ),
@@ -220,7 +221,7 @@ def _tables(sizes: Local, parameters: tuple[Weight, ...]) -> list[Flow]:
             "embeddings over the vocabulary",
             ("model",),
             stream,
-            both * joins(sizes),
+            times * both * joins(sizes),
             "tokens × M × d, scattered forward, gathered backward",
         ),
         flow_of(
@@ -228,7 +229,7 @@ def _tables(sizes: Local, parameters: tuple[Weight, ...]) -> list[Flow]:
             "activations for logits" if scored else "activations for the decoder",
             ("model",),
             stream,
-            both if cuts_sequence(sizes) else 0,
+            times * both if cuts_sequence(sizes) else 0,
             "tokens × M × d, gathered forward, scattered backward",
         ),
         flow_of(
@@ -236,7 +237,7 @@ def _tables(sizes: Local, parameters: tuple[Weight, ...]) -> list[Flow]:
             "softmax over the vocabulary",
             ("model",),
             sizes.tokens * FLOAT32 if scored else 0,
-            2 * (5 * passes + 2 * sizes.settings.train.microbatches),
+            times * 2 * (5 * passes + 2 * sizes.settings.train.microbatches),
             "5 float32 sums or maxima per token forward, 2 backward",
         ),
     ]

@@ -241,6 +241,16 @@ def test_eight_devices_compute_what_one_does(case):
 
 
 @pytest.mark.fast
+def test_scores_start_alike_whatever_their_factor():
+    def deviation(score_scale: float) -> float:
+        s = dataclasses.replace(SETTINGS, score_scale=score_scale)
+        return latent.specs(s, M)["query_up"].stddev * s.scale
+
+    for score_scale in (1.0, 0.1):
+        assert math.isclose(deviation(score_scale), deviation(0.0))
+
+
+@pytest.mark.fast
 def test_memory_holds_a_latent_and_a_key_whatever_the_heads():
     model = build(
         dataclasses.replace(MODEL, num_heads=64),
@@ -296,6 +306,7 @@ def test_deepseek_v3_has_671_billion_parameters_of_which_37_are_active():
         query_latent_dim=1536,
         kv_latent_dim=512,
         rope_head_dim=64,
+        predict_ahead=1,
         moe_every=1,
         first_dense_layers=3,
         num_experts=256,
@@ -310,5 +321,8 @@ def test_deepseek_v3_has_671_billion_parameters_of_which_37_are_active():
     # + 512·128·256 + 128·128·7168 = 187,107,328. Published: 671B and 37B.
     assert counts.total == 671_026_419_200
     assert round(counts.active / 1e9, 1) == 37.6
+    # Its module that looks ahead is published as 11.5B; here 257 experts of 3·7168·2048
+    # are 11.32B, attention 0.19B, what joins 0.10B.
+    assert round(counts.ahead / 1e9, 1) == 11.6
     # 2 · 128 heads · (192 + 128) of each key, 4096 keys, 61 layers.
     assert counts.scores == 2 * 128 * 320 * 4096 * 61

@@ -31,10 +31,12 @@ def specs(s: LatentSettings, width: int) -> dict[str, Spec | dict[str, Spec]]:
         axes = ("embed", "latent")
         return matrix((width, latent), axes, (0,), (1,), s.init_scale)
 
-    def up(latent: int, head: int) -> Spec:
+    def up(latent: int, head: int, scale: float = 1.0) -> Spec:
         axes = ("embed", "heads", "head_dim")
-        return matrix((latent, N, head), axes, (0,), (1, 2), s.init_scale)
+        return matrix((latent, N, head), axes, (0,), (1, 2), scale * s.init_scale)
 
+    # As in `heads.specs`, scores start alike whatever their factor is.
+    first = 1 / (s.key_width * s.score_scale**2) if s.score_scale else 1.0
     outward = ("heads", "head_dim", "embed")
     found: dict[str, Spec | dict[str, Spec]] = {
         "kv_down": down(C),
@@ -49,11 +51,11 @@ def specs(s: LatentSettings, width: int) -> dict[str, Spec | dict[str, Spec]]:
     if s.gated:
         found["gate"] = up(width, X)
     if not s.query_latent:
-        return found | {"query_up": up(width, s.key_width)}
+        return found | {"query_up": up(width, s.key_width, first)}
     return found | {
         "query_down": down(s.query_latent),
         "query_norm": norms.specs(s.norm, s.query_latent),
-        "query_up": up(s.query_latent, s.key_width),
+        "query_up": up(s.query_latent, s.key_width, first),
     }
 
 

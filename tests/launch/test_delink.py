@@ -5,10 +5,17 @@ from pathlib import Path
 
 import commands
 import numpy as np
+import pytest
 
 from launch.checkpoints.arrays import Arrays
+from launch.checkpoints.delinking import copies_of
+from launch.checkpoints.names import named_arrays
 from launch.checkpoints.places import read_manifest
+from launch.config import reader
 from launch.errors import EXIT_DONE
+from moe.model import inventory
+from moe.training import new_state
+from moe.training.optimizer import make_optimizer
 
 KNOBS = {
     "NUM_LAYERS": 2,
@@ -35,6 +42,37 @@ def arrays_of(folder: Path, step: int) -> dict[str, np.ndarray]:
     return {
         name: np.asarray(arrays.opened(name).read().result()) for name in arrays.saved
     }
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        ("OPTIMIZER='adafactor'", "BETA1=0.0", "EMBED_DIM=128", "MLP_DIM=256"),
+        ("OPTIMIZER='muon'", "NUM_LAYERS=6"),
+        ("PARAM_DTYPE='bfloat16'", "ROUNDING='master'", "ROUTER_BIAS=True"),
+    ],
+)
+def test_every_array_of_every_optimizer_gets_the_shape_of_layers_of_their_own(knobs):
+    def shapes(sharing: str):
+        given = ["NUM_LAYERS=4", *knobs, f"LAYER_SHARING={sharing!r}"]
+        settings = reader.read(["runs/tiny.gin"], given).settings
+        layers = settings.layers
+        optimizer = make_optimizer(settings.optimizer, 20, inventory.specs(layers))
+        state = new_state.abstract(layers, settings.execution.param_dtype, optimizer)
+        found = named_arrays(state)
+        return layers, {name: list(x.shape) for name, x in found.items()}
+
+    layers, shared = shapes("all")
+    _, own = shapes("none")
+    delinked = {
+        name: [copies, *shape[1:]]
+        if (copies := copies_of(name, shape, layers)) > 1
+        else shape
+        for name, shape in shared.items()
+    }
+    assert delinked == own
+    assert delinked != shared
 
 
 def test_a_delinked_run_goes_on_where_the_shared_one_was(trained, tmp_path):

@@ -38,6 +38,7 @@ def facts(
         (
             "parameters",
             f"{counts.total:,} total, {counts.active:,} active per token"
+            + ", those of layers shared" * (model.layer_sharing == "all")
             + (f"; {counts.ahead:,} more look ahead in training" * (counts.ahead > 0)),
         ),
         (

@@ -51,6 +51,7 @@ def arrays_of(folder: Path, step: int) -> dict[str, np.ndarray]:
         ("OPTIMIZER='adafactor'", "BETA1=0.0", "EMBED_DIM=128", "MLP_DIM=256"),
         ("OPTIMIZER='muon'", "NUM_LAYERS=6"),
         ("PARAM_DTYPE='bfloat16'", "ROUNDING='master'", "ROUTER_BIAS=True"),
+        ("PREDICT_AHEAD=1", "FIRST_DENSE_LAYERS=2", "NUM_LAYERS=6"),
     ],
 )
 def test_every_array_of_every_optimizer_gets_the_shape_of_layers_of_their_own(knobs):

@@ -128,11 +128,13 @@ PUBLISHED = {
     "mixtral_8x22b": Published(141 * _B, 39 * _B),
     "olmoe_1b_7b": Published(6.9 * _B, 1.3 * _B),
     "deepseekmoe_16b": Published(16.4 * _B, 2.8 * _B, sizes="memory"),
+    "qwen1_5_moe_a2_7b": Published(14.3 * _B, 2.7 * _B, sizes="memory"),
     "qwen3_30b_a3b": Published(30.5 * _B, 3.3 * _B),
     "qwen3_235b_a22b": Published(235 * _B, 22 * _B),
     "gpt_oss_20b": Published(20.91 * _B, 3.61 * _B, without_embedding=True),
     "gpt_oss_120b": Published(116.83 * _B, 5.13 * _B, without_embedding=True),
     "llama4_maverick": Published(400 * _B, 17 * _B),
     "glm_4_5": Published(355 * _B, 32 * _B, why_active=_NO_TABLES, sizes="memory"),
+    "glm_4_5_air": Published(106 * _B, 12 * _B, why_active=_NO_TABLES, sizes="memory"),
     "minimax_m2": Published(230 * _B, 10 * _B, why_active=_NO_TABLES),
 }

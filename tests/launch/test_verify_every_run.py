@@ -29,6 +29,7 @@ LIKE += ("gpt2_355m", "gpt2_774m", "gpt2_1_5b", "megatron_8_3b", "turing_nlg_17b
 LIKE += ("mt_nlg_530b", "pangu_alpha_2_6b", "pangu_alpha_13b", "pangu_alpha_200b")
 LIKE += ("pangu_nlp_100b_proxy", "yuan_1_245b", "ernie_3_10b", "ernie_3_titan_260b")
 LIKE += ("m6_dense_10b", "cpm_2_11b", "qwen3_235b_a22b", "gpt_oss_120b", "st_moe_32b")
+LIKE += ("glm_4_5_air",)
 RUNS = sorted(
     path.stem
     for path in (CONFIGS / "runs").glob("*.gin")

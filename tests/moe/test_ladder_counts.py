@@ -86,6 +86,7 @@ def by_hand(model: ModelSettings, router: RouterSettings) -> tuple[int, int]:
     # A router, its bias, and that which only chooses.
     all_tokens += sparse * E * (M + router.logit_bias + router.selection_bias)
     all_tokens += sparse * (up + 1) * M * model.shared_expert_mlp_dim
+    all_tokens += sparse * M * model.shared_expert_gate
     visited = int(mean_choices(router, E))
     return all_tokens + sparse * E * expert, all_tokens + sparse * visited * expert
 

@@ -68,7 +68,7 @@ bench: $(ready)  ## time the train step, the sparse layer, drawing, and making t
 # uv does not read pip's settings: for an index of your own set UV_DEFAULT_INDEX.
 lock: $(ready)  ## write requirements.lock; UPGRADE=--upgrade takes newer versions
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 \
-	  --generate-hashes --no-header --no-annotate --extra data --extra quality --extra dev \
+	  --generate-hashes --no-header --no-annotate --extra data --extra quality --extra dev --extra buckets \
 	  $(UPGRADE) --output-file requirements.lock pyproject.toml
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 \
 	  --generate-hashes --no-header --no-annotate --extra tpu \

@@ -12,6 +12,7 @@ import bucket_server
 import commands
 import pytest
 from test_checkpoints import PROVENANCE, assert_bit_equal, random_state, tiny
+from test_processes import start, words_of
 
 from launch.checkpoints import remote
 from launch.checkpoints.bucket import Bucket, files_of, new_folder
@@ -352,6 +353,32 @@ def test_a_run_killed_while_it_uploads_goes_on_bit_for_bit(trained, server, tmp_
     assert done.code == 0, done.err
     assert "resuming from" in done.err
     assert arrays_of(folder, 20) == arrays_of(trained.folder, 20)
+
+
+@pytest.mark.slow
+def test_two_processes_upload_each_its_own_and_one_goes_on(trained, server, tmp_path):
+    told: list[str] = []
+    server.faults = bucket_server.now_and_then(told)
+    knobs = {"CHECKPOINT_DIR": "s3://bucket/runs/mine", "CHECKPOINT_PERIOD": 2}
+    words = words_of(trained, tmp_path / "two", 1, **knobs)
+    dones = [commands.finish(process) for process in start(trained, "train", 2, *words)]
+    assert [done.code for done in dones] == [0, 0], dones[0].err + dones[1].err
+    for process in (0, 1):
+        part = f"state/ocdbt.process_{process}/d/"
+        assert any("/4-" in name and part in name for name in server.objects)
+    assert There(tmp_path / "two").steps == [2, 4]
+    assert set(told) == {"", *bucket_server.FAULTS}, "each kind happened"
+    shutil.rmtree(tmp_path / "two" / "checkpoints")
+    for folder, number, steps in (("one", 1, 6), ("two", 2, 8)):
+        knobs["TRAIN_STEPS"] = steps
+        words = words_of(trained, tmp_path / folder, 2 // number, **knobs)
+        job = start(trained, "train", number, *words)
+        dones = [commands.finish(process) for process in job]
+        assert {done.code for done in dones} == {0}, "".join(d.err for d in dones)
+        assert (
+            f"resuming from {tmp_path}/{folder}/checkpoints/{steps - 2}" in dones[0].err
+        )
+    assert There(tmp_path / "two").steps == [4, 6, 8]
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from typing import Any
 
 from launch.config.reader import ResolvedConfig
 from launch.config.settings import Settings
+from launch.errors import ConfigError
 from launch.planning.compiler.records import Compiled, Failure
 from launch.planning.cost import estimate, local, memory, sensitivity, traffic, work
 from launch.planning.cost.estimate import Estimate, Figure
@@ -19,6 +20,8 @@ from launch.planning.hardware.topologies import Topology, fastest_first, warning
 from launch.planning.search import Candidate, told
 from moe import architecture, energy, expected_drops
 from moe.accounting import Counts, count
+from moe.model import inventory
+from moe.training import trained
 
 GIB = 2**30
 
@@ -154,8 +157,14 @@ def make(
         prices: unit costs of energy and hours.
         compiled: what the compiler said.
         candidates: results of a search, the best first.
+
+    Raises:
+        ConfigError: a pattern of what is trained matches nothing.
     """
     settings = config.settings
+    specs = inventory.specs(settings.layers)
+    if found := trained.problems(specs, settings.optimizer):
+        raise ConfigError(config.where, found)
     model, router = settings.model, settings.router
     sent = compiled.collectives if isinstance(compiled, Compiled) else None
     sparse = architecture.has_experts(model)

@@ -38,6 +38,7 @@ CASES = {
     "selection_bias": (
         "context=2,expert=2,model=2",
         "NUM_SELECTED_EXPERTS=2 ROUTER_SCORES=sigmoid ROUTER_BIAS=True FSDP=data "
+        "ROUTER_BIAS_UPDATE=quantile ROUTER_LOGIT_BIAS=True GATE_PLACE=input "
         "RENORMALIZE_GATES=after_drop EXPERT_TENSOR_PARALLEL=False EXPERT_BIASES=True "
         "SHARED_EXPERT_MLP_DIM=32 SHARED_EXPERT_GATE=True ACTIVATION=swiglu_clamped "
         "AUX_LOSS_SCOPE=sequence NORM=rms_plus_one NORM_PLACE=both EXTRA_MLP=after "
@@ -52,6 +53,7 @@ CASES = {
     "hashed": (
         "data=2,expert=4",
         "ROUTER=hashed NUM_SELECTED_EXPERTS=2 TRAIN_CAPACITY_FACTOR=0.0 "
+        "HASH_GATES=scores ROUTER_SCORES=sqrt_softplus RENORMALIZE_GATES=before_drop "
         "TRANSPORT=ragged FSDP=optimizer MOE_POSITION=first TIE_EMBEDDINGS=True "
         "ACTIVATION=relu_squared",
         (),

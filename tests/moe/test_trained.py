@@ -10,6 +10,7 @@ import pytest
 
 from launch.config import reader
 from launch.errors import ConfigError
+from launch.planning.cost import memory
 from launch.run.assemble import assemble
 from launch.run.describe import trained_facts
 from moe.model import inventory
@@ -238,3 +239,16 @@ def test_the_first_lines_say_how_many_parameters_are_trained():
     assert what == "trained"
     assert words == f"{routers:,} of {total:,} parameters; the rest is frozen"
     assert trained_facts(reader.read(["runs/tiny.gin"]).settings) == []
+
+
+@pytest.mark.fast
+def test_a_plan_counts_no_state_and_no_gradients_of_what_is_frozen():
+    def planned(*knobs: str) -> memory.MemoryPlan:
+        return memory.predict(reader.read(["runs/tiny.gin"], [*knobs]).settings, "cpu")
+
+    whole, part = planned(), planned("TRAINABLE=('*/router',)")
+    # A router of 32 × 4 has two moments, gradients in float32; one counts updates.
+    assert 0 <= part.optimizer - 2 * 32 * 4 * 4 <= 16
+    assert part.moments["optimizer"]["gradients"] == 32 * 4 * 4
+    assert part.parameters == whole.parameters
+    assert 0 <= whole.optimizer - 2 * whole.parameters <= 16

@@ -11,6 +11,7 @@ from launch.planning.cost.local import FLOAT32
 from moe.model import inventory
 from moe.model.parameters import Spec
 from moe.training.muon import cuts, is_made_orthogonal
+from moe.training.trained import trained_of
 from partitioning import rules
 from partitioning.settings import AXES, FASTEST_FIRST
 
@@ -55,7 +56,7 @@ def shares(
         return []
     sizes = {axis: getattr(settings.mesh, axis) for axis in AXES}
     table = rules.table(settings.partition, fastest_first)
-    specs = inventory.specs(settings.layers)
+    specs = trained_of(inventory.specs(settings.layers), settings.optimizer)
     found = []
     for spec in filter(is_made_orthogonal, jax.tree.leaves(specs)):
         inputs, outputs = (_size(spec, dims) for dims in (spec.inputs, spec.outputs))

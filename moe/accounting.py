@@ -225,9 +225,14 @@ def _with_ahead(layers: Layers, ahead: Stack, length: int) -> Counts:
 
 def _pairs(s: HeadsSettings | LatentSettings, length: int) -> int:
     """Pairs of tokens of a row of which the first sees the second."""
-    window = min(s.window or length, length)
-    back = length * window - window * (window - 1) // 2
-    return back if s.causal else 2 * back - length
+
+    def of(length: int) -> int:
+        window = min(s.window or length, length)
+        back = length * window - window * (window - 1) // 2
+        return back if s.causal else 2 * back - length
+
+    pieces, rest = divmod(length, min(s.chunk or length, length))
+    return pieces * of(length if not s.chunk else s.chunk) + of(rest)
 
 
 def _sizes(specs: Any) -> tuple[int, int]:

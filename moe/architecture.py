@@ -154,9 +154,14 @@ def shortened(model: ModelSettings) -> ModelSettings:
 
 
 def _shortened(side: ModelSettings) -> ModelSettings:
-    cycles = _each_once(side.attention_windows, side.position_layers)
+    cycles = _each_once(
+        side.attention_windows, side.attention_chunks, side.position_layers
+    )
     side = dataclasses.replace(
-        side, attention_windows=cycles[0], position_layers=cycles[1]
+        side,
+        attention_windows=cycles[0],
+        attention_chunks=cycles[1],
+        position_layers=cycles[2],
     )
     cycle, twice = max(*map(len, cycles), 1), side.layer_sharing == "all"
     kinds = max(cycle, 2)
@@ -317,6 +322,8 @@ def _block(
             _heads(side, layer),
             positions=PositionSettings(),
             window=0,
+            chunk=0,
+            growth=0.0,
             causal=False,
             shares_bias=False,
         )
@@ -374,7 +381,8 @@ def _sparse_layers(side: ModelSettings) -> range:
 
 
 def _latent(side: ModelSettings, layer: int) -> LatentSettings:
-    window, sees = _window(side, layer), _sees_positions(side, layer)
+    window = _of_layer(side.attention_windows, layer)
+    sees = _of_layer(side.position_layers, layer, 1) > 0
     return LatentSettings(
         num_heads=side.num_heads,
         head_dim=side.head_dim,
@@ -391,21 +399,19 @@ def _latent(side: ModelSettings, layer: int) -> LatentSettings:
         cap=side.attention_cap,
         score_scale=side.attention_scale,
         gated=side.attention_output_gate,
+        chunk=_of_layer(side.attention_chunks, layer),
     )
 
 
-def _window(side: ModelSettings, layer: int) -> int:
-    windows = side.attention_windows or (0,)
-    return windows[layer % len(windows)]
-
-
-def _sees_positions(side: ModelSettings, layer: int) -> bool:
-    placed = side.position_layers or (1,)
-    return placed[layer % len(placed)] > 0
+def _of_layer(cycle: tuple[int, ...], layer: int, otherwise: int = 0) -> int:
+    """What a pattern says of a layer; it begins again after its last."""
+    return cycle[layer % len(cycle)] if cycle else otherwise
 
 
 def _heads(side: ModelSettings, layer: int) -> HeadsSettings:
-    window, sees = _window(side, layer), _sees_positions(side, layer)
+    window = _of_layer(side.attention_windows, layer)
+    sees = _of_layer(side.position_layers, layer, 1) > 0
+    unplaced = not sees or side.positions == "none"
     return HeadsSettings(
         num_heads=side.num_heads,
         kv_heads=side.num_kv_heads or side.num_heads,
@@ -423,6 +429,9 @@ def _heads(side: ModelSettings, layer: int) -> HeadsSettings:
         cap=side.attention_cap,
         score_scale=side.attention_scale,
         gated=side.attention_output_gate,
+        chunk=_of_layer(side.attention_chunks, layer),
+        growth=side.attention_growth if unplaced else 0.0,
+        growth_length=side.attention_growth_length if unplaced else 0,
     )
 
 

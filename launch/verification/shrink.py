@@ -220,6 +220,10 @@ def _model(
     whole = _common(small, "data", "context", "expert", "model")
     least = _FACTORED if settings.optimizer.name == "adafactor" else 16
     chunks = min(settings.execution.vocab_chunks, 2)
+
+    def shorter(places: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(n and max(n * length // settings.data.length, 2) for n in places)
+
     sparse = architecture.has_experts(model)
     learned = model.positions == "learned"
     return dataclasses.replace(
@@ -228,10 +232,9 @@ def _model(
         model_dim=_multiple(whole, least),
         head_dim=_head_dim(model),
         **_latent(model, _multiple(whole, least)),
-        attention_windows=tuple(
-            w and max(w * length // settings.data.length, 2)
-            for w in model.attention_windows
-        ),
+        attention_windows=shorter(model.attention_windows),
+        attention_chunks=shorter(model.attention_chunks),
+        attention_growth_length=shorter((model.attention_growth_length,))[0],
         mlp_dim=_multiple(cut, max(least, 24)),
         **(_NEAR if model.positions.startswith("relative") else {}),
         max_positions=max(lengths.values()) if learned else model.max_positions,

@@ -18,6 +18,12 @@ def attention_problems(model: ModelSettings) -> list[str]:
             "more; 0 sees all"
         )
     found += latent_problems(model)
+    if any(chunk < 0 for chunk in model.attention_chunks):
+        found.append(
+            f"ATTENTION_CHUNKS = {model.attention_chunks}: a piece has 1 position or "
+            "more; 0 does not cut"
+        )
+    found += _growth_problems(model)
     if model.qk_norm == "unit" and model.positions != "rotary":
         found.append(
             f"QK_NORM = 'unit' means nothing to POSITIONS = {model.positions!r}: it "
@@ -31,3 +37,25 @@ def attention_problems(model: ModelSettings) -> list[str]:
     return found + [
         f"{m} = {x}: cannot be negative" for m, x in bounds.items() if x < 0
     ]
+
+
+def _growth_problems(model: ModelSettings) -> list[str]:
+    """How queries grow in layers that know no positions."""
+    growth, length = model.attention_growth, model.attention_growth_length
+    if growth < 0 or (growth and length < 1):
+        return [
+            f"ATTENTION_GROWTH = {growth} and ATTENTION_GROWTH_LENGTH = {length}: the "
+            "first cannot be negative, and needs positions after which queries grow"
+        ]
+    if length and not growth:
+        return [
+            f"ATTENTION_GROWTH_LENGTH = {length} means nothing to ATTENTION_GROWTH = "
+            f"{growth}: leave it at 0"
+        ]
+    if growth and model.positions != "none" and 0 not in model.position_layers:
+        return [
+            f"ATTENTION_GROWTH = {growth} means nothing to POSITION_LAYERS = "
+            f"{model.position_layers} of POSITIONS = {model.positions!r}: no layer is "
+            "without positions"
+        ]
+    return []

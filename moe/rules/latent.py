@@ -25,6 +25,7 @@ def latent_problems(model: ModelSettings) -> list[str]:
             "ATTENTION_BIASES": (model.attention_biases, False),
             "ATTENTION_OUTPUT_BIAS": (model.attention_output_bias, False),
             "QK_NORM": (model.qk_norm, "none"),
+            "ATTENTION_GROWTH": (model.attention_growth, 0.0),
         }
         needed = ("KV_LATENT_DIM", "ROPE_HEAD_DIM")
         found = [

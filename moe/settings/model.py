@@ -64,6 +64,12 @@ class ModelSettings:
             same input (arXiv:2505.06708).
         attention_windows: places that tokens see back, of the layers from the bottom
             up, and again from the first; 0 sees all; () has no window in any layer.
+        attention_chunks: positions of the pieces that a document falls into, none of
+            which sees another, of the layers like `attention_windows` (Llama 4).
+        attention_growth: g, and
+        attention_growth_length: s, by which queries of position p are multiplied in
+            layers that know no positions: 1 + g·ln(1 + ⌊(p + 1) / s⌋)
+            (arXiv:2501.19399); 0 leaves them alone.
         positions: "rotary" (arXiv:2104.09864); "relative", T5's bias by bucket of
             distance (arXiv:1910.10683), one table for all layers; "relative_per_layer",
             one for each; "alibi", a slope of each head times the distance
@@ -167,6 +173,9 @@ class ModelSettings:
     attention_scale: float = 0.0
     attention_output_gate: bool = False
     attention_windows: tuple[int, ...] = ()
+    attention_chunks: tuple[int, ...] = ()
+    attention_growth: float = 0.0
+    attention_growth_length: int = 0
     positions: Literal[
         "rotary", "relative", "relative_per_layer", "alibi", "learned", "none"
     ] = "rotary"

@@ -120,6 +120,11 @@ class HeadsSettings:
         score_scale: factor of the products of queries and keys; 0 takes D^-0.5.
         gated: whether mixed values are multiplied by a sigmoid of the same input
             (arXiv:2505.06708, eq. 5).
+        chunk: positions of the pieces that a segment falls into, none of which sees
+            another; 0 does not cut it.
+        growth: g, and
+        growth_length: s, by which queries of position p are multiplied where they know
+            none: 1 + g·ln(1 + ⌊(p + 1) / s⌋) (arXiv:2501.19399); 0 leaves them alone.
     """
 
     num_heads: int
@@ -138,9 +143,13 @@ class HeadsSettings:
     cap: float = 0.0
     score_scale: float = 0.0
     gated: bool = False
+    chunk: int = 0
+    growth: float = 0.0
+    growth_length: int = 0
 
     def reach(self, length: int) -> int:
         """Returns the most keys that one of so many queries sees."""
+        length = min(self.chunk or length, length)
         return _reach(self.window, length, causal=self.causal)
 
     @property
@@ -192,6 +201,7 @@ class LatentSettings:
         cap: bound of the scores, likewise.
         score_scale: factor of the products of queries and keys; 0 takes (D + R)^-0.5.
         gated: whether mixed values are multiplied by a sigmoid, likewise.
+        chunk: positions of pieces that do not see one another, likewise.
     """
 
     num_heads: int
@@ -209,9 +219,11 @@ class LatentSettings:
     cap: float = 0.0
     score_scale: float = 0.0
     gated: bool = False
+    chunk: int = 0
 
     def reach(self, length: int) -> int:
         """Returns the most keys that one of so many queries sees."""
+        length = min(self.chunk or length, length)
         return _reach(self.window, length, causal=self.causal)
 
     def absorbs(self, length: int) -> bool:

@@ -83,7 +83,8 @@ CASES = {
     "dense": (
         "data=2,model=4",
         "MOE_EVERY=0 NUM_HEADS=4 NUM_KV_HEADS=2 FSDP=data ACTIVATION=geglu "
-        "POSITIONS=alibi POSITION_LAYERS=(1,0) NUM_LAYERS=2 OPTIMIZER=adafactor "
+        "POSITIONS=alibi POSITION_LAYERS=(1,0) NUM_LAYERS=2 ATTENTION_CHUNKS=(9,0) "
+        "ATTENTION_GROWTH=0.5 ATTENTION_GROWTH_LENGTH=8 OPTIMIZER=adafactor "
         "TIE_EMBEDDINGS=True",
         ("decisions", "evaluation"),
     ),

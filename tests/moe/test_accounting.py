@@ -202,6 +202,24 @@ def test_heads_that_share_keys_save_products_but_no_scores():
     assert counts.scores == plain.scores == ATTENDING
 
 
+def test_pieces_that_do_not_see_one_another_save_scores():
+    model = dataclasses.replace(
+        SMALL, moe_every=0, attention_chunks=(48, 0), attention_output_gate=True
+    )
+    counts = accounting.count(describe(model, ROUTER), LENGTH)
+    plain = accounting.count(
+        describe(dataclasses.replace(SMALL, moe_every=0), ROUTER), LENGTH
+    )
+    pieces = [48] * (LENGTH // 48) + [LENGTH % 48]
+    assert pieces[-1] > 0
+    pairs = sum(n * (n + 1) // 2 for n in pieces)
+    half = plain.causal_scores // 2  # of the other two layers
+    assert counts.causal_scores == half + 2 * 4 * 256 * pairs // LENGTH
+    assert counts.scores == plain.scores // 2 + 2 * 4 * 256 * 48
+    # A gate as large as the queries' projection in each of four layers.
+    assert counts.products == plain.products + 4 * 256 * 256
+
+
 @pytest.mark.parametrize(
     ("positions", "tables"), [("relative", 1), ("relative_per_layer", 4)]
 )

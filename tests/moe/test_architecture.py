@@ -210,6 +210,16 @@ def test_what_is_shortened_keeps_windows_and_positions_as_they_stand_beside_anot
     assert architecture.shortened(sparse).num_layers == 3
 
 
+def test_queries_grow_only_in_layers_that_know_no_positions():
+    grown = {"attention_growth": 0.1, "attention_growth_length": 8, "moe_every": 1}
+    given = {"position_layers": (1, 0), "attention_chunks": (4, 0), "num_layers": 4}
+    found = stack_of(**grown, **given).settings("heads")
+    assert [(s.growth, s.growth_length) for s in found] == [(0.0, 0), (0.1, 8)] * 2
+    assert [s.chunk for s in found] == [4, 0, 4, 0]
+    (alone,) = stack_of(**grown, positions="none", num_layers=1).settings("heads")
+    assert alone.growth == 0.1
+
+
 def test_layers_with_a_window_may_have_a_base_of_their_own_that_is_not_scaled():
     scaled = {"rope_scaling": "linear", "rope_factor": 8.0, "rope_base": 1e6}
     given = {"attention_windows": (16, 0), "moe_every": 2, "num_layers": 2, **scaled}

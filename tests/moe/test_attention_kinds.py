@@ -66,6 +66,8 @@ CASES = {
     ),
 }
 CASES["alibi"] = HeadsSettings(6, 3, D, positions=PositionSettings("alibi"))
+# Pieces of three positions, in which queries grow at the second, fourth, sixth.
+CASES["chunks"] = HeadsSettings(N, U, D, chunk=3, growth=0.7, growth_length=2)
 # 2^-8/4, and so on to 2^-8; then the first and third of eight heads.
 SLOPES = (1 / 4, 1 / 16, 1 / 64, 1 / 256, 1 / 2, 1 / 8)
 RING = PartitionSettings(context_attention="ring")
@@ -81,6 +83,8 @@ WAYS = {
     "width": ("width", C2M2, PartitionSettings(), 0),
     "unit": ("unit", C2M2, WHOLE, 3),
     "alibi": ("alibi", C2M2, RING, 3),
+    "chunks": ("chunks", C2M2, PartitionSettings(), 3),
+    "chunks, ring": ("chunks", C2M2, RING, 3),
     "shared": ("width", C2M4, RING, 3),
     "shared, whole": ("head", C2M4, WHOLE, 0),
 }
@@ -122,6 +126,8 @@ def asked(name: str, w, x_M, position: int, s: HeadsSettings):
         x = np.stack([turned(head, position, s.positions) for head in x])
         if s.qk_norm == "unit":
             x = np.stack([normalised({}, head, s.norm) for head in x])
+    if name == "query" and s.growth:
+        x = x * (1 + s.growth * math.log(1 + (position + 1) // s.growth_length))
     return x
 
 
@@ -141,6 +147,10 @@ def in_loops(w, x_BLM, position_BL, segment_BL, s: HeadsSettings):
                 for j in range(i + 1)
                 if segment_BL[b, j] == segment_BL[b, i]
                 and (not s.window or i - j < s.window)
+                and (
+                    not s.chunk
+                    or len({position_BL[b, k] // s.chunk for k in (i, j)}) == 1
+                )
             ]
             mixed = np.zeros((s.num_heads, D))
             for n in range(s.num_heads):

@@ -502,6 +502,19 @@ def test_a_dense_model_is_not_asked_about_its_routers():
             {"qk_norm": "unit", "positions": "none"},
             "QK_NORM = 'unit' means nothing to POSITIONS = 'none'",
         ),
+        ({"attention_chunks": (4, -1)}, "ATTENTION_CHUNKS = (4, -1): a piece has 1"),
+        (
+            {"attention_growth": 0.1},
+            "ATTENTION_GROWTH = 0.1 and ATTENTION_GROWTH_LENGTH",
+        ),
+        (
+            {"attention_growth_length": 4},
+            "ATTENTION_GROWTH_LENGTH = 4 means nothing to ATTENTION_GROWTH = 0.0",
+        ),
+        (
+            {"attention_growth": 0.1, "attention_growth_length": 4},
+            "ATTENTION_GROWTH = 0.1 means nothing to POSITION_LAYERS = ()",
+        ),
         ({"attention_cap": -1.0}, "ATTENTION_CAP = -1.0: cannot be negative"),
         ({"attention_scale": -1.0}, "ATTENTION_SCALE = -1.0: cannot be negative"),
         ({"logit_cap": -1.0}, "LOGIT_CAP = -1.0: cannot be negative"),

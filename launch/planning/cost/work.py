@@ -172,10 +172,12 @@ def _keys_seen(sizes: Local, a: Attention) -> float:
     if not s.causal:
         blocks = -(-L // size)
         back = -(-(s.window - 1) // size) if s.window else blocks
-        return L * min(2 * back + 1, blocks) / blocks
+        blocks_seen = min(2 * back + 1, blocks, -(-(s.chunk or L) // size))
+        return L * blocks_seen / blocks
     keys, queries = -(-L // size), -(-sizes.length // size)
     back = -(-(s.reach(L) - 1) // size)  # blocks before the query's own
-    seen = [min(block, back) + 1 for block in range(keys - queries, keys)]
+    piece = -(-(s.chunk or L) // size)
+    seen = [min(block % piece, back) + 1 for block in range(keys - queries, keys)]
     return L * sum(seen) / (queries * keys)
 
 

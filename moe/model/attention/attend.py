@@ -5,10 +5,12 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from moe.model.attention import blocks, kernel_method, whole
+from moe.model.attention.mask import Who
 from moe.model.attention.scoring import Scoring
 from moe.model.execution import Execution
 from moe.model.products import product
@@ -68,6 +70,8 @@ def attend(
     query_BLND = kind.ask(w, x_BLM, view.position_BL, settings)
     if source is not None:
         view = dataclasses.replace(view, keys=source.keys)
+    elif settings.chunk:
+        view = _in_chunks(view, settings.chunk, execution)
     told_BTM = x_BLM if source is None else source.x_BTM
     held: Memory
     if told_BTM is None:  # the source is remembered
@@ -98,6 +102,28 @@ def attend(
     if "output_bias" in w:
         y_BLM += w["output_bias"].astype(y_BLM.dtype)
     return y_BLM, None if memory is None else held
+
+
+def _in_chunks(view: View, chunk: int, execution: Execution) -> View:
+    """Makes each piece of a segment a segment of its own, for all who see."""
+    place_T, position_BL = view.keys.place_L, view.position_BL
+    if view.start is not None:  # a memory: places count from the same first token
+        position_BT = place_T + (position_BL[:, :1] - view.queries.place_L[0])
+    elif view.keys is view.queries:
+        position_BT = position_BL
+    else:
+        position_BT = execution.grid.gather(position_BL, ["context"], 1)
+    whole = len(place_T) * execution.grid.size("context")  # the longest row
+    pieces = whole // chunk + 1
+
+    def cut(who: Who, position: jax.Array) -> Who:
+        piece = jnp.maximum(position, 0) // chunk
+        return dataclasses.replace(who, segment_BL=who.segment_BL * pieces + piece)
+
+    queries = keys = cut(view.queries, position_BL)
+    if view.keys is not view.queries:
+        keys = cut(view.keys, position_BT)
+    return dataclasses.replace(view, queries=queries, keys=keys)
 
 
 def mix(

@@ -161,7 +161,18 @@ def kind(grid: Grid) -> Kind:
             value_BTUD = _needed(value_BTUD, 2, s, grid)
         return key_BTUD, value_BTUD
 
-    return Kind(functools.partial(projected, "query"), remember, expand, scoring)
+    def ask(
+        w: Weights, x_BLM: jax.Array, position_BL: jax.Array, s: HeadsSettings
+    ) -> jax.Array:
+        query_BLND = projected("query", w, x_BLM, position_BL, s)
+        if not s.growth:
+            return query_BLND
+        steps_BL = (position_BL + 1) // s.growth_length
+        factor_BL = 1 + s.growth * jnp.log1p(steps_BL.astype(jnp.float32))
+        grown_BLND = query_BLND.astype(jnp.float32) * factor_BL[..., None, None]
+        return grown_BLND.astype(query_BLND.dtype)
+
+    return Kind(ask, remember, expand, scoring)
 
 
 def _placed(

@@ -342,7 +342,11 @@ def test_the_balance_loss_is_the_mean_over_the_layers_of_both_stacks(name):
     settings = LossSettings(balance_scope="global", over_layers="mean")
     zero = jnp.zeros(())
     sums = losses.Sums(
-        **{f.name: zero for f in dataclasses.fields(losses.Sums) if f.name != "router"},
+        **{
+            f.name: zero
+            for f in dataclasses.fields(losses.Sums)
+            if f.name not in ("router", "ahead")
+        },
         router=tuple(
             losses.router_totals(sums, B, settings) for sums in outputs_of(name)[1]
         ),

@@ -41,6 +41,7 @@ LATENT = (
         ),
         ("MESH_CONTEXT=2", "GROUP_SIZE=32", "ATTENTION_BLOCK=16"),
         LATENT,
+        (*LATENT, "MESH_DATA=2", "MESH_MODEL=2", "GROUP_SIZE=32"),
         (*LATENT, "QUERY_LATENT_DIM=0", "PREDICT_AHEAD=2", "MICROBATCHES=2"),
     ],
 )

@@ -133,7 +133,7 @@ def in_loops(w, x_BLM, s: LatentSettings) -> np.ndarray:
                 weights /= weights.sum() + (math.exp(w["sink"][n]) if s.sinks else 0)
                 mixed = weights @ np.array([values[j][n] for j in seen])
                 if s.gated:
-                    mixed /= 1 + np.exp(-x_BLM[b, i] @ w["gate"][:, n])
+                    mixed /= 1 + np.exp(-x_BLM[b, i] @ w["output_gate"][:, n])
                 y_BLM[b, i] += mixed @ w["output"][n]
     return y_BLM
 

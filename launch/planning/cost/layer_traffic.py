@@ -17,7 +17,13 @@ from moe.settings import LatentSettings, SparseSettings
 
 
 def _cut_layers(
-    sizes: Local, purpose: str, block: Block, layers: int, *, last: bool
+    sizes: Local,
+    purpose: str,
+    block: Block,
+    layers: int,
+    *,
+    last: bool,
+    enters: bool = True,
 ) -> Flow:
     """Activations that enter and leave products cut over `model`.
 
@@ -29,7 +35,7 @@ def _cut_layers(
     again = layers * repeats(sizes, block, kept_by=("none",))
     both = layers * (forward_passes(sizes) + sizes.settings.train.microbatches)
     leaving = (both + (0 if last else again)) * joins(sizes)
-    entering = both + again if cuts_sequence(sizes) else 0
+    entering = both + again if cuts_sequence(sizes) and enters else 0
     return flow_of(
         sizes,
         purpose,
@@ -52,8 +58,15 @@ def attention(sizes: Local) -> list[Flow]:
         kind = "sparse" if of_kind(block, "sparse") else "dense"
         for a in sizes.attentions(block):
             purpose = f"attention of {kind} layers"
-            found.append(_cut_layers(sizes, purpose, block, layers, last=False))
             s, rows = a.settings, sizes.rows * a.keys
+            latent = isinstance(s, LatentSettings)
+            found.append(
+                _cut_layers(
+                    sizes, purpose, block, layers, last=False, enters=not latent
+                )
+            )
+            if isinstance(s, LatentSettings):
+                found.append(_latents(sizes, kind, block, layers, s))
             kept = sizes.kv_heads(s) * (s.key_width + s.value_width)
             formula = "2 × b × L × u × D × d"
             if isinstance(s, LatentSettings) and not ring:
@@ -80,6 +93,24 @@ def attention(sizes: Local) -> list[Flow]:
                 )
             )
     return found
+
+
+def _latents(
+    sizes: Local, kind: str, block: Block, layers: int, s: LatentSettings
+) -> Flow:
+    """What enters latent attention where sequences are cut, instead of the stream."""
+    width = s.query_latent + s.kv_latent + s.rope_dim
+    if s.gated or not s.query_latent:
+        width += sizes.stack.width
+    return flow_of(
+        sizes,
+        f"latents of {kind} layers",
+        ("model",),
+        sizes.tokens * width * sizes.dtype_bytes,
+        times(sizes, block, layers) if cuts_sequence(sizes) else 0,
+        f"tokens × (C' + C + R) × d, {layers} layers: gathered forward, scattered "
+        "backward",
+    )
 
 
 def feed_forwards(sizes: Local) -> list[Flow]:

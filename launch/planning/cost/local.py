@@ -220,9 +220,9 @@ class Local:
     def projections(self, a: Attention) -> list[Projection]:
         """Returns the products that make queries, keys, values and maybe gates.
 
-        T' tokens have keys and values, (n·K + u·(K + X)) wide. Latents are as wide on
-        every chip of `model`; keys are made of those of the whole row if it is gathered
-        (u is n, and C·(D + X) for each).
+        T' tokens have keys and values, (n·K + u·(K + X)) wide. Latents are made where
+        the residual stream is cut; keys are made of those of the whole row if it is
+        gathered (u is n, and C·(D + X) for each).
         """
         s, M, heads = a.settings, self.stack.width, self.cut_heads(a.settings.num_heads)
         queries = heads * s.key_width
@@ -238,7 +238,7 @@ class Local:
         latent = s.query_latent > 0
         seen = a.key_tokens * self.gathered_rows
         return [
-            Projection(self.tokens, M, down),
+            Projection(self.residual_tokens, M, down),
             Projection(self.tokens, s.query_latent or M, queries, of_latent=latent),
             Projection(seen, s.kv_latent, made, of_latent=True),
             *gate,

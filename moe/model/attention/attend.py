@@ -30,7 +30,8 @@ class Kind(NamedTuple):
         remember: the same arguments to what later tokens need of these.
         expand: (weights, memory, settings) to key_BTUD and value_BTUX.
         scoring: (weights, view, reach, settings) to what scores are made of.
-        finish: (weights, mixed_BLNX) to what the output is made of; None: of these.
+        finish: (weights, mixed_BLNX, x_BLM, settings) to what the output is made of;
+            None: of these.
     """
 
     ask: Callable[..., jax.Array]
@@ -94,7 +95,7 @@ def attend(
     scoring = kind.scoring(w, view, reach, settings)
     mixed_BLNX = mix(query_BLND, key_BTUD, value_BTUX, view, scoring, execution)
     if kind.finish is not None:
-        mixed_BLNX = kind.finish(w, mixed_BLNX)
+        mixed_BLNX = kind.finish(w, mixed_BLNX, x_BLM, settings)
     if "gate" in w:
         mixed_BLNX *= jax.nn.sigmoid(product(x_BLM, w["gate"]))
     y_BLM = grid.leave(product(mixed_BLNX, w["output"], inputs=2))

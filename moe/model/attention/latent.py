@@ -5,6 +5,9 @@ all heads. Training makes keys and values of it, and makes them again on the way
 as DeepSeek-V3 does (section 3.2.1). Few tokens that are drawn ask in the latent space
 instead: query · (latent · up) is (query · upᵀ) · latent, and values are made of what
 the latents are mixed to.
+
+Latents are made where the residual stream is cut, and so, over `model`, travel in its
+place: `attend` is given them side by side, after the stream itself if that is needed.
 """
 
 import dataclasses
@@ -49,7 +52,7 @@ def specs(s: LatentSettings, width: int) -> dict[str, Spec | dict[str, Spec]]:
     if s.sinks:
         found["sink"] = vector((N,), ("heads",))
     if s.gated:
-        found["gate"] = up(width, X)
+        found["output_gate"] = up(width, X)
     if not s.query_latent:
         return found | {"query_up": up(width, s.key_width, first)}
     return found | {
@@ -81,16 +84,34 @@ def apply(
     del key, number
     absorbs = memory is not None and s.absorbs(x_BLM.shape[1])
     kind = IN_LATENT_SPACE if absorbs else KIND
-    return *attend(kind, w, x_BLM, view, memory, s, execution), None
+    down_BLC = _down(w, x_BLM, s)
+    return *attend(kind, w, down_BLC, view, memory, s, execution), None
+
+
+def _down(w: Weights, x_BLM: jax.Array, s: LatentSettings) -> jax.Array:
+    """Makes all latents, and the key that is not turned yet, side by side."""
+    parts = [] if s.query_latent and not s.gated else [x_BLM]
+    if s.query_latent:
+        latent_BLC = product(x_BLM, w["query_down"])
+        parts.append(norms.normalise(w["query_norm"], latent_BLC, s.norm))
+    latent_BLC = product(x_BLM, w["kv_down"])
+    parts.append(norms.normalise(w["kv_norm"], latent_BLC, s.norm))
+    return jnp.concatenate([*parts, product(x_BLM, w["rope_key"])], axis=-1)
+
+
+def _parts(down_BLC: jax.Array, s: LatentSettings) -> tuple[jax.Array, ...]:
+    """Parts what `_down` made: the stream, latents of queries and keys, the key."""
+    width = down_BLC.shape[-1] - s.query_latent - s.kv_latent - s.rope_dim
+    ends = [width, width + s.query_latent, down_BLC.shape[-1] - s.rope_dim]
+    return tuple(jnp.split(down_BLC, ends, axis=-1))
 
 
 def _ask(
-    w: Weights, x_BLM: jax.Array, position_BL: jax.Array, s: LatentSettings
+    w: Weights, down_BLC: jax.Array, position_BL: jax.Array, s: LatentSettings
 ) -> jax.Array:
     """Makes query_BLND, whose last R numbers know positions (eq. 37 to 40)."""
+    x_BLM, latent_BLC, _, _ = _parts(down_BLC, s)
     if s.query_latent:
-        latent_BLC = product(x_BLM, w["query_down"])
-        latent_BLC = norms.normalise(w["query_norm"], latent_BLC, s.norm)
         query_BLND = product_made_again(latent_BLC, w["query_up"])
     else:
         query_BLND = product(x_BLM, w["query_up"])
@@ -100,15 +121,13 @@ def _ask(
 
 
 def _remember(
-    w: Weights, x_BLM: jax.Array, position_BL: jax.Array, s: LatentSettings
+    w: Weights, down_BLC: jax.Array, position_BL: jax.Array, s: LatentSettings
 ) -> Memory:
-    """Makes latent_BLC and the key of all heads, rope_key_BLR (eq. 41 and 43)."""
-    latent_BLC = norms.normalise(w["kv_norm"], product(x_BLM, w["kv_down"]), s.norm)
-    key_BL1R = product(x_BLM, w["rope_key"])[:, :, None]
-    return {
-        "latent": latent_BLC,
-        "rope_key": _turned(key_BL1R, position_BL, s)[:, :, 0],
-    }
+    """Keeps latent_BLC and the key of all heads, turned (eq. 41 and 43)."""
+    del w
+    _, _, latent_BLC, key_BLR = _parts(down_BLC, s)
+    turned_BLR = _turned(key_BLR[:, :, None], position_BL, s)[:, :, 0]
+    return {"latent": latent_BLC, "rope_key": turned_BLR}
 
 
 def _expand(
@@ -137,9 +156,9 @@ def _turned(x_BLNR: jax.Array, position_BL: jax.Array, s: LatentSettings) -> jax
 
 
 def _ask_in_latent_space(
-    w: Weights, x_BLM: jax.Array, position_BL: jax.Array, s: LatentSettings
+    w: Weights, down_BLC: jax.Array, position_BL: jax.Array, s: LatentSettings
 ) -> jax.Array:
-    query_BLND = _ask(w, x_BLM, position_BL, s)
+    query_BLND = _ask(w, down_BLC, position_BL, s)
     bare_BLND, turned_BLNR = jnp.split(query_BLND, [s.head_dim], axis=-1)
     query_BLNC = product_by_head(bare_BLND, jnp.swapaxes(w["key_up"], 0, 2))
     return jnp.concatenate([query_BLNC, turned_BLNR], axis=-1)
@@ -154,11 +173,22 @@ def _as_one_head(
     return key_BTC[:, :, None], memory["latent"][:, :, None]
 
 
-def _out_of_latent_space(w: Weights, mixed_BLNC: jax.Array) -> jax.Array:
-    return product_by_head(mixed_BLNC, w["value_up"])
+def _finish(
+    w: Weights, mixed_BLNX: jax.Array, down_BLC: jax.Array, s: LatentSettings
+) -> jax.Array:
+    if not s.gated:
+        return mixed_BLNX
+    gate_BLNX = product(_parts(down_BLC, s)[0], w["output_gate"])
+    return mixed_BLNX * jax.nn.sigmoid(gate_BLNX)
 
 
-KIND = Kind(_ask, _remember, _expand, _scoring)
+def _out_of_latent_space(
+    w: Weights, mixed_BLNC: jax.Array, down_BLC: jax.Array, s: LatentSettings
+) -> jax.Array:
+    return _finish(w, product_by_head(mixed_BLNC, w["value_up"]), down_BLC, s)
+
+
+KIND = Kind(_ask, _remember, _expand, _scoring, _finish)
 IN_LATENT_SPACE = Kind(
     _ask_in_latent_space, _remember, _as_one_head, _scoring, _out_of_latent_space
 )

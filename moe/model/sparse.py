@@ -49,8 +49,8 @@ def specs(s: SparseSettings, width: int) -> dict[str, Any]:
     if s.shared is not None:
         found["shared"] = dense.specs(s.shared, M)
         if s.shared_gate:
-            scale = s.shared.init_scale
-            found["shared_gate"] = matrix((M, 1), ("embed", None), (0,), (1,), scale)
+            axes, scale = ("embed", "routed"), s.shared.init_scale  # as a router's
+            found["shared_gate"] = matrix((M, 1), axes, (0,), (1,), scale)
     return found
 
 

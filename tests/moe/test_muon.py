@@ -7,9 +7,14 @@ import numpy as np
 import optax
 import pytest
 
-from moe.model import parameters
+from moe.model import parameters, sparse
 from moe.model.parameters import Spec, matrix, vector
-from moe.settings import OptimizerSettings
+from moe.settings import (
+    DenseSettings,
+    OptimizerSettings,
+    RouterSettings,
+    SparseSettings,
+)
 from moe.training import muon
 from moe.training.optimizer import make_optimizer, state_axes
 from partitioning import placement, rules
@@ -162,6 +167,16 @@ def test_every_layer_expert_and_half_is_made_orthogonal_by_itself(alone):
         )
     shapes = [x.shape for x in jax.tree.leaves(state) if x.ndim]
     assert len(shapes) == 3 + 2 * 3, "one momentum of Muon, two moments of Adam"
+
+
+@pytest.mark.fast
+def test_adam_moves_routers_and_gates_of_shared_experts():
+    expert = DenseSettings(F, "relu")
+    s = SparseSettings(E, expert, RouterSettings(), shared=expert, shared_gate=True)
+    found = sparse.specs(s, M)
+    assert not muon.is_made_orthogonal(found["router"])
+    assert not muon.is_made_orthogonal(found["shared_gate"])
+    assert muon.is_made_orthogonal(found["shared"]["up"])
 
 
 def test_the_first_step_is_that_of_optax():

@@ -159,6 +159,9 @@ def count(layers: Layers, length: int, encoder_length: int = 0) -> Counts:
     if not layers.embedding.tied:
         del tables["embedding"]
     products = _sizes(tables)[1] * share[last]
+    if patches := described.get("patches"):  # which other tokens do not meet
+        others = Fraction(length - layers.embedding.num_patches, length)
+        products -= _sizes(patches)[1] * others
     for name, stack in layers.stacks.items():
         products += _sizes(described[name])[1] * share[name]
         for segment, blocks in zip(

@@ -259,6 +259,9 @@ def _embedding(model: ModelSettings) -> EmbeddingSettings:
         output_norm=_norm(model),
         output_bias=model.output_bias,
         logit_cap=model.logit_cap,
+        image_size=model.image_size,
+        patch_size=model.patch_size,
+        image_channels=model.image_channels,
     )
 
 

@@ -13,6 +13,7 @@ from moe.dispatch.auto import PADDED
 from moe.rules.ahead import ahead_problems
 from moe.rules.attention import attention_problems
 from moe.rules.fractions import fraction_problems
+from moe.rules.images import image_problems
 from moe.rules.positions import position_problems
 from moe.rules.routers import family_problems, leaks, number_problems
 from moe.rules.slots import capacity_problems
@@ -62,6 +63,8 @@ def problems(
     found = [f"{m} = {x}: must be at least 1" for m, x in positive.items() if x < 1]
     found += attention_problems(model)
     found += position_problems(model, max(length, encoder_length))
+    hashed = router.family == "hashed" and architecture.has_experts(model)
+    found += image_problems(model, length, hashed=hashed)
     found += _shape_problems(model)
     found += ahead_problems(model, loss, length)
     if model.shape != "encoder_decoder" and encoder_router is not None:

@@ -105,7 +105,7 @@ class Batches:
             start: first row, in [0, batch_size].
             stop: end of the rows, in [start, batch_size].
         Returns:
-            int32[stop - start, L] under each name in `features`.
+            int32[stop - start, L] under each name in `features`; images are uint8.
         Raises:
             ValueError: the rows are not in the batch, or `data_index` is negative.
             StoreError: the store is damaged.
@@ -114,7 +114,7 @@ class Batches:
         first = data_index * self.batch_size
         number, k = self.mixture.assign(first + start, first + stop)
         batch = {
-            name: np.zeros((stop - start, length), np.int32)
+            name: np.zeros((stop - start, length), layouts.type_of(name))
             for name, length in self.features.items()
         }
         for which in np.unique(number):
@@ -282,7 +282,7 @@ def _mixture(
             }
         )
     if mixture.weighting == "proportional":
-        sizes = [sum(map(task.part.num_tokens, task.features)) for task in tasks]
+        sizes = [task.stored_tokens for task in tasks]
         return mixing.constant(
             mixing.proportional(
                 sizes, temperature=mixture.temperature, cap=mixture.cap_tokens

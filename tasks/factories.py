@@ -43,7 +43,7 @@ from tasks import examples, records, sources
 from tasks.errors import StoreError
 from tasks.records import Fields
 from tasks.seqio_sources import DocumentSource, SourceShard, TfdsSource
-from tasks.seqio_tasks import PAIRS, TEXT
+from tasks.seqio_tasks import CAPTIONS, PAIRS, TEXT
 from tasks.sources import Document, Pattern
 
 Files = Mapping[str, Pattern]
@@ -144,7 +144,9 @@ def add_documents(
         splits: for each split a function that yields documents, always the same in the
             same order: (name, text), or `tasks.sources.Document`. Several
             functions are several shards, that several processes may read.
-        features: texts of each document: ("targets",) or ("inputs", "targets").
+        features: texts of each document: ("targets",) or ("inputs", "targets"); or
+            ("images", "targets"), an image as the bytes of its pixels, row by row, and
+            its text.
         **task: as in `add_task`.
     """
 
@@ -255,7 +257,7 @@ def add_task(
     Args:
         name: key of the Task in SeqIO's registry; each can be registered once.
         source: SeqIO data source whose examples have a text for each feature.
-        features: ("targets",) or ("inputs", "targets").
+        features: ("targets",), ("inputs", "targets") or ("images", "targets").
         vocabulary: the Task's own; bytes unless given. `prepare` puts the vocabulary
             of the settings in its place unless that is "task".
         preprocessors: SeqIO's, of examples that are still text. They cost time: a Task
@@ -263,8 +265,10 @@ def add_task(
         postprocess_fn: SeqIO's, from the text that a model generated.
         metric_fns: SeqIO's.
     """
-    if tuple(features) not in (TEXT, PAIRS):
-        raise StoreError(f"features = {features}: must be {TEXT} or {PAIRS}")
+    if tuple(features) not in (TEXT, PAIRS, CAPTIONS):
+        raise StoreError(
+            f"features = {features}: must be {TEXT}, {PAIRS} or {CAPTIONS}"
+        )
     feature = seqio.Feature(vocabulary or seqio.ByteVocabulary(), add_eos=False)
     return seqio.TaskRegistry.add(
         name,

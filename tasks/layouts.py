@@ -30,8 +30,19 @@ ENCODER_FEATURES = (
 )
 
 
+IMAGES = "decoder_images"
+
+
+def type_of(feature: str) -> str:
+    """Returns the type of a feature's numbers."""
+    return "uint8" if feature == IMAGES else "int32"
+
+
 def features(data: DataSettings) -> dict[str, int]:
-    """Returns L of what a batch holds, int32[B, L] each, by name."""
+    """Returns L of what a batch holds, int32[B, L] each, by name.
+
+    Images are uint8[B, N].
+    """
     if data.layout == "encoder":
         names = tuple(name.replace("decoder", "encoder") for name in FEATURES)
         return dict.fromkeys(names, data.length)
@@ -40,6 +51,8 @@ def features(data: DataSettings) -> dict[str, int]:
         found |= dict.fromkeys(ENCODER_FEATURES, data.encoder_length)
     if data.prefix_attention == "bidirectional":
         found["decoder_causal_attention"] = data.length
+    if data.image_size:
+        found[IMAGES] = data.image_values
     return found
 
 
@@ -134,6 +147,28 @@ def decoder(rows: Rows, *, bidirectional: bool = False) -> dict[str, np.ndarray]
     if bidirectional:
         given_before_BL = _shift_right(rows.given_BL) | rows.begins_BL
         seen_BL = real_BL & (rows.given_BL | given_before_BL)
+        batch["decoder_causal_attention"] = seen_BL.astype(np.int32)
+    return batch
+
+
+def captions(
+    rows: Rows, image_BN: np.ndarray, num_patches: int, *, bidirectional: bool = False
+) -> dict[str, np.ndarray]:
+    """Returns the features of a decoder whose rows begin with the patches of an image.
+
+    Patches are read where they stand, so the first token of the text is predicted at
+    the place behind them, which reads 0 as the start of any text does.
+
+    Args:
+        rows: P given places and the text.
+        image_BN: uint8, the images.
+        num_patches: P.
+        bidirectional: whether patches see one another whole.
+    """
+    batch = decoder(rows) | {IMAGES: image_BN}
+    if bidirectional:
+        real_BL = batch["decoder_segment_ids"] > 0
+        seen_BL = real_BL & (batch["decoder_positions"] < num_patches)
         batch["decoder_causal_attention"] = seen_BL.astype(np.int32)
     return batch
 

@@ -13,7 +13,7 @@ from tasks.settings import DataSettings, FilterSettings
 
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
-FEATURES = frozenset({"inputs", "targets"})  # folders of a split
+FEATURES = frozenset({"images", "inputs", "targets"})  # folders of a split
 _AGAIN = "Delete the folder and run `switchyard prepare` again."
 
 

@@ -118,6 +118,7 @@ OBJECTIVES: Mapping[str, Objective] = {
         predicts_all=True,
         reads=("inputs", "targets"),
     ),
+    "captions": Objective(predicts_all=True, reads=("images", "targets")),
     "masked_lm": _MASKED,
     "masked_entities": _MASKED,
 }

@@ -13,6 +13,7 @@ A stream is cut every L tokens. Its rows need no index.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
@@ -93,6 +94,45 @@ class Stream:
 
 
 @dataclasses.dataclass(frozen=True)
+class Captions:
+    """Rows of one document each, after the image that it belongs to.
+
+    Attributes:
+        length: most tokens of a document in its row; what is beyond is cut off.
+        given: places before it.
+        offsets: int64[documents + 1], where documents begin, and the end.
+    """
+
+    length: int
+    given: int
+    offsets: np.ndarray
+
+    @property
+    def num_rows(self) -> int:
+        """R, as many as documents."""
+        return len(self.offsets) - 1
+
+    @functools.cached_property
+    def num_tokens(self) -> int:
+        """How many tokens the rows hold, beside what is given."""
+        return sum(
+            int(np.minimum(np.diff(block), self.length).sum())
+            for block in _bounded(self.offsets)
+        )
+
+    @property
+    def padding_fraction(self) -> float:
+        """The part of all row positions that holds no token and no patch."""
+        held = self.num_tokens + self.num_rows * self.given
+        return 1.0 - held / (self.num_rows * (self.length + self.given))
+
+    def bounds(self, row: int) -> np.ndarray:
+        """Returns where the document of a row begins, and the end of what is read."""
+        start, stop = self.offsets[row : row + 2].tolist()
+        return np.asarray([start, min(stop, start + self.length)])
+
+
+@dataclasses.dataclass(frozen=True)
 class Truncation:
     """What pairs that are longer than their lengths lose.
 
@@ -169,8 +209,8 @@ def pack_pairs(
 def truncation(
     offsets: Mapping[str, np.ndarray], lengths: Mapping[str, int]
 ) -> Truncation:
-    """Counts what `pack_pairs` cuts off."""
-    names = ("inputs", "targets")
+    """Counts what is cut off of documents that are longer than `lengths`."""
+    names = tuple(lengths)
     examples, lost = 0, dict.fromkeys(names, 0)
     for blocks in zip(*(_bounded(offsets[name]) for name in names), strict=True):
         some = np.zeros(len(blocks[0]) - 1, bool)

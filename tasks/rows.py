@@ -45,6 +45,11 @@ class TaskRows:
         return self.asks.reads
 
     @property
+    def stored_tokens(self) -> int:
+        """Tokens of all features that are read; the pixels of images are none."""
+        return sum(self.part.num_tokens(f) for f in self.features if f != "images")
+
+    @property
     def is_empty(self) -> bool:
         """Whether there is nothing to learn from."""
         return not self.part.num_tokens("targets")
@@ -72,6 +77,8 @@ class TaskRows:
     @property
     def truncation(self) -> packing.Truncation:
         """What pairs that are too long lose; text loses nothing."""
+        if self.data.image_size:
+            return packing.truncation(self._offsets, {"targets": self._text_length})
         if "inputs" not in self.features:
             return packing.Truncation(0, {"targets": 0})
         return packing.truncation(self._offsets, self.data.task_feature_lengths)
@@ -101,7 +108,7 @@ class TaskRows:
             raise StoreError(str(error)) from error
 
     @functools.cached_property
-    def index(self) -> packing.Pack | packing.Stream:
+    def index(self) -> packing.Pack | packing.Stream | packing.Captions:
         """Which stored tokens share a row.
 
         Raises:
@@ -112,6 +119,10 @@ class TaskRows:
             return packing.Stream(length, 0)
         if self.maker is not None:
             return packing.Stream(self.maker.row_tokens, num_tokens)
+        if self.data.image_size:
+            self._check_images()
+            text, given = self._text_length, self.data.num_patches
+            return packing.Captions(text, given, self._offsets["targets"])
         if "inputs" in self.features:
             return self._pairs()
         if self.data.packing == "stream":
@@ -134,9 +145,17 @@ class TaskRows:
             epochs: int64[B]; a row draws anew in each.
             seed: seed for the draws of all rows.
         Returns:
-            int32[B, L] under each name in `layouts.features(data)`, each with its L.
+            int32[B, L] under each name in `layouts.features(data)`, each with its L;
+            images are uint8.
         """
         (*inputs, targets), read_BL, _ = self._lay_out(rows, epochs, seed)
+        if self.data.image_size:
+            return layouts.captions(
+                targets,
+                self._images(rows),
+                self.data.num_patches,
+                bidirectional=self.data.prefix_attention == "bidirectional",
+            )
         if inputs:
             return layouts.encoder_decoder(inputs[0], targets)
         if read_BL is not None:
@@ -181,10 +200,40 @@ class TaskRows:
         if self.maker is not None:
             pairs, sources = self._made(self.maker, bounds, ranges, keys)
             return layouts.sides(pairs, self.data), None, sources
+        if self.data.image_size:
+            given = np.zeros(self.data.num_patches, np.int64)
+            sources = _concatenate([np.arange(*bound) for bound in bounds])
+            captioned = [[(given, tokens)] for tokens in ranges]
+            return layouts.sides(captioned, self.data), None, sources
         laid_out, sources = self._lay_out_text(bounds, ranges)
         if self.masking is None:
             return (laid_out,), None, sources
         return self._masked(laid_out, bounds, ranges, keys)
+
+    @property
+    def _text_length(self) -> int:
+        """Tokens of a row that are left behind its patches."""
+        return self.data.length - self.data.num_patches
+
+    def _images(self, rows: np.ndarray) -> np.ndarray:
+        """Returns uint8[B, N]: the image of each document."""
+        size = self.data.image_values
+        found = self.part.read("images", rows * size, (rows + 1) * size)
+        return np.asarray(found, np.uint8).reshape(len(rows), size)
+
+    def _check_images(self) -> None:
+        """Refuses images of another size than the settings say."""
+        offsets, size = self._offsets["images"], self.data.image_values
+        wrong = np.flatnonzero(np.diff(offsets) != size)
+        if len(wrong):
+            first = int(wrong[0])
+            raise StoreError(
+                f"image {first:,} of {self.task!r} has "
+                f"{offsets[first + 1] - offsets[first]:,} numbers, and IMAGE_SIZE = "
+                f"{self.data.image_size} with IMAGE_CHANNELS = "
+                f"{self.data.image_channels} wants {size:,}: set them to what the Task "
+                "yields, or give its images that size"
+            )
 
     def _masked(
         self,

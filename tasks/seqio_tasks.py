@@ -22,6 +22,7 @@ from tasks.settings import DataSettings
 
 TEXT = ("targets",)
 PAIRS = ("inputs", "targets")
+CAPTIONS = ("images", "targets")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -274,11 +275,16 @@ def refuse_what_is_no_row(ids: Any, where: str) -> None:
 def _faults(task: Any, data: DataSettings) -> list[str]:
     """What a Task lacks for the settings."""
     found = []
-    if features(task) not in (TEXT, PAIRS):
+    if features(task) not in (TEXT, PAIRS, CAPTIONS):
         found.append(
             f"task {task.name!r} has the features {list(features(task))}, but a store "
-            "keeps 'targets', or 'inputs' and 'targets': rename or join them in the "
-            "Task"
+            "keeps 'targets', or 'inputs' and 'targets', or 'images' and 'targets': "
+            "rename or join them in the Task"
+        )
+    if features(task) == CAPTIONS and data.vocabulary == "task":
+        found.append(
+            f"VOCABULARY = 'task': task {task.name!r} has images, which no vocabulary "
+            "is for: set one of the other vocabularies"
         )
     for macro, split in (
         ("TRAIN_SPLIT", data.train_split),

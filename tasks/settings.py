@@ -34,6 +34,9 @@ class DataSettings:
         mean_noise_span_length: mean length of spans, in tokens ("span_corruption").
         entities: path of the list of what "masked_entities" masks as one, beside words;
             "" is words alone.
+        image_size: height and width of the image before each text, in pixels; 0: none.
+        patch_size: the same of a patch, which takes the place of a token.
+        image_channels: numbers of a pixel.
         vocabulary: "bytes", "sentencepiece" (trained on the train split when the
             store is prepared), the path of a SentencePiece model or of a Hugging Face
             `tokenizer.json`, or "task", which keeps the tokens of a Task that
@@ -65,6 +68,7 @@ class DataSettings:
             "span_corruption",
             "ul2",
             "seq2seq",
+            "captions",
             "masked_lm",
             "masked_entities",
         ]
@@ -78,6 +82,9 @@ class DataSettings:
     noise_density: float = 0.15
     mean_noise_span_length: float = 3.0
     entities: str = ""
+    image_size: int = 0
+    patch_size: int = 16
+    image_channels: int = 3
     vocabulary: str = "sentencepiece"
     vocabulary_size: int = 2048
     vocabulary_model: Literal["bpe", "unigram"] = "bpe"
@@ -105,6 +112,16 @@ class DataSettings:
     def encoder_length(self) -> int:
         """Tokens of a row of the encoder beside a decoder; 0 without."""
         return self.tokens_per_row - self.length
+
+    @property
+    def num_patches(self) -> int:
+        """P, patches before the text of a row."""
+        return (self.image_size // max(self.patch_size, 1)) ** 2
+
+    @property
+    def image_values(self) -> int:
+        """N, numbers of an image."""
+        return self.image_size**2 * self.image_channels
 
     @property
     def tokens_per_row(self) -> int:
@@ -208,6 +225,12 @@ def _length_problems(data: DataSettings) -> list[str]:
             f"would be ignored with {data.objective!r}: set it to 'next_fit'"
         )
     found += _noise_problems(data)
+    if (data.objective == "captions") != (data.image_size > 0):
+        found.append(
+            f"IMAGE_SIZE = {data.image_size} and OBJECTIVE = {data.objective!r}: "
+            "'captions' are learnt after images, and no other objective has them; set "
+            "both, or IMAGE_SIZE to 0 and another OBJECTIVE"
+        )
     if data.objective == "causal_lm" and data.prefix_attention != "causal":
         found.append(
             "PREFIX_ATTENTION = 'bidirectional' has no prefix to act on with "
@@ -355,6 +378,11 @@ def _mixture_problems(mixture: MixtureSettings) -> list[str]:
 
 def _filter_problems(filters: FilterSettings, data: DataSettings) -> list[str]:
     found = []
+    if data.image_size and filters.duplicates == "near":
+        found.append(
+            "DUPLICATES = 'near' looks at text alone, and would take images with alike "
+            "captions for copies: set it to 'exact', which looks at both, or 'keep'"
+        )
     if data.vocabulary == "task" and (
         filters.duplicates != "keep" or filters.quality_task
     ):

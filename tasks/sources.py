@@ -36,7 +36,8 @@ class Document:
     """One document.
 
     Attributes:
-        features: text of each: "targets", and "inputs" if something is given.
+        features: text of each: "targets", and "inputs" if something is given; of
+            "images" the pixels.
         name: says where it comes from: a file, `file@byte` or `file:record`.
         language: that it is in; "" if the source does not say.
         label: that it bears; "" if it has none.

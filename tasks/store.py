@@ -48,7 +48,7 @@ class Split:
 
     @property
     def features(self) -> tuple[str, ...]:
-        """("targets",), or ("inputs", "targets")."""
+        """("targets",), ("inputs", "targets") or ("images", "targets")."""
         return tuple(sorted(self.manifest.tokens))
 
     @property

@@ -16,6 +16,9 @@ class GenerateOptions(RunOptions):
     """What `generate` accepts: knobs under shorter names."""
 
     prompt: str | None = option("text to continue", macro="SAMPLE_PROMPT")
+    image: str | None = option(
+        "image file before the text, for a model that has images", metavar="FILE"
+    )
     num_tokens: int | None = option("tokens to draw at most", macro="SAMPLE_TOKENS")
     temperature: float | None = option(
         "temperature of the softmax; 0 takes the likeliest", macro="SAMPLE_TEMPERATURE"
@@ -36,18 +39,21 @@ class GenerateOptions(RunOptions):
 def run(config: "ResolvedConfig", options: GenerateOptions) -> int:
     """Prints a prompt and its continuation; nothing else goes to standard output."""
     from launch.checkpoints.trained import restored, vocabulary_of
-    from launch.evaluation import prompts, sampling
+    from launch.evaluation import images, prompts, sampling
     from launch.run import user_code
     from launch.run.assemble import assemble
     from launch.terminal.lines import waiting
 
     config = user_code.admitted(config, allowed=options.allow_module)
     run = assemble(config)
+    image_N = None
+    if options.image is not None:
+        image_N = images.read(options.image, config.settings.data)
     vocabulary = vocabulary_of(config)
     during = functools.partial(waiting, quiet=options.quiet)
     given = config, run, vocabulary, options.step
     with restored(*given, quiet=options.quiet) as (params, _), during("drawing tokens"):
-        text = sampling.continue_prompt(run, params, vocabulary)
+        text = sampling.continue_prompt(run, params, vocabulary, image_N)
     print(prompts.with_prompt(config.settings, text))
     return EXIT_DONE
 
@@ -61,6 +67,7 @@ Continues a text with a checkpoint of a run.
   switchyard generate --model_dir=runs/demo --prompt='def main(' --num_tokens=64
   switchyard generate --model_dir=runs/demo --prompt='import ' --temperature=0
   switchyard generate --model_dir=runs/demo_span --prompt='def <extra_id_0>(self):'
+  switchyard generate --model_dir=runs/demo_image --image=seven.png --temperature=0
 
 A model that has learnt to fill in masked spans is asked with <extra_id_0>, <extra_id_1>
 and so on in their places; what it says of each stands there in the answer.

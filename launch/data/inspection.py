@@ -138,6 +138,8 @@ def _append(
         if change_L[start]:
             text.append("│", style=_BOUNDARY)
         words = readable(target_L[start:stop], store.vocabulary)
+        if f"{side}_images" in features and not weight_L[start]:
+            words = f"{stop - start} patches"
         if weight_L[start]:
             if masked:
                 read = readable(read_L[start:stop], store.vocabulary)

@@ -23,6 +23,8 @@ def continuation(
 ) -> Callable[..., jax.Array]:
     """Returns a compiled function (params, tokens_BL, length_B, key) to tokens_BT.
 
+    It takes images before the prompts too, uint8[B, N].
+
     Args:
         run: the model, and its mesh.
         vocabulary: which ids may follow, and which ends.
@@ -33,7 +35,11 @@ def continuation(
     model = run.learner.model
 
     def follow(
-        params: Any, token_BL: jax.Array, length_B: jax.Array, key: jax.Array
+        params: Any,
+        token_BL: jax.Array,
+        length_B: jax.Array,
+        key: jax.Array,
+        image_BN: jax.Array | None = None,
     ) -> jax.Array:
         source = None
         if run.settings.data.layout == "encoder_decoder":
@@ -47,6 +53,7 @@ def continuation(
                 token_BL,
                 length_B,
                 source,
+                image_BN,
                 num_beams=sample.num_beams,
                 length_penalty=sample.length_penalty,
                 num_tokens=num_tokens,
@@ -63,6 +70,7 @@ def continuation(
             length_B,
             key,
             source,
+            image_BN,
             temperature=sample.temperature,
             top_k=sample.top_k,
             top_p=sample.top_p,

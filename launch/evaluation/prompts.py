@@ -13,9 +13,15 @@ class SampleError(UserError):
     """What is to be drawn does not fit the model."""
 
 
-def encode_prompt(settings: Settings, vocabulary: Vocabulary) -> list[int]:
+def encode_prompt(
+    settings: Settings, vocabulary: Vocabulary, num_patches: int = 0
+) -> list[int]:
     """Returns the tokens of the settings' prompt.
 
+    Args:
+        settings: the prompt, and what the model is.
+        vocabulary: mapping between text and tokens.
+        num_patches: places before it, for the patches of an image.
     Raises:
         SampleError: the model has nothing that follows a prompt, or no sentinels for
             its blanks; or with what is to follow they are more than a model of learned
@@ -27,7 +33,7 @@ def encode_prompt(settings: Settings, vocabulary: Vocabulary) -> list[int]:
             f"ARCHITECTURE = {model.shape!r}: an encoder alone draws nothing; leave "
             "SAMPLE_PROMPT empty"
         )
-    prompt = _with_sentinels(settings, vocabulary)
+    prompt = [0] * num_patches + _with_sentinels(settings, vocabulary)
     if answers(settings):  # as every document of inputs ends
         prompt = [*prompt, vocabulary.eos_id]
     known, apart = model.max_positions, model.shape == "encoder_decoder"

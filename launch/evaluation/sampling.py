@@ -14,8 +14,12 @@ from tasks.vocabularies import Vocabulary
 _PROMPT_STEP = 64  # prompts are padded to a multiple, so that few lengths compile
 
 
-def continue_prompt(run: Run, params: Any, vocabulary: Vocabulary) -> str:
+def continue_prompt(
+    run: Run, params: Any, vocabulary: Vocabulary, image_N: np.ndarray | None = None
+) -> str:
     """Draws a continuation of the settings' prompt, on the run's mesh.
+
+    An image may stand before the prompt, uint8[N].
 
     Every shard of the batch draws one row, since a batch is never smaller than its
     shards; the first row is the answer, the same on every mesh.
@@ -27,16 +31,20 @@ def continue_prompt(run: Run, params: Any, vocabulary: Vocabulary) -> str:
         SampleError: it does not fit the model.
     """
     sample = run.settings.sample
-    prompt = encode_prompt(run.settings, vocabulary)
+    patches = 0 if image_N is None else run.settings.data.num_patches
+    prompt = encode_prompt(run.settings, vocabulary, patches)
     room = -(-max(len(prompt), 1) // _PROMPT_STEP) * _PROMPT_STEP
     rows = run.settings.mesh.batch_shards
     token_BL = padded([prompt] * rows, room)
     follow = continuation(run, vocabulary, sample, sample.num_tokens)
+    by_row = rules.sharding(run.mesh, ("batch", None))
+    images = [] if image_N is None else [np.stack([image_N] * rows)]
     tokens_BT = follow(
         params,
-        jax.device_put(token_BL, rules.sharding(run.mesh, ("batch", None))),
+        jax.device_put(token_BL, by_row),
         np.full(rows, len(prompt), np.int32),
         jax.random.key(sample.seed),
+        *(jax.device_put(image_BN, by_row) for image_BN in images),
     )
     tokens = until_end(np.asarray(tokens_BT)[0].tolist(), vocabulary)
     if fills(run.settings):

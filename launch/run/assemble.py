@@ -16,6 +16,7 @@ from moe.dispatch import auto
 from moe.model import inventory
 from moe.model.build import build
 from moe.model.exchange import exchange_of
+from moe.model.transformer import feature_axes
 from moe.training import new_state, trained
 from moe.training.losses import Sums
 from moe.training.optimizer import make_optimizer, make_schedule
@@ -38,7 +39,7 @@ class Run:
         shapes: shape and dtype of every array of the state.
         axes: their logical axes.
         shardings: where they live.
-        batch_sharding: where the arrays of a batch live.
+        batch_sharding: where tokens of a batch live.
     """
 
     settings: Settings
@@ -65,8 +66,20 @@ class Run:
         """Shapes of a batch, to compile against."""
         B = self.settings.train.batch_size
         return {
-            name: jax.ShapeDtypeStruct((B, L), "int32", sharding=self.batch_sharding)
-            for name, L in layouts.features(self.settings.data).items()
+            name: jax.ShapeDtypeStruct((B, L), layouts.type_of(name), sharding=place)
+            for (name, L), place in zip(
+                layouts.features(self.settings.data).items(),
+                self.batch_shardings.values(),
+                strict=True,
+            )
+        }
+
+    @property
+    def batch_shardings(self) -> dict[str, jax.sharding.NamedSharding]:
+        """Where each feature of a batch lives."""
+        return {
+            name: rules.sharding(self.mesh, feature_axes(name))
+            for name in layouts.features(self.settings.data)
         }
 
     def placed_shapes(self) -> TrainState:

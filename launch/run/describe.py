@@ -95,7 +95,7 @@ def data_facts(settings: Settings, store: TokenStore | None) -> list[tuple[str, 
     if store is None:
         return [*lines, ("data", f"{data.store_dir} is not prepared yet")]
     read = opening.training_batches(store, settings)  # makes no pack index
-    sizes = [sum(map(task.part.num_tokens, task.features)) for task in read.tasks]
+    sizes = [task.stored_tokens for task in read.tasks]
     words = f"{compact(sum(sizes))} tokens in an epoch"
     if len(sizes) == 1:
         return [*lines, ("data", words + cut_words(read))]

@@ -12,6 +12,7 @@ from launch.errors import EXIT_DONE
 from launch.run import describe
 from launch.run.assemble import assemble
 from launch.terminal.lines import compact
+from moe.model.transformer import feature_axes
 from partitioning import placement
 from tasks.store import is_there
 
@@ -49,7 +50,7 @@ def show(
     )
     shown.columns[-1].justify = "right"
     rows = placement.table(run.mesh, run.shapes, run.axes, run.learner.model.grid.table)
-    batch_axes = dict.fromkeys(run.batch_shapes(), ("batch", "length"))
+    batch_axes = {name: feature_axes(name) for name in run.batch_shapes()}
     rows += placement.table(run.mesh, run.batch_shapes(), batch_axes)
     for *words, size in rows:
         shown.add_row(*words, f"{size:,}")

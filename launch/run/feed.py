@@ -9,6 +9,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import jax
 import numpy as np
 
+from moe.model.transformer import feature_axes
+from partitioning import rules
+
 Read = Callable[[int, int, int], dict[str, np.ndarray]]
 DeviceBatch = dict[str, jax.Array]
 
@@ -32,11 +35,15 @@ def place_batch(
 
     own, *_ = sharding.addressable_devices_indices_map(shape).values()
     assert own is not None, "every process has devices"
+    mesh = sharding.mesh
+    assert isinstance(mesh, jax.sharding.Mesh)
     start, stop, _ = own[0].indices(shape[0])
     return {
         feature: jax.make_array_from_callback(
             (shape[0], array.shape[1]),
-            sharding,
+            sharding
+            if "length" in feature_axes(feature)
+            else rules.sharding(mesh, feature_axes(feature)),
             functools.partial(piece, feature=feature),
         )
         for feature, array in rows(start, stop).items()

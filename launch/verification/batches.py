@@ -17,13 +17,15 @@ def draw(settings: Settings, tail: int, seed: int) -> dict[str, np.ndarray]:
         tail: tokens at the end of every row that are padding, on each side.
         seed: PRNG seed for the draws.
     Returns:
-        SeqIO's features of each stack, int32[B, L].
+        SeqIO's features of each stack, int32[B, L]; images of the first tokens of each
+        row, uint8.
     """
     rng = np.random.default_rng(seed)
     B, layers = settings.train.batch_size, settings.layers
     features: dict[str, Any] = {
         name: np.zeros((B, L)) for name, L in layouts.features(settings.data).items()
     }
+    images = features.pop(layouts.IMAGES, None)
     for name in reversed(layers.stacks):  # the scored one draws first
         side = {
             feature.removeprefix(f"{name}_"): array
@@ -41,7 +43,11 @@ def draw(settings: Settings, tail: int, seed: int) -> dict[str, np.ndarray]:
                 document["segment_ids"][:] = segment
                 _fill(document, token_BL[row, here], causal=name == "decoder")
                 start = stop
-    return {name: values.astype(np.int32) for name, values in features.items()}
+    if images is not None:
+        features[layouts.IMAGES] = rng.integers(0, 256, images.shape)
+    return {
+        name: values.astype(layouts.type_of(name)) for name, values in features.items()
+    }
 
 
 def _fill(

@@ -15,6 +15,7 @@ from launch.verification import batches, compare, measure, weights
 from launch.verification.compare import Row
 from launch.verification.measure import Bench, Decisions, Evaluation, Start, Step
 from launch.verification.shrink import Mesh, Shrunk
+from moe.model.transformer import feature_axes
 
 # What can be compared; a train step always is.
 PARTS = ("decisions", "evaluation", "accumulation")
@@ -131,7 +132,10 @@ def on_mesh(
     if "evaluation" in parts:
         padded = reference.padded_batch
         whole = bench.evaluation(start, padded)
-        shorter = {name: x[:, : x.shape[1] - tail] for name, x in padded.items()}
+        shorter = {
+            name: x[:, : x.shape[1] - tail] if "length" in feature_axes(name) else x
+            for name, x in padded.items()
+        }
         rows += compare.evaluations(reference.evaluation, whole, "held-out")
         cut = bench.evaluation(start, shorter)
         rows += compare.evaluations(whole, cut, "padding cut away")

@@ -134,7 +134,7 @@ class Bench:
         )
         compiled = jax.jit(
             functools.partial(train_step, learner=learner),
-            in_shardings=(places, run.batch_sharding, self._replicated),
+            in_shardings=(places, run.batch_shardings, self._replicated),
             out_shardings=(places, self._replicated),
         )
         with jax.default_matmul_precision("highest"):
@@ -177,7 +177,7 @@ class Bench:
         """Compiles a function of parameters and batch as a run places them."""
         compiled = jax.jit(
             function,
-            in_shardings=(self.run.shardings.params, self.run.batch_sharding),
+            in_shardings=(self.run.shardings.params, self.run.batch_shardings),
             out_shardings=self._replicated,
         )
         with jax.default_matmul_precision("highest"):

@@ -186,7 +186,9 @@ def _sized(
     else:
         lengths = dict.fromkeys(names, length // len(names))
         lengths[names[0]] += length - sum(lengths.values())
-    data = dataclasses.replace(settings.data, task_feature_lengths=lengths)
+    data = dataclasses.replace(
+        settings.data, task_feature_lengths=lengths, **_image(settings.model)
+    )
     of_stacks = {"scored": data.length, "beside": data.encoder_length}
     return dataclasses.replace(
         settings,
@@ -247,6 +249,7 @@ def _model(
         shared_expert_mlp_dim=_multiple(cut, 16) if model.shared_expert_mlp_dim else 0,
         predict_ahead=min(model.predict_ahead, 2),
         init_scale=1.0,
+        **_image(model),
     )
 
 
@@ -289,6 +292,11 @@ def _latent(model: ModelSettings, width: int) -> dict[str, Any]:
         "rope_head_dim": _head_dim(model),
         "value_head_dim": 6,
     }
+
+
+def _image(model: ModelSettings) -> dict[str, Any]:
+    """Four patches of an image, if there are images."""
+    return {"image_size": 4, "patch_size": 2} if model.image_size else {}
 
 
 def _execution(

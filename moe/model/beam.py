@@ -17,6 +17,7 @@ def search(
     prompt_BL: jax.Array,
     prompt_length_B: jax.Array,
     source: Encoded | None = None,
+    image_BN: jax.Array | None = None,
     *,
     num_beams: int,
     num_tokens: int,
@@ -39,6 +40,7 @@ def search(
         prompt_BL: int32 tokens of each row, padded with anything up to L.
         prompt_length_B: int32, tokens of each prompt; -1 for an empty row.
         source: what the encoder is given; None without one.
+        image_BN: image before each prompt, as in `decoding.generate`.
         num_beams: K.
         num_tokens: tokens to draw at most.
         vocabulary_size: ids from here on are never drawn.
@@ -58,6 +60,7 @@ def search(
         prompt_BL,
         prompt_length_B,
         source,
+        image_BN,
         num_tokens=num_tokens,
         whole_prompt=whole_prompt,
     )

@@ -38,6 +38,7 @@ def begin(
     prompt_BL: jax.Array,
     prompt_length_B: jax.Array,
     source: Encoded | None,
+    image_BN: jax.Array | None = None,
     *,
     num_tokens: int,
     whole_prompt: bool,
@@ -66,6 +67,7 @@ def begin(
         first_B,
         empty_memories(model, B, L + 1 + num_tokens, source_room),
         source,
+        image_BN,
         bidirectional=whole_prompt,
         last_only=True,
     )
@@ -86,6 +88,7 @@ def generate(
     prompt_length_B: jax.Array,
     key: jax.Array,
     source: Encoded | None = None,
+    image_BN: jax.Array | None = None,
     *,
     num_tokens: int,
     vocabulary_size: int,
@@ -108,6 +111,8 @@ def generate(
             of which nothing is drawn.
         key: PRNG key of the draws; row b uses its own, whatever the mesh.
         source: what the encoder is given; None without one.
+        image_BN: uint8, the image before each prompt, whose first tokens stand for its
+            patches, whatever they are; None without.
         num_tokens: tokens to draw at most.
         vocabulary_size: ids from here on are never drawn.
         temperature: temperature of the softmax; 0 takes the likeliest token.
@@ -128,6 +133,7 @@ def generate(
         prompt_BL,
         prompt_length_B,
         source,
+        image_BN,
         num_tokens=num_tokens,
         whole_prompt=whole_prompt,
     )

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from moe.model import norms
 from moe.model.execution import Execution
 from moe.model.parameters import Spec, matrix, vector
+from moe.model.products import product
+from moe.model.view import View
 from moe.settings import EmbeddingSettings
 
 # Of learned positions, beside tokens of unit variance: GPT-2 and GPT-3 draw positions
@@ -34,6 +36,11 @@ def specs(s: EmbeddingSettings) -> dict[str, Any]:
     if s.token_types:
         axes, shape = (None, "norm"), (s.token_types, M)
         found["token_types"] = Spec(shape, axes, (), (0, 1), stddev=POSITION_STDDEV)
+    if s.image_size:
+        found["patches"] = {
+            "kernel": matrix((s.patch_values, M), (None, "norm"), (0,), (1,)),
+            "bias": vector((M,), ("norm",)),
+        }
     if s.norm is not None:
         found["embedding_norm"] = norms.specs(s.norm, M)
     if not s.tied:
@@ -52,18 +59,30 @@ def specs(s: EmbeddingSettings) -> dict[str, Any]:
 def embed(
     params: Any,
     id_BL: jax.Array,
-    position_BL: jax.Array,
-    type_BL: jax.Array | None,
+    seen: View,
     s: EmbeddingSettings,
     execution: Execution,
 ) -> jax.Array:
     """Embeds tokens, maybe adds their positions and types; x_BLM as the stream is cut.
 
+    Where there are images, the first tokens of a row are their patches instead.
+
     By default scaled to unit variance: beside a smaller residual stream the first
     attention's mean would dominate, all tokens look alike, and the routers send them to
     the same experts. A tied output then starts out predicting its own input.
     """
+    position_BL, type_BL = seen.position_BL, seen.type_BL
     x_BLM = look_up(params["embedding"], id_BL, execution) * s.scale
+    if seen.image_BN is not None:
+        patch_BPM = patches(params["patches"], seen.image_BN, s, execution)
+        first_BL = (seen.queries.segment_BL == 1) & (position_BL >= 0)
+        is_patch_BL = first_BL & (position_BL < s.num_patches)
+        is_patch_BL, patch_BL = map(
+            execution.grid.residual,
+            (is_patch_BL, jnp.where(is_patch_BL, position_BL, 0)),
+        )
+        here_BLM = jnp.take_along_axis(patch_BPM, patch_BL[..., None], axis=1)
+        x_BLM = jnp.where(is_patch_BL[..., None], here_BLM, x_BLM)
     if s.max_positions:
         position_BL = execution.grid.residual(position_BL)
         here_BLM = jnp.take(params["positions"], position_BL, axis=0)
@@ -78,6 +97,31 @@ def embed(
     if s.norm is not None:
         x_BLM = norms.normalise(params["embedding_norm"], x_BLM, s.norm)
     return x_BLM.astype(execution.settings.dtype)
+
+
+def patches(
+    w: Any, image_BN: jax.Array, s: EmbeddingSettings, execution: Execution
+) -> jax.Array:
+    """Cuts images into patches and projects each (arXiv:2010.11929, eq. 1).
+
+    Args:
+        w: kernel and bias of the projection.
+        image_BN: uint8, pixels row by row, each with its channels; taken from -1 to 1.
+        s: sizes of images and patches.
+        execution: type of the product.
+    Returns:
+        patch_BPM, patches row by row, the same on all devices of a row.
+    """
+    B, size = len(image_BN), s.patch_size
+    side = s.image_size // size
+    pixel_BN = (image_BN.astype(jnp.float32) / 127.5 - 1).astype(
+        execution.settings.dtype
+    )
+    shape = (B, side, size, side, size, s.image_channels)
+    patch_BP = jnp.transpose(pixel_BN.reshape(shape), (0, 1, 3, 2, 4, 5))
+    return product(
+        patch_BP.reshape(B, s.num_patches, s.patch_values), w["kernel"], w["bias"]
+    )
 
 
 def look_up(table_vm: jax.Array, id_BL: jax.Array, execution: Execution) -> jax.Array:

@@ -39,6 +39,7 @@ def extend(
     first_B: jax.Array,
     memories: stack.Tree,
     source: Encoded | None = None,
+    image_BN: jax.Array | None = None,
     *,
     bidirectional: bool = False,
     last_only: bool = False,
@@ -58,7 +59,10 @@ def extend(
         memories: what `empty_memories` returns, or what came back; overwritten
             from `start` on.
         source: what the encoder is given; None without one.
-        bidirectional: whether the new tokens are a prefix, and see one another whole.
+        image_BN: uint8, the image whose patches are each row's first tokens, all of
+            them among the new ones; None without.
+        bidirectional: whether the new tokens are a prefix, and see one another whole;
+            of those after an image its patches alone.
         last_only: whether logits are wanted of the last token alone.
     Returns:
         logits_BLV, or those of the last token, [B, 1, V], and the memories with the new
@@ -66,8 +70,9 @@ def extend(
     """
     model = _uncut(model)
     room, source_room = _rooms(model, memories)
+    patches = 0 if image_BN is None else model.layers.embedding.num_patches
 
-    def on_device(params, id_BL, mask_BL, start, first_B, memories, source):
+    def on_device(params, id_BL, mask_BL, start, first_B, memories, source, image_BN):
         seen_source = None
         if source is not None:
             stream = _encoder_stream(source, source_room, model)
@@ -85,7 +90,9 @@ def extend(
             params["decoder"].get("distance"),
             model.execution,
             seen_source,
+            image_BN,
             bidirectional=bidirectional,
+            prefix_tokens=patches,
         )
         x_BLM, memories, _ = transformer.through_layers(
             model, "decoder", params, id_BL, seen, memories, None, last_only=last_only
@@ -96,11 +103,15 @@ def extend(
     rows, by_row = rules.spec(["batch", None]), rules.spec(["batch"])
     cut, alone = _memory_specs(model), PartitionSpec()
     of_source = jax.tree.map(lambda x: rows if x.ndim > 1 else by_row, source)
+    of_image = None if image_BN is None else rows
     return model.grid.run(
         on_device,
-        in_specs=(model.partition_specs, rows, rows, alone, by_row, cut, of_source),
+        in_specs=(
+            *(model.partition_specs, rows, rows, alone, by_row, cut),
+            *(of_source, of_image),
+        ),
         out_specs=(rules.spec(["batch", None, "vocab"]), cut),
-    )(params, id_BL, mask_BL, start, first_B, memories, source)
+    )(params, id_BL, mask_BL, start, first_B, memories, source, image_BN)
 
 
 def empty_memories(

@@ -95,10 +95,11 @@ def hidden(
     outputs, sums = [], ()
     described = specs(ahead)["modules"]
     x_BLM = grid.residual(x_BLM)
+    text = dataclasses.replace(view, image_BN=None)  # patches are in the stream
     for k, segment in enumerate(ahead.segments, 1):
         w = gather_weights(own["modules"][k - 1], described[k - 1], execution)
         id_BL = batch[f"ahead_{k}_input_tokens"]
-        given = view.position_BL, view.type_BL, layers.embedding, execution
+        given = text, layers.embedding, execution
         token_BLM = embedding.embed(params, id_BL, *given)
         joined = (
             norms.normalise(w["stream_norm"], x_BLM, ahead.norm),

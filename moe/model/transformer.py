@@ -18,7 +18,8 @@ from moe.routing.assignment import RouterSums
 from partitioning import rules
 from partitioning.grid import Grid
 
-Batch = dict[str, jax.Array]  # SeqIO's features of each stack, each [B, L]
+# SeqIO's features of each stack, each int32[B, L]; images are uint8[B, N].
+Batch = dict[str, jax.Array]
 
 _OTHER_STACK = 2**31 - 2  # no layer has this number, by which the other draws are keyed
 
@@ -66,7 +67,8 @@ def hidden(
         params: this device's pieces of what `inventory.draw` returns.
         batch: this device's cut of SeqIO's features: for each stack, such as "decoder",
             `decoder_input_tokens`, `decoder_positions`, `decoder_segment_ids`, and
-            `decoder_causal_attention` if it has prefixes, 1 on their tokens.
+            `decoder_causal_attention` if it has prefixes, 1 on their tokens; and
+            `decoder_images`, the pixels of each row's image, row by row.
         row_B: int32, global row number of each sequence; names its random draws.
         key: PRNG key of this step; None outside training, where nothing is drawn and no
             token dropped unless `eval_capacity_factor` says so.
@@ -102,6 +104,7 @@ def view_of(
         prefix_BL=batch.get(f"{name}_causal_attention"),
         row_B=row_B,
         type_BL=batch.get(f"{name}_token_types"),
+        image_BN=batch.get(f"{name}_images"),
     )
     distance_table = params[name].get("distance")
     return view.of_stream(stream, distance_table, model.execution, source)
@@ -136,7 +139,7 @@ def through_layers(
     if key is not None and name != model.layers.scored:  # draws of its own
         key = jax.random.fold_in(key, _OTHER_STACK)
     s, execution = model.layers.embedding, model.execution
-    x_BLM = embedding.embed(params, id_BL, seen.position_BL, seen.type_BL, s, execution)
+    x_BLM = embedding.embed(params, id_BL, seen, s, execution)
     given = seen, memories, key, execution
     x_BLM, memories, sums = stack.run(layers, own, x_BLM, *given)
     x_BLM = x_BLM[:, -1:] if last_only else x_BLM
@@ -149,4 +152,9 @@ def through_layers(
 
 def batch_spec(batch: Batch) -> dict[str, PartitionSpec]:
     """How the features of a batch are cut."""
-    return dict.fromkeys(batch, rules.spec(["batch", "length"]))
+    return {name: rules.spec(feature_axes(name)) for name in batch}
+
+
+def feature_axes(name: str) -> tuple[str, str | None]:
+    """Logical axes of a feature; pixels of an image are of no place in a sequence."""
+    return ("batch", None) if name.endswith("_images") else ("batch", "length")

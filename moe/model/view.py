@@ -25,6 +25,7 @@ class Stream:
         row_B: int32, global row number of each sequence in its batch; names its random
             draws, wherever they are made.
         type_BL: int32, token types; None: all 0.
+        image_BN: uint8, the image that the first tokens stand for; None without.
     """
 
     id_BL: jax.Array
@@ -33,6 +34,7 @@ class Stream:
     prefix_BL: jax.Array | None
     row_B: jax.Array
     type_BL: jax.Array | None = None
+    image_BN: jax.Array | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -65,6 +67,7 @@ class View:
         distance_table: bias by distance that layers share, [buckets, N]; None without.
         source: the encoder's tokens; None without.
         type_BL: types of those that ask; None: all 0.
+        image_BN: image of each row, whose patches are its first tokens; None without.
     """
 
     queries: Who
@@ -75,6 +78,7 @@ class View:
     distance_table: jax.Array | None = None
     source: Source | None = None
     type_BL: jax.Array | None = None
+    image_BN: jax.Array | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -126,6 +130,7 @@ def of_stream(
         distance_table=distance_table,
         source=source,
         type_BL=stream.type_BL,
+        image_BN=stream.image_BN,
     )
 
 
@@ -138,8 +143,10 @@ def into_memory(
     distance_table: jax.Array | None,
     execution: Execution,
     source: Source | None = None,
+    image_BN: jax.Array | None = None,
     *,
     bidirectional: bool,
+    prefix_tokens: int = 0,
 ) -> View:
     """Looks from L new tokens, at `start` and on, to all that came before them.
 
@@ -153,7 +160,9 @@ def into_memory(
         distance_table: bias by distance that layers share.
         execution: the mesh, which cuts no sequence.
         source: the encoder's tokens; None without.
+        image_BN: image of each row, if its patches are among the new tokens.
         bidirectional: whether the new tokens are a prefix, and see one another whole.
+        prefix_tokens: those of each row's first that are, if not all.
     """
     B, L = id_BL.shape
     place_L = start + jnp.arange(L, dtype=jnp.int32)
@@ -162,6 +171,8 @@ def into_memory(
 
     def prefix(place_L: jax.Array) -> jax.Array | None:
         new_BL = jnp.broadcast_to(place_L >= start, (B, len(place_L)))
+        if prefix_tokens:
+            new_BL &= place_L < first_B[:, None] + prefix_tokens
         return new_BL.astype(jnp.int32) if bidirectional else None
 
     # Padding before a row's first token sees nothing, and is seen by none.
@@ -177,4 +188,5 @@ def into_memory(
         start=start,
         distance_table=distance_table,
         source=source,
+        image_BN=image_BN,
     )

@@ -146,6 +146,11 @@ class ModelSettings:
         output_bias: whether logits have a bias (BERT).
         logit_cap: bound of the logits, which come as cap·tanh(logit / cap); 0 sets
             none.
+        image_size: height and width of the image that stands before each text, in
+            pixels (M6, arXiv:2103.00823, section 3); 0 has none.
+        patch_size: the same of a patch, which takes the place of a token
+            (arXiv:2010.11929, section 3.1).
+        image_channels: numbers of a pixel.
     """
 
     vocab_size: int
@@ -224,3 +229,6 @@ class ModelSettings:
     output_transform: bool = False
     output_bias: bool = False
     logit_cap: float = 0.0
+    image_size: int = 0
+    patch_size: int = 16
+    image_channels: int = 3

@@ -329,6 +329,9 @@ class EmbeddingSettings:
         output_bias: whether logits have a bias.
         logit_cap: bound of the logits, which come as cap·tanh(logit / cap) (Gemma 2,
             arXiv:2408.00118, section 2); 0 sets none.
+        image_size: height and width of an image, in pixels; 0 has none.
+        patch_size: the same of a patch of it.
+        image_channels: numbers of a pixel.
     """
 
     vocab_size: int
@@ -344,3 +347,16 @@ class EmbeddingSettings:
     output_norm: NormSettings = NormSettings()
     output_bias: bool = False
     logit_cap: float = 0.0
+    image_size: int = 0
+    patch_size: int = 1
+    image_channels: int = 3
+
+    @property
+    def num_patches(self) -> int:
+        """P, patches of an image, each in the place of a token."""
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def patch_values(self) -> int:
+        """How many numbers a patch has."""
+        return self.patch_size**2 * self.image_channels

@@ -31,6 +31,7 @@ class Document:
             one; else empty.
         language: that it says it is of; "" if it says none.
         fault: "" or what was wrong with its UTF-8: "replaced" or "bad_utf8".
+        image: pixels of the image that its text belongs to, a byte each; else empty.
     """
 
     number: int
@@ -39,6 +40,7 @@ class Document:
     ids: Mapping[str, np.ndarray]
     language: str = ""
     fault: str = ""
+    image: bytes = b""
 
 
 def read(
@@ -62,8 +64,28 @@ def read(
         return
     for number, raw in enumerate(_raw(task, split, shard, skip), start=skip):
         name, language, contents = raw
-        texts, fault = _decoded(contents, data.bad_utf8, f"document {name} in {where}")
-        yield Document(number, name, texts, {}, language, fault)
+        said = f"document {name} in {where}"
+        image = contents.pop("images", b"")
+        if "images" in seqio_tasks.features(task):
+            _check_image(image, data, said)
+        texts, fault = _decoded(contents, data.bad_utf8, said)
+        yield Document(number, name, texts, {}, language, fault, image)
+
+
+def _check_image(image: bytes, data: DataSettings, where: str) -> None:
+    """Refuses an image of another size than the settings say.
+
+    Without IMAGE_SIZE any size is kept, but none at all is no image.
+    """
+    wanted = data.image_values
+    if len(image) == wanted or (image and not wanted):
+        return
+    raise StoreError(
+        f"{where} has an image of {len(image):,} bytes, and IMAGE_SIZE = "
+        f"{data.image_size} with IMAGE_CHANNELS = {data.image_channels} wants "
+        f"{wanted or 'some'}: set them to what the Task yields, or give its images "
+        "that size"
+    )
 
 
 def _decoded(

@@ -58,8 +58,7 @@ class PartWriter:
         work: folder of the preparation.
         unit: what the part is of.
         number: which part of it.
-        features: names of the Task's features.
-        dtype: integer type of tokens.
+        types: integer type of each of the Task's features.
         size: V, of the vocabulary.
     """
 
@@ -69,15 +68,14 @@ class PartWriter:
         unit: Unit,
         number: int,
         *,
-        features: Sequence[str],
-        dtype: np.dtype,
+        types: Mapping[str, np.dtype],
         size: int,
     ) -> None:
         self._path = _path(work, unit, number)
         self._unit, self._number = unit, number
-        self._dtype, self._size = dtype, size
-        self._ids: dict[str, list[np.ndarray]] = {f: [] for f in features}
-        self._lengths: dict[str, list[int]] = {f: [] for f in features}
+        self._types, self._size = types, size
+        self._ids: dict[str, list[np.ndarray]] = {f: [] for f in types}
+        self._lengths: dict[str, list[int]] = {f: [] for f in types}
         self._languages: list[str] = []
         self._bytes_of: list[int] = []
         self.removed: dict[str, int] = {}
@@ -113,11 +111,12 @@ class PartWriter:
         """Writes the files of the part, its description last, and returns that."""
         digest, tokens = hashlib.sha256(), {}
         for feature, ids in self._ids.items():
-            flat = np.concatenate([np.empty(0, self._dtype), *ids])
+            dtype = self._types[feature]
+            flat = np.concatenate([np.empty(0, dtype), *ids])
             lengths = np.asarray(self._lengths[feature], "<u4")
             tokens[feature] = len(flat)
             for kind, array in (
-                ("tokens", flat.astype(self._dtype.newbyteorder("<"))),
+                ("tokens", flat.astype(dtype.newbyteorder("<"))),
                 ("lengths", lengths),
             ):
                 content = array.tobytes()

@@ -17,8 +17,8 @@ from tasks.preparation.tokenise import (
     Amount,
     Report,
     read_vocabulary,
-    token_type,
     tokenise,
+    type_of,
 )
 from tasks.quality import duplicates
 from tasks.store import split_path
@@ -39,8 +39,9 @@ def do(work: str, stage: str, item: Mapping[str, Any], report: Report) -> None:
     """
     plan = _plan(work)
     if stage == ASSEMBLE:
-        dtype = token_type(read_vocabulary(work))
-        assembly.write(work, plan.data.store_dir, assembly.Job(**item), dtype)
+        job = assembly.Job(**item)
+        dtype = type_of(job.feature, read_vocabulary(work))
+        assembly.write(work, plan.data.store_dir, job, dtype)
         return
     unit = Unit(**item)
     task = tasks_of(work).tasks[unit.task]
@@ -74,6 +75,8 @@ def _sign(work: str, plan: Plan, task: Any, unit: Unit, report: Report) -> None:
     records = []
     for document in documents.read(task, unit.split, unit.shard, data):
         text = "\0".join(document.text[feature] for feature in sorted(document.text))
+        if document.image:
+            text += "\0" + document.image.decode("latin-1")
         records.append(duplicates.fingerprint(text, plan.filters))
         report(Amount(1, 0, len(text.encode())))
     files.write(path, b"".join(records))

@@ -72,8 +72,7 @@ def tokenise(work: str, plan: Plan, task: Any, unit: Unit, report: Report) -> No
             work,
             unit,
             number,
-            features=plan.features[unit.task],
-            dtype=token_type(vocabulary),
+            types={f: type_of(f, vocabulary) for f in plan.features[unit.task]},
             size=vocabulary.size,
         )
 
@@ -114,12 +113,18 @@ def token_type(vocabulary: Vocabulary) -> np.dtype:
     return np.min_scalar_type(vocabulary.size - 1)
 
 
+def type_of(feature: str, vocabulary: Vocabulary) -> np.dtype:
+    """Returns the type of a feature's numbers: tokens, or pixels of images."""
+    return np.dtype(np.uint8) if feature == "images" else token_type(vocabulary)
+
+
 def digest(document: Document) -> bytes:
-    """Returns 16 bytes that stand for the text of a document."""
+    """Returns 16 bytes that stand for a document."""
     hashed = hashlib.blake2b(digest_size=16)
     for feature in sorted(document.text):
         text = document.text[feature].encode()
         hashed.update(len(text).to_bytes(8, "little") + text)
+    hashed.update(document.image)
     return hashed.digest()
 
 
@@ -156,6 +161,8 @@ def _add(
         text_bytes = len(vocabulary.decode(ids["targets"]).encode())
     part.replaced += document.fault == "replaced"
     ended = {f: _with_end(i, vocabulary) for f, i in ids.items()}
+    if document.image:
+        ended["images"] = np.frombuffer(document.image, np.uint8)
     part.add(ended, text_bytes, document.language)
 
 
@@ -222,7 +229,7 @@ def _batches(found: Iterator[Document], batch_bytes: int) -> Iterator[list[Docum
 def _size(document: Document) -> int:
     """About how much memory a document takes."""
     contents = (document.text or document.ids).values()
-    return _DOCUMENT_BYTES + sum(map(len, contents))
+    return _DOCUMENT_BYTES + sum(map(len, contents)) + len(document.image)
 
 
 def _with_end(ids: Sequence[int] | np.ndarray, vocabulary: Vocabulary) -> np.ndarray:

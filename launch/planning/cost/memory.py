@@ -18,6 +18,7 @@ from launch.config.settings import Settings
 from launch.planning.cost import local, muon
 from launch.planning.cost.local import BYTES, FLOAT32, Attention, Local, Weight
 from moe.layers import Block, of_kind
+from moe.model.transformer import feature_axes
 from moe.routing.capacity import capacity
 from moe.settings import DenseSettings, HeadsSettings, SparseSettings
 from moe.training.trained import is_trained
@@ -120,13 +121,15 @@ def _kept(weight: Weight, platform: str) -> int:
 
 
 def _batch(settings: Settings, platform: str) -> int:
-    """int32 features [B / shards, L / context], and the number of the batch."""
+    """Features [B / shards, L / context], and the number of the batch."""
     rows = -(-settings.train.batch_size // settings.mesh.batch_shards)
     tiled = platform == "tpu"
     found = local.tiled_bytes((), 4) if tiled else 4
-    for length in layouts.features(settings.data).values():
-        shape = (rows, -(-length // settings.mesh.context))
-        found += local.tiled_bytes(shape, 4) if tiled else math.prod(shape) * 4
+    for name, length in layouts.features(settings.data).items():
+        size = 1 if layouts.type_of(name) == "uint8" else 4
+        cuts = settings.mesh.context if "length" in feature_axes(name) else 1
+        shape = (rows, -(-length // cuts))
+        found += local.tiled_bytes(shape, size) if tiled else math.prod(shape) * size
     return found
 
 

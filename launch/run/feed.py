@@ -35,19 +35,26 @@ def place_batch(
 
     own, *_ = sharding.addressable_devices_indices_map(shape).values()
     assert own is not None, "every process has devices"
-    mesh = sharding.mesh
-    assert isinstance(mesh, jax.sharding.Mesh)
     start, stop, _ = own[0].indices(shape[0])
     return {
         feature: jax.make_array_from_callback(
             (shape[0], array.shape[1]),
-            sharding
-            if "length" in feature_axes(feature)
-            else rules.sharding(mesh, feature_axes(feature)),
+            _own_sharding(feature, sharding),
             functools.partial(piece, feature=feature),
         )
         for feature, array in rows(start, stop).items()
     }
+
+
+def _own_sharding(
+    feature: str, tokens: jax.sharding.NamedSharding
+) -> jax.sharding.NamedSharding:
+    """That of tokens, but where a feature has no places in a sequence."""
+    if "length" in feature_axes(feature):
+        return tokens
+    mesh = tokens.mesh
+    assert isinstance(mesh, jax.sharding.Mesh)
+    return rules.sharding(mesh, feature_axes(feature))
 
 
 class Feed:

@@ -12,7 +12,7 @@ from launch.planning.hardware import moving
 from launch.planning.hardware.topologies import parse
 from launch.planning.plan import Prices, make, to_json
 
-SMALL = {"demo", "demo_span", "demo_bert", "tiny"}
+SMALL = {"demo", "demo_span", "demo_bert", "demo_image", "tiny"}
 
 
 @functools.cache

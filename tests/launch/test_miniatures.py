@@ -57,7 +57,7 @@ def losses(run: str) -> list[float]:
     key = repr((*decides, settings.optimizer, settings.train, features))
     if key not in LOSSES:
         made = assemble(config, jax.devices())
-        batch = jax.device_put(batches.draw(settings, 0, 0), made.batch_sharding)
+        batch = jax.device_put(batches.draw(settings, 0, 0), made.batch_shardings)
         step, state = made.compile_train_step(), made.init_state()
         LOSSES[key] = []
         for index in range(STEPS):  # as if each were the next batch

@@ -84,7 +84,8 @@ def embed(
         here_BLM = jnp.take_along_axis(patch_BPM, patch_BL[..., None], axis=1)
         x_BLM = jnp.where(is_patch_BL[..., None], here_BLM, x_BLM)
     if s.max_positions:
-        position_BL = execution.grid.residual(position_BL)
+        # What is before a prompt has none; far outside the table there is no number.
+        position_BL = execution.grid.residual(jnp.maximum(position_BL, 0))
         here_BLM = jnp.take(params["positions"], position_BL, axis=0)
         x_BLM += here_BLM.astype(x_BLM.dtype)
     if s.token_types:

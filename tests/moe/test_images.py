@@ -152,6 +152,8 @@ def test_drawing_after_an_image_sees_what_training_does(bidirectional):
     image = rng.integers(0, 256, (2, SIZE * SIZE * CHANNELS)).astype(np.uint8)
     patches, text = 4, rng.integers(1, V, (2, 5)).astype(np.int32)
     lengths = np.array([9, 7])  # the second has 3 tokens of text
+    # Rows with more room than there are positions: padding stands before prompts.
+    room = np.zeros((2, L), np.int32)
     prompt = np.concatenate([np.zeros((2, patches), np.int32), text], axis=1)
     place = np.arange(10)
     batch = {
@@ -166,7 +168,8 @@ def test_drawing_after_an_image_sees_what_training_does(bidirectional):
     logits_BLV, _ = jax.jit(lambda p, b: forward(model, p, b, row_B))(params, batch)
     begun = jax.jit(
         lambda p, image: decoding.begin(
-            *(model, p, prompt, lengths, None, image),
+            *(model, p, np.concatenate([prompt, room], axis=1)),
+            *(lengths, None, image),
             num_tokens=2,
             whole_prompt=bidirectional,
         )

@@ -1,4 +1,4 @@
-"""From tokens to activations.
+"""From tokens, and patches of images, to activations.
 
 The table may be cut twice: the vocabulary over `model`, the width over the axes of full
 sharding. It is never whole: tokens travel to its columns. In names here A is the

@@ -59,6 +59,9 @@ def test_rows_are_patches_and_then_the_text(attention):
             assert sees == [1] * PATCHES + [0] * (L - PATCHES)
         of = documents_BL[row]
         assert of.tolist() == [-1] * PATCHES + [row] * len(text) + [-1] * (L - end)
+    assert {n: x.dtype.name for n, x in batch.items()} == {
+        name: layouts.type_of(name) for name in held.features
+    }
     assert batch["decoder_images"].dtype == np.uint8
     assert not any(array[number:].any() for array in batch.values())
 

@@ -79,8 +79,9 @@ class Remote:
         Raises:
             DamagedError: the bucket does not hold what was written.
         """
+        # The index is not read again: what it said at the start is what this run may
+        # replace, and nothing that another has written since.
         if together.is_first():
-            self._bucket.look()
             self._bucket.fetch(step, self._folder / str(step))
 
     def begin(

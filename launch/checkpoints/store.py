@@ -93,25 +93,14 @@ class Checkpoints:
             "history", lambda: history.known(self._model_dir, losses=keep_best > 0)
         )
         self._retention.losses |= {int(step): loss for step, loss in losses}
-        self._retention.stalled |= set(
-            self._remote.stalled if self._remote else stalled
-        )
+        stalled = self._remote.stalled if self._remote else stalled
+        self._retention.stalled |= set(stalled)
 
     def _open(self) -> None:
         """Opens the folder, or opens it again after another hand changed it."""
-        self._manager = ocp.CheckpointManager(
-            self.folder,
-            item_names=("state", "manifest"),
-            options=ocp.CheckpointManagerOptions(
-                # Of those in a bucket, the folder has the newest.
-                preservation_policy=(
-                    retention.Retention(1) if self._remote else self._retention
-                ),
-                create=False,
-                cleanup_tmp_directories=True,
-                single_host_load_and_broadcast=True,  # all know of the same steps
-            ),
-        )
+        # Of those in a bucket, the folder has the newest.
+        keep = retention.Retention(1) if self._remote else self._retention
+        self._manager = writing.manager(self.folder, keep)
 
     def __enter__(self) -> "Checkpoints":
         return self

@@ -12,6 +12,7 @@ from collections.abc import Coroutine, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import orbax.checkpoint as ocp
 from orbax.checkpoint._src import asyncio_utils
 
 from launch.checkpoints.places import ASIDE, UNFINISHED, CheckpointError, short
@@ -44,6 +45,25 @@ def prepare() -> None:
     asyncio_utils._run_sync_via_new_loop = _to_its_end
     for name in ("absl", "asyncio"):
         logging.getLogger(name).addFilter(_is_news)
+
+
+def manager(folder: Path, keep: Any) -> ocp.CheckpointManager:
+    """Opens a folder of checkpoints for Orbax to write to.
+
+    Args:
+        folder: the folder.
+        keep: asked by Orbax which of them stay.
+    """
+    return ocp.CheckpointManager(
+        folder,
+        item_names=("state", "manifest"),
+        options=ocp.CheckpointManagerOptions(
+            preservation_policy=keep,
+            create=False,
+            cleanup_tmp_directories=True,
+            single_host_load_and_broadcast=True,  # all know of the same steps
+        ),
+    )
 
 
 def _to_its_end(work: Coroutine[Any, Any, Any]) -> Any:

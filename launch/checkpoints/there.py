@@ -107,6 +107,20 @@ class There:
             return faults.Verdict(damage.path, 0, 0, (damage.what,))
 
 
+def place_of(model_dir: Path, configured: str) -> str:
+    """Where the checkpoints of a run are: a bucket, or "" for its folder.
+
+    A copy has the configuration of its run, and its checkpoint in its folder.
+
+    Args:
+        model_dir: the run.
+        configured: CHECKPOINT_DIR, by which the next `train` goes.
+    """
+    if (place := _said(model_dir).get("place")) is not None:
+        return str(place)
+    return "" if steps_in(folder_of(model_dir)) else configured
+
+
 def run_of(model_dir: Path) -> str:
     """Whose checkpoints those of a run are; "" if none were in a bucket yet."""
     return str(_said(model_dir).get("run", ""))

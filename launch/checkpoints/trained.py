@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from launch.checkpoints.store import Checkpoints
+from launch.checkpoints.there import place_of
 from launch.config.diff import changes, told
 from launch.config.reader import ResolvedConfig
 from launch.data import opening
@@ -47,12 +48,11 @@ def restored(
     """
     if config.settings.loop.self_check == "on":
         compiler_check.check()
-    loop = config.settings.loop
+    model_dir = config.settings.loop.model_dir
+    bucket = place_of(Path(model_dir), config.settings.loop.checkpoint_dir)
     with (
         jax.set_mesh(run.mesh),
-        Checkpoints(
-            loop.model_dir, keep=1, bucket=loop.checkpoint_dir, read_only=True
-        ) as saved,
+        Checkpoints(model_dir, keep=1, bucket=bucket, read_only=True) as saved,
     ):
         step = saved.require(step)
         now = {

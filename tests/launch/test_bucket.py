@@ -405,11 +405,18 @@ def test_the_tools_read_a_bucket(trained, server, tmp_path):
         *("checkpoint", "diff", of_run, "--step=10", f"--with_dir={tmp_path}/c")
     )
     assert differ.code == 0, differ
+    asked: list[str] = []
+    server.faults = iter(lambda: asked.append("") or "", None)
+    scored = trained.run("evaluate", f"--model_dir={tmp_path}/c")
+    assert scored.code == 0, scored.err
+    assert not asked, "a copy is in its folder, whatever its configuration says"
     steps = [f"--checkpoint={folder}/checkpoints/{step}" for step in (10, 20)]
     made = trained.run("checkpoint", "average", *steps, f"--to={tmp_path}/mean")
     assert made.code == 0, made.err
-    scored = trained.run("evaluate", of_run, "--step=10")
-    assert scored.code == 0, scored.err
+    of_bucket = trained.run("evaluate", of_run, "--step=10")
+    assert of_bucket.code == 0, of_bucket.err
+    assert of_bucket.out == scored.out
+    assert asked
     assert not list(folder.glob("fetched-*"))
     spoilt(server, "10", flip)
     shutil.rmtree(folder / "checkpoints" / "10")

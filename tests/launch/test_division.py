@@ -65,6 +65,12 @@ def test_what_divides_is_accepted(mesh, partition):
             "the 8 tokens of a row of 128 that each device of MESH_CONTEXT 4 × "
             "MESH_MODEL 4 routes: use 4 or 8",
         ),
+        (
+            {"data": 8},
+            {"attention": "latent", "kv_latent_dim": 24, "query_latent_dim": 12},
+            {"fsdp": "data"},
+            "QUERY_LATENT_DIM = 12 does not divide over the 8 pieces of MESH_DATA 8",
+        ),
         ({"model": 8}, {}, {}, "NUM_HEADS = 4 does not divide over MESH_MODEL = 8"),
         (
             {"model": 4},

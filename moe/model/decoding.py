@@ -67,7 +67,7 @@ def begin(
         first_B,
         empty_memories(model, B, L + 1 + num_tokens, source_room),
         source,
-        image_BN,
+        image_BN=image_BN,
         bidirectional=whole_prompt,
         last_only=True,
     )

@@ -39,8 +39,8 @@ def extend(
     first_B: jax.Array,
     memories: stack.Tree,
     source: Encoded | None = None,
-    image_BN: jax.Array | None = None,
     *,
+    image_BN: jax.Array | None = None,
     bidirectional: bool = False,
     last_only: bool = False,
 ) -> tuple[jax.Array, stack.Tree]:

@@ -123,9 +123,10 @@ def servers(tree: ast.AST) -> set[str]:
 
 
 def test_one_file_listens():
-    # inspect.Signature.bind opens nothing.
+    # inspect.Signature.bind opens nothing; a free port of loopback is let go at once.
     found = {(where, name) for where, tree in trees() for name in servers(tree)}
-    assert found - {("launch/run/own_code.py", "bind")} == LISTENS
+    no_server = {"launch/run/own_code.py", "benchmarks/reliability/others.py"}
+    assert found - {(where, "bind") for where in no_server} == LISTENS
     assert servers(ast.parse("socket.socket().bind(('', 1))")) == {"bind"}
 
 

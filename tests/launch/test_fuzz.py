@@ -302,7 +302,7 @@ def test_a_feature_that_is_a_path_is_refused(tmp_path):
 def test_a_part_is_what_its_place_says_and_not_its_description(tmp_path):
     unit = Unit("a", "train", 0)
     writer = parts.PartWriter(
-        str(tmp_path), unit, 0, features=["targets"], dtype=np.dtype("u2"), size=300
+        str(tmp_path), unit, 0, types={"targets": np.dtype("u2")}, size=300
     )
     written = writer.close(0, last=True)
     (path,) = tmp_path.rglob("*-000000.json")

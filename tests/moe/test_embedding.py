@@ -104,7 +104,7 @@ def on_grid(name: str) -> dict[str, np.ndarray]:
     )
     scored = grid.run(
         lambda head, x_BLM, target: score_targets(
-            Head(head, None, CAPS.get(name, 0.0)), x_BLM, target, execution
+            Head(head, None, cap=CAPS.get(name, 0.0)), x_BLM, target, execution
         ),
         in_specs=(rules.spec(["embed", "vocab"], table), tokens, tokens),
         out_specs=tokens,

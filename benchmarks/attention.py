@@ -10,18 +10,20 @@ of outputs over the largest output; exits with 1 where one is above 1e-5.
 """
 
 import importlib
+import math
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from moe.model import view
-from moe.model.attention import heads
+from moe.model.attention import heads, latent
 from moe.model.execution import Execution
 from moe.model.view import Stream
 from moe.settings import (
     ExecutionSettings,
     HeadsSettings,
+    LatentSettings,
     NormSettings,
     PositionSettings,
 )
@@ -45,9 +47,11 @@ def ours(**settings: Any) -> HeadsSettings:
     return HeadsSettings(N, U, D, norm=settings.pop("norm", RMS), **settings)
 
 
+Settings = HeadsSettings | LatentSettings
+
 # By family: the class of `transformers`, its configuration, and the same in our words.
 # What is in "rope" are its `rope_parameters`.
-CASES: dict[str, tuple[str, dict[str, Any], HeadsSettings]] = {
+CASES: dict[str, tuple[str, dict[str, Any], Settings]] = {
     "qwen3_moe": ("Qwen3Moe", {}, ours(qk_norm="head", positions=rotary())),
     "olmoe": ("Olmoe", {}, ours(qk_norm="width", positions=rotary())),
     "glm4_moe": (
@@ -110,6 +114,34 @@ CASES: dict[str, tuple[str, dict[str, Any], HeadsSettings]] = {
         {"use_qk_norm": True},
         ours(qk_norm="unit", positions=rotary(pairs="neighbours")),
     ),
+    "deepseek_v3": (
+        "DeepseekV3",
+        {
+            "rope": {"rope_type": "yarn", "beta_fast": 8.0, **THEIRS_SCALED}
+            | {"mscale": 0.7, "mscale_all_dim": 0.7},
+            "rope_interleave": True,
+            "q_lora_rank": 24,
+            "kv_lora_rank": 12,
+            "qk_nope_head_dim": D,
+            "qk_rope_head_dim": 8,
+            "v_head_dim": 20,
+        },
+        LatentSettings(
+            N,
+            D,
+            rope_dim=8,
+            value_dim=20,
+            kv_latent=12,
+            query_latent=24,
+            positions=rotary(
+                scaling="yarn",
+                fast_turns=8.0,
+                attention_factor=1 + 0.07 * math.log(4.0),
+                pairs="neighbours",
+                **SCALED,
+            ),
+        ),
+    ),
     "llama4, no positions": (
         "Llama4Text",
         {"no_rope_layers": [0], "floor_scale": 3, "attn_scale": 0.5},
@@ -128,7 +160,11 @@ def main() -> None:
     worst = 0.0
     for name, (prefix, config, settings) in CASES.items():
         weights, x_BLM, theirs_BLM = attended(name.split(",")[0], prefix, config)
-        ours_BLM = run(named(weights, settings), x_BLM, settings)
+        if isinstance(settings, LatentSettings):
+            w = named_latents(weights, settings)
+        else:
+            w = named(weights, settings)
+        ours_BLM = run(w, x_BLM, settings)
         largest = np.abs(theirs_BLM).max()
         difference = float(np.abs(ours_BLM - theirs_BLM).max() / largest)
         worst = max(worst, difference)
@@ -155,8 +191,8 @@ def attended(
     made = getattr(settings, f"{prefix}Config")(
         hidden_size=M,
         num_attention_heads=N,
-        num_key_value_heads=U,
-        head_dim=D,
+        num_key_value_heads=N if "q_lora_rank" in given else U,
+        **({} if "q_lora_rank" in given else {"head_dim": D}),
         num_hidden_layers=1,
         max_position_embeddings=256,
         rms_norm_eps=EPSILON,
@@ -206,7 +242,24 @@ def named(theirs: dict[str, np.ndarray], s: HeadsSettings) -> dict[str, Any]:
     return found
 
 
-def run(w: dict[str, Any], x_BLM: np.ndarray, s: HeadsSettings) -> np.ndarray:
+def named_latents(theirs: dict[str, np.ndarray], s: LatentSettings) -> dict[str, Any]:
+    """Returns a layer's weights as `latent.specs` names and shapes them."""
+    down = theirs["kv_a_proj_with_mqa.weight"].T
+    up = theirs["kv_b_proj.weight"].T.reshape(s.kv_latent, N, -1)
+    return {
+        "query_down": theirs["q_a_proj.weight"].T,
+        "query_norm": {"scale": theirs["q_a_layernorm.weight"]},
+        "query_up": theirs["q_b_proj.weight"].T.reshape(s.query_latent, N, -1),
+        "kv_down": down[:, : s.kv_latent],
+        "rope_key": down[:, s.kv_latent :],
+        "kv_norm": {"scale": theirs["kv_a_layernorm.weight"]},
+        "key_up": up[..., : s.head_dim],
+        "value_up": up[..., s.head_dim :],
+        "output": theirs["o_proj.weight"].T.reshape(N, s.value_dim, M),
+    }
+
+
+def run(w: dict[str, Any], x_BLM: np.ndarray, s: Settings) -> np.ndarray:
     """Attends on one device, with all scores held."""
     settings = ExecutionSettings(dtype="float32", attention_block=0)
     execution = Execution(settings, make_mesh(MeshSettings()))
@@ -215,7 +268,8 @@ def run(w: dict[str, Any], x_BLM: np.ndarray, s: HeadsSettings) -> np.ndarray:
     stream = Stream(segment_BL, position_BL, segment_BL, None, jnp.arange(B))
     seen = view.of_stream(stream, None, execution)
     given = jnp.asarray(x_BLM), seen, None, s, None, jnp.zeros((), int), execution
-    return np.asarray(heads.apply(w, *given)[0])
+    kind: Any = latent if isinstance(s, LatentSettings) else heads
+    return np.asarray(kind.apply(w, *given)[0])
 
 
 if __name__ == "__main__":

@@ -161,13 +161,23 @@ class Layers(NamedTuple):
 
     def sparse(self) -> Iterator[Place]:
         """Yields the sparse sublayers of each segment, repeats of one as one."""
-        for name, stack in self.stacks.items():
-            yield from _sparse(name, stack)
+        return (each for each in self._sparse() if each.stack != "ahead")
 
     def sparse_ahead(self) -> Iterator[Place]:
         """Yields those of the layers that predict tokens after the next."""
-        if self.ahead is not None:
-            yield from _sparse("ahead", self.ahead)
+        return (each for each in self._sparse() if each.stack == "ahead")
+
+    def _sparse(self) -> Iterator[Place]:
+        return (each for each in self.places() if each.sublayer.kind == "sparse")
+
+    def places(self) -> Iterator[Place]:
+        """Yields all sublayers of each segment, those of `ahead` at the end."""
+        ahead = {} if self.ahead is None else {"ahead": self.ahead}
+        for name, stack in (self.stacks | ahead).items():
+            for s, segment in enumerate(stack.segments):
+                for b, block in enumerate(segment.blocks):
+                    for each in block:
+                        yield Place(name, s, b, each, segment.numbers(b))
 
     @property
     def sparse_order(self) -> tuple[int, ...]:
@@ -180,14 +190,6 @@ class Layers(NamedTuple):
         ]
         order = sorted(range(len(layers)), key=layers.__getitem__)
         return tuple(order) if order != list(range(len(order))) else ()
-
-
-def _sparse(name: str, stack: Stack) -> Iterator[Place]:
-    for s, segment in enumerate(stack.segments):
-        for b, block in enumerate(segment.blocks):
-            for each in block:
-                if each.kind == "sparse":
-                    yield Place(name, s, b, each, segment.numbers(b))
 
 
 def with_routers(

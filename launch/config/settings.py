@@ -267,6 +267,7 @@ def _range_problems(settings: Settings) -> list[str]:
         "WEIGHT_DECAY": optimizer.weight_decay,
         "CLIP_NORM": optimizer.clip_norm,
         "MUON_RMS": optimizer.muon_rms,
+        "QK_CLIP": optimizer.qk_clip,
         "SIMULATED_DEVICES": platform.simulated_devices,
         "NUM_PROCESSES": platform.num_processes,
         "SAMPLE_TEMPERATURE": sample.temperature,
@@ -421,10 +422,46 @@ def _text_problems(settings: Settings) -> list[str]:
     return found
 
 
+def _learning_problems(settings: Settings) -> list[str]:
+    """What the optimizer and its schedule ask of the rest of a run."""
+    optimizer, model, train = settings.optimizer, settings.model, settings.train
+    found = []
+    if optimizer.warmup_steps > train.train_steps:
+        found.append(
+            f"WARMUP_STEPS = {optimizer.warmup_steps} is longer than the run of "
+            f"TRAIN_STEPS = {train.train_steps}: the peak would never be reached"
+        )
+    if optimizer.qk_clip and model.qk_norm != "none":
+        found.append(
+            f"QK_CLIP = {optimizer.qk_clip:g} means nothing to QK_NORM = "
+            f"{model.qk_norm!r}, which undoes what it does: leave one of them "
+            "out"
+        )
+    steps = optimizer.schedule_steps or train.train_steps
+    falling = optimizer.decay_fraction * steps
+    if optimizer.schedule == "wsd" and optimizer.warmup_steps + falling > steps:
+        found.append(
+            f"WARMUP_STEPS = {optimizer.warmup_steps} and DECAY_FRACTION = "
+            f"{optimizer.decay_fraction:g} of {steps} steps, {falling:g}, leave none "
+            "at the peak: one of them must be smaller"
+        )
+    if optimizer.rounding != "nearest" and settings.execution.param_dtype == "float32":
+        found.append(
+            f"ROUNDING = {optimizer.rounding!r} means nothing to PARAM_DTYPE = "
+            "'float32': leave it at 'nearest', or set PARAM_DTYPE to 'bfloat16'"
+        )
+    if optimizer.offload and settings.platform.name == "cpu":
+        found.append(
+            "OFFLOAD_OPTIMIZER = True: with PLATFORM = 'cpu' there is no other memory "
+            "to keep the optimizer's state in; set it to False"
+        )
+    return found
+
+
 def _size_problems(settings: Settings) -> list[str]:
     """Sizes that do not suit one another."""
     data, mesh, model = settings.data, settings.mesh, settings.model
-    train, optimizer, loop = settings.train, settings.optimizer, settings.loop
+    train, loop = settings.train, settings.loop
     found = []
     pieces = {"bytes": 259, "sentencepiece": data.vocabulary_size}
     needed = pieces.get(data.vocabulary, -data.extra_ids) + data.extra_ids
@@ -446,29 +483,7 @@ def _size_problems(settings: Settings) -> list[str]:
             f"checkpoint: CHECKPOINT_PERIOD = {saves} must be a multiple of "
             f"EVAL_PERIOD = {scores}"
         )
-    if optimizer.warmup_steps > train.train_steps:
-        found.append(
-            f"WARMUP_STEPS = {optimizer.warmup_steps} is longer than the run of "
-            f"TRAIN_STEPS = {train.train_steps}: the peak would never be reached"
-        )
-    steps = optimizer.schedule_steps or train.train_steps
-    falling = optimizer.decay_fraction * steps
-    if optimizer.schedule == "wsd" and optimizer.warmup_steps + falling > steps:
-        found.append(
-            f"WARMUP_STEPS = {optimizer.warmup_steps} and DECAY_FRACTION = "
-            f"{optimizer.decay_fraction:g} of {steps} steps, {falling:g}, leave none "
-            "at the peak: one of them must be smaller"
-        )
-    if optimizer.rounding != "nearest" and settings.execution.param_dtype == "float32":
-        found.append(
-            f"ROUNDING = {optimizer.rounding!r} means nothing to PARAM_DTYPE = "
-            "'float32': leave it at 'nearest', or set PARAM_DTYPE to 'bfloat16'"
-        )
-    if optimizer.offload and settings.platform.name == "cpu":
-        found.append(
-            "OFFLOAD_OPTIMIZER = True: with PLATFORM = 'cpu' there is no other memory "
-            "to keep the optimizer's state in; set it to False"
-        )
+    found += _learning_problems(settings)
     if min(dataclasses.astuple(mesh)) < 1:
         return found  # a problem of its own
     routers = {"GROUP_SIZE": (settings.router, data.length)}

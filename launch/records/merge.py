@@ -18,7 +18,11 @@ Metrics = Mapping[str, Any]
 
 _LEDGER = "ledger/"
 _SUMMED = ("loss/target_tokens", "router/over_budget_rows")
-_GREATEST = ("router/max_violation",)
+_GREATEST = (
+    "router/max_violation",
+    "attention/max_logit",
+    "attention/clipped_heads",
+)
 _IN_A_ROW = "state/skipped_in_a_row"  # the greatest too, of steps that were skipped
 _LAST = (
     "optimizer/learning_rate",

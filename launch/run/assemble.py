@@ -213,6 +213,7 @@ def assemble(
             if settings.optimizer.trainable or settings.optimizer.frozen
             else None
         ),
+        qk_clip=settings.optimizer.qk_clip,
     )
     shapes = new_state.abstract(
         settings.layers, settings.execution.param_dtype, optimizer

@@ -26,6 +26,7 @@ from moe.settings import (
 )
 from partitioning.settings import MeshSettings, PartitionSettings
 
+_LOW = 0.5  # logits of attention that many heads of a small model exceed
 _FACTORED = 128  # the least width of which Optax's Adafactor factors the moments
 _RECORDS = (
     *("model", "router", "encoder_router", "execution", "optimizer", "train", "data"),
@@ -358,11 +359,15 @@ def _router(
 
 
 def _optimizer(optimizer: OptimizerSettings) -> OptimizerSettings:
-    """The same optimizer, whose first step is large enough to be seen in float32."""
+    """The same optimizer, whose first step is large enough to be seen in float32.
+
+    Logits are bounded at once, where they are at all.
+    """
     return dataclasses.replace(
         optimizer,
         learning_rate=max(optimizer.learning_rate, 1e-2),
         warmup_steps=0,
+        qk_clip=min(optimizer.qk_clip, _LOW),
         moment_dtype="float32",
         rounding="nearest",
         offload=False,

@@ -25,6 +25,7 @@ class Execution:
             every sequence.
         traces_routers: whether sums bring along what routers were given and decided,
             token by token; `verify` compares it.
+        measures_logits: whether attention returns the largest logit of each head.
     """
 
     settings: ExecutionSettings
@@ -33,6 +34,7 @@ class Execution:
     in_rounds: bool = False
     tokens_replicated: bool = False
     traces_routers: bool = False
+    measures_logits: bool = False
 
     @functools.cached_property
     def grid(self) -> Grid:

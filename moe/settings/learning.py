@@ -88,6 +88,9 @@ class OptimizerSettings:
             rate; 0 takes Jordan's factor of √max(1, outputs / inputs).
         weight_decay: decay of matrices, times the learning rate.
         clip_norm: bound of the global gradient norm; 0 does not clip.
+        qk_clip: bound of the logits of attention, to which the weights of queries and
+            keys are brought down after a step (arXiv:2507.20534, section 2.1); 0 sets
+            none.
         moment_dtype: dtype of the moments between steps.
         rounding: how an update reaches bfloat16 parameters: "nearest";
             "stochastic", so that updates below their precision count on average;
@@ -119,6 +122,7 @@ class OptimizerSettings:
     muon_rms: float = 0.2
     weight_decay: float = 0.1
     clip_norm: float = 1.0
+    qk_clip: float = 0.0
     moment_dtype: Literal["float32", "bfloat16"] = "float32"
     rounding: Literal["nearest", "stochastic", "master"] = "nearest"
     offload: bool = False

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moe.model.attention.attend import LargestLogits
 from moe.model.head import TargetScores
 from moe.routing.assignment import RouterSums
 from moe.settings import LossSettings
@@ -76,7 +77,7 @@ class AheadSums:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Sums:
-    """All that the losses of a batch are made of; adding two merges two batches.
+    """All that the losses of a batch are made of; `merged` merges two batches.
 
     Attributes:
         cross_entropy: summed over target tokens, in nats.
@@ -87,6 +88,8 @@ class Sums:
         router: totals of each sparse sublayer of each segment, whose number of experts
             may differ; empty in a dense model.
         ahead: sums of tokens after the next; None where there are none.
+        logits: largest logits of each sublayer of attention, led by layers; empty where
+            they are not measured. Of two batches the greater holds.
     """
 
     cross_entropy: jax.Array
@@ -96,11 +99,21 @@ class Sums:
     learnt: jax.Array
     router: tuple[RouterTotals, ...]
     ahead: AheadSums | None = None
+    logits: tuple[LargestLogits, ...] = ()
 
     @property
     def routers(self) -> tuple[RouterTotals, ...]:
         """Totals of all sparse sublayers, those of tokens after the next at the end."""
         return self.router + (self.ahead.router if self.ahead is not None else ())
+
+
+def merged(one: Sums, other: Sums) -> Sums:
+    """Merges the sums of two parts of a batch."""
+    both = jax.tree.map(
+        jnp.add, *(dataclasses.replace(each, logits=()) for each in (one, other))
+    )
+    logits = jax.tree.map(jnp.maximum, one.logits, other.logits)
+    return dataclasses.replace(both, logits=logits)
 
 
 def sums(
@@ -206,8 +219,12 @@ def over_devices(sums: Sums, grid: Grid) -> Sums:
         return dataclasses.replace(whole, router=router)
 
     ahead = None if sums.ahead is None else merged(sums.ahead)
-    rest = merged(dataclasses.replace(sums, ahead=None))
-    return dataclasses.replace(rest, ahead=ahead)
+    logits = jax.tree.map(
+        lambda most_PN: grid.gather(grid.max(most_PN, cuts), ["model"], 1),
+        sums.logits,
+    )
+    rest = merged(dataclasses.replace(sums, ahead=None, logits=()))
+    return dataclasses.replace(rest, ahead=ahead, logits=logits)
 
 
 def router_totals(

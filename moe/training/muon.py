@@ -36,8 +36,15 @@ class MuonState(NamedTuple):
 
 
 def is_made_orthogonal(spec: Spec) -> bool:
-    """Whether Muon moves a parameter, and not Adam."""
-    return spec.is_matrix and OF_ADAM.isdisjoint(spec.axes)
+    """Whether Muon moves a parameter, and not Adam.
+
+    A matrix of one column or row is a vector: there is nothing to make orthogonal.
+    """
+    least = min(
+        math.prod(spec.shape[dim] for dim in dims)
+        for dims in (spec.inputs, spec.outputs)
+    )
+    return spec.is_matrix and least > 1 and OF_ADAM.isdisjoint(spec.axes)
 
 
 def scale_by_muon(

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -11,10 +11,12 @@ import optax
 from jax.sharding import PartitionSpec
 
 from moe.model import multi_token, transformer
+from moe.model.attention.attend import LargestLogits
 from moe.model.head import projection, score_targets
 from moe.model.transformer import Batch, Model
+from moe.routing.assignment import RouterSums
 from moe.settings import LossSettings
-from moe.training import losses
+from moe.training import losses, qk_clip
 from moe.training.precision import MasterState, apply_updates
 from moe.training.selection_bias import move_selection_biases
 from moe.training.train_state import TrainState
@@ -38,6 +40,7 @@ class Learner:
         rounding: how updates reach the parameters.
         trained_of: what is trained of a tree of parameters, None in place of all else;
             None where all are.
+        qk_clip: bound of the logits of attention; 0 sets none.
         opt_shardings: where the optimizer's state belongs on the devices, if it is kept
             on their hosts between steps; else None.
     """
@@ -50,6 +53,7 @@ class Learner:
     seed: int
     rounding: str = "nearest"
     trained_of: Callable[[Any], Any] | None = None
+    qk_clip: float = 0.0
     opt_shardings: Any = None
 
 
@@ -118,6 +122,9 @@ def train_step(
         if isinstance(opt_state, MasterState):  # the next update starts from it
             master = move_selection_biases(opt_state.master, sums.routers, layers)
             opt_state = opt_state._replace(master=master)
+    if sums.logits:
+        metrics |= qk_clip.metrics(sums.logits, learner.qk_clip)
+        params, opt_state = _clipped(params, opt_state, sums.logits, learner)
     finite = jnp.isfinite(gradient_norm) & jnp.isfinite(metrics["loss/total"])
     if loss_limit is not None:
         finite &= metrics["loss/total"] <= loss_limit
@@ -152,6 +159,26 @@ def train_step(
     return new_state, metrics
 
 
+def _apart(
+    counted: Sequence[Any],
+) -> tuple[tuple[RouterSums, ...], tuple[LargestLogits, ...]]:
+    """Parts what sublayers return by what it is, each in its order."""
+    routers = tuple(each for each in counted if isinstance(each, RouterSums))
+    logits = tuple(each for each in counted if isinstance(each, LargestLogits))
+    return routers, logits
+
+
+def _clipped(
+    params: Any, opt_state: Any, logits: Any, learner: Learner
+) -> tuple[Any, Any]:
+    """Bounds the logits of attention, of a master copy too."""
+    given = logits, learner.model.layers, learner.qk_clip
+    params = qk_clip.clip(params, *given)
+    if isinstance(opt_state, MasterState):
+        opt_state = opt_state._replace(master=qk_clip.clip(opt_state.master, *given))
+    return params, opt_state
+
+
 def batch_sums(
     params: Any, batch: Batch, key: jax.Array | None, learner: Learner
 ) -> tuple[losses.Sums, jax.Array]:
@@ -175,6 +202,9 @@ def batch_sums(
         float64.
     """
     model, A, scored = learner.model, learner.microbatches, learner.model.layers.scored
+    if learner.qk_clip and key is not None:
+        measuring = dataclasses.replace(model.execution, measures_logits=True)
+        model = dataclasses.replace(model, execution=measuring)
     sparse = [place.sublayer.settings for place in model.layers.sparse()]
     sparse_ahead = [each.sublayer.settings for each in model.layers.sparse_ahead()]
     ahead = model.layers.ahead if key is not None else None
@@ -184,13 +214,14 @@ def batch_sums(
 
     def look_ahead(
         params: Any, x_BLM: jax.Array, piece: Batch, row_B: jax.Array, key: Any
-    ) -> losses.AheadSums:
+    ) -> tuple[losses.AheadSums, tuple[LargestLogits, ...]]:
         seen = transformer.view_of(model, scored, params, piece, row_B)
         given = params, x_BLM, piece, seen, key, model.layers, model.execution
-        outputs, router = multi_token.hidden(*given)
+        outputs, counted = multi_token.hidden(*given)
+        router, logits = _apart(counted)
         head = projection(params, model.layers.embedding)
         names = [f"ahead_{k}" for k in range(1, len(outputs) + 1)]
-        return losses.ahead_sums(
+        sums = losses.ahead_sums(
             [
                 score_targets(head, x, piece[f"{name}_target_tokens"], model.execution)
                 for name, x in zip(names, outputs, strict=True)
@@ -201,9 +232,11 @@ def batch_sums(
             add_up,
             group_rows=[s.router.group_rows for s in sparse_ahead],
         )
+        return sums, logits
 
     def one(params: Any, piece: Batch, row_B: jax.Array, key: Any) -> Any:
-        x_BLM, router = transformer.hidden(model, params, piece, row_B, key)
+        x_BLM, counted = transformer.hidden(model, params, piece, row_B, key)
+        router, logits = _apart(counted)
         target_BL = piece[f"{scored}_target_tokens"]
         weight_BL = piece[f"{scored}_loss_weights"]
         head = projection(params, model.layers.embedding)
@@ -222,8 +255,10 @@ def batch_sums(
             group_rows=[s.router.group_rows for s in sparse],
         )
         if ahead is not None:
-            more = look_ahead(params, x_BLM, piece, row_B, key)
+            more, logits_ahead = look_ahead(params, x_BLM, piece, row_B, key)
             sums = dataclasses.replace(sums, ahead=more)
+            logits += logits_ahead
+        sums = dataclasses.replace(sums, logits=logits)
         nats_BL = jax.lax.stop_gradient(scores.log_z_BL - scores.target_logit_BL)
         return sums, jnp.where(weight_BL > 0, nats_BL, 0)
 
@@ -238,11 +273,13 @@ def batch_sums(
 
         def add(carried: losses.Sums, piece: Any) -> tuple[losses.Sums, jax.Array]:
             sums, nats_BL = again(params, *piece, key)
-            return jax.tree.map(jnp.add, carried, sums), nats_BL
+            return losses.merged(carried, sums), nats_BL
 
         first = jax.tree.map(lambda x: x[0], pieces)
         shapes, _ = jax.eval_shape(one, params, *first, key)
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        none = jax.tree.map(lambda logit: logit - jnp.inf, zeros.logits)
+        zeros = dataclasses.replace(zeros, logits=none)
         sums, nats_ABL = jax.lax.scan(add, zeros, pieces)
         nats_BL = nats_ABL.reshape(-1, nats_ABL.shape[-1])
         return losses.over_devices(sums, model.grid), nats_BL

@@ -398,6 +398,12 @@ def test_rules_do_not_speak_of_values_that_were_never_given(leaf):
             "the peak: one of them must be smaller",
         ),
         (["SCHEDULE=wsd", "DECAY_FRACTION=0"], "DECAY_FRACTION = 0.0: must be in (0, "),
+        (["QK_CLIP=-1"], "QK_CLIP = -1.0: cannot be negative"),
+        (
+            ["QK_CLIP=100", "QK_NORM=head"],
+            "QK_CLIP = 100 means nothing to QK_NORM = 'head', which undoes what it "
+            "does: leave one of them out",
+        ),
         (["OPTIMIZER=muon", "MUON_BETA=1"], "MUON_BETA = 1.0: must be in [0, 1)"),
         (["OPTIMIZER=muon", "MUON_STEPS=0"], "MUON_STEPS = 0: must be at least 1"),
         (

@@ -91,7 +91,8 @@ CASES = {
 }
 CASES["muon"] = (
     "data=2,expert=2,model=2",
-    "OPTIMIZER=muon FSDP=data_expert ACTIVATION=swiglu NUM_KV_HEADS=2 NUM_HEADS=4",
+    "OPTIMIZER=muon QK_CLIP=100 FSDP=data_expert ACTIVATION=swiglu NUM_KV_HEADS=2 "
+    "NUM_HEADS=4",
     (),
 )
 DAILY = ("selection_bias",)

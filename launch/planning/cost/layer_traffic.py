@@ -92,6 +92,17 @@ def attention(sizes: Local) -> list[Flow]:
                     f"int32 of b × L, {layers} layers: passed round with the keys",
                 )
             )
+            measures = ring and sizes.settings.optimizer.qk_clip > 0
+            found.append(
+                flow_of(
+                    sizes,
+                    f"keys whose logits are measured, of {kind} layers",
+                    ("context",),
+                    rows * (sizes.kv_heads(s) * s.key_width * sizes.dtype_bytes + 4),
+                    layers * forward_passes(sizes) if measures else 0,
+                    f"b × L × u × D × d, {layers} layers: passed round forward",
+                )
+            )
     return found
 
 

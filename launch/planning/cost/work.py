@@ -153,11 +153,13 @@ def _scores(sizes: Local, block: Block, layers: int) -> list[Part]:
         runs += repeats(sizes, block, kept_by=kept)
         pairs = layers * sizes.tokens * sizes.cut_heads(s.num_heads)
         seen, width = pairs * _keys_seen(sizes, a), s.key_width + s.value_width
+        # QK_CLIP forms products of queries and keys once more, and keeps nothing.
+        measured = forward_passes(sizes) if sizes.settings.optimizer.qk_clip else 0
         found.append(
             Part(
                 "",
                 model_flops=2 * pairs * s.reach(a.keys) * width * microbatches,
-                flops=2 * seen * width * runs,
+                flops=2 * seen * (width * runs + s.key_width * measured),
                 touched_bytes=0 if kernel else seen * BYTES_PER_SCORE * runs,
             )
         )

@@ -22,6 +22,20 @@ Weights = dict[str, Any]  # arrays, and the weights of norms by name
 Memory = dict[str, jax.Array]  # each [B, T, ...]
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LargestLogits:
+    """What attention returns beside its output, if the pass measures logits.
+
+    Attributes:
+        logit_N: float32, the largest product of each of this device's heads that a
+            query sees, scaled, before any bound or bias. Of two passes the greater
+            holds.
+    """
+
+    logit_N: jax.Array
+
+
 class Kind(NamedTuple):
     """What kinds of attention differ in.
 
@@ -50,7 +64,7 @@ def attend(
     settings: Any,
     execution: Execution,
     source: Source | None = None,
-) -> tuple[jax.Array, Memory | None]:
+) -> tuple[jax.Array, Memory | None, LargestLogits | None]:
     """Attends within each segment, to the tokens themselves or to others.
 
     Args:
@@ -64,7 +78,8 @@ def attend(
         execution: blocks, and the mesh.
         source: another stack's tokens, which are seen instead.
     Returns:
-        y_BLM, and the memory with the new tokens in it, or the source.
+        y_BLM; the memory with the new tokens in it, or the source; and the largest
+        logits, if the pass measures them.
     """
     grid = execution.grid
     x_BLM = grid.enter(x_BLM)
@@ -93,7 +108,8 @@ def attend(
         held = {name: grid.gather(x, ["context"], 1) for name, x in held.items()}
     key_BTUD, value_BTUX = kind.expand(w, held, settings)
     scoring = kind.scoring(w, view, reach, settings)
-    mixed_BLNX = mix(query_BLND, key_BTUD, value_BTUX, view, scoring, execution)
+    given = query_BLND, key_BTUD, value_BTUX, view, scoring, execution
+    mixed_BLNX, largest = mix(*given)
     if kind.finish is not None:
         mixed_BLNX = kind.finish(w, mixed_BLNX, x_BLM, settings)
     if "gate" in w:
@@ -102,7 +118,7 @@ def attend(
     y_BLM = checkpoint_name(y_BLM, OUTPUT_NAME)
     if "output_bias" in w:
         y_BLM += w["output_bias"].astype(y_BLM.dtype)
-    return y_BLM, None if memory is None else held
+    return y_BLM, None if memory is None else held, largest
 
 
 def _in_chunks(view: View, chunk: int, execution: Execution) -> View:
@@ -134,26 +150,41 @@ def mix(
     view: View,
     scoring: Scoring,
     execution: Execution,
-) -> jax.Array:
-    """Mixes values by the way that suits the pass; returns mixed_BLNX."""
+) -> tuple[jax.Array, LargestLogits | None]:
+    """Mixes values by the way that suits the pass; returns mixed_BLNX.
+
+    Logits are measured apart, whichever way that is: libraries' kernels tell none.
+    """
     grid, block = execution.grid, execution.settings.attention_block
-    who = view.queries, view.keys, scoring
+    who, ring = (view.queries, view.keys, scoring), blocks.Ring()
+
+    def measured(key_BTUD: jax.Array, ring: blocks.Ring) -> LargestLogits | None:
+        if not execution.measures_logits:
+            return None
+        return LargestLogits(
+            blocks.largest(query_BLND, key_BTUD, *who, block=block, ring=ring)
+        )
+
     method = _kernel(query_BLND, value_BTUX, view, scoring, execution)
     if method is not None:  # imported here: it may be of no other platform
         from moe.model.attention import kernel
 
-        return kernel.attend(query_BLND, key_BTUD, value_BTUX, *who, method=method)
+        given = query_BLND, key_BTUD, value_BTUX, *who
+        return kernel.attend(*given, method=method), measured(key_BTUD, ring)
     if _is_cut(view, execution) and _goes_round(execution):
         ring = blocks.Ring("context", grid.size("context"))
         block = block or key_BTUD.shape[1]
-        return blocks.attend(
+        mixed_BLNX = blocks.attend(
             query_BLND, key_BTUD, value_BTUX, *who, block=block, ring=ring
         )
+        return mixed_BLNX, measured(key_BTUD, ring)
     # A memory has room for more tokens than there are yet.
     tokens = key_BTUD.shape[1] if view.start is None else query_BLND.shape[1]
     if 0 < block <= tokens:
-        return blocks.attend(query_BLND, key_BTUD, value_BTUX, *who, block=block)
-    return whole.attend(query_BLND, key_BTUD, value_BTUX, *who)
+        mixed_BLNX = blocks.attend(query_BLND, key_BTUD, value_BTUX, *who, block=block)
+    else:
+        mixed_BLNX = whole.attend(query_BLND, key_BTUD, value_BTUX, *who)
+    return mixed_BLNX, measured(key_BTUD, ring)
 
 
 def _is_cut(view: View, execution: Execution) -> bool:

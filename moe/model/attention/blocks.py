@@ -89,6 +89,72 @@ def attend(
     return jnp.moveaxis(mixed, 0, 1).reshape(B, -1, N, value_BTUX.shape[-1])[:, :L]
 
 
+def largest(
+    query_BLND: jax.Array,
+    key_BTUD: jax.Array,
+    queries: Who,
+    keys: Who,
+    scoring: Scoring,
+    *,
+    block: int,
+    ring: Ring = Ring(),
+) -> jax.Array:
+    """Returns largest_N, the greatest product of each head that a query sees.
+
+    In float32 and scaled, before any bound or bias; LEAST where nothing is seen.
+    Padding, of segment 0, sees nothing here. There is no gradient, and no L × T array
+    is whole. On a ring the keys go round once.
+
+    Args:
+        query_BLND: queries, not yet scaled; N is a multiple of U.
+        key_BTUD: keys.
+        queries: who the queries are.
+        keys: who the keys are.
+        scoring: the scale, and who sees whom.
+        block: queries, and keys, of a block; 0 takes all at once.
+        ring: devices whose keys pass by.
+    """
+    query_BLND, key_BTUD = lax.stop_gradient((query_BLND, key_BTUD))
+    (_, L, N, _), (_, T, U, _) = query_BLND.shape, key_BTUD.shape
+    l, t = min(block or L, L), min(block or T, T)  # noqa: E741
+    asking = (
+        _cut(by_key_head(query_BLND, U, scoring), l),
+        _cut(_packed(queries), l, -2),
+    )
+    held = _cut(key_BTUD, t), _cut(_packed(keys), t, -1)
+
+    def add(held: Any, most_Un: jax.Array, asking: Any) -> tuple[jax.Array, None]:
+        (query_BlUnD, queries), (key_BtUD, keys) = asking, held
+        queries, keys = _unpacked(queries), _unpacked(keys)
+        visible_Blt = scoring.visible(queries, keys)
+        visible_Blt &= queries.segment_BL[:, :, None] > 0
+
+        def greater(most_Un: jax.Array) -> jax.Array:
+            product_BUnlt = products(query_BlUnD, key_BtUD)
+            seen = jnp.where(visible_Blt[:, None, None], product_BUnlt, LEAST)
+            return jnp.maximum(most_Un, jnp.max(seen, axis=(0, 3, 4)))
+
+        return lax.cond(jnp.any(visible_Blt), greater, lambda most: most, most_Un), None
+
+    def over_held(most_Un: jax.Array, held: Any) -> jax.Array:
+        def one_key_block(most_Un: jax.Array, held: Any) -> tuple[jax.Array, None]:
+            return lax.scan(functools.partial(add, held), most_Un, asking)[0], None
+
+        return lax.scan(one_key_block, most_Un, held)[0]
+
+    most_Un = over_held(jnp.full((U, N // U), LEAST, jnp.float32), held)
+    if ring.axis_size > 1:
+
+        def turn(carry: Any, _: None) -> tuple[Any, None]:
+            most_Un, here = carry
+            here = _pass_on(here, ring)
+            return (over_held(most_Un, here), here), None
+
+        turns = ring.axis_size - 1
+        (most_Un, _), _ = lax.scan(turn, (most_Un, held), length=turns)
+    return most_Un.reshape(N)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _attend_blocks(
     query: jax.Array, held: Any, scoring: Scoring, queries: jax.Array, ring: Ring

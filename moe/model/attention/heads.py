@@ -9,7 +9,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from moe.model import norms
-from moe.model.attention.attend import Kind, Memory, Weights, attend
+from moe.model.attention.attend import (
+    Kind,
+    LargestLogits,
+    Memory,
+    Weights,
+    attend,
+)
 from moe.model.attention.positions import (
     bias_of,
     falling,
@@ -92,11 +98,36 @@ def apply(
     key: jax.Array | None,
     number: jax.Array,
     execution: Execution,
-) -> tuple[jax.Array, Memory | None, None]:
-    """Attends; see `attend`. Nothing is drawn, and nothing counted."""
+) -> tuple[jax.Array, Memory | None, LargestLogits | None]:
+    """Attends; see `attend`. Nothing is drawn."""
     del key, number
     w = w if memory else own_keys(w, s, execution.grid)
-    return *attend(kind(execution.grid), w, x_BLM, view, memory, s, execution), None
+    return attend(kind(execution.grid), w, x_BLM, view, memory, s, execution)
+
+
+def with_logits_times(
+    w: Weights, factor_N: jax.Array, s: HeadsSettings
+) -> dict[str, jax.Array]:
+    """Returns those weights that change, so that a head's logits are times a factor.
+
+    Queries and keys share it by its root, as in arXiv:2507.20534, section 2.1. Where
+    keys have several heads of queries, these alone change: their factors differ; and
+    where queries or keys are frozen, the others have all of it.
+
+    Args:
+        w: the sublayer's parameters, led by layers; None in place of frozen ones.
+        factor_N: positive, led by layers too.
+        s: record of the sublayer.
+    """
+    shared = s.kv_heads < s.num_heads
+    names = [n for n in ("query", "key")[: 1 if shared else 2] if w[n] is not None]
+    if not names:
+        return {}
+    factor_N1 = (factor_N if len(names) == 1 else jnp.sqrt(factor_N))[..., None]
+    changed = {name: w[name] * factor_N1[..., None, :, :] for name in names}
+    biases = [f"{name}_bias" for name in names]
+    changed |= {n: w[n] * factor_N1 for n in biases if w.get(n) is not None}
+    return {name: array.astype(w[name].dtype) for name, array in changed.items()}
 
 
 def own_keys(w: Weights, s: HeadsSettings, grid: Grid) -> Weights:

@@ -16,7 +16,13 @@ import jax
 import jax.numpy as jnp
 
 from moe.model import norms
-from moe.model.attention.attend import Kind, Memory, Weights, attend
+from moe.model.attention.attend import (
+    Kind,
+    LargestLogits,
+    Memory,
+    Weights,
+    attend,
+)
 from moe.model.attention.positions import rotate
 from moe.model.attention.scoring import Scoring
 from moe.model.execution import Execution
@@ -79,13 +85,13 @@ def apply(
     key: jax.Array | None,
     number: jax.Array,
     execution: Execution,
-) -> tuple[jax.Array, Memory | None, None]:
-    """Attends; see `attend`. Nothing is drawn, and nothing counted."""
+) -> tuple[jax.Array, Memory | None, LargestLogits | None]:
+    """Attends; see `attend`. Nothing is drawn."""
     del key, number
     absorbs = memory is not None and s.absorbs(x_BLM.shape[1])
     kind = IN_LATENT_SPACE if absorbs else KIND
     down_BLC = _down(w, x_BLM, s)
-    return *attend(kind, w, down_BLC, view, memory, s, execution), None
+    return attend(kind, w, down_BLC, view, memory, s, execution)
 
 
 def _down(w: Weights, x_BLM: jax.Array, s: LatentSettings) -> jax.Array:
@@ -104,6 +110,33 @@ def _parts(down_BLC: jax.Array, s: LatentSettings) -> tuple[jax.Array, ...]:
     width = down_BLC.shape[-1] - s.query_latent - s.kv_latent - s.rope_dim
     ends = [width, width + s.query_latent, down_BLC.shape[-1] - s.rope_dim]
     return tuple(jnp.split(down_BLC, ends, axis=-1))
+
+
+def with_logits_times(
+    w: Weights, factor_N: jax.Array, s: LatentSettings
+) -> dict[str, jax.Array]:
+    """Returns those weights that change, so that a head's logits are times a factor.
+
+    The part without positions shares it by its root between queries and keys; of the
+    other the key is that of all heads, and queries alone change (arXiv:2507.20534,
+    section 2.1). What is frozen changes nothing, and leaves it to the queries.
+
+    Args:
+        w: the sublayer's parameters, led by layers; None in place of frozen ones.
+        factor_N: positive, led by layers too.
+        s: record of the sublayer.
+    """
+    query, key = w["query_up"], w["key_up"]
+    if query is None:
+        return {}
+    turned_1N1 = factor_N[..., None, :, None]
+    bare_1N1 = turned_1N1 if key is None else jnp.sqrt(turned_1N1)
+    bare, turned = jnp.split(query, [s.head_dim], axis=-1)
+    both = jnp.concatenate([bare * bare_1N1, turned * turned_1N1], axis=-1)
+    changed = {"query_up": both.astype(query.dtype)}
+    if key is not None:
+        changed["key_up"] = (key * bare_1N1).astype(key.dtype)
+    return changed
 
 
 def _ask(

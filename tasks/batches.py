@@ -13,6 +13,7 @@ from tasks import layouts, mixing
 from tasks.draws import name_key
 from tasks.errors import StoreError
 from tasks.permutation import permute
+from tasks.ramp import Sizes, sizes
 from tasks.rows import TaskRows
 from tasks.settings import DataSettings, MixtureSettings
 from tasks.store import TokenStore
@@ -37,14 +38,14 @@ class Progress:
 class Batches:
     """The endless sequence of batches that a run learns from.
 
-    Row r of batch i is number i·batch_size + r of a sequence of rows. The mixture says
-    of which task each is, and its how many-th. A task's rows are visited once per
+    Row r of batch i is number `sizes.before(i)` + r of a sequence of rows. The mixture
+    says of which task each is, and its how many-th. A task's rows are visited once per
     epoch; an epoch may end within a batch.
 
     Attributes:
         tasks: rows of each.
         mixture: which of them each row is of.
-        batch_size: B, rows of a global batch.
+        sizes: B, rows of every global batch.
         seed: seed for the order, and for what objectives draw.
         shuffle: visit rows in an order keyed by seed, task and epoch; else as stored.
     """
@@ -52,7 +53,7 @@ class Batches:
     tasks: tuple[TaskRows, ...]
     mixture: mixing.Mixture
     _: dataclasses.KW_ONLY
-    batch_size: int
+    sizes: Sizes
     seed: int = 0
     shuffle: bool = True
 
@@ -89,7 +90,7 @@ class Batches:
 
     def progress(self, data_index: int) -> dict[str, Progress]:
         """Returns how far batches [0, data_index) have got in each task."""
-        counts = self.mixture.counts(data_index * self.batch_size)
+        counts = self.mixture.counts(self.sizes.before(data_index))
         found = {}
         for task, rows in zip(self.tasks, counts.tolist(), strict=True):
             epochs = rows / task.num_rows if rows else 0.0
@@ -102,16 +103,16 @@ class Batches:
 
         Args:
             data_index: which batch, from 0 on without end.
-            start: first row, in [0, batch_size].
-            stop: end of the rows, in [start, batch_size].
+            start: first row, in [0, B].
+            stop: end of the rows, in [start, B].
         Returns:
             int32[stop - start, L] under each name in `features`; images are uint8.
         Raises:
             ValueError: the rows are not in the batch, or `data_index` is negative.
             StoreError: the store is damaged.
         """
-        _check(data_index, start, stop, self.batch_size)
-        first = data_index * self.batch_size
+        _check(data_index, start, stop, self.sizes.of(max(data_index, 0)))
+        first = self.sizes.before(data_index)
         number, k = self.mixture.assign(first + start, first + stop)
         batch = {
             name: np.zeros((stop - start, length), layouts.type_of(name))
@@ -213,15 +214,25 @@ def training(
     *,
     batch_size: int,
     seed: int,
+    ramp: tuple[tuple[int, int], ...] = (),
 ) -> Batches:
     """Returns the batches that a run learns from.
+
+    Args:
+        store: the tokens.
+        data: what a row is.
+        mixture: which Task each row is of.
+        batch_size: B, rows of a global batch.
+        seed: seed for the order, and for what objectives draw.
+        ramp: sizes of earlier batches; see `TrainSettings`.
 
     Raises:
         StoreError: the store does not suit the objective, or the mixture not the
             store.
     """
     tasks = _task_rows(store, store.tasks, data.train_split, data)
-    shares = _mixture(store, tasks, mixture, batch_size)
+    of_batches = sizes(batch_size, ramp)
+    shares = _mixture(store, tasks, mixture, of_batches)
     learnt = [
         task for task, share in zip(tasks, shares.shares.T, strict=True) if share.any()
     ]
@@ -230,9 +241,7 @@ def training(
             f"TRAIN_SPLIT = {data.train_split!r} of {_listed(empty)} holds no tokens: "
             "set the rate in MIXTURE_RATES to 0"
         )
-    return Batches(
-        tasks, shares, batch_size=batch_size, seed=seed, shuffle=data.shuffle
-    )
+    return Batches(tasks, shares, sizes=of_batches, seed=seed, shuffle=data.shuffle)
 
 
 def heldout(
@@ -271,13 +280,15 @@ def _mixture(
     store: TokenStore,
     tasks: tuple[TaskRows, ...],
     mixture: MixtureSettings,
-    batch_size: int,
+    of_batches: Sizes,
 ) -> mixing.Mixture:
     """The mixture that settings ask for; schedules count in steps."""
     if mixture.schedule:
         return mixing.scheduled(
             {
-                step * batch_size: _rates(store, f"MIXTURE_SCHEDULE[{step}]", rates)
+                of_batches.before(step): _rates(
+                    store, f"MIXTURE_SCHEDULE[{step}]", rates
+                )
                 for step, rates in mixture.schedule.items()
             }
         )

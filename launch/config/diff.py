@@ -15,7 +15,7 @@ _FIXED_SECTIONS = (
     "the mixture",
     "what is left out",
 )
-_FIXED = {"BATCH_SIZE", "SEED"}
+_FIXED = {"BATCH_SIZE", "BATCH_RAMP", "SEED"}
 # Of those sections, what regularises, bounds or only says where to find something.
 _FREE = {
     "READ_RETRIES",

@@ -38,13 +38,16 @@ def problems(
     multiple = mesh.batch_shards * train.microbatches * group_rows
     axes = named(mesh, BATCH_AXES)
     shards = f"{mesh.batch_shards} batch shards ({axes})" if axes else "1 batch shard"
-    if multiple >= 1 and train.batch_size >= 1 and train.batch_size % multiple:
-        found.append(
-            f"BATCH_SIZE = {train.batch_size} does not divide over {shards} × "
-            f"MICROBATCHES = {train.microbatches}"
-            + (f" × GROUP_ROWS = {group_rows}" if group_rows > 1 else "")
-            + f": {_nearest_multiples(train.batch_size, multiple)}"
-        )
+    sizes = {"BATCH_SIZE": train.batch_size}
+    sizes |= {f"BATCH_RAMP from batch {n}": rows for n, rows in train.batch_ramp[:-1]}
+    found += [
+        f"{which} = {rows} does not divide over {shards} × "
+        f"MICROBATCHES = {train.microbatches}"
+        + (f" × GROUP_ROWS = {group_rows}" if group_rows > 1 else "")
+        + f": {_nearest_multiples(rows, multiple)}"
+        for which, rows in sizes.items()
+        if multiple >= 1 and rows >= 1 and rows % multiple
+    ]
     numbers = {model.num_experts, *model.experts_per_layer} if sparse else set()
     found += [
         _expert_problem(model, number, mesh.expert)

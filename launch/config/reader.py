@@ -28,6 +28,8 @@ from launch.config.syntax import (
 )
 from launch.config.types import annotation, fill, fit, is_text, stand_in
 from launch.errors import ConfigError, is_utf8, nearest
+from tasks.ramp import problems as ramp_problems
+from tasks.ramp import sizes
 
 _BASE = "configs/base.gin"
 _MOST_FAULTS = 5  # unreadable statements in one file, before reading stops
@@ -418,8 +420,11 @@ class _Reader:
         """Counts the steps that read TRAIN_TOKENS."""
         if settings.train.train_tokens <= 0:
             return settings
-        per_step = settings.train.batch_size * settings.data.tokens_per_row
-        steps = -(-settings.train.train_tokens // max(per_step, 1))
+        rows = -(-settings.train.train_tokens // max(settings.data.tokens_per_row, 1))
+        size, ramp = settings.train.batch_size, settings.train.batch_ramp
+        if size < 1 or ramp_problems(size, ramp):
+            ramp, size = (), max(size, 1)  # which is a problem of its own
+        steps = sizes(size, ramp).batches(rows)
         values["TRAIN_STEPS"] = steps
         origin = f"TRAIN_TOKENS, {self._assigned['TRAIN_TOKENS'].origin}"
         self._assigned["TRAIN_STEPS"] = _Assigned(steps, origin)

@@ -24,6 +24,7 @@ from partitioning.settings import (
     PartitionSettings,
     fitting,
 )
+from tasks import ramp
 from tasks.settings import DataSettings, FilterSettings, MixtureSettings
 
 _IN_BUCKET = re.compile(r"(gs|s3)://[^/\s]+/[^\s]*[^/\s]/*")  # and never all of one
@@ -187,6 +188,11 @@ class Settings:
         return architecture.describe(self.model, self.router, self.encoder_router)
 
     @property
+    def batch_sizes(self) -> ramp.Sizes:
+        """Rows of every batch."""
+        return ramp.sizes(self.train.batch_size, self.train.batch_ramp)
+
+    @property
     def names_code(self) -> bool:
         """Whether it names code that is not Switchyard's own, as "module:name"."""
         router, beside, optimizer = self.router, self.encoder_router, self.optimizer
@@ -219,6 +225,7 @@ def problems(settings: Settings) -> list[str]:
         *tasks.settings.problems(settings.data, settings.mixture, settings.filters),
         *_range_problems(settings),
         *_optimizer_problems(settings.optimizer),
+        *ramp.problems(settings.train.batch_size, settings.train.batch_ramp),
         *_text_problems(settings),
         *_size_problems(settings),
         *_device_problems(settings.platform, settings.mesh),

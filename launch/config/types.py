@@ -62,6 +62,8 @@ def fit(value: Any, kind: Any) -> Any:
     texts = (value,) if make is str else value if kind == tuple[str, ...] else ()
     if not all(map(is_utf8, texts)):
         raise ValueError("is not UTF-8: \\ud800 to \\udfff in it are no characters")
+    if kind == tuple[tuple[int, int], ...]:
+        value = tuple(map(tuple, value))
     return dict(value) if make is Mapping else make(value)
 
 
@@ -110,6 +112,12 @@ def _is_integers(value: Any) -> bool:
     return isinstance(value, tuple | list) and all(map(_is_int, value))
 
 
+def _is_pairs(value: Any) -> bool:
+    return isinstance(value, tuple | list) and all(
+        _is_integers(pair) and len(pair) == 2 for pair in value
+    )
+
+
 def _is_lengths(value: Any) -> bool:
     return isinstance(value, dict) and all(
         isinstance(key, str) and _is_int(number) for key, number in value.items()
@@ -151,6 +159,10 @@ _RULES: dict[Any, tuple[str, Callable[[Any], bool]]] = {
     str: ("text in quotes", lambda value: isinstance(value, str)),
     tuple[str, ...]: ("a tuple of texts, such as ('--flag=1',)", _is_texts),
     tuple[int, ...]: ("a tuple of integers, such as (32, 64)", _is_integers),
+    tuple[tuple[int, int], ...]: (
+        "a tuple of pairs of integers, such as ((0, 32), (1000, 64))",
+        _is_pairs,
+    ),
     Options: (_OPTIONS_RULE, _is_options),
     Mapping[str, object]: (_OPTIONS_RULE, _is_options),
     Mapping[str, int]: ("a dict of integers, such as {'targets': 256}", _is_lengths),

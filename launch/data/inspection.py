@@ -95,7 +95,7 @@ def _examples(store: TokenStore, batches: Batches, number: int) -> list[Text]:
     """The first rows of the first batches."""
     found = []
     for place in range(number):
-        index, row = divmod(place, batches.batch_size)
+        index, row = divmod(place, batches.sizes.of(0))
         features = batches.read(index, row, row + 1)
         found.append(_row({name: f[0] for name, f in features.items()}, store))
     return found

@@ -34,6 +34,7 @@ def training_batches(store: TokenStore, settings: Settings) -> Batches:
         settings.data,
         settings.mixture,
         batch_size=train.batch_size,
+        ramp=train.batch_ramp,
         seed=train.seed,
     )
 

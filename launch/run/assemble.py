@@ -62,6 +62,12 @@ class Run:
         )
         return jax.jit(draw, out_shardings=self.shardings)(key)
 
+    def of_batches(self, rows: int) -> "Run":
+        """Returns the run as if all its batches had so many rows, to compile for."""
+        train = dataclasses.replace(self.settings.train, batch_size=rows, batch_ramp=())
+        settings = dataclasses.replace(self.settings, train=train)
+        return dataclasses.replace(self, settings=settings)
+
     def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes of a batch, to compile against."""
         B = self.settings.train.batch_size

@@ -33,7 +33,9 @@ def facts(
     settings = config.settings
     model, train = settings.model, settings.train
     counts = count(settings.layers, settings.data.length, settings.data.encoder_length)
-    tokens = train.batch_size * settings.data.tokens_per_row
+    rows, per_row = settings.batch_sizes, settings.data.tokens_per_row
+    tokens, all_rows = train.batch_size * per_row, rows.before(train.train_steps)
+    growing = f"{rows.of(0) * per_row:,} to " if train.batch_ramp else ""
     lines = [
         (
             "parameters",
@@ -51,8 +53,8 @@ def facts(
         ("mesh", f"{describe(settings.mesh)} ({run.mesh.devices.flat[0].platform})"),
         (
             "tokens",
-            f"{tokens:,} a step in {train.microbatches} microbatch(es), "
-            f"{compact(tokens * train.train_steps)} in {train.train_steps:,} steps",
+            f"{growing}{tokens:,} a step in {train.microbatches} microbatch(es), "
+            f"{compact(all_rows * per_row)} in {train.train_steps:,} steps",
         ),
         *data_facts(settings, store),
         ("attention", _describe_attention(run)),

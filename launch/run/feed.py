@@ -65,6 +65,7 @@ class Feed:
         start: index of the first batch.
         stop: index after the last.
         shape: rows and length of the global batch, as in `place_batch`.
+        rows: rows of each batch by its index; None has those of the shape in all.
         sharding: where it goes.
         depth: batches in flight at most; bounds memory.
     """
@@ -77,12 +78,16 @@ class Feed:
         stop: int,
         shape: tuple[int, int],
         sharding: jax.sharding.NamedSharding,
+        rows: Callable[[int], int] | None = None,
         depth: int = 3,
     ) -> None:
         self.wait_seconds = 0.0  # in the last `next`
-        self._load = functools.partial(
-            place_batch, read, shape=shape, sharding=sharding
-        )
+
+        def load(index: int) -> DeviceBatch:
+            number = shape[0] if rows is None else rows(index)
+            return place_batch(read, index, (number, shape[1]), sharding)
+
+        self._load = load
         self._indices = iter(range(start, stop))
         self._depth = depth
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="feed")

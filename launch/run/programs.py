@@ -27,11 +27,13 @@ class Programs:
 
     def __init__(self, run: Run) -> None:
         self._run = run
-        self._makers: dict[str, Callable[[], Any]] = {
-            TRAIN_STEP: run.compile_train_step,
-            EVALUATION: run.compile_eval_step,
-            ROUNDS: functools.partial(run.compile_train_step, rounds=True),
-        }
+        self._sizes = run.settings.batch_sizes
+        self._makers: dict[str, Callable[[], Any]] = {EVALUATION: run.compile_eval_step}
+        for rows in self._sizes.each:
+            make = run.of_batches(rows).compile_train_step
+            self._makers[self._named(TRAIN_STEP, rows)] = make
+            rounds = functools.partial(make, rounds=True)
+            self._makers[self._named(ROUNDS, rows)] = rounds
         self._begun: dict[str, Future[Any]] = {}
         # Of one thread, so that all processes of a job compile in the same order.
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="compile")
@@ -50,22 +52,33 @@ class Programs:
         """Begins no other program."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def begin(self) -> None:
-        """Begins with the train step and, if the settings say so, all others."""
-        self._begin(TRAIN_STEP)
+    def begin(self, index: int = 0) -> None:
+        """Begins with the train step and, if the settings say so, all others.
+
+        Args:
+            index: batch that comes first; sizes before its own are not needed.
+        """
+        now = self._sizes.of(index)
+        self._begin(self._named(TRAIN_STEP, now))
         if self._run.settings.loop.compile_ahead == "all":
             self._begin(EVALUATION)
-            if self._run.may_exceed_budget:
-                self._begin(ROUNDS)
+            for rows in self._sizes.each[self._sizes.each.index(now) :]:
+                self._begin(self._named(TRAIN_STEP, rows))
+                if self._run.of_batches(rows).may_exceed_budget:
+                    self._begin(self._named(ROUNDS, rows))
 
     def wait(self) -> None:
         """Waits for all that was begun; what cannot be compiled raises here."""
         for name in tuple(self._begun):
             self._get(name)
 
+    def prepare(self, rows: int) -> None:
+        """Compiles the step of batches of so many rows, unless that is done."""
+        self._get(self._named(TRAIN_STEP, rows))
+
     def train_step(self) -> Any:
-        """Returns the step."""
-        return self._get(TRAIN_STEP)
+        """Returns the step, of batches of any of the run's sizes."""
+        return self._by_size(TRAIN_STEP)
 
     def evaluation(self) -> Any:
         """Returns the scoring of one batch."""
@@ -73,7 +86,23 @@ class Programs:
 
     def rounds(self) -> Any:
         """Returns the step that finds room for all rows."""
-        return self._get(ROUNDS)
+        return self._by_size(ROUNDS)
+
+    def _by_size(self, name: str) -> Any:
+        """A program for batches of every size; of one size it is compiled at once."""
+        if len(self._sizes.each) == 1:
+            return self._get(name)
+
+        def step(state: Any, batch: Any, *others: Any) -> Any:
+            rows = len(next(iter(batch.values())))
+            return self._get(self._named(name, rows))(state, batch, *others)
+
+        return step
+
+    def _named(self, name: str, rows: int) -> str:
+        """What a program is called, of batches of so many rows."""
+        alone = len(self._sizes.each) == 1
+        return name if alone else f"{name} for batches of {rows} rows"
 
     def _begin(self, name: str) -> Future[Any]:
         if name not in self._begun:

@@ -21,21 +21,21 @@ def derive(run: Run) -> Callable[[Record], Record]:
     memory that was in use at most, where the backend counts it.
     """
     devices = run.mesh.devices.flat
-    data, train = run.settings.data, run.settings.train
+    data = run.settings.data
     per_token = count(
         run.settings.layers, data.length, data.encoder_length
     ).train_flops_per_token
-    flops = per_token * train.batch_size * data.tokens_per_row
+    # Speed counts the tokens of the scored side.
+    flops = per_token * data.tokens_per_row / data.length
     peak = peak_flops(devices[0].platform, devices[0].device_kind)
 
     def known(record: Record) -> Record:
-        seconds = record["perf/step_seconds"]
         found: dict[str, Any] = {}
         speed = record["perf/tokens_per_second"]
         found["perf/tokens_per_second_per_device"] = speed / len(devices)
         if peak is not None:
-            able = peak * len(devices) * seconds
-            found["perf/model_flops_utilization"] = flops / able
+            able = peak * len(devices)
+            found["perf/model_flops_utilization"] = flops * speed / able
         memory = memory_peak_bytes()
         if memory is not None:
             found["perf/memory_peak_bytes"] = memory

@@ -167,7 +167,9 @@ def about_start(life: Life) -> About:
         knobs=[(k.macro, repr(k.value), k.origin) for k in config.knobs],
         command=" ".join(["switchyard", *sys.argv[1:]]),
         manifest=saving.fingerprints(store.manifest) | {"jax": jax.__version__},
-        tokens_per_step=train.batch_size * config.settings.data.tokens_per_row,
+        tokens_per_step=None  # no axis of steps is one of tokens
+        if train.batch_ramp
+        else train.batch_size * config.settings.data.tokens_per_row,
     )
 
 

@@ -30,7 +30,7 @@ class Log:
         data_facts: what is known of the data before a batch index.
         period_steps: between records.
         last_step: number of the run's last step.
-        tokens_per_step: positions in a batch, by which the speed is told.
+        tokens_of: positions in a batch by its index, by which the speed is told.
 
     Attributes:
         skipped_in_a_row: non-finite steps up to the last.
@@ -44,7 +44,7 @@ class Log:
         *,
         period_steps: int,
         last_step: int,
-        tokens_per_step: int,
+        tokens_of: Callable[[int], int],
     ) -> None:
         self.skipped_in_a_row = 0
         self._steps = self._steps_again = 0
@@ -53,7 +53,7 @@ class Log:
         self._data_facts = data_facts
         self._period = period_steps
         self._last_step = last_step
-        self._tokens = tokens_per_step
+        self._tokens_of = tokens_of
         self._clock = time.perf_counter()
         self._last: tuple[int, int] | None = None
         self._begin()
@@ -68,8 +68,10 @@ class Log:
         self._steps_again += again
         self._merged.add(metrics)
         if self._steps == 2:  # the first of a start is slower, and counts alone only
-            self._timed, self._seconds, self._waited = 0, 0.0, 0.0
+            self._timed, self._tokens, self._seconds, self._waited = 0, 0, 0.0, 0.0
         self._timed += 1
+        tokens = self._tokens_of(launched.index)
+        self._tokens += tokens
         self._seconds += seconds
         self._waited += launched.waited_seconds
         self._last = launched.step, launched.index
@@ -78,7 +80,7 @@ class Log:
         self._progress.update(
             {"step": launched.step, "split": "train"}
             | {name: v.item() if v.ndim == 0 else v for name, v in shown.items()}
-            | self._perf(1, seconds, launched.waited_seconds)
+            | self._perf(1, tokens, seconds, launched.waited_seconds)
         )
         if launched.step % self._period == 0 or launched.step in (1, self._last_step):
             self.write()
@@ -91,7 +93,7 @@ class Log:
         self._writer.write(
             {"step": step, "split": "train"}
             | self._merged.record()
-            | self._perf(self._timed, self._seconds, self._waited)
+            | self._perf(self._timed, self._tokens, self._seconds, self._waited)
             | self._data_facts(index + 1)
         )
         self._begin()
@@ -109,15 +111,15 @@ class Log:
     def _begin(self) -> None:
         """Begins the next record."""
         self._merged = Merged()
-        self._timed, self._seconds, self._waited = 0, 0.0, 0.0
+        self._timed, self._tokens, self._seconds, self._waited = 0, 0, 0.0, 0.0
         self._last = None
 
-    def _perf(self, steps: int, seconds: float, waited: float) -> Record:
+    def _perf(self, steps: int, tokens: int, seconds: float, waited: float) -> Record:
         """Speed over some steps."""
         return {
             "perf/steps_since_start": self._steps,
             "perf/step_seconds": seconds / steps,
-            "perf/tokens_per_second": steps * self._tokens / seconds,
+            "perf/tokens_per_second": tokens / seconds,
             "perf/data_wait_seconds": waited / steps,
             "perf/steps_taken_again": self._steps_again,
         }

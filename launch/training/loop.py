@@ -5,7 +5,6 @@ wait for the host.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -44,6 +43,7 @@ class Hooks:
             `Watch`; of none the state that the run began with.
         provenance: what a checkpoint says of its origin.
         still_ours: ends the process if another run has taken its folder.
+        prepare: compiles what batches of so many rows need, unless that is done.
     """
 
     train_step: Step
@@ -54,6 +54,7 @@ class Hooks:
     go_back: Callable[[], tuple[TrainState, Mapping[str, Any] | None]]
     provenance: Record
     still_ours: Callable[[], None] = lambda: None
+    prepare: Callable[[int], None] = lambda rows: None
 
 
 def train(
@@ -100,7 +101,7 @@ def train(
         hooks.data_facts,
         period_steps=loop.log_period_steps,
         last_step=run.settings.train.train_steps,
-        tokens_per_step=math.prod(_shape(run)),
+        tokens_of=lambda index: batches.sizes.of(index) * run.settings.data.length,
     )
     times = Times(loop.checkpoint_minutes)
     between = _Between(
@@ -163,8 +164,9 @@ def _walk(
         batches.read,
         start=data_index,
         stop=data_index + last - step,
-        shape=_shape(run),
+        shape=(run.settings.train.batch_size, run.settings.data.length),
         sharding=run.batch_sharding,
+        rows=batches.sizes.of,
     )
     code, fault = EXIT_DONE, None
     with feed:
@@ -179,6 +181,10 @@ def _walk(
                     steps.settle()
                     break
                 step += 1
+                if index and batches.sizes.of(index) != batches.sizes.of(index - 1):
+                    steps.settle()
+                    with watchdog.paused():
+                        between.grow(step, batches.sizes.of(index))
                 due = times.due(_due(step, loop, last), step)
                 clock.steps += 1
                 with clock.of("step"):
@@ -237,10 +243,6 @@ def _give_up(books: Books, watch: Watch, loop: LoopSettings) -> None:
         message += f", and MAX_ROLLBACKS = {loop.max_rollbacks} rollbacks did not help"
     books.events.note("fault", message=message)
     books.progress.say(message)
-
-
-def _shape(run: Run) -> tuple[int, int]:
-    return run.settings.train.batch_size, run.settings.data.length
 
 
 def _next(feed: Feed) -> tuple[Any, Exception | None]:
@@ -303,6 +305,13 @@ class _Between:
             self.checkpoints.scored(step, scores)
         if due:
             self.log.pause()
+
+    def grow(self, step: int, rows: int) -> None:
+        """Makes ready for larger batches, which are a program of their own."""
+        self.books.events.note("grown", step, rows=rows)
+        self.books.progress.say(f"from step {step:,} on, batches of {rows:,} rows")
+        self.hooks.prepare(rows)
+        self.log.pause()
 
     def save(self, steps: Steps, step: int) -> None:
         """Saves the state, and what was written of it, unless it is saved already."""

@@ -156,7 +156,7 @@ def _train(
         begun = from_newest(saved, begin)
         if begun.state is None:
             return EXIT_DONE
-        programs.begin()
+        programs.begin(int(begun.state.data_index))
         if together.is_first():
             keep(model_dir, config, begun.step or 0, store.vocabulary)
             about_start(life).save(model_dir)
@@ -168,6 +168,7 @@ def _train(
             go_back=functools.partial(_newest, run, saved, now, itertools.count(1)),
             provenance=now,
             still_ours=still_ours,
+            prepare=programs.prepare,
         )
         return _learn(life, begun, begun.state, batches, programs, hooks, clock)
 

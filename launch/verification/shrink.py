@@ -203,6 +203,7 @@ def _sized(
         train=dataclasses.replace(
             settings.train,
             batch_size=_multiple(shards, 16),
+            batch_ramp=(),
             microbatches=microbatches,
         ),
         data=data,

@@ -136,6 +136,9 @@ class TrainSettings:
 
     Attributes:
         batch_size: B, sequences per step over all devices and microbatches.
+        batch_ramp: (number of a batch, rows from it on), from batch 0 to one of
+            `batch_size`, ascending (arXiv:2201.11990, section 3.3); () has the same in
+            all.
         microbatches: pieces a step is computed in; the result is the same.
         train_steps: the step at which the run is complete.
         train_tokens: tokens after which it is complete, in place of steps; 0 counts
@@ -144,6 +147,7 @@ class TrainSettings:
     """
 
     batch_size: int
+    batch_ramp: tuple[tuple[int, int], ...] = ()
     microbatches: int = 1
     train_steps: int = 1000
     train_tokens: int = 0

@@ -398,6 +398,17 @@ def test_rules_do_not_speak_of_values_that_were_never_given(leaf):
             "the peak: one of them must be smaller",
         ),
         (["SCHEDULE=wsd", "DECAY_FRACTION=0"], "DECAY_FRACTION = 0.0: must be in (0, "),
+        (
+            ["BATCH_RAMP=((0,4),(5,6))"],
+            "BATCH_RAMP = ((0, 4), (5, 6)) ends with 6 rows: that must be BATCH_SIZE = "
+            "8",
+        ),
+        (
+            ["BATCH_RAMP=((0,2),(5,8))", "MICROBATCHES=4"],
+            "BATCH_RAMP from batch 0 = 2 does not divide over 1 batch shard × "
+            "MICROBATCHES = 4: ",
+        ),
+        (["BATCH_RAMP=((0,),)"], "--gin.BATCH_RAMP: BATCH_RAMP = ((0,),) must be a "),
         (["QK_CLIP=-1"], "QK_CLIP = -1.0: cannot be negative"),
         (
             ["QK_CLIP=100", "QK_NORM=head"],

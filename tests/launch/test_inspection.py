@@ -23,7 +23,7 @@ def settings(objective="causal_lm", **changes):
     return types.SimpleNamespace(
         data=memory_store.settings(objective, shuffle=False, **changes),
         mixture=MixtureSettings(),
-        train=types.SimpleNamespace(batch_size=4, seed=0),
+        train=types.SimpleNamespace(batch_size=4, batch_ramp=(), seed=0),
     )
 
 

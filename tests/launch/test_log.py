@@ -88,7 +88,7 @@ def logged(folder, metrics, period, *, start=0, last=0, save_after=()):
             *(writer, progress, lambda index: {"data/rows/a": index}),
             period_steps=period,
             last_step=last or start + len(metrics),
-            tokens_per_step=100,
+            tokens_of=lambda index: 100,
         )
         for step, each in enumerate(metrics, start + 1):
             log.add(Launched(step, step - 1, None, 0.5, each), again=step == 4)
@@ -254,7 +254,7 @@ def test_every_step_is_shown_and_the_first_of_a_start_is_not_in_the_mean(
             *(writer, progress, lambda index: {}),
             period_steps=2,
             last_step=99,
-            tokens_per_step=100,
+            tokens_of=lambda index: 100,
         )
         for step, each in enumerate(metrics, 11):
             clock.now += 60.0 * (step == 11)  # the first of a start

@@ -22,6 +22,7 @@ from launch.records.events import EventLog
 from launch.records.goodput import Clock
 from launch.training import folder, log, loop
 from launch.training.books import Books
+from tasks import ramp
 
 pytestmark = pytest.mark.fast
 
@@ -131,6 +132,8 @@ class State:
 
 
 class Batches:
+    sizes = ramp.sizes(2)
+
     def read(self, index, start, stop):
         return {"tokens": np.full((stop - start, 4), index, np.int32)}
 

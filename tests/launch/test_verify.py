@@ -77,7 +77,8 @@ CASES = {
         "data=2,context=2,model=2",
         "ATTENTION=latent KV_LATENT_DIM=32 QUERY_LATENT_DIM=48 ROPE_HEAD_DIM=16 "
         "VALUE_HEAD_DIM=24 FSDP=data ATTENTION_BLOCK=16 REMAT=minimal "
-        "NUM_LAYERS=2 ATTENTION_WINDOWS=(8,0) PREDICT_AHEAD=2 MICROBATCHES=2",
+        "NUM_LAYERS=2 ATTENTION_WINDOWS=(8,0) PREDICT_AHEAD=2 MICROBATCHES=2 "
+        "OPTIMIZER=muon QK_CLIP=100",
         ("decisions", "evaluation"),
     ),
     "dense": (

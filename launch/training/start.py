@@ -343,15 +343,18 @@ def _say_changes(
         print(f"  changed since step {step:,}: {told(changed)}", file=sys.stderr)
     steps = {change.macro: change.before for change in changed}.get("TRAIN_STEPS")
     optimizer = settings.optimizer
-    if steps is None or optimizer.schedule != "cosine" or optimizer.schedule_steps:
+    falls = {"cosine": "cosine", "wsd": "schedule"}.get(optimizer.schedule)
+    if steps is None or falls is None or optimizer.schedule_steps:
         return
     before, now = (
         float(make_schedule(optimizer, number)(step))
         for number in (int(steps), settings.train.train_steps)
     )
+    if falls == "schedule" and before == now:
+        return
     print(
         f"warning: TRAIN_STEPS {steps} → {settings.train.train_steps} stretches the "
-        f"cosine: the learning rate of step {step:,} was {before:.2e} and is now "
+        f"{falls}: the learning rate of step {step:,} was {before:.2e} and is now "
         f"{now:.2e}; --gin.SCHEDULE_STEPS={steps} keeps it",
         file=sys.stderr,
     )

@@ -3,6 +3,7 @@
 Moonlight's (arXiv:2502.16982, section 2), which Kimi K2 has too, after Jordan's. Every
 matrix stands alone: of each layer, each expert, and each half of a gated pair. Heads
 are one dimension with what is in them, so that a projection of attention is [M, N·D].
+Optax's own folds layers and experts into one dimension, which a mesh could not cut.
 """
 
 import math

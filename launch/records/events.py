@@ -27,7 +27,7 @@ KINDS = {
     "skipped": "a step that was not finite, or whose loss was a spike, was left out",
     "again": "a step was taken again in rounds, which have room for all rows",
     "rollback": "the run went back to a checkpoint, and passed over data",
-    "grown": "batches have more rows from here on",
+    "grown": "batches have another number of rows from here on",
     "alarm": "something about the routers needs a look",
     "cleared": "what needed a look is well again",
     "replayed": "a step was computed twice, and came out the same",

@@ -105,7 +105,8 @@ def train(
     )
     times = Times(loop.checkpoint_minutes)
     between = _Between(
-        *(run, hooks, checkpoints, books, log, watch, times, int(state.step))
+        *(run, hooks, checkpoints, books, log, watch, times, int(state.step)),
+        batches.sizes.of(int(state.data_index)),
     )
     with signals.noted(), watchdog:
         while True:
@@ -181,10 +182,10 @@ def _walk(
                     steps.settle()
                     break
                 step += 1
-                if index and batches.sizes.of(index) != batches.sizes.of(index - 1):
+                if (rows := batches.sizes.of(index)) != between.rows:
                     steps.settle()
                     with watchdog.paused():
-                        between.grow(step, batches.sizes.of(index))
+                        between.grow(step, rows)
                 due = times.due(_due(step, loop, last), step)
                 clock.steps += 1
                 with clock.of("step"):
@@ -283,6 +284,7 @@ class _Between:
     watch: Watch
     times: Times
     saved_step: int
+    rows: int
 
     def __call__(self, steps: Steps, step: int, due: set[str]) -> None:
         """Does what is due; saves first: scores can be made again from what is saved.
@@ -307,7 +309,8 @@ class _Between:
             self.log.pause()
 
     def grow(self, step: int, rows: int) -> None:
-        """Makes ready for larger batches, which are a program of their own."""
+        """Makes ready for batches of another size, which are another program."""
+        self.rows = rows
         self.books.events.note("grown", step, rows=rows)
         self.books.progress.say(f"from step {step:,} on, batches of {rows:,} rows")
         self.hooks.prepare(rows)

@@ -36,6 +36,7 @@ MESHES = {
         *("EXPERT_TENSOR_PARALLEL=False", "GROUP_SIZE=32"),
     ),
     "context": ("MESH_DATA=2", "MESH_CONTEXT=2", "FSDP='data'", "GROUP_SIZE=32"),
+    "muon": ("MESH_DATA=2", "MESH_EXPERT=2", "FSDP='data'", "OPTIMIZER='muon'"),
     "adafactor": ("MESH_EXPERT=4", "OPTIMIZER='adafactor'", "BETA1=0.0"),
     "latent": (
         *("MESH_DATA=2", "MESH_MODEL=2", "FSDP='data'", "GROUP_SIZE=32"),

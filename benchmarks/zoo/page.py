@@ -30,7 +30,8 @@ every difference of more than two percent with the reason that stands for it bel
 
 _NOTES = """\
 - **Layers** of an encoder and a decoder stand in that order. **Heads** × their width,
-  and in brackets the heads of keys and values where these are fewer.
+  and in brackets the heads of keys and values where these are fewer; of latent
+  attention the part of a head without positions and the part with.
 - **Experts** of one layer, and how many layers have them; + one that every token
   visits. **K** experts compute a token; prototypes × choices in each.
 - **Total** and **active** are counted from the arrays that Switchyard makes: biases,
@@ -163,6 +164,8 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 
 def _heads(model: ModelSettings) -> str:
+    if model.attention == "latent":
+        return f"{model.num_heads} × {model.head_dim} + {model.rope_head_dim}"
     few = model.num_kv_heads and model.num_kv_heads != model.num_heads
     own = f" ({model.num_kv_heads})" if few else ""
     return f"{model.num_heads} × {model.head_dim}{own}"

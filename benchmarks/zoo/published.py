@@ -128,6 +128,8 @@ PUBLISHED = {
     "mixtral_8x22b": Published(141 * _B, 39 * _B),
     "olmoe_1b_7b": Published(6.9 * _B, 1.3 * _B),
     "deepseekmoe_16b": Published(16.4 * _B, 2.8 * _B, sizes="memory"),
+    "deepseek_v3": Published(671 * _B, 37 * _B),
+    "kimi_k2": Published(1_040 * _B, 32.6 * _B),
     "qwen1_5_moe_a2_7b": Published(14.3 * _B, 2.7 * _B, sizes="memory"),
     "qwen3_30b_a3b": Published(30.5 * _B, 3.3 * _B),
     "qwen3_235b_a22b": Published(235 * _B, 22 * _B),

@@ -26,6 +26,13 @@ def attention_by_hand(model: ModelSettings) -> int:
     """Parameters of the attention of one layer, but for the norm before it."""
     M, N, D = model.model_dim, model.num_heads, model.head_dim
     U = model.num_kv_heads or N
+    if model.attention == "latent":
+        R, V = model.rope_head_dim, model.value_head_dim or D
+        Q, K = model.query_latent_dim, model.kv_latent_dim
+        # Queries by way of Q numbers, keys and values by way of K, and a norm of each;
+        # the key that turns is made at once, and all heads share it.
+        queries = M * Q + Q + Q * N * (D + R) if Q else M * N * (D + R)
+        return queries + M * (K + R) + K + K * N * (D + V) + N * V * M
     # Query and output, key and value; a bias beside each.
     found = 2 * M * N * D + 2 * M * U * D
     found += model.attention_biases * (N + 2 * U) * D

@@ -75,7 +75,10 @@ def _uses(sizes: Local, weight: Weight) -> int:
     stack, *names = weight.path.split("/")
     if weight.num_layers > 1 or names[:1] != ["layers"]:
         return 1
-    return sizes.settings.layers.stacks[stack].segments[int(names[1])].uses
+    layers = sizes.settings.layers
+    found = layers.ahead if stack == "ahead" else layers.stacks[stack]
+    assert found is not None, weight.path
+    return found.segments[int(names[1])].uses
 
 
 def _weights(sizes: Local, parameters: tuple[Weight, ...]) -> list[Flow]:

@@ -14,7 +14,7 @@ import pytest
 from test_checkpoints import PROVENANCE, assert_bit_equal, random_state, tiny
 from test_processes import start, words_of
 
-from launch.checkpoints import remote
+from launch.checkpoints import faults, remote
 from launch.checkpoints.bucket import Bucket, files_of, new_folder
 from launch.checkpoints.newest import from_newest
 from launch.checkpoints.places import CheckpointError
@@ -353,6 +353,33 @@ def test_a_run_killed_while_it_uploads_goes_on_bit_for_bit(trained, server, tmp_
     done = trained.run(*words)
     assert done.code == 0, done.err
     assert "resuming from" in done.err
+    assert arrays_of(folder, 20) == arrays_of(trained.folder, 20)
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_any_write_goes_on_bit_for_bit(trained, server, tmp_path):
+    """Every life dies a little later than the last; the folder of the run stays."""
+    folder, place = tmp_path / "run", "gs://bucket/runs/mine"
+    words = ["train", "--self_check=off", *trained.knobs(folder, CHECKPOINT_DIR=place)]
+    deaths = [1, 2, 9, 4, 15, 21, 3, 22]  # a checkpoint is about 20 writes
+    for number in deaths:
+        process_of: list = []
+        dies(server, process_of, number)
+        process_of.append(trained.start(*words))
+        died = commands.finish(process_of[0])
+        if died.code == 0:  # nothing was left to write
+            break
+        assert died.code == -signal.SIGKILL, died.err
+        found = Bucket(place)
+        found.look()
+        for step in found.entries:
+            path = tmp_path / "found" / str(number) / str(step)
+            found.fetch(step, path)
+            assert not faults.find(path).faults
+    server.before_write = lambda key: None
+    done = trained.run(*words)
+    assert done.code == 0, done.err
+    assert There(folder).steps == [10, 20]
     assert arrays_of(folder, 20) == arrays_of(trained.folder, 20)
 
 

@@ -91,9 +91,11 @@ def test_a_bucket_keeps_what_the_folder_does_not(run, server, place, tmp_path):
     assert json.loads((tmp_path / "a" / "newest_saved.json").read_text())["step"] == 3
 
 
+@pytest.mark.parametrize("scheme", ["s3", pytest.param("gs", marks=pytest.mark.slow)])
 def test_a_bucket_that_fails_now_and_then_keeps_checkpoints_all_the_same(
-    run, server, place, tmp_path
+    run, server, scheme, tmp_path
 ):
+    place = f"{scheme}://bucket/runs/one"
     told: list[str] = []
     server.faults = bucket_server.now_and_then(told)
     save(run, tmp_path / "a", place, 1, 2)

@@ -9,7 +9,7 @@ chosen so that all that is scaled differs within a row. Prints the largest diffe
 of outputs over the largest output; exits with 1 where one is above 1e-5.
 """
 
-import importlib
+import importlib.util
 import math
 from typing import Any
 
@@ -152,6 +152,8 @@ CASES: dict[str, tuple[str, dict[str, Any], Settings]] = {
 
 def main() -> None:
     """Compares every family, and prints a line for each."""
+    if importlib.util.find_spec("transformers") is None:
+        raise SystemExit("this compares with transformers: pip install -e '.[bench]'")
     import transformers
 
     print(

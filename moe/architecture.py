@@ -6,7 +6,6 @@ Flat words become the records of `moe/layers.py`. Standard library only.
 import dataclasses
 import functools
 import itertools
-import math
 
 from moe.layers import Block, Layers, Segment, Stack, Sublayer
 from moe.settings import (
@@ -36,7 +35,7 @@ def sides(model: ModelSettings) -> dict[str, ModelSettings]:
         moe_every=model.moe_every if period < 0 else period,
     )
     decoder = dataclasses.replace(model, shape="decoder")
-    each, number = model.experts_per_layer, len(_sparse_layers(encoder))
+    each, number = model.experts_per_layer, len(sparse_layers(encoder))
     return {
         "encoder": dataclasses.replace(encoder, experts_per_layer=each[:number]),
         "decoder": dataclasses.replace(decoder, experts_per_layer=each[number:]),
@@ -70,147 +69,6 @@ def told(model: ModelSettings, num_experts: int) -> str:
     return f"NUM_EXPERTS = {num_experts}"
 
 
-def problems(model: ModelSettings) -> list[str]:
-    """Lists what is wrong with the number of layers, and with which are sparse."""
-    found = []
-    for name, side in sides(model).items():
-        own = "ENCODER_" if name != model.shape and name == "encoder" else ""
-        found += _period_problems(side, f"NUM_{own}LAYERS", f"{own}MOE_EVERY")
-    if not found and model.layer_sharing == "all" and not _shares(model):
-        found.append(
-            "LAYER_SHARING = 'all' means nothing to layers of which none repeats: set "
-            "it to 'none'"
-        )
-    each = model.experts_per_layer
-    numbers = [len(_sparse_layers(side)) for side in sides(model).values()]
-    number, fewest = sum(numbers), min(filter(None, numbers), default=0)
-    if not found and fewest and not 0 <= model.first_hash_layers <= fewest:
-        found.append(
-            f"FIRST_HASH_LAYERS = {model.first_hash_layers}: must be between 0 and the "
-            f"{fewest} sparse layers of a stack"
-        )
-    if found or not each:
-        return found
-    if not has_experts(model):
-        return [
-            f"EXPERTS_PER_LAYER = {each} means nothing to MOE_EVERY = 0: set it to ()"
-        ]
-    if len(each) != number or min(each) < 1:
-        return [
-            f"EXPERTS_PER_LAYER = {each}: must have a number of at least 1 for each of "
-            f"the {number} sparse layers, or be () for NUM_EXPERTS in all"
-        ]
-    if max(each) != model.num_experts:
-        return [
-            f"NUM_EXPERTS = {model.num_experts} must be the largest of "
-            f"EXPERTS_PER_LAYER = {each}: set it to {max(each)}"
-        ]
-    return []
-
-
-def _shares(model: ModelSettings) -> bool:
-    """Whether layers repeat, so that they can share parameters."""
-    stacks = (_stack(s, RouterSettings(), crosses=False) for s in sides(model).values())
-    return any(segment.shared for stack in stacks for segment in stack.segments)
-
-
-def _period_problems(side: ModelSettings, number: str, every: str) -> list[str]:
-    """What is wrong with one stack, in the words of two macros."""
-    period, first = side.moe_every, side.first_dense_layers
-    if period < 0:
-        return [f"{every} = {period}: 0 means dense"]
-    if not period:
-        return []
-    rest = side.num_layers - first
-    if first < 0:
-        return [f"FIRST_DENSE_LAYERS = {first}: cannot be negative"]
-    if first and rest < period:
-        return [
-            f"FIRST_DENSE_LAYERS = {first} leaves {rest} of {number} = "
-            f"{side.num_layers} for a period of {every} = {period}"
-        ]
-    if rest % period:
-        less = f" less FIRST_DENSE_LAYERS = {first}" if first else ""
-        return [
-            f"{number} = {side.num_layers}{less} is not a multiple of {every} = "
-            f"{period}: layers repeat in periods of {every}"
-        ]
-    return []
-
-
-def shortened(model: ModelSettings) -> ModelSettings:
-    """Returns the same pattern in few layers: two at the bottom, two short periods."""
-    short = {name: _shortened(side) for name, side in sides(model).items()}
-    experts = tuple(n for side in short.values() for n in side.experts_per_layer)
-    *other, last = short.values()
-    encoder = other[0] if other else last
-    return dataclasses.replace(
-        last,
-        shape=model.shape,
-        experts_per_layer=experts,
-        num_encoder_layers=encoder.num_layers,
-        encoder_moe_every=encoder.moe_every,
-    )
-
-
-def _shortened(side: ModelSettings) -> ModelSettings:
-    cycles = _each_once(
-        side.attention_windows, side.attention_chunks, side.position_layers
-    )
-    side = dataclasses.replace(
-        side,
-        attention_windows=cycles[0],
-        attention_chunks=cycles[1],
-        position_layers=cycles[2],
-    )
-    cycle, twice = max(*map(len, cycles), 1), side.layer_sharing == "all"
-    kinds = max(cycle, 2)
-    if twice:  # so that they still repeat
-        kinds = 2 * math.lcm(cycle, min(side.moe_every, 3) or 1)
-    if not side.moe_every:
-        return dataclasses.replace(side, num_layers=min(side.num_layers, kinds))
-    first = min(side.first_dense_layers, 2)
-    every = min(side.moe_every, 3)  # longer periods repeat dense layers
-    periods = (side.num_layers - side.first_dense_layers) // side.moe_every
-    if side.experts_per_layer:
-        kinds = 2
-    below = 0 if twice else first
-    periods = max(min(periods, max(-(-(kinds - below) // every), 2)), 1)
-    each = _extremes(side.experts_per_layer, periods)
-    if each and twice:
-        each, periods = tuple(sorted(each * 2, key=each.index)), 2 * len(each)
-    return dataclasses.replace(
-        side,
-        first_dense_layers=first,
-        moe_every=every,
-        num_layers=first + periods * every,
-        first_hash_layers=(
-            periods
-            if side.first_hash_layers == len(_sparse_layers(side))
-            else min(side.first_hash_layers, 1)
-        ),
-        experts_per_layer=each,
-    )
-
-
-def _each_once(*cycles: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """Patterns in which what stands beside one another does so once; () stays."""
-    length = math.lcm(*(len(cycle) or 1 for cycle in cycles))
-    beside = (
-        tuple(cycle[n % len(cycle)] if cycle else 0 for cycle in cycles)
-        for n in range(length)
-    )
-    once = list(zip(*dict.fromkeys(beside), strict=True))
-    return [found if given else () for given, found in zip(cycles, once, strict=True)]
-
-
-def _extremes(each: tuple[int, ...], number: int) -> tuple[int, ...]:
-    """The least and the most in their order, or of one the most."""
-    if not each or number == 1:
-        return (max(each),) if each else ()
-    return tuple(sorted((min(each), max(each)), key=each.index))
-
-
 @functools.lru_cache(maxsize=256)
 def describe(
     model: ModelSettings,
@@ -229,7 +87,7 @@ def describe(
     if two and encoder_router is not None:
         routers["encoder"] = encoder_router
     found = {
-        name: _stack(side, routers[name], crosses=two and name == "decoder")
+        name: stack_of(side, routers[name], crosses=two and name == "decoder")
         for name, side in sides(model).items()
     }
     ahead = _ahead(found["decoder"], model) if model.predict_ahead else None
@@ -265,7 +123,7 @@ def _embedding(model: ModelSettings) -> EmbeddingSettings:
     )
 
 
-def _stack(side: ModelSettings, router: RouterSettings, *, crosses: bool) -> Stack:
+def stack_of(side: ModelSettings, router: RouterSettings, *, crosses: bool) -> Stack:
     """Dense layers at the bottom, then sparse layers once a period."""
     first = side.first_dense_layers if side.moe_every else 0
     blocks = [_block(side, router, n, crosses=crosses) for n in range(side.num_layers)]
@@ -336,7 +194,7 @@ def _block(
     experts = _experts(side)
     if layer not in experts:
         return *block, dense
-    if layer in _sparse_layers(side)[: side.first_hash_layers]:
+    if layer in sparse_layers(side)[: side.first_hash_layers]:
         router = by_table(router)
     of_experts = _sparse(side, router, experts[layer])
     sparse = Sublayer("sparse", "sparse", of_experts, norm)
@@ -370,12 +228,12 @@ def by_table(router: RouterSettings) -> RouterSettings:
 
 def _experts(side: ModelSettings) -> dict[int, int]:
     """The number of experts of each sparse layer of a stack, by the layer's number."""
-    layers = _sparse_layers(side)
+    layers = sparse_layers(side)
     each = side.experts_per_layer or (side.num_experts,) * len(layers)
     return dict(zip(layers, each, strict=False))
 
 
-def _sparse_layers(side: ModelSettings) -> range:
+def sparse_layers(side: ModelSettings) -> range:
     """Numbers of the sparse layers of a stack."""
     if side.moe_every <= 0:
         return range(0)

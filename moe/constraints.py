@@ -14,6 +14,7 @@ from moe.rules.ahead import ahead_problems
 from moe.rules.attention import attention_problems
 from moe.rules.fractions import fraction_problems
 from moe.rules.images import image_problems
+from moe.rules.layers import layer_problems
 from moe.rules.positions import position_problems
 from moe.rules.routers import family_problems, leaks, number_problems
 from moe.rules.slots import capacity_problems
@@ -84,7 +85,7 @@ def problems(
     if model.embed_scale < 0:
         found.append(f"EMBED_SCALE = {model.embed_scale}: cannot be negative")
     found += _execution_problems(model, execution)
-    found += architecture.problems(model)
+    found += layer_problems(model)
     if architecture.has_experts(model):
         found += _expert_problems(model, execution)
         chosen = {"decoder": (router, length), "encoder": (router, length)}

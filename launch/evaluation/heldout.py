@@ -12,7 +12,7 @@ from jax.experimental import multihost_utils
 
 from launch.run.assemble import Run
 from launch.run.feed import Feed, Read
-from moe.training import losses
+from moe.training import ledger, losses
 from moe.training.losses import Sums
 from tasks import batches
 from tasks.batches import HeldoutBatches
@@ -104,7 +104,7 @@ def heldout(
     )
     record = {name: np.asarray(value).tolist() for name, value in metrics.items()}
     if merged.router:
-        counts = losses.choices_per_layer(merged.router, order)
+        counts = ledger.choices_per_layer(merged.router, order)
         record |= {name: int(count_P.sum()) for name, count_P in counts.items()}
     together = sum((totals[task] for task in store.tasks), Total())
     for name, total in {"": together, **totals}.items():

@@ -24,6 +24,7 @@ from moe.settings import (
     OptimizerSettings,
     RouterSettings,
 )
+from moe.shortening import shortened
 from partitioning.settings import MeshSettings, PartitionSettings
 
 _LOW = 0.5  # logits of attention that many heads of a small model exceed
@@ -218,7 +219,7 @@ def _model(
     lengths: Mapping[str, int],
 ) -> ModelSettings:
     """Two periods of narrow layers; `divides` does so to every number of experts."""
-    model = architecture.shortened(settings.model)
+    model = shortened(settings.model)
     length = lengths["scored"]
     cut = _common(small, "model")
     whole = _common(small, "data", "context", "expert", "model")

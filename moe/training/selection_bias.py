@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from moe.layers import Layers
 from moe.routing.needed_bias import quantile
-from moe.training.losses import RouterTotals
+from moe.training.ledger import RouterTotals
 
 
 def move_selection_biases(

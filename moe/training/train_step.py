@@ -16,7 +16,7 @@ from moe.model.head import projection, score_targets
 from moe.model.transformer import Batch, Model
 from moe.routing.assignment import RouterSums
 from moe.settings import LossSettings
-from moe.training import losses, qk_clip
+from moe.training import ledger, losses, qk_clip
 from moe.training.precision import MasterState, apply_updates
 from moe.training.selection_bias import move_selection_biases
 from moe.training.train_state import TrainState
@@ -117,7 +117,7 @@ def train_step(
     )
     taken = batch_index == state.data_index
     if sums.router:
-        taken &= losses.excess_rows(sums.routers) == 0
+        taken &= ledger.excess_rows(sums.routers) == 0
         params = move_selection_biases(params, sums.routers, layers)
         if isinstance(opt_state, MasterState):  # the next update starts from it
             master = move_selection_biases(opt_state.master, sums.routers, layers)

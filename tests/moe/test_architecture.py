@@ -6,7 +6,9 @@ import pytest
 
 from moe import architecture
 from moe.layers import Layers, Stack
+from moe.rules.layers import layer_problems
 from moe.settings import ModelSettings, RouterSettings
+from moe.shortening import shortened
 
 pytestmark = pytest.mark.fast
 
@@ -83,9 +85,9 @@ def test_the_first_sparse_layers_may_choose_by_a_table():
     )
     given |= {"num_selected": 4, "hash_gates": "even"}
     assert table.router == RouterSettings(family="hashed", **given)
-    short = architecture.shortened(model)
+    short = shortened(model)
     assert (short.num_layers, short.first_hash_layers) == (2, 1)
-    short = architecture.shortened(dataclasses.replace(model, first_hash_layers=7))
+    short = shortened(dataclasses.replace(model, first_hash_layers=7))
     assert (short.num_layers, short.first_hash_layers) == (2, 2)
 
 
@@ -112,7 +114,7 @@ def test_two_stacks_are_made_of_the_words_of_both():
         experts_per_layer=(4, 8, 2),
         positions="relative",
     )
-    assert architecture.problems(model) == []
+    assert layer_problems(model) == []
     layers = architecture.describe(model, ROUTER, router)
     assert list(layers.stacks) == ["encoder", "decoder"]
     assert layers.scored == "decoder"
@@ -133,7 +135,7 @@ def test_two_stacks_are_made_of_the_words_of_both():
     assert len(layers.decoder.settings("cross")) == 2
     assert not layers.encoder.settings("cross")
     more = {"num_layers": 8, "experts_per_layer": (4, 8, 2, 2, 2, 2)}
-    short = architecture.shortened(dataclasses.replace(model, **more))
+    short = shortened(dataclasses.replace(model, **more))
     assert (short.num_encoder_layers, short.encoder_moe_every) == (6, 3)
     assert (short.num_layers, short.experts_per_layer) == (4, (4, 8, 2, 2))
 
@@ -141,7 +143,7 @@ def test_two_stacks_are_made_of_the_words_of_both():
 def test_faults_of_an_encoder_are_called_by_its_own_macros():
     model = dataclasses.replace(MODEL, shape="encoder_decoder", moe_every=7)
     model = dataclasses.replace(model, num_encoder_layers=5, encoder_moe_every=2)
-    (found,) = architecture.problems(model)
+    (found,) = layer_problems(model)
     assert found.startswith(
         "NUM_ENCODER_LAYERS = 5 is not a multiple of ENCODER_MOE_EVERY = 2"
     )
@@ -173,8 +175,8 @@ def test_an_encoder_alone_sees_all_and_may_be_normalised_after():
 def test_a_pyramid_that_does_not_fit_its_layers_is_said(changes, said):
     given = {"num_layers": 8, "num_experts": 4, "experts_per_layer": (2, 2, 4, 4)}
     fitting = dataclasses.replace(MODEL, **given)
-    assert architecture.problems(fitting) == []
-    (found,) = architecture.problems(dataclasses.replace(fitting, **changes))
+    assert layer_problems(fitting) == []
+    (found,) = layer_problems(dataclasses.replace(fitting, **changes))
     assert said in found
 
 
@@ -201,13 +203,13 @@ def test_some_layers_see_no_positions_nor_share_the_bias_by_distance():
 def test_what_is_shortened_keeps_windows_and_positions_as_they_stand_beside_another():
     given = {"attention_windows": (16, 0), "position_layers": (1, 1, 1, 0)}
     model = dataclasses.replace(MODEL, moe_every=0, num_layers=12, **given)
-    short = architecture.shortened(model)
+    short = shortened(model)
     # Layer by layer: a window, none, a window again, and neither.
     assert short.num_layers == 3
     assert short.attention_windows == (16, 0, 0)
     assert short.position_layers == (1, 1, 0)
     sparse = dataclasses.replace(model, moe_every=1)
-    assert architecture.shortened(sparse).num_layers == 3
+    assert shortened(sparse).num_layers == 3
 
 
 def test_queries_grow_only_in_layers_that_know_no_positions():
@@ -242,7 +244,7 @@ def test_what_is_shortened_keeps_the_least_and_the_most_of_each(experts, kept):
         experts_per_layer=experts,
         attention_windows=(16, 16, 16, 0),
     )
-    short = architecture.shortened(model)
+    short = shortened(model)
     assert (short.num_layers, short.experts_per_layer) == (4, kept)
     assert short.attention_windows == (16, 0)
-    assert architecture.problems(short) == []
+    assert layer_problems(short) == []

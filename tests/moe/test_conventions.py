@@ -29,7 +29,8 @@ from moe.settings import (
     SparseSettings,
 )
 from moe.training import losses
-from moe.training.losses import RouterTotals, Sums
+from moe.training.ledger import RouterTotals
+from moe.training.losses import Sums
 from moe.training.selection_bias import move_selection_biases
 
 DOCS = Path(__file__).parents[2] / "docs"

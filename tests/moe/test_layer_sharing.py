@@ -12,7 +12,9 @@ from launch.config import reader
 from moe import accounting, architecture
 from moe.model import inventory
 from moe.model.build import build
+from moe.rules.layers import layer_problems
 from moe.settings import ExecutionSettings, ModelSettings, RouterSettings
+from moe.shortening import shortened
 from moe.testing import MESHES
 from moe.testing.whole_arrays import forward
 from partitioning.mesh import make_mesh
@@ -163,15 +165,15 @@ def test_the_largest_m6_has_209_billion_parameters_while_its_layers_share_them()
 )
 def test_what_is_shortened_still_shares(changes):
     model = dataclasses.replace(SHARED, **changes)
-    assert architecture.problems(model) == []
-    short = architecture.shortened(model)
-    assert architecture.problems(short) == []
+    assert layer_problems(model) == []
+    short = shortened(model)
+    assert layer_problems(short) == []
     assert short.num_layers <= 13
 
 
 @pytest.mark.fast
 def test_sharing_needs_layers_that_repeat():
     alone = dataclasses.replace(SHARED, num_layers=3)
-    (found,) = architecture.problems(alone)
+    (found,) = layer_problems(alone)
     assert found.startswith("LAYER_SHARING = 'all' means nothing to layers of which")
-    assert architecture.problems(SHARED) == []
+    assert layer_problems(SHARED) == []

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from benchmarks.ladder import rows as kept
 from benchmarks.ladder.rows import Row
-from launch.config.settings import problems
+from launch.config.rules import problems
 from launch.planning import search
 from launch.planning.compiler.records import Compiled, Evaluation
 from launch.planning.cost import estimate

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 from launch.config import places
 from launch.config.macros import RENAMED, T5X, bound
-from launch.config.settings import Settings, problems
+from launch.config.rules import problems
+from launch.config.settings import Settings
 from launch.config.syntax import (
     REQUIRED,
     Binding,

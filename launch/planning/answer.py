@@ -13,7 +13,7 @@ from rich.console import Console
 from launch.config import edit
 from launch.config.platform import CPU_FLAG, append_flags, uses_cpu
 from launch.config.reader import ResolvedConfig
-from launch.config.settings import problems as problems_of_settings
+from launch.config.rules import problems as problems_of_settings
 from launch.errors import ConfigError, UserError
 from launch.planning.compiler import compile as planned_compile
 from launch.planning.compiler.records import Compiled, Failure

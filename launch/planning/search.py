@@ -11,7 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from launch.config.edit import changed
-from launch.config.settings import Settings, problems
+from launch.config.rules import problems
+from launch.config.settings import Settings
 from launch.errors import UserError
 from launch.planning.compiler.records import Compiled, Failure
 from launch.planning.cost import estimate, memory

@@ -14,7 +14,8 @@ import jax
 import optax
 
 from launch.config.reader import ResolvedConfig
-from launch.config.settings import Settings, problems
+from launch.config.rules import problems
+from launch.config.settings import Settings
 from launch.errors import ConfigError, nearest
 from moe import architecture
 from moe.model import inventory, parameters

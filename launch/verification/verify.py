@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from launch.config import edit
 from launch.config.reader import ResolvedConfig
-from launch.config.settings import PlatformSettings, problems
+from launch.config.rules import problems
+from launch.config.settings import PlatformSettings
 from launch.errors import EXIT_DONE, EXIT_USER_ERROR, ConfigError, UsageError
 from launch.verification import meshes
 from launch.verification.shrink import Shrunk, shrink

@@ -343,6 +343,11 @@ def test_rules_do_not_speak_of_values_that_were_never_given(leaf):
             "to 'cpu' or SIMULATED_DEVICES to 0",
         ),
         (
+            ["SPIKE_STDDEVS=4.5"],
+            "SPIKE_STDDEVS = 4.5 means nothing to SPIKE_ACTION = 'none': leave it at "
+            "6, or set SPIKE_ACTION to 'skip' or 'rollback'",
+        ),
+        (
             ["WARMUP_STEPS=21"],
             "WARMUP_STEPS = 21 is longer than the run of TRAIN_STEPS = 20: the peak "
             "would never be reached",

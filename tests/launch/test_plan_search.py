@@ -5,7 +5,7 @@ import math
 import pytest
 
 from launch.config import edit, reader
-from launch.config.settings import problems as problems_of_settings
+from launch.config.rules import problems as problems_of_settings
 from launch.planning import search
 from launch.planning.cost import memory
 from launch.planning.hardware import moving

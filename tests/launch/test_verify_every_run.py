@@ -16,7 +16,8 @@ from every_run import on_eight_devices
 
 from benchmarks.ladder.rows import is_shared
 from launch.config import edit
-from launch.config.settings import PlatformSettings, problems
+from launch.config.rules import problems
+from launch.config.settings import PlatformSettings
 from launch.verification import examine
 from launch.verification.shrink import shrink
 

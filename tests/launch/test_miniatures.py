@@ -42,7 +42,7 @@ def miniature(run: str) -> ResolvedConfig:
         config,
         settings=dataclasses.replace(
             settings,
-            optimizer=dataclasses.replace(optimizer, b1=own.b1),
+            optimizer=dataclasses.replace(optimizer, b1=own.b1, qk_clip=own.qk_clip),
             train=TrainSettings(settings.train.batch_size),
         ),
     )

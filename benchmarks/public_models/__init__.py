@@ -1,0 +1,1 @@
+"""Whole small models, as `transformers` computes them, beside ours."""

@@ -1,0 +1,283 @@
+"""The public models that are compared, each in their words and in ours."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from benchmarks.public_models import names
+from benchmarks.public_models.names import Rules
+from moe.settings import ModelSettings, RouterSettings
+
+ROWS, LENGTH = 2, 12
+VOCAB, WIDTH, HEADS, KV_HEADS, HEAD_DIM = 64, 32, 4, 2, 8
+DENSE_DIM, EXPERT_DIM, WINDOW = 48, 24, 5
+BASE, EPSILON = 100.0, 1e-3
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Family:
+    """One public model, small.
+
+    Attributes:
+        theirs: its classes in `transformers`, without ForCausalLM.
+        config: of theirs, beside the sizes that all share; "rope" is what its
+            `rope_parameters` have more.
+        ours: fields of `ModelSettings`, beside those.
+        router: fields of `RouterSettings`; None where no layer is sparse.
+        rules: of its arrays, where they are not those of `names.RULES`.
+    """
+
+    theirs: str
+    config: Mapping[str, Any]
+    ours: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    router: Mapping[str, Any] | None = None
+    rules: Rules = dataclasses.field(default_factory=dict)
+
+    def model_settings(self) -> ModelSettings:
+        """Returns what the model is in our words."""
+        fields: dict[str, Any] = {
+            "vocab_size": VOCAB,
+            "num_layers": 2,
+            "model_dim": WIDTH,
+            "num_heads": HEADS,
+            "num_kv_heads": KV_HEADS,
+            "head_dim": HEAD_DIM,
+            "mlp_dim": DENSE_DIM,
+            "activation": "swiglu",
+            "norm_epsilon": EPSILON,
+            "rope_base": BASE,
+            "embed_scale": 1.0,
+            "moe_every": 0 if self.router is None else 1,
+            "num_experts": 4,
+            "expert_mlp_dim": EXPERT_DIM,
+        }
+        return ModelSettings(**fields | dict(self.ours))
+
+    def router_settings(self) -> RouterSettings:
+        """Returns its router; each token is a group, whose sums are its choices."""
+        fields = {"num_selected": 2, "capacity_factor": 0.0, "group_size": 1}
+        return RouterSettings(**fields | dict(self.router or {}))
+
+    def all_rules(self) -> Rules:
+        """Returns the rules of all its arrays."""
+        return names.RULES | self.rules
+
+
+RENORMALIZED = {"renormalize": "before_drop"}
+SIGMOID = RENORMALIZED | {"scores": "sigmoid", "selection_bias": True}
+GROUPS = {"num_expert_groups": 4, "num_selected_groups": 2, "group_score": "top2_sum"}
+THEIR_GROUPS = {"n_routed_experts": 8, "n_group": 4, "topk_group": 2}
+FOUR = {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 24}
+QWEN = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": EXPERT_DIM,
+    "mlp_only_layers": [],
+    "decoder_sparse_step": 1,
+}
+ONE_DENSE_LAYER = {
+    "intermediate_size": DENSE_DIM,
+    "moe_intermediate_size": EXPERT_DIM,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "norm_topk_prob": True,
+}
+OUR_DENSE_LAYER = {
+    "num_experts": 8,
+    "first_dense_layers": 1,
+    "shared_expert_mlp_dim": EXPERT_DIM,
+}
+HALF_TURNED = {"rope": {"partial_rotary_factor": 0.5}}
+YARN_FACTOR = 4.0
+YARN = {
+    "rope_scaling": "yarn",
+    "rope_factor": YARN_FACTOR,
+    "rope_original_length": 64,
+    "rope_fast_turns": 8.0,
+}
+THEIR_YARN = {
+    "rope_type": "yarn",
+    "factor": YARN_FACTOR,
+    "original_max_position_embeddings": 64,
+    "beta_fast": 8.0,
+    "beta_slow": 1.0,
+}
+MSCALE = 0.1 * math.log(YARN_FACTOR) + 1  # of mscale = mscale_all_dim = 1
+
+FAMILIES: dict[str, Family] = {
+    "mixtral": Family(
+        theirs="Mixtral",
+        config={**FOUR, "sliding_window": None},
+        router=RENORMALIZED,
+    ),
+    "olmoe": Family(
+        theirs="Olmoe",
+        config={"num_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 24}
+        | {"norm_topk_prob": False},
+        ours={"qk_norm": "width"},
+        router={},
+        rules=names.NORMS_OF_WHOLE_WIDTH,
+    ),
+    "olmo2": Family(
+        theirs="Olmo2",
+        config={"intermediate_size": DENSE_DIM},
+        ours={"norm_place": "output", "qk_norm": "width"},
+        rules=names.NORMS_OF_WHOLE_WIDTH | names.NORMS_OF_OUTPUT,
+    ),
+    "qwen2_moe": Family(
+        theirs="Qwen2Moe",
+        config={**QWEN, "shared_expert_intermediate_size": 40, "norm_topk_prob": False},
+        ours={"attention_biases": True, "attention_output_bias": False}
+        | {"shared_expert_mlp_dim": 40, "shared_expert_gate": True},
+        router={},
+        rules=names.ONE_SHARED_EXPERT,
+    ),
+    "qwen3_moe": Family(
+        theirs="Qwen3Moe",
+        config={**QWEN, "norm_topk_prob": True},
+        ours={"qk_norm": "head"},
+        router=RENORMALIZED,
+    ),
+    "glm4_moe": Family(
+        theirs="Glm4Moe",
+        config={**ONE_DENSE_LAYER, **THEIR_GROUPS, **HALF_TURNED}
+        | {"routed_scaling_factor": 1.5, "use_qk_norm": True, "attention_bias": True},
+        ours={**OUR_DENSE_LAYER, "rope_fraction": 0.5, "qk_norm": "head"}
+        | {"attention_biases": True, "attention_output_bias": False},
+        router={**SIGMOID, **GROUPS, "gate_scale": 1.5},
+    ),
+    "minimax_m2": Family(
+        theirs="MiniMaxM2",
+        config={**FOUR, **HALF_TURNED, "rotary_dim": HEAD_DIM // 2},
+        ours={"qk_norm": "width", "rope_fraction": 0.5},
+        router=SIGMOID,
+        rules=names.NORMS_OF_WHOLE_WIDTH | names.BIAS_BESIDE_THE_GATE,
+    ),
+    "deepseek_v3": Family(
+        theirs="DeepseekV3",
+        config={
+            **ONE_DENSE_LAYER,
+            **THEIR_GROUPS,
+            "routed_scaling_factor": 2.5,
+            "num_key_value_heads": HEADS,
+            "q_lora_rank": 16,
+            "kv_lora_rank": 12,
+            "qk_rope_head_dim": 4,
+            "qk_nope_head_dim": HEAD_DIM,
+            "v_head_dim": 6,
+            "rope_interleave": True,
+            "rope": {**THEIR_YARN, "mscale": 1.0, "mscale_all_dim": 1.0},
+        },
+        ours={
+            **OUR_DENSE_LAYER,
+            "attention": "latent",
+            "num_kv_heads": 0,
+            "query_latent_dim": 16,
+            "kv_latent_dim": 12,
+            "rope_head_dim": 4,
+            "value_head_dim": 6,
+            "rope_pairs": "neighbours",
+            **YARN,
+            "rope_attention_factor": 1.0,
+            "attention_scale": MSCALE**2 / math.sqrt(HEAD_DIM + 4),
+        },
+        router={**SIGMOID, **GROUPS, "gate_scale": 2.5},
+        rules=names.LATENTS,
+    ),
+    "gpt_oss": Family(
+        theirs="GptOss",
+        config={
+            **FOUR,
+            "sliding_window": WINDOW,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "rope": {**THEIR_YARN, "truncate": False},
+        },
+        ours={
+            "activation": "swiglu_clamped",
+            "expert_biases": True,
+            "attention_biases": True,
+            "attention_output_bias": True,
+            "attention_sinks": True,
+            "attention_windows": (WINDOW, 0),
+            **YARN,
+            "rope_truncate": False,
+        },
+        router={**RENORMALIZED, "logit_bias": True},
+        rules=names.GPT_OSS,
+    ),
+    "llama4": Family(
+        theirs="Llama4",
+        config={
+            "num_hidden_layers": 4,
+            "intermediate_size": EXPERT_DIM,
+            "intermediate_size_mlp": DENSE_DIM,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 1,
+            "interleave_moe_layer_step": 2,
+            "no_rope_layer_interval": 4,
+            "use_qk_norm": True,
+            "attention_chunk_size": WINDOW,
+            "attn_temperature_tuning": True,
+            "floor_scale": 3,
+            "attn_scale": 0.5,
+        },
+        ours={
+            "num_layers": 4,
+            "moe_every": 2,
+            "qk_norm": "unit",
+            "rope_pairs": "neighbours",
+            "position_layers": (1, 1, 1, 0),
+            "attention_chunks": (WINDOW, WINDOW, WINDOW, 0),
+            "attention_growth": 0.5,
+            "attention_growth_length": 3,
+            "shared_expert_mlp_dim": EXPERT_DIM,
+        },
+        router={"num_selected": 1, "scores": "sigmoid", "gate_place": "input"},
+        rules=names.LLAMA_4,
+    ),
+    "granite_moe": Family(
+        theirs="GraniteMoe",
+        config={
+            **FOUR,
+            "embedding_multiplier": 3.0,
+            "attention_multiplier": 0.2,
+            "residual_multiplier": 0.4,
+            "logits_scaling": 5.0,
+            "tie_word_embeddings": True,
+        },
+        ours={
+            "embed_scale": 3.0,
+            "attention_scale": 0.2,
+            "residual_scale": 0.4,
+            "logit_scale": 1 / 5.0,
+            "tie_embeddings": True,
+        },
+        router=RENORMALIZED,
+        rules=names.GRANITE,
+    ),
+    "gemma2": Family(
+        theirs="Gemma2",
+        config={
+            "intermediate_size": DENSE_DIM,
+            "query_pre_attn_scalar": 20,
+            "attn_logit_softcapping": 5.0,
+            "final_logit_softcapping": 8.0,
+            "sliding_window": WINDOW,
+            "tie_word_embeddings": True,
+        },
+        ours={
+            "activation": "geglu",
+            "norm": "rms_plus_one",
+            "norm_place": "both",
+            "embed_scale": 0.0,
+            "attention_scale": 1 / math.sqrt(20),
+            "attention_cap": 5.0,
+            "logit_cap": 8.0,
+            "attention_windows": (WINDOW, 0),
+            "tie_embeddings": True,
+        },
+        rules=names.NORMS_ON_BOTH_SIDES,
+    ),
+}

@@ -1,0 +1,104 @@
+"""The rules by which arrays of public models become ours, without those models.
+
+`python -m benchmarks.public_models` compares what both compute.
+"""
+
+import jax
+import numpy as np
+import pytest
+
+from benchmarks.public_models import names, ours
+from benchmarks.public_models.families import FAMILIES
+
+pytestmark = pytest.mark.fast
+
+
+def numbered(*shape: int) -> np.ndarray:
+    return np.arange(np.prod(shape)).reshape(shape)
+
+
+def test_a_dim_of_several_letters_is_taken_apart():
+    x = numbered(6, 5)
+    found = names.arranged(x, "ND,M -> M,N,D", (5, 2, 3))
+    for m, n, d in np.ndindex(5, 2, 3):
+        assert found[m, n, d] == x[3 * n + d, m]
+    alternating = names.arranged(x, "Fc,M -> M,c,F", (5, 2, 3))
+    for m, c, f in np.ndindex(5, 2, 3):
+        assert alternating[m, c, f] == x[2 * f + c, m]
+
+
+def test_one_of_two_blocks_is_taken():
+    x = numbered(10, 4)  # two heads of [3 | 2]
+    first = names.arranged(x, "N[D|W],R -> R,N,D", (4, 2, 3))
+    second = names.arranged(x, "N[D|W],R -> R,N,W", (4, 2, 2))
+    for r, n in np.ndindex(4, 2):
+        assert list(first[r, n]) == list(x[5 * n : 5 * n + 3, r])
+        assert list(second[r, n]) == list(x[5 * n + 3 : 5 * n + 5, r])
+
+
+def test_two_arrays_are_stacked():
+    theirs = {"at.a": numbered(3, 5), "at.b": -numbered(3, 5)}
+    found = names.read(theirs, "at.", ("a + b", "c,F,M -> M,c,F"), (5, 2, 3))
+    assert np.array_equal(found[:, 0], theirs["at.a"].T)
+    assert np.array_equal(found[:, 1], theirs["at.b"].T)
+
+
+@pytest.mark.parametrize(
+    ("dims", "shape"),
+    [
+        ("ND,M -> M,N,D", (5, 2, 4)),  # 6 are no 2 × 4
+        ("M,N -> M,N", (5, 6)),  # the other way round
+        ("F", (6,)),  # a dim too few
+        ("N[D|W],M -> M,N,D", (5, 4, 1)),  # 6 are no 4 heads
+        ("[D|W],M -> M,D", (5, 7)),  # more than there are
+    ],
+)
+def test_what_a_rule_does_not_fit_is_refused_by_name(dims, shape):
+    with pytest.raises(ValueError, match=r"at\.x of shape \(6, 5\) is no"):
+        names.read({"at.x": numbered(6, 5)}, "at.", ("x", dims), shape)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_array_of_a_family_has_a_rule_of_its_dims(name):
+    family = FAMILIES[name]
+    model, rules = ours.described(family), family.all_rules()
+    of_specs, _ = jax.tree_util.tree_flatten_with_path(model.specs)
+    for keys, spec in of_specs:
+        path = jax.tree_util.keystr(keys, simple=True, separator="/")
+        of_layer = path.startswith("decoder/layers/")
+        _, dims = rules[path.split("/", 4)[4] if of_layer else path]
+        rank = len(dims.rpartition(" -> ")[2].split(","))
+        assert rank == len(spec.shape) - of_layer, path
+
+
+def test_an_array_that_no_rule_reads_is_an_error():
+    model, rules = ours.described(FAMILIES["olmo2"]), FAMILIES["olmo2"].all_rules()
+    theirs = {"model.embed_tokens.weight": numbered(64, 32), "more": numbered(1)}
+    with pytest.raises(KeyError, match=r"model\.layers\.0"):
+        ours.parameters(model, rules, theirs)
+    with pytest.raises(ValueError, match="no rule reads more"):
+        ours.parameters(model, rules, Every(theirs))
+
+
+class Every(dict):
+    """Arrays of a model, and whatever else a rule asks for."""
+
+    def __missing__(self, name: str) -> np.ndarray:
+        return WEIGHTS[name.split(".")[-2]]
+
+
+WEIGHTS = {
+    "lm_head": numbered(64, 32),
+    "norm": numbered(32),
+    "q_proj": numbered(32, 32),
+    "k_proj": numbered(16, 32),
+    "v_proj": numbered(16, 32),
+    "o_proj": numbered(32, 32),
+    "q_norm": numbered(32),
+    "k_norm": numbered(16),
+    "post_attention_layernorm": numbered(32),
+    "post_feedforward_layernorm": numbered(32),
+    "gate_proj": numbered(48, 32),
+    "up_proj": numbered(48, 32),
+    "down_proj": numbered(32, 48),
+}

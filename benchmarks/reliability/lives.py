@@ -20,6 +20,7 @@ IMPORTED = (
     *("launch.commands.train", "launch.commands.evaluate"),
     *("launch.checkpoints.trained", "launch.config.reader"),
 )
+_HEARD = (signal.SIGINT, signal.SIGTERM)
 FLAGS = (
     "--xla_backend_optimization_level=0",
     "--xla_llvm_disable_expensive_passes=true",
@@ -52,9 +53,18 @@ class Life:
     def __init__(self, words: Sequence[str], output: Path, process: int = -1) -> None:
         self.began = time.monotonic()
         self._code: int | None = None
+        # A signal that comes before the life has handlers of its own waits for them.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _HEARD)
         self.pid = os.fork()
         if self.pid == 0:
-            os._exit(_run(words, output, process))
+            try:
+                os._exit(_run(words, output, process))
+            except KeyboardInterrupt:  # as Python itself ends then
+                signal.signal(signal.SIGINT, signal.SIG_DFL)
+                os.kill(os.getpid(), signal.SIGINT)
+            finally:  # never what the process was doing that was forked
+                os._exit(1)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def signal(self, number: signal.Signals) -> None:
         """Sends a signal, unless the process was waited for and its number is free."""
@@ -95,9 +105,9 @@ def _run(words: Sequence[str], output: Path, process: int) -> int:
     file = os.open(output, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     os.dup2(file, 1)
     os.dup2(file, 2)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _HEARD)
     sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
     sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
     from launch import cli

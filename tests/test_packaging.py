@@ -49,7 +49,7 @@ ROOMS = (
     ("data",),
     ("run",),
     ("checkpoints",),
-    ("evaluation", "planning", "verification", "doctor"),
+    ("evaluation", "exchange", "planning", "verification", "doctor"),
     ("report",),
     ("training",),
 )

@@ -1,0 +1,1 @@
+"""Weights that come in from other systems, and leave to them."""

@@ -8,7 +8,7 @@ _FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # e2m1, by its three lower bits
 _BIAS = 127  # of a scale of MXFP4, which is the exponent of a power of two
 _NOT_A_NUMBER = 255
 _BLOCK_BYTES, _BLOCK_VALUES = 16, 32
-_BLOCKS_AT_ONCE = 1 << 16  # 8 MB of float32
+_BLOCKS_AT_ONCE = 1 << 12  # 512 kB of float32, which stay in a core's cache
 
 
 def from_fp8_blocks(
@@ -93,18 +93,20 @@ def from_mxfp4(
         raise TensorsError(
             f"tensor {shown(name)} has a scale of 255, which is no number"
         )
-    packed, exponent = blocks.reshape(-1, _BLOCK_BYTES), scales.reshape(-1, 1)
+    packed, scale = blocks.reshape(-1, _BLOCK_BYTES), scales.reshape(-1, 1)
     pair_of_byte = _pair_of_byte()
+    power = np.ldexp(np.float32(1), np.arange(_NOT_A_NUMBER) - _BIAS)
     result = np.empty((len(packed), _BLOCK_VALUES), dtype)
     for start in range(0, len(packed), _BLOCKS_AT_ONCE):
         part = slice(start, start + _BLOCKS_AT_ONCE)
-        values = pair_of_byte[packed[part]].reshape(-1, _BLOCK_VALUES)
-        result[part] = np.ldexp(values, exponent[part].astype(np.int32) - _BIAS)
+        values = pair_of_byte[packed[part]].view(np.float32)
+        result[part] = values * power[scale[part]]
     return result.reshape(*blocks.shape[:-2], blocks.shape[-2] * _BLOCK_VALUES)
 
 
 def _pair_of_byte() -> np.ndarray:
-    """The two numbers of every byte, float32 [256, 2]."""
+    """The two numbers of every byte, float32, as one of eight bytes: [256]."""
     value = np.array([*_FP4, *(-one for one in _FP4)], np.float32)
     byte = np.arange(256)
-    return np.stack([value[byte & 15], value[byte >> 4]], axis=-1)
+    pair = np.stack([value[byte & 15], value[byte >> 4]], axis=-1)
+    return pair.view(np.uint64)[:, 0]

@@ -5,10 +5,10 @@
 
 A model of each family with random weights, of 2 layers, or 4 of Llama 4, and width 32,
 reads 2 rows of 12 tokens in float32 on the CPU: no weights are downloaded.
-`families.py` has each in their words and in ours, `names.py` how its arrays become
-ours. Prints the largest difference of logits over the largest logit, and in how many of
-their choices of experts the tokens agree; exits with 1 where a difference is above 1e-5
-or a choice is another one.
+`families.py` has each in their words and in ours, `launch/exchange/tables.py` how its
+arrays become ours. Prints the largest difference of logits over the largest logit, and
+in how many of their choices of experts the tokens agree; exits with 1 where a
+difference is above 1e-5 or a choice is another one.
 """
 
 import argparse

@@ -5,8 +5,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from benchmarks.public_models import names
-from benchmarks.public_models.names import Rules
+from launch.exchange import tables
+from launch.exchange.rules import Rules
 from moe.settings import ModelSettings, RouterSettings
 
 ROWS, LENGTH = 2, 12
@@ -25,7 +25,7 @@ class Family:
             `rope_parameters` have more.
         ours: fields of `ModelSettings`, beside those.
         router: fields of `RouterSettings`; None where no layer is sparse.
-        rules: of its arrays, where they are not those of `names.RULES`.
+        rules: of its arrays, where they are not those of `tables.RULES`.
     """
 
     theirs: str
@@ -61,7 +61,7 @@ class Family:
 
     def all_rules(self) -> Rules:
         """Returns the rules of all its arrays."""
-        return names.RULES | self.rules
+        return tables.RULES | self.rules
 
 
 RENORMALIZED = {"renormalize": "before_drop"}
@@ -118,13 +118,13 @@ FAMILIES: dict[str, Family] = {
         | {"norm_topk_prob": False},
         ours={"qk_norm": "width"},
         router={},
-        rules=names.NORMS_OF_WHOLE_WIDTH,
+        rules=tables.NORMS_OF_WHOLE_WIDTH,
     ),
     "olmo2": Family(
         theirs="Olmo2",
         config={"intermediate_size": DENSE_DIM},
         ours={"norm_place": "output", "qk_norm": "width"},
-        rules=names.NORMS_OF_WHOLE_WIDTH | names.NORMS_OF_OUTPUT,
+        rules=tables.NORMS_OF_WHOLE_WIDTH | tables.NORMS_OF_OUTPUT,
     ),
     "qwen2_moe": Family(
         theirs="Qwen2Moe",
@@ -132,7 +132,7 @@ FAMILIES: dict[str, Family] = {
         ours={"attention_biases": True, "attention_output_bias": False}
         | {"shared_expert_mlp_dim": 40, "shared_expert_gate": True},
         router={},
-        rules=names.ONE_SHARED_EXPERT,
+        rules=tables.ONE_SHARED_EXPERT,
     ),
     "qwen3_moe": Family(
         theirs="Qwen3Moe",
@@ -153,7 +153,7 @@ FAMILIES: dict[str, Family] = {
         config={**FOUR, **HALF_TURNED, "rotary_dim": HEAD_DIM // 2},
         ours={"qk_norm": "width", "rope_fraction": 0.5},
         router=SIGMOID,
-        rules=names.NORMS_OF_WHOLE_WIDTH | names.BIAS_BESIDE_THE_GATE,
+        rules=tables.NORMS_OF_WHOLE_WIDTH | tables.BIAS_BESIDE_THE_GATE,
     ),
     "deepseek_v3": Family(
         theirs="DeepseekV3",
@@ -184,7 +184,7 @@ FAMILIES: dict[str, Family] = {
             "attention_scale": MSCALE**2 / math.sqrt(HEAD_DIM + 4),
         },
         router={**SIGMOID, **GROUPS, "gate_scale": 2.5},
-        rules=names.LATENTS,
+        rules=tables.LATENTS,
     ),
     "gpt_oss": Family(
         theirs="GptOss",
@@ -205,7 +205,7 @@ FAMILIES: dict[str, Family] = {
             "rope_truncate": False,
         },
         router={**RENORMALIZED, "logit_bias": True},
-        rules=names.GPT_OSS,
+        rules=tables.GPT_OSS,
     ),
     "llama4": Family(
         theirs="Llama4",
@@ -235,7 +235,7 @@ FAMILIES: dict[str, Family] = {
             "shared_expert_mlp_dim": EXPERT_DIM,
         },
         router={"num_selected": 1, "scores": "sigmoid", "gate_place": "input"},
-        rules=names.LLAMA_4,
+        rules=tables.LLAMA_4,
     ),
     "granite_moe": Family(
         theirs="GraniteMoe",
@@ -255,7 +255,7 @@ FAMILIES: dict[str, Family] = {
             "tie_embeddings": True,
         },
         router=RENORMALIZED,
-        rules=names.GRANITE,
+        rules=tables.GRANITE,
     ),
     "gemma2": Family(
         theirs="Gemma2",
@@ -278,6 +278,6 @@ FAMILIES: dict[str, Family] = {
             "attention_windows": (WINDOW, 0),
             "tie_embeddings": True,
         },
-        rules=names.NORMS_ON_BOTH_SIDES,
+        rules=tables.NORMS_ON_BOTH_SIDES,
     ),
 }

@@ -1,5 +1,6 @@
 """The same model as ours, with arrays made of theirs by the rules."""
 
+import collections
 from collections.abc import Mapping
 from typing import Any
 
@@ -7,9 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.public_models import names
 from benchmarks.public_models.families import Family
-from benchmarks.public_models.names import Rules
+from launch.checkpoints.names import unnamed
+from launch.exchange.matching import matched, ours_of
+from launch.exchange.rules import Rules, read
 from moe.model.build import build
 from moe.model.transformer import Model
 from moe.settings import ExecutionSettings
@@ -50,27 +52,17 @@ def parameters(model: Model, rules: Rules, theirs: Mapping[str, np.ndarray]) -> 
     """Returns all parameters of a model, each made of theirs by its rule.
 
     Raises:
-        KeyError: a parameter has no rule, or a rule's array is missing.
-        ValueError: an array has another shape, or no rule reads it.
+        ExchangeError: a parameter cannot be made, or no rule reads one of theirs.
+        ValueError: an array has another shape.
     """
-    read: set[str] = set()
-    segments = model.layers.stacks["decoder"].segments
-
-    def made(prefix: str, path: str, shape: tuple[int, ...]) -> np.ndarray:
-        read.update(prefix + name for name in rules[path][0].split(" + "))
-        return names.read(theirs, prefix, rules[path], shape)
-
-    def leaf(keys: Any, spec: Any) -> np.ndarray:
-        path = jax.tree_util.keystr(keys, simple=True, separator="/")
-        if not path.startswith("decoder/layers/"):
-            return made("", path, spec.shape)
-        _, _, segment, block, of_layer = path.split("/", 4)
-        numbers = segments[int(segment)].numbers(int(block))
-        return np.stack(
-            [made(f"model.layers.{n}.", of_layer, spec.shape[1:]) for n in numbers]
-        )
-
-    tree = jax.tree_util.tree_map_with_path(leaf, model.specs)
-    if unread := sorted(set(theirs) - read):
-        raise ValueError(f"no rule reads {', '.join(unread)}")
-    return tree
+    ours = list(ours_of(model.layers))
+    chosen = matched(ours, [rules], theirs, "", "the model")
+    made: dict[str, list[np.ndarray]] = collections.defaultdict(list)
+    for each, rule in zip(ours, chosen, strict=True):
+        made[each.path].append(read(theirs, each.prefix, rule, each.shape))
+    of_layers = {each.path: each.layer is not None for each in ours}
+    arrays = {
+        path: np.stack(layers) if of_layers[path] else layers[0]
+        for path, layers in made.items()
+    }
+    return unnamed(arrays, model.specs)

@@ -4,7 +4,6 @@ It computes the same, and goes on from there: pseudo-to-real training (M6-10T,
 arXiv:2110.03888, section 3.2).
 """
 
-import re
 import time
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from launch.checkpoints.places import (
 )
 from launch.checkpoints.sums import Digest
 from launch.checkpoints.writing import manifest_written, writing
+from launch.config.edit import with_values
 from moe.layers import Layers
 
 
@@ -52,11 +52,8 @@ def delink(model_dir: Path, path: Path, to: Path, layers: Layers, code: Any) -> 
     }
     if max(copies.values()) == 1:
         raise CheckpointError(f"the layers of {path} share no parameters")
-    config = manifest["config"]
     other = {"LAYER_SHARING": "none", "MODEL_DIR": str(to), "CHECKPOINT_DIR": ""}
-    for macro, value in other.items():
-        line = f"{macro} = {value!r}".replace("\\", r"\\")  # as a template has it
-        config = re.sub(rf"(?m)^{macro} = .*$", line, config)
+    config = with_values(manifest["config"], other)
     with copying.arriving(to, step) as part:
         kept = {
             name: _copied(source, name, copies[name], part / "state")

@@ -4,6 +4,7 @@ Standard library only, beside `launch.config.reader`.
 """
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -63,6 +64,14 @@ def reconfigured(config: ResolvedConfig, knobs: Mapping[str, Any]) -> ResolvedCo
         operative="".join(f"{knob.macro} = {knob.text}\n" for knob in kept),
         where=config.where,
     )
+
+
+def with_values(config: str, values: Mapping[str, Any]) -> str:
+    """Returns a configuration, as runs keep it, with other values of some knobs."""
+    for macro, value in values.items():
+        line = f"{macro} = {value!r}".replace("\\", r"\\")  # as a template has it
+        config = re.sub(rf"(?m)^{macro} = .*$", line, config)
+    return config
 
 
 def mesh_knobs(mesh: MeshSettings) -> dict[str, int]:

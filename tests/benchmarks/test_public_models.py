@@ -7,8 +7,18 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks.public_models import names, ours
-from benchmarks.public_models.families import FAMILIES
+from benchmarks.public_models import ours
+from benchmarks.public_models.families import (
+    DENSE_DIM,
+    FAMILIES,
+    HEAD_DIM,
+    HEADS,
+    KV_HEADS,
+    VOCAB,
+    WIDTH,
+)
+from launch.exchange import rules
+from launch.exchange.matching import ExchangeError, ours_of
 
 pytestmark = pytest.mark.fast
 
@@ -19,18 +29,18 @@ def numbered(*shape: int) -> np.ndarray:
 
 def test_a_dim_of_several_letters_is_taken_apart():
     x = numbered(6, 5)
-    found = names.arranged(x, "ND,M -> M,N,D", (5, 2, 3))
+    found = rules.arranged(x, "ND,M -> M,N,D", (5, 2, 3))
     for m, n, d in np.ndindex(5, 2, 3):
         assert found[m, n, d] == x[3 * n + d, m]
-    alternating = names.arranged(x, "Fc,M -> M,c,F", (5, 2, 3))
+    alternating = rules.arranged(x, "Fc,M -> M,c,F", (5, 2, 3))
     for m, c, f in np.ndindex(5, 2, 3):
         assert alternating[m, c, f] == x[2 * f + c, m]
 
 
 def test_one_of_two_blocks_is_taken():
     x = numbered(10, 4)  # two heads of [3 | 2]
-    first = names.arranged(x, "N[D|W],R -> R,N,D", (4, 2, 3))
-    second = names.arranged(x, "N[D|W],R -> R,N,W", (4, 2, 2))
+    first = rules.arranged(x, "N[D|W],R -> R,N,D", (4, 2, 3))
+    second = rules.arranged(x, "N[D|W],R -> R,N,W", (4, 2, 2))
     for r, n in np.ndindex(4, 2):
         assert list(first[r, n]) == list(x[5 * n : 5 * n + 3, r])
         assert list(second[r, n]) == list(x[5 * n + 3 : 5 * n + 5, r])
@@ -38,7 +48,7 @@ def test_one_of_two_blocks_is_taken():
 
 def test_two_arrays_are_stacked():
     theirs = {"at.a": numbered(3, 5), "at.b": -numbered(3, 5)}
-    found = names.read(theirs, "at.", ("a + b", "c,F,M -> M,c,F"), (5, 2, 3))
+    found = rules.read(theirs, "at.", ("a + b", "c,F,M -> M,c,F"), (5, 2, 3))
     assert np.array_equal(found[:, 0], theirs["at.a"].T)
     assert np.array_equal(found[:, 1], theirs["at.b"].T)
 
@@ -55,7 +65,7 @@ def test_two_arrays_are_stacked():
 )
 def test_what_a_rule_does_not_fit_is_refused_by_name(dims, shape):
     with pytest.raises(ValueError, match=r"at\.x of shape \(6, 5\) is no"):
-        names.read({"at.x": numbered(6, 5)}, "at.", ("x", dims), shape)
+        rules.read({"at.x": numbered(6, 5)}, "at.", ("x", dims), shape)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -72,33 +82,21 @@ def test_every_array_of_a_family_has_a_rule_of_its_dims(name):
 
 
 def test_an_array_that_no_rule_reads_is_an_error():
-    model, rules = ours.described(FAMILIES["olmo2"]), FAMILIES["olmo2"].all_rules()
-    theirs = {"model.embed_tokens.weight": numbered(64, 32), "more": numbered(1)}
-    with pytest.raises(KeyError, match=r"model\.layers\.0"):
-        ours.parameters(model, rules, theirs)
-    with pytest.raises(ValueError, match="no rule reads more"):
-        ours.parameters(model, rules, Every(theirs))
-
-
-class Every(dict):
-    """Arrays of a model, and whatever else a rule asks for."""
-
-    def __missing__(self, name: str) -> np.ndarray:
-        return WEIGHTS[name.split(".")[-2]]
-
-
-WEIGHTS = {
-    "lm_head": numbered(64, 32),
-    "norm": numbered(32),
-    "q_proj": numbered(32, 32),
-    "k_proj": numbered(16, 32),
-    "v_proj": numbered(16, 32),
-    "o_proj": numbered(32, 32),
-    "q_norm": numbered(32),
-    "k_norm": numbered(16),
-    "post_attention_layernorm": numbered(32),
-    "post_feedforward_layernorm": numbered(32),
-    "gate_proj": numbered(48, 32),
-    "up_proj": numbered(48, 32),
-    "down_proj": numbered(32, 48),
-}
+    family = FAMILIES["olmo2"]
+    model, all_rules = ours.described(family), family.all_rules()
+    theirs = {
+        each.prefix + member.name: numbered(*rules.shape_of(member.dims, sizes))
+        for each in ours_of(model.layers)
+        for member in rules.members(all_rules[each.rule], each.shape)
+        for sizes in [
+            {"N": HEADS, "D": HEAD_DIM, "U": KV_HEADS, "V": VOCAB}
+            | {"M": WIDTH, "F": DENSE_DIM}
+        ]
+    }
+    params = ours.parameters(model, all_rules, theirs)
+    assert params["head"].shape == (WIDTH, VOCAB)
+    with pytest.raises(ExchangeError, match="not used: more"):
+        ours.parameters(model, all_rules, {**theirs, "more": numbered(1)})
+    del theirs["model.layers.1.self_attn.q_proj.weight"]
+    with pytest.raises(ExchangeError, match=r"missing: model\.layers\.1\.self_attn"):
+        ours.parameters(model, all_rules, theirs)

@@ -1,25 +1,10 @@
-"""How the arrays of a public model become ours: their names, and their dims.
+"""By which rules the arrays of public models become ours; `rules.py` explains them.
 
-A rule stands under the path of one of our arrays. It is the name of theirs and what is
-done to its dims, "ND,M -> M,N,D": a letter is a dim; letters side by side are one dim
-of theirs that ours keeps as several. "[D|W]" is two blocks of one dim, one after the
-other, of which the right side names the one taken. Without an arrow both are the same.
-Names joined by " + " are arrays that are stacked in a new first dim, c.
-
-Letters are those of `moe`, and W width of a head's values, R width of a latent, P
-turned numbers of a key, c gate and up.
-
-The names are those of a model in memory, where the experts of a layer are one array.
+Names are those of a model in memory, where the experts of a layer are one array. In the
+files that are published each expert has its own; `EXPERTS` are those.
 """
 
-import math
-import re
-from collections.abc import Mapping
-
-import numpy as np
-
-Rule = tuple[str, str]
-Rules = dict[str, Rule]
+from launch.exchange.rules import Rules
 
 
 def gated(ours: str, theirs: str) -> Rules:
@@ -124,65 +109,26 @@ GRANITE: Rules = {
     "sparse/experts/down": ("block_sparse_moe.experts.down_proj", "E,M,F -> E,F,M"),
 }
 
-
-def read(
-    theirs: Mapping[str, np.ndarray], prefix: str, rule: Rule, shape: tuple[int, ...]
-) -> np.ndarray:
-    """Returns one of our arrays, made of theirs.
-
-    Args:
-        theirs: their arrays by name.
-        prefix: what stands before the names of the rule.
-        rule: names and dims.
-        shape: sizes of our dims, from which those of theirs follow.
-    Raises:
-        KeyError: there is no array of that name.
-        ValueError: its shape is not what the rule says.
-    """
-    names, dims = rule
-    arrays = [theirs[prefix + name] for name in names.split(" + ")]
-    array = np.stack(arrays) if len(arrays) > 1 else arrays[0]
-    try:
-        return arranged(array, dims, shape)
-    except ValueError as error:
-        raise ValueError(
-            f"{prefix}{names} of shape {array.shape} is no {dims!r} of {shape}"
-        ) from error
-
-
-def arranged(array: np.ndarray, dims: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Returns an array with its dims as the right side of a rule has them."""
-    left, _, right = dims.partition(" -> ")
-    order = (right or left).split(",")
-    sizes = dict(zip(order, shape, strict=True))
-    parts = [
-        part
-        for size, dim in zip(array.shape, left.split(","), strict=True)
-        for part in _parts(dim, size, sizes)
-    ]
-    letters = [letter for letter, _, _ in parts]
-    split = array.reshape([room for _, room, _ in parts])
-    taken = tuple(slice(start, start + sizes[letter]) for letter, _, start in parts)
-    return split[taken].transpose([letters.index(letter) for letter in order])
-
-
-def _parts(dim: str, size: int, sizes: dict[str, int]) -> list[tuple[str, int, int]]:
-    """Takes one dim of theirs apart.
-
-    Returns:
-        Of each part our letter, its size there, and where ours begins in it.
-    """
-    found = re.findall(r"\[(\w)\|(\w)\]|(\w)", dim)
-    room = size // math.prod(sizes[letter] for _, _, letter in found if letter)
-    parts = []
-    for first, second, letter in found:
-        if letter:
-            parts.append((letter, sizes[letter], 0))
-        elif first in sizes:
-            parts.append((first, room, 0))
-        else:
-            parts.append((second, room, room - sizes[second]))
-    fits = all(sizes[letter] <= there for letter, there, _ in parts)
-    if not fits or math.prod(there for _, there, _ in parts) != size:
-        raise ValueError(f"a dim of {size} is no {dim}")
-    return parts
+# As they are in files, where an expert's arrays have its number.
+EXPERTS: Rules = {
+    "sparse/experts/up": (
+        "mlp.experts.{E}.gate_proj.weight + mlp.experts.{E}.up_proj.weight",
+        "E,c,F,M -> E,M,c,F",
+    ),
+    "sparse/experts/down": ("mlp.experts.{E}.down_proj.weight", "E,M,F -> E,F,M"),
+}
+EXPERTS_OF_MIXTRAL: Rules = {
+    "sparse/router": ("block_sparse_moe.gate.weight", "E,M -> M,E"),
+    "sparse/experts/up": (
+        "block_sparse_moe.experts.{E}.w1.weight + "
+        "block_sparse_moe.experts.{E}.w3.weight",
+        "E,c,F,M -> E,M,c,F",
+    ),
+    "sparse/experts/down": (
+        "block_sparse_moe.experts.{E}.w2.weight",
+        "E,M,F -> E,F,M",
+    ),
+}
+BIAS_OF_MIXTRAL: Rules = {
+    "sparse/selection_bias": ("block_sparse_moe.e_score_correction_bias", "E"),
+}

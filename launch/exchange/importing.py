@@ -1,0 +1,249 @@
+"""A public model that becomes a run: configuration, vocabulary and a checkpoint.
+
+Its arrays are read and written one layer at a time. The checkpoint has no state of the
+optimizer: `train` begins one.
+"""
+
+import collections
+import dataclasses
+import json
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import tensorstore as ts
+
+from launch.checkpoints import copying
+from launch.checkpoints.arrays import Index, spec_of
+from launch.checkpoints.places import FORMAT, folder_of, sealed
+from launch.checkpoints.sums import Digest
+from launch.checkpoints.trained import VOCABULARY, keep_vocabulary
+from launch.checkpoints.writing import manifest_written, writing
+from launch.config.edit import with_values
+from launch.config.reader import ResolvedConfig
+from launch.exchange.families import FAMILIES, ignored_of, knobs_of
+from launch.exchange.family import Config, Knobs
+from launch.exchange.header import parsed_json
+from launch.exchange.matching import ExchangeError, Ours, matched, ours_of
+from launch.exchange.numbers import numbers_of
+from launch.exchange.rules import Rule, read
+from launch.exchange.same import differences
+from launch.exchange.tensors import open_tensors
+from partitioning.settings import MeshSettings
+from tasks import vocabularies
+from tasks.vocabularies import Vocabulary
+
+CONFIG = "config.json"
+TOKENIZERS = ("tokenizer.json", "tokenizer.model")
+# What goes with a tokenizer, and is kept for whoever gets the model back.
+BESIDE = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "generation_config.json",
+    "chat_template.jinja",
+)
+_STORE = "MODEL_DIR/store"  # in configs/data/here.gin: that of no run yet
+_CHUNK_ELEMENTS = 2**24
+_DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+_ZARR = {"float32": "<f4", "int32": "<i4", "bfloat16": "bfloat16"}
+
+
+def read_config(source: Path) -> Config:
+    """Reads the config.json of a folder."""
+    file = source / CONFIG
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise ExchangeError(f"cannot read {file}: {error.strerror}") from error
+    return parsed_json(content, str(file))
+
+
+def knobs_for(source: Path, to: Path) -> Knobs:
+    """Returns what a run that is made of a public model must have."""
+    _, knobs = knobs_of(read_config(source), str(source / CONFIG))
+    tokenizer = to / VOCABULARY / _name_kept(_tokenizer_of(source))
+    return knobs | {"MODEL_DIR": str(to), "VOCABULARY": str(tokenizer)}
+
+
+def take_over(
+    source: Path, to: Path, config: ResolvedConfig, code: Mapping[str, Any]
+) -> Path:
+    """Makes a run of a public model.
+
+    Args:
+        source: folder with config.json, safetensors and a tokenizer.
+        to: folder of the run; there is none yet.
+        config: configuration of the run, with the knobs of `knobs_for`.
+        code: versions of what makes it, for its manifest.
+    Returns:
+        The checkpoint, of step 0.
+    Raises:
+        ExchangeError: it is not what its config.json says, or the configuration is of
+            another model.
+        TensorsError: a file of its cannot be read.
+        CheckpointError: there is a run already, or it cannot be written.
+    """
+    said = read_config(source)
+    name, knobs = knobs_of(said, str(source / CONFIG))
+    if changed := differences(config, knobs):
+        raise ExchangeError(
+            f"{config.where} makes another model of {source}: "
+            f"{', '.join(changed)}; leave these knobs alone"
+        )
+    data = config.settings.data
+    vocabulary = vocabularies.from_file(
+        source / _tokenizer_of(source), data.extra_ids, data.eos_token
+    )
+    if vocabulary.size > config.settings.model.vocab_size:
+        raise ExchangeError(
+            f"the tokenizer of {source} has {vocabulary.size:,} ids, and the model an "
+            f"embedding of {config.settings.model.vocab_size:,} rows"
+        )
+    text = _finished(config, to, vocabulary)
+    param_dtype = config.settings.execution.param_dtype
+    dtype = _DTYPES[param_dtype]
+    family, theirs = FAMILIES[name], numbers_of(open_tensors(source), said, dtype)
+    ours = list(ours_of(config.settings.layers))
+    ignored = ignored_of(said, tied=config.settings.model.tie_embeddings)
+    rules = matched(ours, family.readings(), theirs, ignored, str(source))
+    if (to / "config.gin").exists():
+        raise ExchangeError(f"{to} holds a run already: take another folder")
+    with copying.arriving(to, 0) as part:
+        kept = _written(
+            list(zip(ours, rules, strict=True)),
+            theirs,
+            param_dtype,
+            part / "state",
+        )
+        manifest = {
+            "format": FORMAT,
+            "step": 0,
+            "data_index": 0,
+            "skipped_in_a_row": 0,
+            "arrays": kept,
+            "mesh": dataclasses.asdict(MeshSettings()),
+            "saved_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "parents": [],
+            "made_of": {"path": str(source.absolute()), "family": name},
+            # Nothing of it was trained here, so that no optimizer has a state of it.
+            "config": with_values(text, {"TRAINABLE": (), "FROZEN": ("*",)}),
+            "data_fingerprint": "none",
+            "vocabulary_fingerprint": vocabulary.fingerprint,
+            "hosts": 1,
+            "devices": 0,
+            "device_kind": "none",
+            **code,
+        }
+        manifest_written(part, sealed(manifest))
+        with writing(to):
+            keep_vocabulary(to, vocabulary)
+            for beside in BESIDE:
+                if (source / beside).is_file():
+                    shutil.copyfile(source / beside, to / VOCABULARY / beside)
+            (to / "config.gin").write_text(text, encoding="utf-8")
+    return folder_of(to) / "0"
+
+
+def _tokenizer_of(source: Path) -> str:
+    """Returns the name of a folder's tokenizer."""
+    for name in TOKENIZERS:
+        if (source / name).is_file():
+            return name
+    raise ExchangeError(f"{source} has no tokenizer: {' or '.join(TOKENIZERS)}")
+
+
+def _name_kept(tokenizer: str) -> str:
+    """The name by which a run keeps it."""
+    return tokenizer.replace("tokenizer.model", "vocabulary.model")
+
+
+def _finished(config: ResolvedConfig, to: Path, vocabulary: Vocabulary) -> str:
+    """The configuration, with what is known only now."""
+    values: dict[str, Any] = {}
+    if vocabulary.kind == "huggingface":
+        description = vocabularies.to_files(vocabulary)[vocabularies.DESCRIPTION]
+        values["EOS_TOKEN"] = json.loads(description)["eos_token"]
+    if config.settings.data.store_dir == _STORE:
+        values["STORE_DIR"] = str(to / "store")
+    return with_values(config.operative, values)
+
+
+def _written(
+    chosen: Sequence[tuple[Ours, Rule]],
+    theirs: Mapping[str, np.ndarray],
+    param_dtype: str,
+    state: Path,
+) -> dict[str, Any]:
+    """Writes all arrays of a state without an optimizer; returns what they are."""
+    kept = {}
+    counts = ("step", "data_index", "skipped_steps", "skipped_in_a_row")
+    for name in counts:
+        kept[name] = _Written(state, name, (), "int32").add((), np.zeros((), np.int32))
+    layers = collections.Counter(each.path for each, _ in chosen)
+    open_arrays: dict[str, _Written] = {}
+    for each, rule in chosen:
+        dtype = each.dtype or param_dtype
+        name = f"params/{each.path}"
+        shape = each.shape
+        if each.layer is not None:
+            shape = (layers[each.path], *shape)
+        if name not in open_arrays:
+            open_arrays[name] = _Written(state, name, shape, dtype)
+        try:
+            array = read(theirs, each.prefix, rule, each.shape, _DTYPES[dtype])
+        except ValueError as error:
+            raise ExchangeError(str(error)) from error
+        place = tuple(slice(0, size) for size in each.shape)
+        if each.layer is not None:
+            array, place = array[None], (slice(each.layer, each.layer + 1), *place)
+        kept[name] = open_arrays[name].add(place, array)
+    return kept
+
+
+class _Written:
+    """An array of a checkpoint that is written piece by piece, and digested.
+
+    Args:
+        state: folder of the database.
+        name: name of the array in it.
+        shape: its shape.
+        dtype: its type.
+    """
+
+    def __init__(
+        self, state: Path, name: str, shape: tuple[int, ...], dtype: str
+    ) -> None:
+        self._said = {"shape": list(shape), "dtype": dtype}
+        self._digest = Digest(shape)
+        self._state = state
+        metadata = {
+            "shape": shape,
+            "chunks": _chunks(shape),
+            "dtype": _ZARR[dtype],
+            "compressor": {"id": "zstd", "level": 1},
+        }
+        with writing(state):
+            self._target = ts.open(
+                spec_of(state, name) | {"metadata": metadata}, create=True
+            ).result()
+
+    def add(self, place: Index, values: np.ndarray) -> dict[str, Any]:
+        """Writes a piece; returns what a manifest says of all so far."""
+        self._digest.add(place, values)
+        with writing(self._state):
+            self._target[place].write(values).result()
+        return self._said | {"digest": self._digest.digest()}
+
+
+def _chunks(shape: tuple[int, ...]) -> list[int]:
+    """Cuts the first dims, until what is left is small enough to hold."""
+    chunks = list(shape)
+    for dim in range(len(shape)):
+        if int(np.prod(chunks)) <= _CHUNK_ELEMENTS and dim:
+            break
+        chunks[dim] = 1 if len(shape) > 1 else min(shape[0], _CHUNK_ELEMENTS)
+    return chunks

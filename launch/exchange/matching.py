@@ -1,0 +1,121 @@
+"""Which of their arrays are which of ours: all of both, or an error with all others."""
+
+import collections
+import re
+from collections.abc import Collection, Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+
+from launch.errors import UserError
+from launch.exchange.rules import Rule, Rules, members
+from moe.layers import Layers
+from moe.model import inventory
+
+_MOST_LINES = 40
+
+
+class ExchangeError(UserError):
+    """A model that cannot be taken over, or given away; the message says why."""
+
+
+class Ours(NamedTuple):
+    """One of our arrays, or one layer of one that holds several.
+
+    Attributes:
+        path: path in the tree of parameters.
+        layer: place in the first dim of it; None if it is of no layer.
+        rule: path of its rules.
+        prefix: what stands before their names.
+        shape: shape without the dim of layers.
+        dtype: type that it is kept in whatever a run's is; "" is that of the run.
+    """
+
+    path: str
+    layer: int | None
+    rule: str
+    prefix: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def ours_of(layers: Layers) -> Iterator[Ours]:
+    """Yields all parameters of a decoder, each layer of an array by itself."""
+    segments = layers.stacks["decoder"].segments
+    found, _ = jax.tree_util.tree_flatten_with_path(inventory.specs(layers))
+    for keys, spec in found:
+        path = jax.tree_util.keystr(keys, simple=True, separator="/")
+        if not path.startswith("decoder/layers/"):
+            yield Ours(path, None, path, "", spec.shape, spec.dtype)
+            continue
+        _, _, segment, block, rule = path.split("/", 4)
+        for place, number in enumerate(segments[int(segment)].numbers(int(block))):
+            prefix = f"model.layers.{number}."
+            yield Ours(path, place, rule, prefix, spec.shape[1:], spec.dtype)
+
+
+def matched(
+    ours: Sequence[Ours],
+    readings: Sequence[Rules],
+    names: Collection[str],
+    ignored: str,
+    where: str,
+) -> list[Rule]:
+    """Finds by which rule each of our arrays is made.
+
+    Args:
+        ours: all of them.
+        readings: sets of rules, of which the first is taken whose arrays are there.
+        names: their arrays.
+        ignored: pattern of names that need not be read.
+        where: what has those arrays, for an error.
+    Returns:
+        A rule for each.
+    Raises:
+        ExchangeError: one cannot be made, or one of theirs would not be used; the
+            message lists all.
+    """
+    found: list[Rule] = []
+    missing: list[str] = []
+    used: set[str] = set()
+    for each in ours:
+        lacking: list[str] = []
+        for rules in readings:
+            if each.rule not in rules:
+                continue
+            wanted = [
+                each.prefix + member.name
+                for member in members(rules[each.rule], each.shape)
+            ]
+            if absent := [name for name in wanted if name not in names]:
+                lacking = lacking or absent
+                continue
+            used.update(wanted)
+            found.append(rules[each.rule])
+            break
+        else:
+            missing += lacking or [
+                f"{each.prefix}{each.rule}, of which nothing is said"
+            ]
+    unused = [n for n in names if n not in used and not re.fullmatch(ignored, n)]
+    lines = [f"missing: {line}" for line in _together(missing)]
+    lines += [f"not used: {line}" for line in _together(unused)]
+    if lines:
+        more = len(lines) - _MOST_LINES
+        lines = lines[:_MOST_LINES] + [f"and {more:,} more kinds"] * (more > 0)
+        raise ExchangeError(
+            f"{where} does not hold the model that its config.json describes; with N "
+            "for numbers:\n  " + "\n  ".join(lines)
+        )
+    return found
+
+
+def _together(names: Sequence[str]) -> list[str]:
+    """Lists names that differ in numbers alone as one, with how many there are."""
+    kinds: dict[str, list[str]] = collections.defaultdict(list)
+    for name in names:
+        kinds[re.sub(r"(?<=\.)\d+(?=\.)", "N", name)].append(name)
+    return [
+        f"{kind} ({len(each):,} of them)" if len(each) > 1 else each[0]
+        for kind, each in kinds.items()
+    ]

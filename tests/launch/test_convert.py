@@ -1,0 +1,464 @@
+"""Public models become runs, and runs public models, without a bit of difference."""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import commands
+import ml_dtypes
+import numpy as np
+import pytest
+import tokenizers
+from tokenizers import models, pre_tokenizers
+
+from benchmarks.public_models import ours as small
+from benchmarks.public_models.families import FAMILIES as SMALL
+from launch.checkpoints.arrays import Arrays
+from launch.checkpoints.places import read_manifest, sealed
+from launch.config import reader
+from launch.exchange import tensors, writing
+from launch.exchange.families import FAMILIES, config_of, knobs_of
+from launch.exchange.header import Form
+from launch.exchange.numbers import numbers_of
+
+VOCAB, M, N, U, D, F, E = 24, 16, 4, 2, 4, 12, 3
+NUMBERS = {
+    "vocab_size": VOCAB,
+    "hidden_size": M,
+    "num_hidden_layers": 2,
+    "num_attention_heads": N,
+    "num_key_value_heads": U,
+    "num_experts_per_tok": 2,
+    "rms_norm_eps": 1e-5,
+}
+Shapes = dict[str, tuple[int, ...]]
+
+
+def attention(at: str, norms: Mapping[str, int]) -> Shapes:
+    return {
+        f"{at}.input_layernorm.weight": (M,),
+        f"{at}.post_attention_layernorm.weight": (M,),
+        f"{at}.self_attn.q_proj.weight": (N * D, M),
+        f"{at}.self_attn.k_proj.weight": (U * D, M),
+        f"{at}.self_attn.v_proj.weight": (U * D, M),
+        f"{at}.self_attn.o_proj.weight": (M, N * D),
+        **{f"{at}.self_attn.{name}.weight": (n,) for name, n in norms.items()},
+    }
+
+
+def experts(at: str, gate: str, up: str, down: str) -> Shapes:
+    found: Shapes = {f"{at}.gate.weight": (E, M)}
+    for e in range(E):
+        found |= {
+            f"{at}.experts.{e}.{gate}.weight": (F, M),
+            f"{at}.experts.{e}.{up}.weight": (F, M),
+            f"{at}.experts.{e}.{down}.weight": (M, F),
+        }
+    return found
+
+
+def mixtral(at: str) -> Shapes:
+    return attention(at, {}) | experts(f"{at}.block_sparse_moe", "w1", "w3", "w2")
+
+
+def olmoe(at: str) -> Shapes:
+    norms = {"q_norm": N * D, "k_norm": U * D}
+    mlp = experts(f"{at}.mlp", "gate_proj", "up_proj", "down_proj")
+    return attention(at, norms) | mlp
+
+
+def qwen3_moe(at: str) -> Shapes:
+    mlp = experts(f"{at}.mlp", "gate_proj", "up_proj", "down_proj")
+    return attention(at, {"q_norm": D, "k_norm": D}) | mlp
+
+
+def dense(at: str) -> Shapes:
+    return {
+        f"{at}.gate_proj.weight": (F, M),
+        f"{at}.up_proj.weight": (F, M),
+        f"{at}.down_proj.weight": (M, F),
+    }
+
+
+def of_deepseek(at: str, bias: str = "gate.e_score_correction_bias") -> Shapes:
+    """A dense layer at the bottom, and experts above it."""
+    if ".0" in at:
+        return dense(f"{at}.mlp")
+    mlp = experts(f"{at}.mlp", "gate_proj", "up_proj", "down_proj")
+    return mlp | dense(f"{at}.mlp.shared_experts") | {f"{at}.mlp.{bias}": (E,)}
+
+
+def biases(at: str, names: str) -> Shapes:
+    width = {"q": N * D, "k": U * D, "v": U * D, "o": M}
+    return {f"{at}.self_attn.{x}_proj.bias": (width[x],) for x in names}
+
+
+def glm4_moe(at: str) -> Shapes:
+    norms = attention(at, {"q_norm": D, "k_norm": D})
+    return norms | biases(at, "qkv") | of_deepseek(at)
+
+
+def minimax_m2(at: str) -> Shapes:
+    moe = f"{at}.block_sparse_moe"
+    bias: Shapes = {f"{moe}.e_score_correction_bias": (E,)}
+    norms = {"q_norm": N * D, "k_norm": U * D}
+    return attention(at, norms) | experts(moe, "w1", "w3", "w2") | bias
+
+
+def deepseek_v3(at: str) -> Shapes:
+    latents: Shapes = {
+        f"{at}.input_layernorm.weight": (M,),
+        f"{at}.post_attention_layernorm.weight": (M,),
+        f"{at}.self_attn.q_a_proj.weight": (8, M),
+        f"{at}.self_attn.q_a_layernorm.weight": (8,),
+        f"{at}.self_attn.q_b_proj.weight": (N * (D + 2), 8),
+        f"{at}.self_attn.kv_a_proj_with_mqa.weight": (6 + 2, M),
+        f"{at}.self_attn.kv_a_layernorm.weight": (6,),
+        f"{at}.self_attn.kv_b_proj.weight": (N * (D + 5), 6),
+        f"{at}.self_attn.o_proj.weight": (M, N * 5),
+    }
+    return latents | of_deepseek(at)
+
+
+def gpt_oss(at: str) -> Shapes:
+    fused: Shapes = {
+        f"{at}.self_attn.sinks": (N,),
+        f"{at}.mlp.router.weight": (E, M),
+        f"{at}.mlp.router.bias": (E,),
+        f"{at}.mlp.experts.gate_up_proj": (E, M, 2 * F),
+        f"{at}.mlp.experts.gate_up_proj_bias": (E, 2 * F),
+        f"{at}.mlp.experts.down_proj": (E, F, M),
+        f"{at}.mlp.experts.down_proj_bias": (E, M),
+    }
+    return attention(at, {}) | biases(at, "qkvo") | fused
+
+
+OF_DEEPSEEK = {
+    "intermediate_size": F,
+    "moe_intermediate_size": F,
+    "n_routed_experts": E,
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "num_nextn_predict_layers": 0,
+}
+LAYERS: dict[str, tuple[Callable[[str], Shapes], dict[str, object]]] = {
+    "mixtral": (
+        mixtral,
+        {"intermediate_size": F, "num_local_experts": E, "sliding_window": None},
+    ),
+    "olmoe": (olmoe, {"intermediate_size": F, "num_experts": E}),
+    "qwen3_moe": (
+        qwen3_moe,
+        {"moe_intermediate_size": F, "num_experts": E, "norm_topk_prob": True},
+    ),
+    "glm4_moe": (
+        glm4_moe,
+        {**OF_DEEPSEEK, "use_qk_norm": True, "attention_bias": True},
+    ),
+    "minimax_m2": (
+        minimax_m2,
+        {"intermediate_size": F, "num_local_experts": E, "head_dim": D},
+    ),
+    "deepseek_v3": (
+        deepseek_v3,
+        {
+            **OF_DEEPSEEK,
+            "num_key_value_heads": N,
+            "q_lora_rank": 8,
+            "kv_lora_rank": 6,
+            "qk_rope_head_dim": 2,
+            "qk_nope_head_dim": D,
+            "v_head_dim": 5,
+        },
+    ),
+    "gpt_oss": (
+        gpt_oss,
+        {"intermediate_size": F, "num_local_experts": E, "head_dim": D},
+    ),
+}
+
+
+def arrays_of(name: str, dtype: np.dtype) -> dict[str, np.ndarray]:
+    """Random arrays under the names of their files."""
+    shapes: Shapes = {
+        "model.embed_tokens.weight": (VOCAB, M),
+        "model.norm.weight": (M,),
+        "lm_head.weight": (VOCAB, M),
+    }
+    for number in range(2):
+        shapes |= LAYERS[name][0](f"model.layers.{number}")
+    draw = np.random.default_rng(0)
+    return {
+        name: draw.normal(size=shape).astype(
+            np.float32 if "e_score_correction_bias" in name else dtype
+        )
+        for name, shape in shapes.items()
+    }
+
+
+def write(folder: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    forms = {name: Form(array.dtype, array.shape) for name, array in arrays.items()}
+    writing.write_tensors(folder, forms, arrays.__getitem__, shard_bytes=10_000)
+
+
+def model(folder: Path, name: str, arrays: Mapping[str, np.ndarray]) -> Path:
+    """A folder as they publish it, with a tokenizer."""
+    folder.mkdir()
+    write(folder, arrays)
+    said = {"model_type": name} | NUMBERS | LAYERS[name][1]
+    (folder / "config.json").write_text(json.dumps(said))
+    words = {word: i for i, word in enumerate(["<pad>", "</s>", *"abcdefgh"])}
+    made = tokenizers.Tokenizer(models.WordLevel(words, unk_token="a"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    made.add_special_tokens(["<pad>", "</s>"])
+    (folder / "tokenizer.json").write_text(made.to_str())
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    return folder
+
+
+def convert(source: Path, to: Path, *words: str) -> commands.Done:
+    return commands.inline("convert", f"--source={source}", f"--to={to}", *words)
+
+
+def bits(arrays: Mapping[str, np.ndarray]) -> dict[str, tuple[object, ...]]:
+    return {n: (a.dtype.name, a.shape, a.tobytes()) for n, a in arrays.items()}
+
+
+def read(folder: Path) -> dict[str, np.ndarray]:
+    return {name: one.read() for name, one in tensors.open_tensors(folder).items()}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_what_goes_in_comes_out_again(name, tmp_path):
+    arrays = arrays_of(name, np.dtype(ml_dtypes.bfloat16))
+    source = model(tmp_path / "public", name, arrays)
+    done = convert(source, tmp_path / "run")
+    assert done.code == 0, done.err
+    verified = commands.inline("checkpoint", "verify", f"--model_dir={tmp_path}/run")
+    assert verified.code == 0, verified.out
+    done = convert(tmp_path / "run", tmp_path / "back", "--dtype=bfloat16")
+    assert done.code == 0, done.err
+    assert bits(read(tmp_path / "back")) == bits(arrays)
+    before, after = (
+        json.loads((folder / "config.json").read_text())
+        for folder in (source, tmp_path / "back")
+    )
+    assert {k: after[k] for k in before if before[k] is not None} == {
+        k: v for k, v in before.items() if v is not None
+    }
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        assert (source / file).read_bytes() == (tmp_path / "back" / file).read_bytes()
+
+    if name != "olmoe":
+        return
+    # Ours, of theirs, of ours: the same checkpoint, in its own type.
+    done = convert(tmp_path / "run", tmp_path / "wide")
+    assert done.code == 0, done.err
+    done = convert(tmp_path / "wide", tmp_path / "again")
+    assert done.code == 0, done.err
+    first, second = (
+        read_manifest(tmp_path / run / "checkpoints/0")["arrays"]
+        for run in ("run", "again")
+    )
+    assert first == second
+
+
+def test_each_expert_is_in_its_place(tmp_path):
+    arrays = arrays_of("mixtral", np.dtype(np.float32))
+    source = model(tmp_path / "public", "mixtral", arrays)
+    assert convert(source, tmp_path / "run").code == 0
+    path = tmp_path / "run/checkpoints/0"
+    up_PEMcF, query_PMND = (
+        np.asarray(Arrays(path, read_manifest(path)).opened(name).read().result())
+        for name in (
+            "params/decoder/layers/0/0/sparse/experts/up",
+            "params/decoder/layers/0/0/attention/query",
+        )
+    )
+    for layer, e, f in np.ndindex(2, E, F):
+        at = f"model.layers.{layer}.block_sparse_moe.experts.{e}"
+        for c, name in enumerate(("w1", "w3")):
+            wanted = arrays[f"{at}.{name}.weight"][f]
+            assert np.array_equal(up_PEMcF[layer, e, :, c, f], wanted)
+    for layer, n, d in np.ndindex(2, N, D):
+        at = f"model.layers.{layer}.self_attn.q_proj.weight"
+        assert np.array_equal(query_PMND[layer, :, n, d], arrays[at][D * n + d])
+
+
+def test_experts_in_one_array_are_read_too(tmp_path):
+    arrays = arrays_of("olmoe", np.dtype(np.float32))
+    source = model(tmp_path / "public", "olmoe", arrays)
+    fused = {name: a for name, a in arrays.items() if ".experts." not in name}
+    for at in ("model.layers.0.mlp.experts", "model.layers.1.mlp.experts"):
+        gate, up, down = (
+            np.stack([arrays[f"{at}.{e}.{name}_proj.weight"] for e in range(E)])
+            for name in ("gate", "up", "down")
+        )
+        fused[f"{at}.gate_up_proj"] = np.concatenate([gate, up], axis=1)
+        fused[f"{at}.down_proj"] = down
+    other = model(tmp_path / "fused", "olmoe", fused)
+    for folder in (source, other):
+        assert convert(folder, tmp_path / f"run_{folder.name}").code == 0
+    first, second = (
+        read_manifest(tmp_path / run / "checkpoints/0")["arrays"]
+        for run in ("run_public", "run_fused")
+    )
+    assert first == second
+
+
+def test_few_bits_become_numbers(tmp_path):
+    draw = np.random.default_rng(1)
+    held = {
+        "up_blocks": draw.integers(0, 256, (E, 5, 1, 16), np.uint8),  # of 32 inputs
+        "up_scales": draw.integers(120, 130, (E, 5, 1), np.uint8),
+        "q": draw.normal(size=(3, 5)).astype(ml_dtypes.float8_e4m3fn),
+        "q_scale_inv": draw.uniform(size=(2, 2)).astype(np.float32),
+        "of_blocks": np.ones(2, np.float32),  # is what it is called
+    }
+    write(tmp_path, held)
+    config = {"quantization_config": {"weight_block_size": [2, 4]}}
+    float32 = np.dtype(np.float32)
+    numbers = numbers_of(tensors.open_tensors(tmp_path), config, float32)
+    assert sorted(numbers) == ["of_blocks", "q", "up"]
+    assert np.array_equal(numbers["of_blocks"], held["of_blocks"])
+    for m, n in np.ndindex(3, 5):
+        wanted = np.float32(held["q"][m, n]) * held["q_scale_inv"][m // 2, n // 4]
+        assert numbers["q"][m, n] == wanted
+    e2m1, up = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0), numbers["up"]
+    for e, row, m in np.ndindex(E, 5, 32):
+        byte = int(held["up_blocks"][e, row, 0, m // 2])
+        bits = byte >> 4 if m % 2 else byte & 15
+        value = e2m1[bits % 8] * (-1 if bits >= 8 else 1)
+        assert up[e, m, row] == value * 2.0 ** (int(held["up_scales"][e, row, 0]) - 127)
+
+
+def test_all_that_is_missing_and_all_that_is_not_used_is_said(tmp_path):
+    arrays = arrays_of("qwen3_moe", np.dtype(np.float32))
+    for number in range(2):
+        del arrays[f"model.layers.{number}.self_attn.k_norm.weight"]
+    del arrays["model.layers.1.mlp.experts.2.up_proj.weight"]
+    arrays["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(2, np.float32)
+    arrays["model.more"] = arrays["model.layers.0.mlp.more"] = np.ones(3, np.float32)
+    source = model(tmp_path / "public", "qwen3_moe", arrays)
+    done = convert(source, tmp_path / "run")
+    assert done.code == 1
+    for line in (
+        "missing: model.layers.N.self_attn.k_norm.weight (2 of them)",
+        "missing: model.layers.1.mlp.experts.2.up_proj.weight",
+        "not used: model.more",
+        "not used: model.layers.0.mlp.more",
+    ):
+        assert line in done.err
+    assert "inv_freq" not in done.err
+    assert not (tmp_path / "run" / "config.gin").exists()
+
+
+def test_another_shape_is_refused_and_nothing_is_left(tmp_path):
+    arrays = arrays_of("mixtral", np.dtype(np.float32))
+    arrays["model.layers.1.self_attn.q_proj.weight"] = np.zeros((N * D + 1, M))
+    source = model(tmp_path / "public", "mixtral", arrays)
+    done = convert(source, tmp_path / "run")
+    assert done.code == 1
+    assert "model.layers.1.self_attn.q_proj.weight of shape (17, 16)" in done.err
+    assert not list((tmp_path / "run").rglob("*.gin"))
+
+
+@pytest.mark.parametrize(
+    ("said", "answer"),
+    [
+        ({"model_type": "bert"}, "of the family 'bert'; known are mixtral"),
+        ({"hidden_act": "gelu"}, "hidden_act = 'gelu': only 'silu' is known"),
+        ({"model_type": "olmoe", "clip_qkv": 8.0, "num_experts": E}, "clip_qkv = 8.0"),
+        (
+            {"model_type": "olmoe", "num_experts": E},
+            "not used: model.layers.N.block_sp",
+        ),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type 'dynamic'"),
+        ({"num_attention_heads": "four"}, "cannot be understood"),
+        ({"vocab_size": 8}, "has 10 ids, and the model an embedding of 8"),
+    ],
+)
+def test_what_is_not_known_is_refused(said, answer, tmp_path):
+    arrays = arrays_of("mixtral", np.dtype(np.float32))
+    source = model(tmp_path / "public", "mixtral", arrays)
+    config = json.loads((source / "config.json").read_text()) | said
+    (source / "config.json").write_text(json.dumps(config))
+    done = convert(source, tmp_path / "run")
+    assert done.code == 1
+    assert answer in done.err
+    assert not (tmp_path / "run").exists() or not list((tmp_path / "run").iterdir())
+
+
+def test_a_knob_that_would_make_another_model_is_refused(tmp_path):
+    arrays = arrays_of("mixtral", np.dtype(np.float32))
+    source = model(tmp_path / "public", "mixtral", arrays)
+    done = convert(source, tmp_path / "run", "--gin.LOGIT_CAP=30.0")
+    assert done.code == 1
+    assert "LOGIT_CAP 30.0 → 0.0" in done.err
+
+
+def test_a_run_that_no_family_has_is_refused_by_its_knobs(tmp_path):
+    arrays = arrays_of("olmoe", np.dtype(np.float32))
+    source = model(tmp_path / "public", "olmoe", arrays)
+    assert convert(source, tmp_path / "run").code == 0
+    config = tmp_path / "run" / "config.gin"
+    config.write_text(config.read_text().replace("LOGIT_CAP = 0.0", "LOGIT_CAP = 9.0"))
+    done = convert(tmp_path / "run", tmp_path / "back")
+    assert done.code == 1
+    assert "olmoe: LOGIT_CAP 9.0 → 0.0\n" in done.err
+    assert "mixtral: QK_NORM 'width' → 'none', LOGIT_CAP 9.0 → 0.0" in done.err
+    assert not (tmp_path / "back").exists()
+    done = convert(tmp_path / "run", tmp_path / "back", "--family=bert")
+    assert (done.code, "--family=bert is not known" in done.err) == (1, True)
+
+
+def test_a_damaged_array_does_not_go_out(tmp_path):
+    arrays = arrays_of("olmoe", np.dtype(np.float32))
+    source = model(tmp_path / "public", "olmoe", arrays)
+    assert convert(source, tmp_path / "run").code == 0
+    file = tmp_path / "run/checkpoints/0/manifest/metadata"
+    manifest = json.loads(file.read_text())
+    manifest["arrays"]["params/decoder/layers/0/0/attention/key"]["digest"] = "0" * 8
+    file.write_text(json.dumps(sealed(manifest)))
+    done = convert(tmp_path / "run", tmp_path / "back")
+    assert done.code == 1
+    assert "attention/key is not what was saved" in done.err
+    assert not (tmp_path / "back").exists()
+
+
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+def test_knobs_are_those_whose_logits_are_the_same(name):
+    # `benchmarks.public_models` compares the logits of these settings with theirs.
+    family = SMALL[name]
+    model, router = family.model_settings(), family.router_settings()
+    said = config_of(name, model, router)
+    found, knobs = knobs_of(said, "config.json")
+    assert found == name
+    bindings = [f"{macro}={value!r}" for macro, value in knobs.items()]
+    bindings += ["MODEL_DIR=a", "GROUP_SIZE=1", "VOCABULARY=some/tokenizer.json"]
+    layers = reader.read(["data/here.gin"], bindings).settings.layers
+    assert layers == small.described(family).layers
+    # Of the words that `transformers` was given there, all are understood alike.
+    theirs = dict(family.config)
+    rope = {"rope_type": "default", "rope_theta": 100.0} | theirs.pop("rope", {})
+    again = {**said, **theirs, "rope_parameters": rope}
+    assert knobs_of(again, "config.json")[1] == knobs
+
+
+def test_text_is_drawn_with_a_model_that_came_in(tmp_path):
+    arrays = arrays_of("olmoe", np.dtype(np.float32))
+    source = model(tmp_path / "public", "olmoe", arrays)
+    done = convert(
+        source, tmp_path / "run", "--gin.DTYPE=float32", "--gin.SELF_CHECK=off"
+    )
+    assert done.code == 0, done.err
+    done = commands.inline(
+        "generate",
+        f"--model_dir={tmp_path / 'run'}",
+        "--prompt=a b",
+        "--num_tokens=4",
+        "--temperature=0",
+    )
+    assert done.code == 0, done.err
+    assert done.out.startswith("a b")

@@ -6,6 +6,7 @@ memory at a time, or two.
 
 import collections
 import json
+import math
 import re
 import shutil
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ from launch.config.reader import ResolvedConfig
 from launch.exchange.families import FAMILIES, config_of, knobs_of
 from launch.exchange.family import Config
 from launch.exchange.header import Form
-from launch.exchange.importing import CONFIG
+from launch.exchange.importing import CONFIG, read_config
 from launch.exchange.matching import ExchangeError, Ours, ours_of
 from launch.exchange.rules import Member, Rules, members, put, shape_of, sizes_of
 from launch.exchange.same import differences
@@ -32,6 +33,16 @@ from tasks import vocabularies
 
 _MOST_DIFFERENCES = 3
 _DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+# Of the config.json of a model that came in, what goes out as it was.
+_OF_NO_MODEL = (
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "max_position_embeddings",
+    "initializer_range",
+    "router_aux_loss_coef",
+)
+_NOT_COPIED = (vocabularies.DESCRIPTION, CONFIG)
 _NAMES = {"vocabulary.model": "tokenizer.model"}
 
 
@@ -61,11 +72,15 @@ def give(
     name, said = _described(config, family)
     model = config.settings.model
     vocabulary = vocabulary_of(config)
+    kept = Path(config.settings.loop.model_dir, VOCABULARY)
+    came = read_config(kept) if (kept / CONFIG).is_file() else {}
     said = {
         **said,
+        "bos_token_id": None,
         "eos_token_id": vocabulary.eos_id,
-        "dtype": config.settings.execution.param_dtype if dtype == "same" else dtype,
         "max_position_embeddings": config.settings.data.length,
+        **{word: came[word] for word in _OF_NO_MODEL if word in came},
+        "dtype": config.settings.execution.param_dtype if dtype == "same" else dtype,
     }
     manifest = read_manifest(path)
     plan = _planned(config, FAMILIES[name].readings()[0])
@@ -87,10 +102,14 @@ def give(
         for theirs, form in forms.items()
     }
 
+    scale = model.embed_scale or math.sqrt(model.model_dim)
+
     def tensor(theirs: str) -> np.ndarray:
         made = np.empty(forms[theirs].shape, forms[theirs].dtype)
         for piece in plan[theirs]:
             part = arrays.read(piece.ours)[piece.member.taken]
+            if piece.ours.path == "embedding" and scale != 1.0:
+                part = part.astype(np.float32) * np.float32(scale)
             put(part.astype(made.dtype), made, piece.member.dims)
         return made
 
@@ -98,9 +117,8 @@ def give(
         with writing(part):
             text = json.dumps(said, indent=2, sort_keys=True)
             (part / CONFIG).write_text(f"{text}\n", encoding="utf-8")
-            kept = Path(config.settings.loop.model_dir, VOCABULARY)
             for file in sorted(kept.iterdir()) if kept.is_dir() else ():
-                if file.name != vocabularies.DESCRIPTION and file.is_file():
+                if file.name not in _NOT_COPIED and file.is_file():
                     shutil.copyfile(file, part / _NAMES.get(file.name, file.name))
         write_tensors(part, forms, tensor)
         arrays.refuse_damaged()
@@ -120,7 +138,10 @@ def _described(config: ResolvedConfig, family: str | None) -> tuple[str, Config]
             continue
         said = config_of(name, settings.model, settings.router)
         try:
-            found = differences(config, knobs_of(said, CONFIG)[1])
+            _, knobs = knobs_of(said, CONFIG)
+            if not settings.model.tie_embeddings:  # `give` scales the table
+                knobs |= {"EMBED_SCALE": settings.model.embed_scale}
+            found = differences(config, knobs)
         except ExchangeError as error:  # that config.json is no model of the family
             found = [" ".join(str(error).split())]
         if not found:

@@ -25,6 +25,7 @@ FAMILIES: dict[str, Family] = {
     "gpt_oss": GPT_OSS,
 }
 _MOST_AHEAD = 100
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")  # all mean E
 _AHEAD = ("num_nextn_predict_layers", "num_mtp_layers")  # by newer files, by older
 
 
@@ -42,7 +43,7 @@ def knobs_of(config: Config, where: str) -> tuple[str, Knobs]:
     family = FAMILIES[name]
     said: dict[str, Any] = {"tie_word_embeddings": False, "hidden_act": "silu"}
     said |= dict(family.defaults)
-    said |= config
+    said |= _renamed(config, family)
     said = {key: value for key, value in said.items() if value is not None}
     lines = [
         f"{key} = {said[key]!r}: only {value!r} is known of {name}"
@@ -79,6 +80,12 @@ def config_of(name: str, model: ModelSettings, router: RouterSettings) -> Config
         "rope_parameters": rope_parameters(model),
         "num_experts_per_tok": router.num_selected,
     } | family.config(model, router)
+
+
+def _renamed(config: Config, family: Family) -> dict[str, Any]:
+    """Returns what config.json says, the number of experts by the family's own word."""
+    own = next(word for word in _EXPERTS if word in family.defaults)
+    return {own if key in _EXPERTS else key: value for key, value in config.items()}
 
 
 def _common(c: Config) -> Knobs:

@@ -41,6 +41,7 @@ CONFIG = "config.json"
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 # What goes with a tokenizer, and is kept for whoever gets the model back.
 BESIDE = (
+    CONFIG,
     "tokenizer_config.json",
     "special_tokens_map.json",
     "generation_config.json",

@@ -79,24 +79,21 @@ def matched(
     missing: list[str] = []
     used: set[str] = set()
     for each in ours:
-        lacking: list[str] = []
-        for rules in readings:
-            if each.rule not in rules:
-                continue
-            wanted = [
-                each.prefix + member.name
-                for member in members(rules[each.rule], each.shape)
-            ]
-            if absent := [name for name in wanted if name not in names]:
-                lacking = lacking or absent
-                continue
-            used.update(wanted)
-            found.append(rules[each.rule])
-            break
-        else:
-            missing += lacking or [
-                f"{each.prefix}{each.rule}, of which nothing is said"
-            ]
+        known = [rules[each.rule] for rules in readings if each.rule in rules]
+        wanted = [
+            (rule, [each.prefix + one.name for one in members(rule, each.shape)])
+            for rule in known
+        ]
+        if not wanted:
+            missing.append(
+                f"{each.prefix}{each.rule}, of which no rule says what it is"
+            )
+            continue
+        # Where none is there whole, it is the first of which a part is.
+        rule, theirs = min(wanted, key=lambda one: _lack(one[1], names))
+        found.append(rule)
+        missing += [name for name in theirs if name not in names]
+        used.update(theirs)
     unused = [n for n in names if n not in used and not re.fullmatch(ignored, n)]
     lines = [f"missing: {line}" for line in _together(missing)]
     lines += [f"not used: {line}" for line in _together(unused)]
@@ -110,12 +107,20 @@ def matched(
     return found
 
 
+def _lack(wanted: Sequence[str], names: Collection[str]) -> int:
+    """Orders sets of arrays: those that are there, those of which a part is, others."""
+    there = sum(name in names for name in wanted)
+    return 0 if there == len(wanted) else 1 if there else 2
+
+
 def _together(names: Sequence[str]) -> list[str]:
     """Lists names that differ in numbers alone as one, with how many there are."""
-    kinds: dict[str, list[str]] = collections.defaultdict(list)
+    kinds: dict[str, list[list[str]]] = collections.defaultdict(list)
     for name in names:
-        kinds[re.sub(r"(?<=\.)\d+(?=\.)", "N", name)].append(name)
-    return [
-        f"{kind} ({len(each):,} of them)" if len(each) > 1 else each[0]
-        for kind, each in kinds.items()
-    ]
+        kinds[re.sub(r"(?<=\.)\d+(?=\.)", "N", name)].append(name.split("."))
+    lines = []
+    for each in kinds.values():
+        parts = [at[0] if len(set(at)) == 1 else "N" for at in zip(*each, strict=True)]
+        number = f" ({len(each):,} of them)" if len(each) > 1 else ""
+        lines.append(f"{'.'.join(parts)}{number}")
+    return lines

@@ -4,7 +4,7 @@ import math
 
 from launch.exchange import tables
 from launch.exchange.family import Config, Family, Knobs, Said, renormalized
-from launch.exchange.rotary import mscale, rope_of
+from launch.exchange.rotary import mscale, rope_of, rope_parameters
 from moe.settings import ModelSettings, RouterSettings
 
 _SIGMOID = {"ROUTER_SCORES": "sigmoid", "ROUTER_BIAS": True}
@@ -127,7 +127,11 @@ def _to_deepseek_v3(model: ModelSettings, router: RouterSettings) -> Said:
         width = model.head_dim + model.rope_head_dim
         of_all = math.sqrt(model.attention_scale * math.sqrt(width))
         by = round((of_all - 1.0) / (0.1 * math.log(model.rope_factor)), 6)
-        said["rope_scaling"] = {"mscale": by, "mscale_all_dim": by}
+        rope = rope_parameters(model) | {"mscale_all_dim": by}
+        if rope.get("attention_factor") == 1.0:  # the ratio of both
+            rope |= {"mscale": by}
+            del rope["attention_factor"]
+        said["rope_parameters"] = rope
     return said
 
 

@@ -9,9 +9,8 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -25,8 +24,8 @@ from launch.exchange.families import FAMILIES, config_of, knobs_of
 from launch.exchange.family import Config
 from launch.exchange.header import Form
 from launch.exchange.importing import CONFIG, read_config
-from launch.exchange.matching import ExchangeError, Ours, ours_of
-from launch.exchange.rules import Member, Rules, members, put, shape_of, sizes_of
+from launch.exchange.matching import ExchangeError, Ours, ours_of, their_shape
+from launch.exchange.rules import Member, Rules, members, put
 from launch.exchange.same import differences
 from launch.exchange.writing import arriving, write_tensors, writing
 from tasks import vocabularies
@@ -43,12 +42,8 @@ _OF_NO_MODEL = (
     "router_aux_loss_coef",
 )
 _NOT_COPIED = (vocabularies.DESCRIPTION, CONFIG)
+_Pieces = list[tuple[Ours, Member]]
 _NAMES = {"vocabulary.model": "tokenizer.model"}
-
-
-class _Piece(NamedTuple):
-    ours: Ours
-    member: Member
 
 
 def give(
@@ -84,33 +79,20 @@ def give(
     }
     manifest = read_manifest(path)
     plan = _planned(config, FAMILIES[name].readings()[0])
-    if model.tie_embeddings:
-        plan.pop("lm_head.weight", None)
     arrays = _Layers(Arrays(path, manifest), plan)
     forms = {
-        theirs: Form(
-            arrays.dtype(pieces[0].ours) if dtype == "same" else _DTYPES[dtype],
-            _shape(pieces),
-        )
+        theirs: Form(_type(pieces[0][0], arrays, dtype), their_shape(pieces))
         for theirs, pieces in plan.items()
     }
-    # What a router adds to scores is read by others in float32 too.
-    forms = {
-        theirs: Form(_DTYPES[plan[theirs][0].ours.dtype], form.shape)
-        if plan[theirs][0].ours.dtype
-        else form
-        for theirs, form in forms.items()
-    }
-
     scale = model.embed_scale or math.sqrt(model.model_dim)
 
     def tensor(theirs: str) -> np.ndarray:
         made = np.empty(forms[theirs].shape, forms[theirs].dtype)
-        for piece in plan[theirs]:
-            part = arrays.read(piece.ours)[piece.member.taken]
-            if piece.ours.path == "embedding" and scale != 1.0:
+        for ours, member in plan[theirs]:
+            part = arrays.read(ours)[member.taken]
+            if ours.path == "embedding" and scale != 1.0:
                 part = part.astype(np.float32) * np.float32(scale)
-            put(part.astype(made.dtype), made, piece.member.dims)
+            put(part.astype(made.dtype), made, member.dims)
         return made
 
     with arriving(to) as part:
@@ -123,6 +105,13 @@ def give(
         write_tensors(part, forms, tensor)
         arrays.refuse_damaged()
     return to
+
+
+def _type(ours: Ours, arrays: "_Layers", dtype: str) -> np.dtype:
+    """The type to write; others, too, keep in float32 what a router adds to scores."""
+    if ours.dtype:
+        return _DTYPES[ours.dtype]
+    return arrays.dtype(ours) if dtype == "same" else _DTYPES[dtype]
 
 
 def _described(config: ResolvedConfig, family: str | None) -> tuple[str, Config]:
@@ -156,9 +145,9 @@ def _described(config: ResolvedConfig, family: str | None) -> tuple[str, Config]
     )
 
 
-def _planned(config: ResolvedConfig, rules: Rules) -> dict[str, list[_Piece]]:
+def _planned(config: ResolvedConfig, rules: Rules) -> dict[str, _Pieces]:
     """Says of what each of their arrays is made; layer by layer, rule by rule."""
-    plan: dict[str, list[_Piece]] = collections.defaultdict(list)
+    plan: dict[str, _Pieces] = collections.defaultdict(list)
 
     def order(each: Ours) -> tuple[int, ...]:
         return tuple(map(int, re.findall(r"\d+", each.prefix)))
@@ -169,20 +158,10 @@ def _planned(config: ResolvedConfig, rules: Rules) -> dict[str, list[_Piece]]:
             missing.append(f"{each.prefix}{each.rule}")
             continue
         for member in members(rules[each.rule], each.shape):
-            plan[each.prefix + member.name].append(_Piece(each, member))
+            plan[each.prefix + member.name].append((each, member))
     if missing:
         raise ExchangeError(f"nothing is said of {', '.join(missing[:3])}")
     return dict(plan)
-
-
-def _shape(pieces: Sequence[_Piece]) -> tuple[int, ...]:
-    """The shape of one of their arrays, which may be made of several of ours."""
-    sizes: dict[str, int] = {}
-    for ours, member in pieces:
-        taken = np.empty((), np.bool_)
-        taken = np.broadcast_to(taken, ours.shape)[member.taken]
-        sizes |= sizes_of(member.dims, taken.shape)
-    return shape_of(pieces[0].member.dims, sizes)
 
 
 class _Layers:
@@ -193,17 +172,25 @@ class _Layers:
         plan: what is asked for, in that order.
     """
 
-    def __init__(self, arrays: Arrays, plan: dict[str, list[_Piece]]) -> None:
+    def __init__(self, arrays: Arrays, plan: dict[str, _Pieces]) -> None:
         self._arrays = arrays
-        self._paths = {piece.ours.path for each in plan.values() for piece in each}
         self._last: collections.OrderedDict[tuple[str, int | None], Any] = (
             collections.OrderedDict()
         )
         self._seen: set[tuple[str, int | None]] = set()
         self._digests: dict[str, Digest] = {}
-        for path in self._paths:
-            if f"params/{path}" not in arrays.saved:
-                raise ExchangeError(f"{arrays.path} has no array params/{path}")
+        layers = {
+            (ours.path, ours.layer): ours for each in plan.values() for ours, _ in each
+        }
+        number = collections.Counter(path for path, _ in layers)
+        for ours in layers.values():
+            said = arrays.saved.get(f"params/{ours.path}", {}).get("shape")
+            stacked = [] if ours.layer is None else [number[ours.path]]
+            if said != [*stacked, *ours.shape]:
+                raise ExchangeError(
+                    f"params/{ours.path} of {arrays.path} has the shape {said}, and by "
+                    f"config.gin {[*stacked, *ours.shape]}"
+                )
 
     def dtype(self, ours: Ours) -> np.dtype:
         """Returns the type of an array."""

@@ -25,6 +25,7 @@ FAMILIES: dict[str, Family] = {
     "gpt_oss": GPT_OSS,
 }
 _MOST_AHEAD = 100
+_LARGEST, _MOST_EXPERTS = 2**31, 1_000_000
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")  # all mean E
 _AHEAD = ("num_nextn_predict_layers", "num_mtp_layers")  # by newer files, by older
 
@@ -53,8 +54,10 @@ def knobs_of(config: Config, where: str) -> tuple[str, Knobs]:
     if lines:
         raise ExchangeError("\n  ".join([f"{where} says", *lines]))
     try:
-        return name, _common(said) | family.knobs(said)
-    except (KeyError, TypeError, ZeroDivisionError, ValueError) as error:
+        knobs = _common(said) | family.knobs(said)
+        _refuse_excess(knobs)
+        return name, knobs
+    except (KeyError, TypeError, AttributeError, ArithmeticError, ValueError) as error:
         raise ExchangeError(
             f"{where} cannot be understood: {type(error).__name__}: {error}"
         ) from error
@@ -80,6 +83,16 @@ def config_of(name: str, model: ModelSettings, router: RouterSettings) -> Config
         "rope_parameters": rope_parameters(model),
         "num_experts_per_tok": router.num_selected,
     } | family.config(model, router)
+
+
+def _refuse_excess(knobs: Knobs) -> None:
+    """Refuses numbers that no model has, before anything is counted by them."""
+    for macro, value in knobs.items():
+        for one in value if isinstance(value, tuple) else (value,):
+            if isinstance(one, int | float) and not abs(one) < _LARGEST:
+                raise ValueError(f"{macro} would be {one}")
+    if knobs["NUM_LAYERS"] * knobs["NUM_EXPERTS"] > _MOST_EXPERTS:
+        raise ValueError(f"it has more than {_MOST_EXPERTS:,} experts in all layers")
 
 
 def _renamed(config: Config, family: Family) -> dict[str, Any]:

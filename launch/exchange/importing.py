@@ -28,9 +28,9 @@ from launch.config.reader import ResolvedConfig
 from launch.exchange.families import FAMILIES, ignored_of, knobs_of
 from launch.exchange.family import Config, Knobs
 from launch.exchange.header import parsed_json
-from launch.exchange.matching import ExchangeError, Ours, matched, ours_of
-from launch.exchange.numbers import numbers_of
-from launch.exchange.rules import Rule, read
+from launch.exchange.matching import ExchangeError, Ours, matched, ours_of, their_shape
+from launch.exchange.numbers import Numbers, numbers_of
+from launch.exchange.rules import Member, Rule, members, read
 from launch.exchange.same import differences
 from launch.exchange.tensors import open_tensors
 from partitioning.settings import MeshSettings
@@ -111,11 +111,13 @@ def take_over(
     ours = list(ours_of(config.settings.layers))
     ignored = ignored_of(said, tied=config.settings.model.tie_embeddings)
     rules = matched(ours, family.readings(), theirs, ignored, str(source))
+    chosen = list(zip(ours, rules, strict=True))
+    _refuse_other_shapes(chosen, theirs)
     if (to / "config.gin").exists():
         raise ExchangeError(f"{to} holds a run already: take another folder")
     with copying.arriving(to, 0) as part:
         kept = _written(
-            list(zip(ours, rules, strict=True)),
+            chosen,
             theirs,
             param_dtype,
             part / "state",
@@ -173,6 +175,24 @@ def _finished(config: ResolvedConfig, to: Path, vocabulary: Vocabulary) -> str:
     return with_values(config.operative, values)
 
 
+def _refuse_other_shapes(chosen: Sequence[tuple[Ours, Rule]], theirs: Numbers) -> None:
+    """Raises all shapes that are not what config.json says, before anything is read."""
+    pieces: dict[str, list[tuple[Ours, Member]]] = collections.defaultdict(list)
+    for each, rule in chosen:
+        for member in members(rule, each.shape):
+            pieces[each.prefix + member.name].append((each, member))
+    lines = [
+        f"{name} has the shape {found}, and it says {wanted}"
+        for name, of_it in pieces.items()
+        if (found := theirs.shape(name)) != (wanted := their_shape(of_it))
+    ]
+    if lines:
+        more = [f"and {len(lines) - 20:,} more"] * (len(lines) > 20)
+        raise ExchangeError(
+            "\n  ".join([f"{CONFIG} describes other arrays:", *lines[:20], *more])
+        )
+
+
 def _written(
     chosen: Sequence[tuple[Ours, Rule]],
     theirs: Mapping[str, np.ndarray],
@@ -194,10 +214,7 @@ def _written(
             shape = (layers[each.path], *shape)
         if name not in open_arrays:
             open_arrays[name] = _Written(state, name, shape, dtype)
-        try:
-            array = read(theirs, each.prefix, rule, each.shape, _DTYPES[dtype])
-        except ValueError as error:
-            raise ExchangeError(str(error)) from error
+        array = read(theirs, each.prefix, rule, each.shape, _DTYPES[dtype])
         place = tuple(slice(0, size) for size in each.shape)
         if each.layer is not None:
             array, place = array[None], (slice(each.layer, each.layer + 1), *place)

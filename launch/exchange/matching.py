@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 
 from launch.errors import UserError
-from launch.exchange.rules import Rule, Rules, members
+from launch.exchange.rules import Member, Rule, Rules, members, shape_of, sizes_of
 from moe.layers import Layers
 from moe.model import inventory
 
@@ -105,6 +105,20 @@ def matched(
             "for numbers:\n  " + "\n  ".join(lines)
         )
     return found
+
+
+def their_shape(pieces: Sequence[tuple[Ours, Member]]) -> tuple[int, ...]:
+    """Returns the shape of one of their arrays.
+
+    Args:
+        pieces: all of ours that it is a part of, or that are parts of it.
+    """
+    sizes: dict[str, int] = {}
+    for ours, member in pieces:
+        taken = zip(ours.shape, member.taken, strict=True)
+        shape = tuple(size for size, part in taken if isinstance(part, slice))
+        sizes |= sizes_of(member.dims, shape)
+    return shape_of(pieces[0][1].dims, sizes)
 
 
 def _lack(wanted: Sequence[str], names: Collection[str]) -> int:

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from launch.exchange.header import shown
+from launch.exchange.matching import ExchangeError
 from launch.exchange.quantised import from_fp8_blocks, from_mxfp4
 from launch.exchange.tensors import Tensor
 
@@ -18,21 +20,33 @@ _USUAL_BLOCK = (128, 128)
 
 def numbers_of(
     tensors: Mapping[str, Tensor], config: Mapping[str, Any], dtype: np.dtype
-) -> Mapping[str, np.ndarray]:
+) -> "Numbers":
     """Returns the arrays of a model by name, each read when it is asked for.
 
     Args:
         tensors: what the files hold.
         config: config.json.
         dtype: type of those that are kept in fewer bits.
+    Raises:
+        ExchangeError: config.json gives blocks of FP8 no size.
     """
     said = config.get("quantization_config")
     size = said.get("weight_block_size") if isinstance(said, dict) else None
-    rows, columns = size if size and len(size) == 2 else _USUAL_BLOCK
-    return _Numbers(tensors, dtype, (rows, columns))
+    block = tuple(size) if isinstance(size, list) else _USUAL_BLOCK
+    if len(block) != 2 or not all(type(one) is int and one > 0 for one in block):
+        raise ExchangeError(f"config.json has weight_block_size = {shown(size)}")
+    return Numbers(tensors, dtype, (block[0], block[1]))
 
 
-class _Numbers(Mapping[str, np.ndarray]):
+class Numbers(Mapping[str, np.ndarray]):
+    """Arrays by name, each read when it is asked for.
+
+    Args:
+        tensors: what the files hold.
+        dtype: type of those that are kept in fewer bits.
+        block: rows and columns that share a scale of FP8.
+    """
+
     def __init__(
         self, tensors: Mapping[str, Tensor], dtype: np.dtype, block: tuple[int, int]
     ) -> None:
@@ -50,6 +64,13 @@ class _Numbers(Mapping[str, np.ndarray]):
             return array
         scale = self._tensors[f"{name}{_SCALE}"].read()
         return from_fp8_blocks(array, scale, self._dtype, name=name, block=self._block)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Returns the shape of an array, which is not read for it."""
+        if f"{name}{_BLOCKS}" in self._tensors:
+            *stacked, rows, groups = self._tensors[f"{name}{_SCALES}"].form.shape
+            return (*stacked, groups * 32, rows)
+        return self._tensors[name].form.shape
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)

@@ -32,6 +32,8 @@ def rope_knobs(rope: Config, c: Config) -> dict[str, Any]:
         "ROPE_BASE": float(rope["rope_theta"]),
         "ROPE_FRACTION": float(rope.get("partial_rotary_factor", 1.0)),
     }
+    if not 0 < knobs["ROPE_FRACTION"] <= 1:
+        raise ValueError(f"partial_rotary_factor = {knobs['ROPE_FRACTION']}")
     kind = rope["rope_type"]
     if kind == "default":
         return knobs

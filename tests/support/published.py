@@ -1,0 +1,163 @@
+"""Small models of public families: config.json, and the names and shapes of files."""
+
+from collections.abc import Callable, Mapping
+
+VOCAB, M, N, U, D, F, E = 24, 16, 4, 2, 4, 12, 3
+NUMBERS = {
+    "vocab_size": VOCAB,
+    "hidden_size": M,
+    "num_hidden_layers": 2,
+    "num_attention_heads": N,
+    "num_key_value_heads": U,
+    "num_experts_per_tok": 2,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 77,
+    "bos_token_id": 5,
+    "eos_token_id": [1, 3],
+}
+Shapes = dict[str, tuple[int, ...]]
+
+
+def attention(at: str, norms: Mapping[str, int]) -> Shapes:
+    return {
+        f"{at}.input_layernorm.weight": (M,),
+        f"{at}.post_attention_layernorm.weight": (M,),
+        f"{at}.self_attn.q_proj.weight": (N * D, M),
+        f"{at}.self_attn.k_proj.weight": (U * D, M),
+        f"{at}.self_attn.v_proj.weight": (U * D, M),
+        f"{at}.self_attn.o_proj.weight": (M, N * D),
+        **{f"{at}.self_attn.{name}.weight": (n,) for name, n in norms.items()},
+    }
+
+
+def experts(at: str, gate: str, up: str, down: str) -> Shapes:
+    found: Shapes = {f"{at}.gate.weight": (E, M)}
+    for e in range(E):
+        found |= {
+            f"{at}.experts.{e}.{gate}.weight": (F, M),
+            f"{at}.experts.{e}.{up}.weight": (F, M),
+            f"{at}.experts.{e}.{down}.weight": (M, F),
+        }
+    return found
+
+
+def mixtral(at: str) -> Shapes:
+    return attention(at, {}) | experts(f"{at}.block_sparse_moe", "w1", "w3", "w2")
+
+
+def olmoe(at: str) -> Shapes:
+    norms = {"q_norm": N * D, "k_norm": U * D}
+    mlp = experts(f"{at}.mlp", "gate_proj", "up_proj", "down_proj")
+    return attention(at, norms) | mlp
+
+
+def qwen3_moe(at: str) -> Shapes:
+    mlp = experts(f"{at}.mlp", "gate_proj", "up_proj", "down_proj")
+    return attention(at, {"q_norm": D, "k_norm": D}) | mlp
+
+
+def dense(at: str) -> Shapes:
+    return {
+        f"{at}.gate_proj.weight": (F, M),
+        f"{at}.up_proj.weight": (F, M),
+        f"{at}.down_proj.weight": (M, F),
+    }
+
+
+def of_deepseek(at: str, bias: str = "gate.e_score_correction_bias") -> Shapes:
+    """A dense layer at the bottom, and experts above it."""
+    if ".0" in at:
+        return dense(f"{at}.mlp")
+    mlp = experts(f"{at}.mlp", "gate_proj", "up_proj", "down_proj")
+    return mlp | dense(f"{at}.mlp.shared_experts") | {f"{at}.mlp.{bias}": (E,)}
+
+
+def biases(at: str, names: str) -> Shapes:
+    width = {"q": N * D, "k": U * D, "v": U * D, "o": M}
+    return {f"{at}.self_attn.{x}_proj.bias": (width[x],) for x in names}
+
+
+def glm4_moe(at: str) -> Shapes:
+    norms = attention(at, {"q_norm": D, "k_norm": D})
+    return norms | biases(at, "qkv") | of_deepseek(at)
+
+
+def minimax_m2(at: str) -> Shapes:
+    moe = f"{at}.block_sparse_moe"
+    bias: Shapes = {f"{moe}.e_score_correction_bias": (E,)}
+    norms = {"q_norm": N * D, "k_norm": U * D}
+    return attention(at, norms) | experts(moe, "w1", "w3", "w2") | bias
+
+
+def deepseek_v3(at: str) -> Shapes:
+    latents: Shapes = {
+        f"{at}.input_layernorm.weight": (M,),
+        f"{at}.post_attention_layernorm.weight": (M,),
+        f"{at}.self_attn.q_a_proj.weight": (8, M),
+        f"{at}.self_attn.q_a_layernorm.weight": (8,),
+        f"{at}.self_attn.q_b_proj.weight": (N * (D + 2), 8),
+        f"{at}.self_attn.kv_a_proj_with_mqa.weight": (6 + 2, M),
+        f"{at}.self_attn.kv_a_layernorm.weight": (6,),
+        f"{at}.self_attn.kv_b_proj.weight": (N * (D + 5), 6),
+        f"{at}.self_attn.o_proj.weight": (M, N * 5),
+    }
+    return latents | of_deepseek(at)
+
+
+def gpt_oss(at: str) -> Shapes:
+    fused: Shapes = {
+        f"{at}.self_attn.sinks": (N,),
+        f"{at}.mlp.router.weight": (E, M),
+        f"{at}.mlp.router.bias": (E,),
+        f"{at}.mlp.experts.gate_up_proj": (E, M, 2 * F),
+        f"{at}.mlp.experts.gate_up_proj_bias": (E, 2 * F),
+        f"{at}.mlp.experts.down_proj": (E, F, M),
+        f"{at}.mlp.experts.down_proj_bias": (E, M),
+    }
+    return attention(at, {}) | biases(at, "qkvo") | fused
+
+
+OF_DEEPSEEK = {
+    "intermediate_size": F,
+    "moe_intermediate_size": F,
+    "n_routed_experts": E,
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "num_nextn_predict_layers": 0,
+}
+LAYERS: dict[str, tuple[Callable[[str], Shapes], dict[str, object]]] = {
+    "mixtral": (
+        mixtral,
+        {"intermediate_size": F, "num_local_experts": E, "sliding_window": None},
+    ),
+    "olmoe": (olmoe, {"intermediate_size": F, "num_experts": E}),
+    "qwen3_moe": (
+        qwen3_moe,
+        {"moe_intermediate_size": F, "num_experts": E, "norm_topk_prob": True},
+    ),
+    "glm4_moe": (
+        glm4_moe,
+        {**OF_DEEPSEEK, "use_qk_norm": True, "attention_bias": True},
+    ),
+    "minimax_m2": (
+        minimax_m2,
+        {"intermediate_size": F, "num_local_experts": E, "head_dim": D},
+    ),
+    "deepseek_v3": (
+        deepseek_v3,
+        {
+            **OF_DEEPSEEK,
+            "num_key_value_heads": N,
+            "q_lora_rank": 8,
+            "kv_lora_rank": 6,
+            "qk_rope_head_dim": 2,
+            "qk_nope_head_dim": D,
+            "v_head_dim": 5,
+        },
+    ),
+    "gpt_oss": (
+        gpt_oss,
+        {"intermediate_size": F, "num_local_experts": E, "head_dim": D},
+    ),
+}

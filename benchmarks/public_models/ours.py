@@ -56,7 +56,7 @@ def parameters(model: Model, rules: Rules, theirs: Mapping[str, np.ndarray]) -> 
         ValueError: an array has another shape.
     """
     ours = list(ours_of(model.layers))
-    chosen = matched(ours, [rules], theirs, "", "the model")
+    chosen, _ = matched(ours, [rules], theirs, "", "the model")
     made: dict[str, list[np.ndarray]] = collections.defaultdict(list)
     for each, rule in zip(ours, chosen, strict=True):
         made[each.path].append(read(theirs, each.prefix, rule, each.shape))

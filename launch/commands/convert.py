@@ -1,6 +1,7 @@
 """`switchyard convert`."""
 
 import dataclasses
+import sys
 from typing import TYPE_CHECKING, Literal
 
 from launch.commands import Command, Options, RunOptions, kept_by_run, option
@@ -63,7 +64,10 @@ def run(config: "ResolvedConfig", options: ConvertOptions) -> int:
         from launch.exchange import importing
 
         with waiting(f"reading {source}", quiet=options.quiet):
-            print(importing.take_over(source, to, config, code()))
+            path, left = importing.take_over(source, to, config, code())
+        for line in left:
+            print(f"left out: {line}", file=sys.stderr)
+        print(path)
         return EXIT_DONE
     from launch.checkpoints.there import There
     from launch.exchange import exporting

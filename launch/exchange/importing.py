@@ -72,7 +72,7 @@ def knobs_for(source: Path, to: Path) -> Knobs:
 
 def take_over(
     source: Path, to: Path, config: ResolvedConfig, code: Mapping[str, Any]
-) -> Path:
+) -> tuple[Path, list[str]]:
     """Makes a run of a public model.
 
     Args:
@@ -81,7 +81,7 @@ def take_over(
         config: configuration of the run, with the knobs of `knobs_for`.
         code: versions of what makes it, for its manifest.
     Returns:
-        The checkpoint, of step 0.
+        The checkpoint, of step 0; and the kinds of arrays that were not read.
     Raises:
         ExchangeError: it is not what its config.json says, or the configuration is of
             another model.
@@ -110,7 +110,7 @@ def take_over(
     family, theirs = FAMILIES[name], numbers_of(open_tensors(source), said, dtype)
     ours = list(ours_of(config.settings.layers))
     ignored = ignored_of(said, tied=config.settings.model.tie_embeddings)
-    rules = matched(ours, family.readings(), theirs, ignored, str(source))
+    rules, left = matched(ours, family.readings(), theirs, ignored, str(source))
     chosen = list(zip(ours, rules, strict=True))
     _refuse_other_shapes(chosen, theirs)
     if (to / "config.gin").exists():
@@ -148,7 +148,7 @@ def take_over(
                 if (source / beside).is_file():
                     shutil.copyfile(source / beside, to / VOCABULARY / beside)
             (to / "config.gin").write_text(text, encoding="utf-8")
-    return folder_of(to) / "0"
+    return folder_of(to) / "0", left
 
 
 def _tokenizer_of(source: Path) -> str:

@@ -60,8 +60,8 @@ def matched(
     names: Collection[str],
     ignored: str,
     where: str,
-) -> list[Rule]:
-    """Finds by which rule each of our arrays is made.
+) -> tuple[list[Rule], list[str]]:
+    """Finds by which rule each of our arrays is made, and what is left out.
 
     Args:
         ours: all of them.
@@ -70,7 +70,8 @@ def matched(
         ignored: pattern of names that need not be read.
         where: what has those arrays, for an error.
     Returns:
-        A rule for each.
+        A rule for each; and a line for each kind of array that is not read, as
+        `ignored` allows.
     Raises:
         ExchangeError: one cannot be made, or one of theirs would not be used; the
             message lists all.
@@ -94,7 +95,8 @@ def matched(
         found.append(rule)
         missing += [name for name in theirs if name not in names]
         used.update(theirs)
-    unused = [n for n in names if n not in used and not re.fullmatch(ignored, n)]
+    left = [name for name in names if name not in used]
+    unused = [name for name in left if not re.fullmatch(ignored, name)]
     lines = [f"missing: {line}" for line in _together(missing)]
     lines += [f"not used: {line}" for line in _together(unused)]
     if lines:
@@ -104,7 +106,7 @@ def matched(
             f"{where} does not hold the model that its config.json describes; with N "
             "for numbers:\n  " + "\n  ".join(lines)
         )
-    return found
+    return found, _together(left)
 
 
 def their_shape(pieces: Sequence[tuple[Ours, Member]]) -> tuple[int, ...]:

@@ -198,6 +198,17 @@ def test_all_that_is_missing_and_all_that_is_not_used_is_said(tmp_path):
     assert not (tmp_path / "run" / "config.gin").exists()
 
 
+def test_what_is_left_out_is_said(tmp_path):
+    arrays = arrays_of("qwen3_moe", np.dtype(np.float32))
+    for number in range(2):
+        name = f"model.layers.{number}.self_attn.rotary_emb.inv_freq"
+        arrays[name] = np.ones(2, np.float32)
+    done = convert(model(tmp_path / "public", "qwen3_moe", arrays), tmp_path / "run")
+    assert done.code == 0, done.err
+    left = "left out: model.layers.N.self_attn.rotary_emb.inv_freq (2 of them)"
+    assert left in done.err.splitlines()
+
+
 def test_another_shape_is_refused_and_nothing_is_left(tmp_path):
     arrays = arrays_of("mixtral", np.dtype(np.float32))
     arrays["model.layers.1.self_attn.q_proj.weight"] = np.zeros((N * D + 1, M))

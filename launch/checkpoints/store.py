@@ -9,7 +9,7 @@ import functools
 import itertools
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import orbax.checkpoint as ocp
@@ -18,7 +18,6 @@ from launch.checkpoints import (
     compare,
     history,
     places,
-    remote,
     retention,
     there,
     writing,
@@ -33,6 +32,9 @@ from launch.config.diff import Change
 from launch.job import together
 from launch.run.assemble import Run
 from moe.training.train_state import TrainState
+
+if TYPE_CHECKING:
+    from launch.checkpoints.remote import Remote
 
 _OPENED = itertools.count()  # every process opens the same, in the same order
 
@@ -72,8 +74,10 @@ class Checkpoints:
         self._manager: ocp.CheckpointManager | None = None
         self._steps: list[int] = []
         self._retention = retention.Retention(keep, keep_period, keep_best)
-        self._remote: remote.Remote | None = None
+        self._remote: Remote | None = None
         if bucket:
+            from launch.checkpoints import remote  # more than a run without needs
+
             self._remote = remote.Remote(bucket, self._model_dir, self._number)
             self._remote.look(read_only=read_only)
         if read_only:

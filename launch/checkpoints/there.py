@@ -6,10 +6,9 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from launch.checkpoints import faults
-from launch.checkpoints.bucket import Bucket
 from launch.checkpoints.places import (
     CheckpointError,
     DamagedError,
@@ -17,6 +16,9 @@ from launch.checkpoints.places import (
     steps_in,
 )
 from launch.checkpoints.writing import writing
+
+if TYPE_CHECKING:
+    from launch.checkpoints.bucket import Bucket
 
 # In MODEL_DIR: where the checkpoints are, and a word that says whose, so that those of
 # another run are not taken for its own.
@@ -37,10 +39,13 @@ class There:
     def __init__(self, model_dir: str | os.PathLike[str]) -> None:
         self.folder = folder_of(model_dir)
         place = _said(self.folder.parent).get("place")
-        self._bucket = Bucket(place) if place else None
-        if self._bucket is None:
+        self._bucket: Bucket | None = None
+        if not place:
             self.where, self.steps = str(self.folder), steps_in(self.folder)
         else:
+            from launch.checkpoints import bucket  # which few runs need
+
+            self._bucket = bucket.Bucket(place)
             self._bucket.look()
             self.where, self.steps = self._bucket.place, sorted(self._bucket.entries)
 

@@ -11,7 +11,6 @@ import optax
 
 from moe.model.parameters import Spec
 from moe.settings import OptimizerSettings
-from moe.training.muon import scale_by_muon
 from moe.training.precision import moments_in, with_master
 from moe.training.trained import trained_of
 from partitioning import rules
@@ -57,6 +56,8 @@ def make_optimizer(
     elif settings.name == "adamw":
         scale = optax.scale_by_adam(settings.b1, settings.b2, settings.eps)
     elif settings.name == "muon":
+        from moe.training.muon import scale_by_muon
+
         scale = scale_by_muon(settings, specs, grid)
     else:
         assert settings.name == "adafactor", f"{settings.name}: not imported"

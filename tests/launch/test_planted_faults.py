@@ -129,7 +129,10 @@ def leave_out_the_sum_over_sequence_parallel_shares(patch):
 
 
 def skip_a_turn_of_the_ring(patch):
-    patch.setattr(blocks, "Ring", lambda axis, axis_size: Ring(axis, axis_size - 1))
+    def shorter(axis="", axis_size=2):
+        return Ring(axis, axis_size - 1)
+
+    patch.setattr(blocks, "Ring", shorter)
 
 
 def count_dropped_tokens_twice(patch):

@@ -5,6 +5,7 @@ import importlib
 import importlib.metadata
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -189,18 +190,20 @@ def test_every_command_in_the_help_can_be_read(run_folder, monkeypatch, capsys):
         line.strip()
         for text in texts
         for line in text.replace("\\\n", " ").splitlines()
-        if line.startswith("  switchyard ") and "mine.gin" not in line
+        if line.startswith("  switchyard ")
+        if "mine.gin" not in line and "OLMoE-1B" not in line  # somebody else's files
     ]
     assert len(lines) >= 9
     monkeypatch.chdir(ROOT)
-    for line in lines:
+    for named in lines:
         ours = {
             "--model_dir": run_folder,
             "--checkpoint": f"{run_folder}/checkpoints/1",
         }
+        line = re.sub("runs/(own|olmoe)", str(run_folder), named)
         words = [
             f"{flag}={ours[flag]}" if (flag := word.partition("=")[0]) in ours else word
-            for word in shlex.split(line.replace("runs/own", str(run_folder)))[1:]
+            for word in shlex.split(line)[1:]
         ]
         name, command, rest = commands.find(words)
         options, bindings = cli.parse(name, command, rest)

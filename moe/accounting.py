@@ -234,8 +234,9 @@ def _pairs(s: HeadsSettings | LatentSettings, length: int) -> int:
         back = length * window - window * (window - 1) // 2
         return back if s.causal else 2 * back - length
 
-    pieces, rest = divmod(length, min(s.chunk or length, length))
-    return pieces * of(length if not s.chunk else s.chunk) + of(rest)
+    piece = min(s.chunk or length, length)
+    pieces, rest = divmod(length, piece)
+    return pieces * of(piece) + of(rest)
 
 
 def _sizes(specs: Any) -> tuple[int, int]:

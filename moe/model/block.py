@@ -7,10 +7,12 @@ import jax
 from moe.layers import Block, Stack
 from moe.model import norms, parameters, sparse
 from moe.model.attention import cross, heads, latent
+from moe.model.attention.attend import LargestLogits
 from moe.model.dropout import dropout
 from moe.model.execution import Execution
 from moe.model.feed_forward import dense
 from moe.model.view import View
+from moe.routing.assignment import RouterSums
 
 # Kinds of sublayers. Each is a file with `specs`, `memory` and `apply`.
 KINDS: Any = {
@@ -24,6 +26,7 @@ KINDS: Any = {
 OF_SOURCE = ("cross",)  # of them, those that remember the other stack's tokens
 
 Tree = dict[str, Any]  # by name of the sublayer
+Counted = RouterSums | LargestLogits  # what a sublayer may return of its tokens
 
 
 def specs(block: Block, width: int) -> Tree:
@@ -63,7 +66,7 @@ def run(
     number: jax.Array,
     stack: Stack,
     execution: Execution,
-) -> tuple[jax.Array, Tree | None, list[Any]]:
+) -> tuple[jax.Array, Tree | None, list[Counted]]:
     """Adds what each sublayer makes of the stream, normalised where its norm says.
 
     Args:
@@ -77,8 +80,8 @@ def run(
         stack: the layers around it, for dropout.
         execution: how it is computed.
     Returns:
-        x_BLM; the memories with the new tokens in them; and the sums of each sublayer
-        that has some, in their order.
+        x_BLM; the memories with the new tokens in them; and what sublayers counted, in
+        their order.
     """
     kept, counted = {}, []
     for place, each in enumerate(block):

@@ -15,11 +15,11 @@ import jax.numpy as jnp
 
 from moe.layers import Layers, Stack
 from moe.model import embedding, norms, stack
+from moe.model.block import Counted
 from moe.model.execution import Execution
 from moe.model.parameters import matrix
 from moe.model.products import gather_weights, product
 from moe.model.view import View
-from moe.routing.assignment import RouterSums
 
 Batch = dict[str, jax.Array]
 
@@ -74,7 +74,7 @@ def hidden(
     key: jax.Array,
     layers: Layers,
     execution: Execution,
-) -> tuple[list[jax.Array], tuple[RouterSums, ...]]:
+) -> tuple[list[jax.Array], tuple[Counted, ...]]:
     """Computes the activations that each module's logits are made of.
 
     Args:
@@ -86,13 +86,14 @@ def hidden(
         layers: the modules' layers, and the embedding.
         execution: how it is computed.
     Returns:
-        x_BLM of each module, as the model's own; and the sums of each sparse sublayer,
-        in the order of `Layers.sparse_ahead`.
+        x_BLM of each module, as the model's own; and what their sublayers counted, as
+        `transformer.hidden` returns it.
     """
     ahead, own, grid = layers.ahead, params["ahead"], execution.grid
     assert ahead is not None
     assert ahead.norm is not None
-    outputs, sums = [], ()
+    outputs: list[jax.Array] = []
+    counted: tuple[Counted, ...] = ()
     described = specs(ahead)["modules"]
     x_BLM = grid.residual(x_BLM)
     text = dataclasses.replace(view, image_BN=None)  # patches are in the stream
@@ -122,6 +123,6 @@ def hidden(
             key,
             execution,
         )
-        sums += more
+        counted += more
         outputs.append(grid.enter(norms.normalise(w["norm"], x_BLM, ahead.norm)))
-    return outputs, sums
+    return outputs, counted

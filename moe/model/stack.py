@@ -26,7 +26,7 @@ def run(
     memories: Tree | None,
     key: jax.Array | None,
     execution: Execution,
-) -> tuple[jax.Array, Tree | None, tuple[Any, ...]]:
+) -> tuple[jax.Array, Tree | None, tuple[block.Counted, ...]]:
     """Sends the residual stream through all layers.
 
     Args:
@@ -38,9 +38,9 @@ def run(
         key: PRNG key of the step; None outside training.
         execution: how it is computed.
     Returns:
-        x_BLM, not yet normalised; the memories with the new tokens in them; and the
-        sums of each sublayer that has some, led by the segment's repeats. They are in
-        the order of `stack.sparse()`.
+        x_BLM, not yet normalised; the memories with the new tokens in them; and what
+        sublayers counted, led by the segment's repeats, in the order of
+        `Layers.places`.
     """
     filled: Tree = []
     counted: list[Any] = []

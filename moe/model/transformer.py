@@ -12,9 +12,9 @@ from jax.sharding import PartitionSpec
 
 from moe.layers import Layers
 from moe.model import embedding, head, inventory, norms, stack, view
+from moe.model.block import Counted
 from moe.model.execution import Execution
 from moe.model.view import Source, Stream
-from moe.routing.assignment import RouterSums
 from partitioning import rules
 from partitioning.grid import Grid
 
@@ -59,7 +59,7 @@ def hidden(
     batch: Batch,
     row_B: jax.Array,
     key: jax.Array | None,
-) -> tuple[jax.Array, tuple[RouterSums, ...]]:
+) -> tuple[jax.Array, tuple[Counted, ...]]:
     """Computes the activations that logits are made of.
 
     Args:
@@ -74,10 +74,11 @@ def hidden(
             token dropped unless `eval_capacity_factor` says so.
     Returns:
         x_BLM, normalised, of this device's cut of its rows, the same on all of `model`;
-        and of each sparse sublayer the sums of its groups, led by its layers, in the
-        order of `Layers.sparse`.
+        and what sublayers counted, led by their layers, in the order of
+        `Layers.places`: sparse ones the sums of their groups, those of attention their
+        largest logits, if the pass measures them.
     """
-    sums: tuple[RouterSums, ...] = ()
+    sums: tuple[Counted, ...] = ()
     source: Source | None = None
     for name in model.layers.stacks:
         seen = view_of(model, name, params, batch, row_B, source)
@@ -120,7 +121,7 @@ def through_layers(
     key: jax.Array | None,
     *,
     last_only: bool = False,
-) -> tuple[jax.Array, stack.Tree | None, tuple[RouterSums, ...]]:
+) -> tuple[jax.Array, stack.Tree | None, tuple[Counted, ...]]:
     """Embeds tokens and sends them through a stack: in training, scoring, drawing.
 
     Args:
@@ -133,7 +134,7 @@ def through_layers(
         key: PRNG key of the step; None outside training.
         last_only: whether only the last token is wanted.
     Returns:
-        x_BLM, normalised; the memories with the new tokens; sums as in `hidden`.
+        x_BLM, normalised; the memories with the new tokens; what `hidden` returns.
     """
     layers, own = model.layers.stacks[name], params[name]
     if key is not None and name != model.layers.scored:  # draws of its own

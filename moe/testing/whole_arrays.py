@@ -41,7 +41,8 @@ def forward(
     sparse = [place.sublayer.settings for place in model.layers.sparse()]
 
     def on_device(params: Any, batch: Batch, row_B: Any, key: Any) -> Any:
-        x_BLM, sums = transformer.hidden(model, params, batch, row_B, key)
+        x_BLM, counted = transformer.hidden(model, params, batch, row_B, key)
+        sums = [each for each in counted if isinstance(each, RouterSums)]
         output = head.projection(params, model.layers.embedding)
         # Groups of the same rows are neighbours.
         by_block = []

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec
 
 from moe.model import multi_token, transformer
 from moe.model.attention.attend import LargestLogits
+from moe.model.block import Counted
 from moe.model.head import projection, score_targets
 from moe.model.transformer import Batch, Model
 from moe.routing.assignment import RouterSums
@@ -160,7 +161,7 @@ def train_step(
 
 
 def _apart(
-    counted: Sequence[Any],
+    counted: Sequence[Counted],
 ) -> tuple[tuple[RouterSums, ...], tuple[LargestLogits, ...]]:
     """Parts what sublayers return by what it is, each in its order."""
     routers = tuple(each for each in counted if isinstance(each, RouterSums))
@@ -205,62 +206,12 @@ def batch_sums(
     if learner.qk_clip and key is not None:
         measuring = dataclasses.replace(model.execution, measures_logits=True)
         model = dataclasses.replace(model, execution=measuring)
-    sparse = [place.sublayer.settings for place in model.layers.sparse()]
-    sparse_ahead = [each.sublayer.settings for each in model.layers.sparse_ahead()]
     ahead = model.layers.ahead if key is not None else None
     if ahead is not None:
         batch = batch | multi_token.features(batch, ahead)
-    add_up = functools.partial(model.grid.sum, axes=("context", "model"))
-
-    def look_ahead(
-        params: Any, x_BLM: jax.Array, piece: Batch, row_B: jax.Array, key: Any
-    ) -> tuple[losses.AheadSums, tuple[LargestLogits, ...]]:
-        seen = transformer.view_of(model, scored, params, piece, row_B)
-        given = params, x_BLM, piece, seen, key, model.layers, model.execution
-        outputs, counted = multi_token.hidden(*given)
-        router, logits = _apart(counted)
-        head = projection(params, model.layers.embedding)
-        names = [f"ahead_{k}" for k in range(1, len(outputs) + 1)]
-        sums = losses.ahead_sums(
-            [
-                score_targets(head, x, piece[f"{name}_target_tokens"], model.execution)
-                for name, x in zip(names, outputs, strict=True)
-            ],
-            [piece[f"{name}_loss_weights"] for name in names],
-            router,
-            learner.loss,
-            add_up,
-            group_rows=[s.router.group_rows for s in sparse_ahead],
-        )
-        return sums, logits
-
-    def one(params: Any, piece: Batch, row_B: jax.Array, key: Any) -> Any:
-        x_BLM, counted = transformer.hidden(model, params, piece, row_B, key)
-        router, logits = _apart(counted)
-        target_BL = piece[f"{scored}_target_tokens"]
-        weight_BL = piece[f"{scored}_loss_weights"]
-        head = projection(params, model.layers.embedding)
-        scores = score_targets(
-            *(head, x_BLM, target_BL, model.execution),
-            with_sum=learner.loss.label_smoothing > 0,
-        )
-        sums = losses.sums(
-            scores,
-            target_BL,
-            weight_BL,
-            router,
-            learner.loss,
-            add_up,
-            vocab_size=model.layers.embedding.vocab_size,
-            group_rows=[s.router.group_rows for s in sparse],
-        )
-        if ahead is not None:
-            more, logits_ahead = look_ahead(params, x_BLM, piece, row_B, key)
-            sums = dataclasses.replace(sums, ahead=more)
-            logits += logits_ahead
-        sums = dataclasses.replace(sums, logits=logits)
-        nats_BL = jax.lax.stop_gradient(scores.log_z_BL - scores.target_logit_BL)
-        return sums, jnp.where(weight_BL > 0, nats_BL, 0)
+    one = functools.partial(
+        _sums_of_piece, model=model, loss=learner.loss, ahead=ahead is not None
+    )
 
     def on_device(params: Any, batch: Batch, row_B: jax.Array, key: Any) -> Any:
         if A == 1:
@@ -296,3 +247,84 @@ def batch_sums(
         ),
         out_specs=(PartitionSpec(), rules.spec(["batch", "length"])),
     )(params, batch, jnp.arange(num_rows, dtype=jnp.int32), key)
+
+
+def _sums_of_piece(
+    params: Any,
+    piece: Batch,
+    row_B: jax.Array,
+    key: jax.Array | None,
+    *,
+    model: Model,
+    loss: LossSettings,
+    ahead: bool,
+) -> tuple[losses.Sums, jax.Array]:
+    """Sums up one device's cut of a microbatch; returns nats_BL too."""
+    scored = model.layers.scored
+    x_BLM, counted = transformer.hidden(model, params, piece, row_B, key)
+    router, logits = _apart(counted)
+    target_BL = piece[f"{scored}_target_tokens"]
+    weight_BL = piece[f"{scored}_loss_weights"]
+    head = projection(params, model.layers.embedding)
+    scores = score_targets(
+        *(head, x_BLM, target_BL, model.execution),
+        with_sum=loss.label_smoothing > 0,
+    )
+    sparse = [place.sublayer.settings for place in model.layers.sparse()]
+    sums = losses.sums(
+        scores,
+        target_BL,
+        weight_BL,
+        router,
+        loss,
+        _adds_up(model),
+        vocab_size=model.layers.embedding.vocab_size,
+        group_rows=[s.router.group_rows for s in sparse],
+    )
+    if ahead:
+        more, logits_ahead = _sums_ahead(
+            params, x_BLM, piece, row_B, key, model=model, loss=loss
+        )
+        sums = dataclasses.replace(sums, ahead=more)
+        logits += logits_ahead
+    sums = dataclasses.replace(sums, logits=logits)
+    nats_BL = jax.lax.stop_gradient(scores.log_z_BL - scores.target_logit_BL)
+    return sums, jnp.where(weight_BL > 0, nats_BL, 0)
+
+
+def _sums_ahead(
+    params: Any,
+    x_BLM: jax.Array,
+    piece: Batch,
+    row_B: jax.Array,
+    key: Any,
+    *,
+    model: Model,
+    loss: LossSettings,
+) -> tuple[losses.AheadSums, tuple[LargestLogits, ...]]:
+    """Sums up what is predicted of tokens after the next; see `multi_token`."""
+    layers, execution = model.layers, model.execution
+    seen = transformer.view_of(model, layers.scored, params, piece, row_B)
+    given = params, x_BLM, piece, seen, key, layers, execution
+    outputs, counted = multi_token.hidden(*given)
+    router, logits = _apart(counted)
+    head = projection(params, layers.embedding)
+    names = [f"ahead_{k}" for k in range(1, len(outputs) + 1)]
+    sparse = [place.sublayer.settings for place in layers.sparse_ahead()]
+    sums = losses.ahead_sums(
+        [
+            score_targets(head, x, piece[f"{name}_target_tokens"], execution)
+            for name, x in zip(names, outputs, strict=True)
+        ],
+        [piece[f"{name}_loss_weights"] for name in names],
+        router,
+        loss,
+        _adds_up(model),
+        group_rows=[s.router.group_rows for s in sparse],
+    )
+    return sums, logits
+
+
+def _adds_up(model: Model) -> Callable[[jax.Array], jax.Array]:
+    """Returns what adds up over the devices that a sequence is cut over."""
+    return functools.partial(model.grid.sum, axes=("context", "model"))

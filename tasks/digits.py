@@ -2,7 +2,7 @@
 
 `digits`: 1,797 digits that 43 people wrote (Alpaydin and Kaynak, 1998), of 8 × 8 pixels
 in 17 greys, each with its name, such as "seven"; about a tenth is held out. Importing
-this file imports TensorFlow.
+this file imports TensorFlow; making them needs the extra `quality`.
 """
 
 from collections.abc import Callable, Iterator
@@ -11,6 +11,7 @@ import numpy as np
 
 from tasks.factories import add_documents
 from tasks.python_text import is_held_out
+from tasks.quality.packages import quality_packages
 from tasks.sources import Document
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -19,7 +20,8 @@ _HELD_OUT = 0.1
 
 def _documents(*, held_out: bool) -> Callable[[], Iterator[Document]]:
     def documents() -> Iterator[Document]:
-        from sklearn.datasets import load_digits
+        with quality_packages("making the digits of tasks.digits"):
+            from sklearn.datasets import load_digits
 
         found = load_digits()
         # From 0 to 16 there, and to 255 here.

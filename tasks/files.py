@@ -83,7 +83,7 @@ def answer(future: Any, path: str | Path, patience_seconds: float | None = None)
     Args:
         future: what was asked.
         path: what it was asked of, for messages.
-        patience_seconds: after which it is given up; None: PATIENCE_SECONDS.
+        patience_seconds: time until it is given up; None takes PATIENCE_SECONDS.
     Raises:
         TimeoutError: there was no answer.
         Exception: what TensorStore raises, of several kinds.

@@ -31,7 +31,8 @@ class Units:
         joins_V: bool[V], whether a token goes on with a word that is before it.
         ends_V: bool[V], whether a token ends within a word.
         entities: tokens of each entity.
-        lengths: of the entities that begin with a token, the longest first.
+        lengths: numbers of tokens of the entities that begin with a token, by that
+            token, the longest first.
     """
 
     joins_V: np.ndarray

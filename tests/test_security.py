@@ -27,7 +27,6 @@ RUNS_WHAT_IT_READS = {
 }  # fmt: skip
 # These compute beside torch; what they save, they never load by it.
 MAY_IMPORT = {
-    ("benchmarks/attention.py", "torch"),
     ("benchmarks/mixtral.py", "torch"),
     ("benchmarks/public_models/theirs.py", "torch"),
 }

@@ -43,7 +43,7 @@ def main() -> None:
     from benchmarks.public_models import theirs
 
     print(f"transformers {theirs.VERSION}; difference over the largest logit")
-    print(f"{'family':12s} difference  choices of experts that agree")
+    print(f"{'family':14s} difference  choices of experts that agree")
     fine = [compare(name) for name in chosen or FAMILIES]
     raise SystemExit(not all(fine))
 
@@ -61,7 +61,7 @@ def compare(name: str) -> bool:
     difference = float(np.abs(our_logits_BLV - logits_BLV).max() / largest)
     same, total = int((our_chosen & chosen).sum()), int(chosen.sum())
     agreement = f"{same} of {total}" if total else "none are made"
-    print(f"{name:12s} {difference:.1e}     {agreement}", flush=True)
+    print(f"{name:14s} {difference:.1e}     {agreement}", flush=True)
     return difference <= LARGEST_DIFFERENCE and same == total
 
 

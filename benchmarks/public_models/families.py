@@ -21,11 +21,12 @@ class Family:
 
     Attributes:
         theirs: its classes in `transformers`, without ForCausalLM.
-        config: of theirs, beside the sizes that all share; "rope" is what its
-            `rope_parameters` have more.
+        config: fields of their configuration, beside the sizes that all share; "rope"
+            is what its `rope_parameters` have more.
         ours: fields of `ModelSettings`, beside those.
         router: fields of `RouterSettings`; None where no layer is sparse.
-        rules: of its arrays, where they are not those of `tables.RULES`.
+        rules: names and shapes of its arrays, where they are not those of
+            `tables.RULES`.
     """
 
     theirs: str
@@ -120,6 +121,31 @@ FAMILIES: dict[str, Family] = {
         router={},
         rules=tables.NORMS_OF_WHOLE_WIDTH,
     ),
+    "llama_linear": Family(
+        theirs="Llama",
+        config={"intermediate_size": DENSE_DIM}
+        | {"rope": {"rope_type": "linear", "factor": YARN_FACTOR}},
+        ours={"rope_scaling": "linear", "rope_factor": YARN_FACTOR},
+    ),
+    "llama_by_parts": Family(
+        theirs="Llama",
+        config={
+            "intermediate_size": DENSE_DIM,
+            "rope": {
+                "rope_type": "llama3",
+                "factor": YARN_FACTOR,
+                "original_max_position_embeddings": 64,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+            },
+        },
+        ours=YARN | {"rope_scaling": "by_parts", "rope_fast_turns": 4.0},
+    ),
+    "llama_yarn": Family(
+        theirs="Llama",
+        config={"intermediate_size": DENSE_DIM, "rope": THEIR_YARN},
+        ours=YARN,
+    ),
     "olmo2": Family(
         theirs="Olmo2",
         config={"intermediate_size": DENSE_DIM},
@@ -139,6 +165,26 @@ FAMILIES: dict[str, Family] = {
         config={**QWEN, "norm_topk_prob": True},
         ours={"qk_norm": "head"},
         router=RENORMALIZED,
+    ),
+    "qwen3_next": Family(  # its layers of attention; those of gated deltas are no kind
+        theirs="Qwen3Next",
+        config={
+            **QWEN,
+            "layer_types": ["full_attention"] * 2,
+            "shared_expert_intermediate_size": 40,
+            "norm_topk_prob": True,
+            "rope": {"partial_rotary_factor": 0.25},
+        },
+        ours={
+            "norm": "rms_plus_one",
+            "qk_norm": "head",
+            "attention_output_gate": True,
+            "rope_fraction": 0.25,
+            "shared_expert_mlp_dim": 40,
+            "shared_expert_gate": True,
+        },
+        router=RENORMALIZED,
+        rules=tables.ONE_SHARED_EXPERT | tables.GATE_BESIDE_QUERIES,
     ),
     "glm4_moe": Family(
         theirs="Glm4Moe",

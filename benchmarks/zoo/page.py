@@ -36,10 +36,11 @@ _NOTES = """\
   visits. **K** experts compute a token; prototypes × choices in each.
 - **Total** and **active** are counted from the arrays that Switchyard makes: biases,
   norms, positions and routers too; a token meets everything but the experts that it
-  does not choose. Where a token is said to meet everything, nothing stands there.
+  does not choose, and of gpt-oss the input embedding, as its paper counts. Where a
+  token is said to meet everything, nothing stands there.
 - **Sizes** are *read* in the paper, its code, or what quotes them; from *memory* of it,
-  which the count then confirms or not; *inferred*, chosen because the published count
-  comes out; or a *stand-in*: nobody published them.
+  in part or whole, which the count then confirms or not; *inferred*, chosen because the
+  published count comes out; or a *stand-in*: nobody published them.
 - Rows of few digits differ by what was rounded.
 """
 

@@ -22,8 +22,8 @@ class Published:
         why_active: the same of those that a token meets.
         without_embedding: whether the active parameters leave the input embedding out.
         sizes: where the sizes are from: "read" in the paper, its code or what quotes
-            them; "memory" of it; "inferred" from the count; "stand-in": none was ever
-            published.
+            them; "memory" of it, in part or whole; "inferred" from the count;
+            "stand-in": none was ever published.
     """
 
     total: float | None
@@ -45,10 +45,10 @@ PUBLISHED = {
     ),
     "t5_3b": Published(2.8 * _B),
     "t5_11b": Published(11 * _B, why="11B rounds 11.3B"),
-    "t5_1_1_small": Published(None),
-    "t5_1_1_base": Published(None),
-    "t5_1_1_large": Published(None),
-    "t5_1_1_xl": Published(None),
+    "t5_1_1_small": Published(None, sizes="memory"),
+    "t5_1_1_base": Published(None, sizes="memory"),
+    "t5_1_1_large": Published(None, sizes="memory"),
+    "t5_1_1_xl": Published(None, sizes="memory"),
     "t5_1_1_xxl": Published(11.1 * _B),
     "switch_base_8": Published(None),
     "switch_base_16": Published(1.1 * _B, why="1.1B rounds 1.07B"),
@@ -100,13 +100,13 @@ PUBLISHED = {
     "gpt3_13b": Published(12.85 * _B, sizes="memory"),
     "gpt3_175b": Published(174.6 * _B, sizes="memory"),
     "megatron_8_3b": Published(8.3 * _B, sizes="memory"),
-    "turing_nlg_17b": Published(17.2 * _B),
-    "mt_nlg_530b": Published(530 * _B),
+    "turing_nlg_17b": Published(17.2 * _B, sizes="memory"),
+    "mt_nlg_530b": Published(530 * _B, sizes="memory"),
     "pangu_alpha_2_6b": Published(2.6 * _B),
     "pangu_alpha_13b": Published(13.1 * _B, sizes="memory"),
     "pangu_alpha_200b": Published(207 * _B),
     "pangu_nlp_100b_proxy": Published(100 * _B, sizes="stand-in"),
-    "yuan_1_245b": Published(245.73 * _B),
+    "yuan_1_245b": Published(245.73 * _B, sizes="memory"),
     "ernie_3_10b": Published(10 * _B, sizes="memory"),
     "ernie_3_titan_260b": Published(260 * _B, sizes="inferred"),
     "plug_27b": Published(
@@ -119,8 +119,8 @@ PUBLISHED = {
     "m6_t_100b": Published(103.2 * _B, sizes="memory"),
     "m6_t_250b": Published(250 * _B, sizes="inferred"),
     "m6_t_1t": Published(1_002.7 * _B, sizes="memory"),
-    "m6_10t": Published(10_000 * _B),
-    "m6_10t_shared": Published(None),
+    "m6_10t": Published(10_000 * _B, sizes="memory"),
+    "m6_10t_shared": Published(None, sizes="memory"),
     "cpm_2_11b": Published(11 * _B, sizes="inferred"),
     "cpm_2_moe_198b": Published(198 * _B, sizes="inferred"),
     "wudao_1_75t_proxy": Published(1_750 * _B, sizes="stand-in"),
@@ -138,5 +138,5 @@ PUBLISHED = {
     "llama4_maverick": Published(400 * _B, 17 * _B),
     "glm_4_5": Published(355 * _B, 32 * _B, why_active=_NO_TABLES, sizes="memory"),
     "glm_4_5_air": Published(106 * _B, 12 * _B, why_active=_NO_TABLES, sizes="memory"),
-    "minimax_m2": Published(230 * _B, 10 * _B, why_active=_NO_TABLES),
+    "minimax_m2": Published(230 * _B, 10 * _B, why_active=_NO_TABLES, sizes="memory"),
 }

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from moe import energy
 from moe.layers import Layers, Stack
+from moe.model.feed_forward.dense import GATED
 from moe.settings import DenseSettings
 
 _DAY = 24.0
@@ -150,5 +151,4 @@ def _weights(stack: Stack) -> int:
 
 
 def _feed_forward(s: DenseSettings, width: int) -> int:
-    gated = s.activation in ("geglu", "swiglu")
-    return (3 if gated else 2) * width * s.mlp_dim
+    return (3 if s.activation in GATED else 2) * width * s.mlp_dim

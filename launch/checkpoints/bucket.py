@@ -132,7 +132,7 @@ class Bucket:
 
         Args:
             step: which one.
-            folder: of its objects.
+            folder: name of the folder of its objects.
             listing: all its files.
             stalled: whether only skipped steps led to it.
             keep: whether an earlier step stays.

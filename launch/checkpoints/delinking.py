@@ -77,7 +77,7 @@ def copies_of(name: str, shape: list[int], layers: Layers) -> int:
     Args:
         name: its path in the state, such as
             "params/decoder/layers/0/1/sparse/router".
-        shape: of a shared array of layers, the first number is 1.
+        shape: sizes of its dimensions; the first is 1 where layers share it.
         layers: those of the model.
     """
     names = name.split("/")

@@ -110,7 +110,7 @@ class Objects:
 
         Args:
             source: folder of the files.
-            folder: of the objects.
+            folder: name of the folder that the objects go to.
             names: paths of the files, below `source`.
         Returns:
             Their pieces.

@@ -84,6 +84,10 @@ ONE_SHARED_EXPERT: Rules = {
     **gated("sparse/shared", "mlp.shared_expert"),
     "sparse/shared_gate": ("mlp.shared_expert_gate.weight", "o,M -> M,o"),
 }
+GATE_BESIDE_QUERIES: Rules = {
+    "attention/query": ("self_attn.q_proj.weight", "N[D|W],M -> M,N,D"),
+    "attention/gate": ("self_attn.q_proj.weight", "N[D|W],M -> M,N,W"),
+}
 BIAS_BESIDE_THE_GATE: Rules = {
     "sparse/selection_bias": ("mlp.e_score_correction_bias", "E"),
 }

@@ -137,7 +137,7 @@ class Choices:
         spill_GSJ: int32 experts and float32 gates of where each choice goes if its
             expert is full; None to drop.
         priority_GS: float32, tokens with more are seated first; None for their order.
-        needed_1EH: as in `RouterSums`.
+        needed_1EH: counts of tokens by the bias that they need, as in `RouterSums`.
     """
 
     expert_GSJ: jax.Array

@@ -43,7 +43,7 @@ def quantile(below_EH: jax.Array, bias_E: jax.Array, share: float) -> jax.Array:
     Within a bin tokens are taken to lie evenly.
 
     Args:
-        below_EH: as `counted` returns it, of a whole batch.
+        below_EH: counts of a whole batch, from `counted`.
         bias_E: the one that it was counted under, which stays if there was no token.
         share: fraction of the tokens that choose an expert, K / E.
     """

@@ -29,7 +29,7 @@ class OracleResult:
         y_GSM: outputs.
         d_x_GSM: gradient of the objective with respect to the inputs.
         d_router_ME: with respect to the router; zero for a hash router.
-        d_router_bias_E: with respect to the bias of its logits.
+        d_router_bias_E: gradient with respect to the bias of its logits.
         d_experts: with respect to the arrays of the experts, by name.
         sums: router sums, by name without suffix, each [G] or [G, E], where G counts
             the rows of each group.

@@ -30,7 +30,7 @@ class AheadSums:
     """What the losses of tokens after the next are made of, in training alone.
 
     Attributes:
-        cross_entropy_D: in nats, summed over target tokens, for each number of places
+        cross_entropy_D: nats, summed over target tokens, for each number of places
             that they are ahead.
         weight_D: target tokens.
         router: totals as in `Sums`, of the layers that predict them.
@@ -137,7 +137,7 @@ def ahead_sums(
 
     Args:
         scores: what is known of the logits of each target, one place ahead and on.
-        weights: of each, [B, L], 1 where the target counts, 0 elsewhere.
+        weights: [B, L] for each number of places, 1 where the target counts, else 0.
         router: sums of each sparse sublayer, per layer and group.
         settings: which balance loss is formed.
         join_sequence: adds up over the devices that a sequence is cut over.

@@ -32,8 +32,8 @@ def clip(
     Args:
         params: parameters after the optimizer's update, or a copy of them; None in
             place of those that are frozen.
-        largest: of each sublayer of attention, in the order of `attentions`, over the
-            whole batch and all heads, led by layers.
+        largest: largest logits of each head over the whole batch, led by layers, of
+            each sublayer in the order of `attentions`.
         layers: what the layers are.
         limit: τ, above 0.
     """

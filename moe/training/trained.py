@@ -31,7 +31,7 @@ def trained_of(tree: Any, settings: OptimizerSettings) -> Any:
     """Returns the tree of parameters, or of what stands for them, without the frozen.
 
     Args:
-        tree: as `inventory.specs` has them.
+        tree: parameters, in the structure of `inventory.specs`.
         settings: patterns; without any it is the tree itself.
     """
     if not (settings.trainable or settings.frozen):

@@ -45,7 +45,7 @@ class Kind(NamedTuple):
         expand: (weights, memory, settings) to key_BTUD and value_BTUX.
         scoring: (weights, view, reach, settings) to what scores are made of.
         finish: (weights, mixed_BLNX, x_BLM, settings) to what the output is made of;
-            None: of these.
+            None where that is mixed_BLNX.
     """
 
     ask: Callable[..., jax.Array]

@@ -46,7 +46,7 @@ def main() -> None:
             seed=options.seed,
             say=_say,
         )
-        _say(f"{len(tally.wrong)} runs were not as the undisturbed one")
+        _say(f"{tally.lost} runs were not as the undisturbed one")
         rng, kills = random.Random(options.seed), math.ceil(options.faults / 9)
         killed = [
             others.pairs(shared, store, kills, rng, _say),

@@ -25,6 +25,7 @@ class Killed:
         outcome: what has to come of it.
         kills: number of processes that were killed.
         finished: number of those that were done in the end.
+        lost: number of those that were not, or ended otherwise.
         wrong: what told these from the undisturbed one.
     """
 
@@ -32,7 +33,14 @@ class Killed:
     outcome: str
     kills: int = 0
     finished: int = 0
+    lost: int = 0
     wrong: list[str] = dataclasses.field(default_factory=list)
+
+    def ended(self, wrong: Sequence[str]) -> None:
+        """Counts one, and what is wrong with it."""
+        self.finished += 1
+        self.lost += bool(wrong)
+        self.wrong += wrong
 
 
 def pairs(
@@ -62,25 +70,35 @@ def pairs(
     folder = shared / "disturbed_pair"
     while killed.kills < kills:
         lives.fresh(folder)
-        for _ in range(100):
-            both = _pair(folder, store)
-            if not _wait(both, rng.uniform(0, 1.5 * length)):
-                codes = [life.end(120) for life in both]
-                break
+        wrong = _disturb_pair(killed, folder, store, length, rng)
+        killed.ended(wrong or compare.differences(folder, base, LAST_STEP))
+        say(f"pair {killed.finished}: {killed.kills} killed, {killed.wrong}")
+    return killed
+
+
+def _disturb_pair(
+    killed: Killed, folder: Path, store: Path, length: float, rng: random.Random
+) -> list[str]:
+    """Starts a pair again after each kill, until it is done; returns what is wrong."""
+    for _ in range(100):
+        both, victims = _pair(folder, store), []
+        if _wait(both, rng.uniform(0, 1.5 * length)):
             victims = rng.sample(both, rng.choice([1, 1, 2]))
             for life in victims:
                 life.signal(signal.SIGKILL)
             killed.kills += len(victims)
-            codes = [life.end(60) for life in both]
-            right = {-signal.SIGKILL, EXIT_LOST_PROCESS, 0}
-            if not set(codes) <= right:
-                killed.wrong.append(f"exit codes {codes}")
-            if not any(codes):
-                break
-        killed.finished += 1
-        killed.wrong += compare.differences(folder, base, LAST_STEP)
-        say(f"pair {killed.finished}: {killed.kills} killed, {killed.wrong}")
-    return killed
+        try:
+            codes = [life.end(120) for life in both]
+        except TimeoutError as error:
+            for life in both:
+                life.signal(signal.SIGKILL)
+            return [str(error)]
+        if not any(codes):
+            return []
+        right = {-signal.SIGKILL, EXIT_LOST_PROCESS, 0}
+        if not victims or not set(codes) <= right:
+            return [f"exit codes {codes}"]
+    return ["not done after 100 lives"]
 
 
 def preparations(shared: Path, kills: int, rng: random.Random, say: Say) -> Killed:
@@ -94,11 +112,11 @@ def preparations(shared: Path, kills: int, rng: random.Random, say: Say) -> Kill
     while killed.kills < kills:
         lives.fresh(store).rmdir()
         words, output = lives.preparing(store), store.with_suffix(".log")
-        _until_done(killed, words, output, length, rng)
+        wrong = _until_done(killed, words, output, length, rng)
         made = {
             n: d for n, d in wanted.items() if "/pack-" not in n or (store / n).exists()
         }
-        killed.wrong += _other_files(store, made)
+        killed.ended(wrong or _other_files(store, made))
         say(f"store {killed.finished}: {killed.kills} kills, {killed.wrong}")
     return killed
 
@@ -118,10 +136,10 @@ def evaluations(
     length = time.monotonic() - began
     scores, before = output.read_text(), _digests(run)
     while killed.kills < kills:
-        _until_done(killed, words, output, length, rng)
-        if output.read_text() != scores:
-            killed.wrong.append("scores")
-        killed.wrong += _other_files(run, before)
+        wrong = _until_done(killed, words, output, length, rng)
+        if not wrong and output.read_text() != scores:
+            wrong = ["scores"]
+        killed.ended([*wrong, *_other_files(run, before)])
         say(
             f"scored {killed.finished}: {killed.kills} kills, {killed.wrong or 'right'}"
         )
@@ -130,22 +148,23 @@ def evaluations(
 
 def _until_done(
     killed: Killed, words: list[str], output: Path, length: float, rng: random.Random
-) -> None:
-    """Starts a command again after each kill, until it is done."""
+) -> list[str]:
+    """Starts a command again after each kill; returns what is wrong in the end."""
     for _ in range(100):
         output.unlink(missing_ok=True)
         life = lives.Life(words, output)
         if _wait([life], rng.uniform(0, 1.3 * length)):
             life.signal(signal.SIGKILL)
             killed.kills += 1
-        code = life.end(120)
+        try:
+            code = life.end(120)
+        except TimeoutError as error:
+            return [str(error)]
         if code == 0:
-            killed.finished += 1
-            return
+            return []
         if code != -signal.SIGKILL:
-            killed.wrong.append(f"exit code {code}")
-            return
-    killed.wrong.append("not done after 100 lives")
+            return [f"exit code {code}"]
+    return ["not done after 100 lives"]
 
 
 def _pair(folder: Path, store: Path) -> list[lives.Life]:

@@ -71,8 +71,8 @@ def _soak(tally: Tally) -> list[str]:
         f"{duration(tally.seconds)}: one every {every:.1f} s. Each run was compared "
         "with one that was left in peace: every bit of parameters, optimizer and "
         "counters, the order of the data, and every record of metrics. "
-        f"**{tally.runs - len(tally.wrong):,} of {tally.runs:,} ended as it did; "
-        f"lost: {len(tally.wrong)}.**",
+        f"**{tally.runs - tally.lost:,} of {tally.runs:,} ended as it did; "
+        f"lost: {tally.lost}.**",
         "",
         f"| fault | injected | {' | '.join(phases)} |",
         f"|---|--:|{'--:|' * len(phases)}",
@@ -102,7 +102,7 @@ def _killed(killed: Sequence[Killed]) -> list[str]:
         "|---|--:|---|--:|--:|",
         *(
             f"| {one.what} | {one.kills} | {one.outcome} | {one.finished} | "
-            f"{len(one.wrong)} |"
+            f"{one.lost} |"
             for one in killed
         ),
         *(f"- {one.what}: {wrong}" for one in killed for wrong in one.wrong),

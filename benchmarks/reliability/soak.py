@@ -51,7 +51,8 @@ class Tally:
         undisturbed: folder of the run that was left in peace.
         faults: number by name, and by what the life was doing.
         runs: runs that were finished.
-        wrong: what told finished runs from the undisturbed one, or ended them.
+        lost: runs that did not end as the undisturbed one.
+        wrong: what told these from it, or ended them.
         seconds: time of all lives.
         goodput: part of it in steps that were kept, of each run.
     """
@@ -59,6 +60,7 @@ class Tally:
     undisturbed: Path = Path()
     faults: Counter[tuple[str, str]] = dataclasses.field(default_factory=Counter)
     runs: int = 0
+    lost: int = 0
     wrong: list[str] = dataclasses.field(default_factory=list)
     seconds: float = 0.0
     goodput: list[float] = dataclasses.field(default_factory=list)
@@ -178,13 +180,14 @@ def soak(
                 goodput.fraction(goodput.of_events(events.read(folder)[0]))
             )
             if found:
+                tally.lost += 1
                 kept = shared / f"wrong_{tally.runs}"
                 shutil.rmtree(kept, ignore_errors=True)
                 folder.rename(kept)
                 tally.wrong += [f"{text} (kept in {kept})" for text in found]
             say(
                 f"run {tally.runs}: {tally.number} faults so far, "
-                f"{len(tally.wrong)} wrong, {time.monotonic() - began:.0f} s"
+                f"{tally.lost} lost, {time.monotonic() - began:.0f} s"
             )
     tally.seconds = time.monotonic() - began
     return tally

@@ -24,11 +24,13 @@ def test_no_spoilt_file_of_a_store_is_learnt_from(tmp_path):
 
 @pytest.mark.fast
 def test_the_page_counts_what_was_injected():
-    tally = soak.Tally(runs=2, wrong=["records (kept in x)"], seconds=10, goodput=[0.2])
+    tally = soak.Tally(
+        runs=2, lost=1, wrong=["records (kept in x)"], seconds=10, goodput=[0.2]
+    )
     tally.faults["kill -9", "saving"] = 3
     tally.faults["SIGTERM", "training"] = 2
     spoilt = Counter({("emptied", "refused"): 7, ("deleted", "WRONG"): 1})
-    killed = others.Killed("kill -9 of a pair", "the same", 5, 2, ["arrays"])
+    killed = others.Killed("kill -9 of a pair", "the same", 5, 2, 1, ["arrays"])
     text = page.text(tally, [killed], Counter({("deleted", "fell back"): 3}), spoilt)
     assert "5 faults in 2 runs of 40 steps, in 10.0 s: one every 2.0 s" in text
     assert "**1 of 2 ended as it did; lost: 1.**" in text

@@ -38,7 +38,7 @@ class Counts:
         active: parameters that one token meets: all, but of the experts only those
             that it chooses, or that choose it on average; of shared ones in one layer.
         embedding: parameters of the input embedding, a part of `total`.
-        positions: in tables of positions.
+        positions: parameters of tables of positions.
         products: weights in matrix products outside the experts; a tied embedding is
             one. With two stacks, the mean over the tokens of both.
         expert_products: weights of one expert of every sparse layer; likewise.
@@ -48,8 +48,8 @@ class Counts:
         scores: operations of attention's scores and mixing, 4·N·D·L in each layer, as
             if every token saw as many as the last. Heads that share keys share none.
             Of latent attention as it is trained: 2·N·(D + R + X)·L.
-        causal_scores: the same where a token sees itself and those before it: (L + 1) /
-            2 of L on average.
+        causal_scores: the same of the pairs that see each other: of tokens that see all
+            before them (L + 1) / 2 of L on average.
         ahead: parameters of the modules that predict tokens after the next, in no other
             number here: published counts leave them out, as scoring and drawing do.
         ahead_flops: operations of their forward pass, in training alone.
@@ -213,7 +213,8 @@ def count(layers: Layers, length: int, encoder_length: int = 0) -> Counts:
 def _with_ahead(layers: Layers, ahead: Stack, length: int) -> Counts:
     """Counts what predicts tokens after the next apart: their layers, as a model."""
     counts = count(layers._replace(ahead=None), length)
-    alone = count(layers._replace(decoder=ahead, ahead=None), length)
+    text = dataclasses.replace(layers.embedding, image_size=0)
+    alone = count(Layers(text, None, ahead, None), length)
     modules, M = len(ahead.segments), ahead.width
     logits = 2 * M * layers.embedding.vocab_size
     joined = 2 * 2 * M * M

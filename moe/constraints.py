@@ -64,8 +64,12 @@ def problems(
     found = [f"{m} = {x}: must be at least 1" for m, x in positive.items() if x < 1]
     found += attention_problems(model)
     found += position_problems(model, max(length, encoder_length))
-    hashed = router.family == "hashed" and architecture.has_experts(model)
-    found += image_problems(model, length, hashed=hashed)
+    hashed = ""
+    if architecture.has_experts(model) and model.first_hash_layers > 0:
+        hashed = f"FIRST_HASH_LAYERS = {model.first_hash_layers}"
+    if architecture.has_experts(model) and router.family == "hashed":
+        hashed = "ROUTER = 'hashed'"
+    found += image_problems(model, length, hashed)
     found += _shape_problems(model)
     found += ahead_problems(model, loss, length)
     if model.shape != "encoder_decoder" and encoder_router is not None:

@@ -210,9 +210,11 @@ class Bucket:
         pieces = self._listing(step, path).get(name)
         if pieces is None:
             return
-        (path / name).parent.mkdir(parents=True, exist_ok=True)
         key = f"{self.entries[step].folder}/{name}"
-        (path / name).write_bytes(b"".join(self._objects.contents(key, pieces, path)))
+        content = b"".join(self._objects.contents(key, pieces, path))
+        with writing(path / name):
+            (path / name).parent.mkdir(parents=True, exist_ok=True)
+            (path / name).write_bytes(content)
 
     def _listing(self, step: int, path: Path) -> Listing:
         entry = self.entries[step]

@@ -63,7 +63,7 @@ def delink(model_dir: Path, path: Path, to: Path, layers: Layers, code: Any) -> 
             "config": config,
             "arrays": kept,
             "saved_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "parents": [{"path": str(path), "step": step}],
+            "parents": [{"path": str(folder_of(model_dir) / str(step)), "step": step}],
             **code,
         }
         manifest_written(part, sealed(made))

@@ -106,7 +106,9 @@ class Objects:
             yield self.checked(one, digest, path, future)
 
     def upload(self, source: Path, folder: str, names: Sequence[str]) -> Listing:
-        """Writes files in pieces, and makes sure that each has arrived whole.
+        """Writes files in pieces, and makes sure that each is there at full length.
+
+        Digests are compared when they are read.
 
         Args:
             source: folder of the files.

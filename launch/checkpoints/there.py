@@ -136,7 +136,7 @@ def keep(model_dir: Path, run: str, place: str) -> None:
 
     Args:
         model_dir: the run.
-        run: whose they are.
+        run: name of the run that they are of.
         place: the bucket; "" if they are in the run's folder.
     """
     file = model_dir / FILE

@@ -45,6 +45,16 @@ def reads(options: ConvertOptions) -> tuple[list[str], list[str]]:
             f"{source} holds neither config.json, as a model of Hugging Face does, nor "
             "config.gin, as a run does"
         )
+    of_runs = ("step", "dtype", "family")
+    if given := [
+        f"--{field.name}"
+        for field in dataclasses.fields(options)
+        if field.name in of_runs and getattr(options, field.name) != field.default
+    ]:
+        raise UsageError(
+            f"{', '.join(given)}: of {source}, which is no run, config.json says the "
+            "family, and --gin.PARAM_DTYPE the type; leave it out"
+        )
     from launch.exchange.importing import knobs_for
 
     knobs = knobs_for(source, Path(options.to).expanduser())

@@ -8,13 +8,8 @@ import partitioning.settings
 import tasks.settings
 from launch.config import division
 from launch.config.settings import LoopSettings, PlatformSettings, Settings
-from moe.settings import (
-    OptimizerSettings,
-)
-from partitioning.settings import (
-    AXES,
-    MeshSettings,
-)
+from moe.settings import OptimizerSettings
+from partitioning.settings import AXES, MeshSettings
 from tasks import ramp
 
 _IN_BUCKET = re.compile(r"(gs|s3)://[^/\s]+/[^\s]*[^/\s]/*")  # and never all of one

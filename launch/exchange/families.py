@@ -54,7 +54,9 @@ def knobs_of(config: Config, where: str) -> tuple[str, Knobs]:
     if lines:
         raise ExchangeError("\n  ".join([f"{where} says", *lines]))
     try:
-        knobs = _common(said) | family.knobs(said)
+        common = _common(said)
+        _refuse_excess(common)
+        knobs = common | family.knobs(said)
         _refuse_excess(knobs)
         return name, knobs
     except (KeyError, TypeError, AttributeError, ArithmeticError, ValueError) as error:
@@ -91,7 +93,7 @@ def _refuse_excess(knobs: Knobs) -> None:
         for one in value if isinstance(value, tuple) else (value,):
             if isinstance(one, int | float) and not abs(one) < _LARGEST:
                 raise ValueError(f"{macro} would be {one}")
-    if knobs["NUM_LAYERS"] * knobs["NUM_EXPERTS"] > _MOST_EXPERTS:
+    if knobs["NUM_LAYERS"] * knobs.get("NUM_EXPERTS", 1) > _MOST_EXPERTS:
         raise ValueError(f"it has more than {_MOST_EXPERTS:,} experts in all layers")
 
 

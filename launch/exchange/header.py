@@ -57,7 +57,7 @@ class Form:
 
     Attributes:
         dtype: one of `DTYPES`.
-        shape: row-major.
+        shape: sizes of its dims, row-major.
     """
 
     dtype: np.dtype

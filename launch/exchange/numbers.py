@@ -28,11 +28,19 @@ def numbers_of(
         config: config.json.
         dtype: type of those that are kept in fewer bits.
     Raises:
-        ExchangeError: config.json gives blocks of FP8 no size.
+        ExchangeError: config.json gives blocks of FP8 no size, or a tensor is there in
+            two forms.
     """
     said = config.get("quantization_config")
     size = said.get("weight_block_size") if isinstance(said, dict) else None
     block = tuple(size) if isinstance(size, list) else _USUAL_BLOCK
+    twice = [
+        name.removesuffix(_BLOCKS)
+        for name in tensors
+        if name.endswith(_BLOCKS) and name.removesuffix(_BLOCKS) in tensors
+    ]
+    if twice:
+        raise ExchangeError(f"{twice[0]} is there as it is, and as blocks")
     if len(block) != 2 or not all(type(one) is int and one > 0 for one in block):
         raise ExchangeError(f"config.json has weight_block_size = {shown(size)}")
     return Numbers(tensors, dtype, (block[0], block[1]))
@@ -68,7 +76,14 @@ class Numbers(Mapping[str, np.ndarray]):
     def shape(self, name: str) -> tuple[int, ...]:
         """Returns the shape of an array, which is not read for it."""
         if f"{name}{_BLOCKS}" in self._tensors:
-            *stacked, rows, groups = self._tensors[f"{name}{_SCALES}"].form.shape
+            scales = self._tensors[f"{name}{_SCALES}"].form.shape
+            blocks = self._tensors[f"{name}{_BLOCKS}"].form.shape
+            if len(scales) < 2 or blocks != (*scales, 16):
+                raise ExchangeError(
+                    f"{name}{_BLOCKS} of shape {blocks} does not have 16 bytes for "
+                    f"each of its scales, of shape {scales}"
+                )
+            *stacked, rows, groups = scales
             return (*stacked, groups * 32, rows)
         return self._tensors[name].form.shape
 

@@ -23,7 +23,7 @@ def arriving(folder: Path) -> Iterator[Path]:
     """Gives a folder to write to, which gets its name when all is written.
 
     Args:
-        folder: is not there yet.
+        folder: path that is not there yet.
     Yields:
         A new folder beside it; it is removed if anything fails.
     Raises:
@@ -68,12 +68,12 @@ def write_tensors(
     """Writes tensors as `model.safetensors`, or as shards and their index.
 
     Args:
-        folder: is there, and holds no weights.
+        folder: existing folder without weights.
         plan: what there is to write, in the order in which it is cut into shards.
-        tensor: gives one by its name; asked once for each, shard by shard, and in a
-            shard those with the widest numbers first, so that all are aligned.
-        shard_bytes: the most numbers of one file take; a tensor larger than that has a
-            file of its own.
+        tensor: function of a name to its numbers; asked once for each, shard by shard,
+            and in a shard those with the widest numbers first, so that all are aligned.
+        shard_bytes: most bytes that the numbers of one file take; a tensor larger than
+            that has a file of its own.
     Raises:
         TensorsError: the disk is full, or the like.
     """

@@ -231,6 +231,7 @@ def _model(
 
     sparse = architecture.has_experts(model)
     learned = model.positions == "learned"
+    most = max(model.experts_per_layer, default=1)
     return dataclasses.replace(
         model,
         vocab_size=_multiple(cut * chunks, max(least, 32)),
@@ -245,7 +246,7 @@ def _model(
         max_positions=max(lengths.values()) if learned else model.max_positions,
         num_experts=num_experts if sparse else model.num_experts,
         experts_per_layer=tuple(
-            _multiple(divides, num_experts * number // max(model.experts_per_layer))
+            _multiple(divides, max(num_experts * number // most, 1))
             for number in model.experts_per_layer
         ),
         expert_mlp_dim=_multiple(cut, max(least, 16)),

@@ -14,7 +14,8 @@ from moe.model.feed_forward import dense
 from moe.model.view import View
 from moe.routing.assignment import RouterSums
 
-# Kinds of sublayers. Each is a file with `specs`, `memory` and `apply`.
+# Kinds of sublayers. Each is a file with `specs`, `memory` and `apply`; one that
+# measures its logits has `with_logits_times` too.
 KINDS: Any = {
     "heads": heads,
     "latent": latent,

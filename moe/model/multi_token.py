@@ -4,7 +4,8 @@ Module k, from 1, reads what the one before it made of token t (the first, the m
 own output) and the embedding of token t + k. A layer like the last makes of them what
 the model's own output projection predicts token t + k + 1 by (eq. 21 to 23).
 
-Sequences may be cut over devices, so tokens are shifted where the batch is whole.
+Sequences may be cut over devices, so tokens are shifted where the batch is whole. An
+embedding that knows positions has those of token t.
 """
 
 import dataclasses

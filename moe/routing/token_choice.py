@@ -55,8 +55,8 @@ def route(
     spills = settings.overflow == "spill"
     ranks = 2 * K if spills else K
     needed_1EH = None
-    if settings.bias_update == "quantile" and context.key_G is not None:
-        assert context.bias_E is not None
+    by_quantile = settings.bias_update == "quantile" and context.key_G is not None
+    if by_quantile and context.bias_E is not None:
         best_GSK, ranked_GSK = jax.lax.top_k(selection_GSE, max(ranks, K + 1))
         needed_1EH = needed_bias.counted(
             score_GSE, best_GSK[..., K], context.bias_E, context.mask_GS

@@ -35,4 +35,9 @@ def ahead_problems(model: ModelSettings, loss: LossSettings, length: int) -> lis
             f"PREDICT_AHEAD = {ahead} joins what is normalised: use NORM_PLACE = "
             f"'before', not {model.norm_place!r}"
         )
+    if model.output_transform:
+        found.append(
+            f"PREDICT_AHEAD = {ahead} reads what OUTPUT_TRANSFORM = True has not "
+            "transformed yet: set one of them to another"
+        )
     return found

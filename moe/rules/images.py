@@ -3,13 +3,14 @@
 from moe.settings import ModelSettings
 
 
-def image_problems(model: ModelSettings, length: int, *, hashed: bool) -> list[str]:
+def image_problems(model: ModelSettings, length: int, hashed: str) -> list[str]:
     """Lists what is wrong with images and patches.
 
     Args:
         model: sizes and shape.
         length: L, tokens of a row.
-        hashed: whether a router looks at the ids of tokens, which patches have not.
+        hashed: knob by which a router looks at the ids of tokens, which patches have
+            not; "" where none does.
     """
     size, patch, channels = model.image_size, model.patch_size, model.image_channels
     default = ModelSettings(1, 1, 1, 1, 1, 1)
@@ -45,7 +46,7 @@ def image_problems(model: ModelSettings, length: int, *, hashed: bool) -> list[s
         )
     if hashed:
         found.append(
-            f"ROUTER = 'hashed' goes by the ids of tokens, and the patches of "
-            f"IMAGE_SIZE = {size} have none: choose another"
+            f"{hashed} goes by the ids of tokens, and the patches of IMAGE_SIZE = "
+            f"{size} have none: choose another"
         )
     return found

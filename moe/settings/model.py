@@ -59,7 +59,8 @@ class ModelSettings:
             (arXiv:2309.17453, section 3.3).
         attention_cap: bound of the scores, which come as cap·tanh(score / cap) (Gemma
             2, arXiv:2408.00118, section 2); 0 sets none.
-        attention_scale: factor of the products of queries and keys; 0 takes D^-0.5.
+        attention_scale: factor of the products of queries and keys; 0 takes D^-0.5, of
+            latent attention (D + R)^-0.5.
         attention_output_gate: whether mixed values are multiplied by a sigmoid of the
             same input (arXiv:2505.06708).
         attention_windows: places that tokens see back, of the layers from the bottom

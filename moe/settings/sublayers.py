@@ -122,9 +122,10 @@ class HeadsSettings:
             (arXiv:2505.06708, eq. 5).
         chunk: positions of the pieces that a segment falls into, none of which sees
             another; 0 does not cut it.
-        growth: g, and
-        growth_length: s, by which queries of position p are multiplied where they know
-            none: 1 + g·ln(1 + ⌊(p + 1) / s⌋) (arXiv:2501.19399); 0 leaves them alone.
+        growth: factor g of what queries of position p are multiplied by, where they
+            know none: 1 + g·ln(1 + ⌊(p + 1) / s⌋) (arXiv:2501.19399); 0 leaves them
+            alone.
+        growth_length: number s of positions.
     """
 
     num_heads: int

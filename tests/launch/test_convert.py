@@ -94,9 +94,10 @@ def test_what_goes_in_comes_out_again(name, tmp_path):
     for file in ("tokenizer.json", "tokenizer_config.json"):
         assert (source / file).read_bytes() == (tmp_path / "back" / file).read_bytes()
 
-    if name != "olmoe":
-        return
-    # Ours, of theirs, of ours: the same checkpoint, in its own type.
+
+def test_a_run_that_goes_out_comes_in_again(tmp_path):
+    arrays = arrays_of("olmoe", np.dtype(np.float32))
+    convert(model(tmp_path / "public", "olmoe", arrays), tmp_path / "run")
     done = convert(tmp_path / "run", tmp_path / "wide")
     assert done.code == 0, done.err
     done = convert(tmp_path / "wide", tmp_path / "again")
@@ -199,14 +200,31 @@ def test_all_that_is_missing_and_all_that_is_not_used_is_said(tmp_path):
 
 
 def test_what_is_left_out_is_said(tmp_path):
-    arrays = arrays_of("qwen3_moe", np.dtype(np.float32))
+    arrays = arrays_of("deepseek_v3", np.dtype(np.float32))
     for number in range(2):
         name = f"model.layers.{number}.self_attn.rotary_emb.inv_freq"
         arrays[name] = np.ones(2, np.float32)
-    done = convert(model(tmp_path / "public", "qwen3_moe", arrays), tmp_path / "run")
+    # A layer above the last predicts the token after the next.
+    arrays["model.layers.2.eh_proj.weight"] = np.ones((M, 2 * M), np.float32)
+    source = model(tmp_path / "public", "deepseek_v3", arrays)
+    said = json.loads((source / "config.json").read_text())
+    said["num_nextn_predict_layers"] = 1
+    (source / "config.json").write_text(json.dumps(said))
+    done = convert(source, tmp_path / "run")
     assert done.code == 0, done.err
-    left = "left out: model.layers.N.self_attn.rotary_emb.inv_freq (2 of them)"
-    assert left in done.err.splitlines()
+    assert [line for line in done.err.splitlines() if line.startswith("left")] == [
+        "left out: model.layers.N.self_attn.rotary_emb.inv_freq (2 of them)",
+        "left out: model.layers.2.eh_proj.weight",
+    ]
+
+
+def test_of_a_public_model_nothing_is_asked_that_only_runs_have(tmp_path):
+    arrays = arrays_of("mixtral", np.dtype(np.float32))
+    source = model(tmp_path / "public", "mixtral", arrays)
+    done = convert(source, tmp_path / "run", "--step=5", "--dtype=bfloat16")
+    assert done.code == 1
+    assert "--step, --dtype: of " in done.err
+    assert not (tmp_path / "run").exists()
 
 
 def test_another_shape_is_refused_and_nothing_is_left(tmp_path):

@@ -46,5 +46,13 @@ def test_what_cannot_be_given_is_said(tmp_path, size, channels, said):
     (tmp_path / "text.png").write_text("no image")
     with pytest.raises(images.ImageError, match=said):
         images.read(str(tmp_path / "text.png"), data(size, channels))
-    with pytest.raises(images.ImageError):
-        images.read(str(tmp_path / "missing.png"), data(size, channels))
+
+
+def test_a_file_that_is_not_there_or_damaged_is_said(tmp_path):
+    Image.new("RGB", (6, 6)).save(tmp_path / "damaged.png")
+    content = bytearray((tmp_path / "damaged.png").read_bytes())
+    content[content.index(b"IDAT") + 8] ^= 255
+    (tmp_path / "damaged.png").write_bytes(content)
+    for name in ("missing.png", "damaged.png", "a\0.png"):
+        with pytest.raises(images.ImageError, match="cannot be read"):
+            images.read(str(tmp_path / name), data(6, 3))

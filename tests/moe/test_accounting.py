@@ -202,6 +202,15 @@ def test_heads_that_share_keys_save_products_but_no_scores():
     assert counts.scores == plain.scores == ATTENDING
 
 
+def test_a_piece_longer_than_a_row_is_the_row():
+    models = (
+        dataclasses.replace(SMALL, moe_every=0, attention_chunks=chunks)
+        for chunks in ((2 * LENGTH, 0), ())
+    )
+    one, plain = (accounting.count(describe(m, ROUTER), LENGTH) for m in models)
+    assert one == plain
+
+
 def test_pieces_that_do_not_see_one_another_save_scores():
     model = dataclasses.replace(
         SMALL, moe_every=0, attention_chunks=(48, 0), attention_output_gate=True

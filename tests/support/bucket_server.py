@@ -150,11 +150,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_header(name.replace("_", "-"), value)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
+        if self.command == "HEAD":  # more would be taken for the next answer
+            return
         if self.fault == "cut off" and content:
-            self.wfile.write(content[: len(content) // 2])
+            content = content[: len(content) // 2]
             self.close_connection = True
-        elif self.command != "HEAD":
-            self.wfile.write(content)
+        self.wfile.write(content)
 
 
 def _etag(content: bytes) -> str:

@@ -118,9 +118,9 @@ class Projection(NamedTuple):
     """A product [tokens, inputs] × [inputs, outputs] of attention.
 
     Attributes:
-        tokens: t.
-        inputs: k.
-        outputs: n.
+        tokens: rows of the first.
+        inputs: columns of the first.
+        outputs: columns of the second.
         of_latent: whether it is made again where REMAT = "minimal" keeps others.
     """
 

@@ -41,7 +41,7 @@ class Kind(NamedTuple):
 
     Attributes:
         ask: (weights, x_BLM, position_BL, settings) to query_BLND.
-        remember: the same arguments to what later tokens need of these.
+        remember: function of the same to what later tokens need of these.
         expand: (weights, memory, settings) to key_BTUD and value_BTUX.
         scoring: (weights, view, reach, settings) to what scores are made of.
         finish: (weights, mixed_BLNX, x_BLM, settings) to what the output is made of;

@@ -19,6 +19,8 @@ from moe.testing.whole_arrays import forward
 from partitioning.mesh import make_mesh
 from partitioning.settings import MeshSettings
 
+LAYERS = {"decoder": "model.layers.{}."}
+
 
 def computed(
     family: Family, theirs: Mapping[str, np.ndarray], token_BL: np.ndarray
@@ -55,7 +57,7 @@ def parameters(model: Model, rules: Rules, theirs: Mapping[str, np.ndarray]) -> 
         ExchangeError: a parameter cannot be made, or no rule reads one of theirs.
         ValueError: an array has another shape.
     """
-    ours = list(ours_of(model.layers))
+    ours = list(ours_of(model.layers, LAYERS))
     chosen, _ = matched(ours, [rules], theirs, "", "the model")
     made: dict[str, list[np.ndarray]] = collections.defaultdict(list)
     for each, rule in zip(ours, chosen, strict=True):

@@ -57,9 +57,9 @@ def reads(options: ConvertOptions) -> tuple[list[str], list[str]]:
         )
     from launch.exchange.importing import knobs_for
 
-    knobs = knobs_for(source, Path(options.to).expanduser())
+    data, knobs = knobs_for(source, Path(options.to).expanduser())
     bindings = [f"{macro}={value!r}" for macro, value in knobs.items()]
-    return ["hardware/here.gin", "data/here.gin"], bindings
+    return ["hardware/here.gin", data], bindings
 
 
 def run(config: "ResolvedConfig", options: ConvertOptions) -> int:

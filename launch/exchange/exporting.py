@@ -21,11 +21,11 @@ from launch.checkpoints.sums import Digest
 from launch.checkpoints.trained import VOCABULARY, vocabulary_of
 from launch.config.reader import ResolvedConfig
 from launch.exchange.families import FAMILIES, config_of, knobs_of
-from launch.exchange.family import Config
+from launch.exchange.family import Config, Family
 from launch.exchange.header import Form
 from launch.exchange.importing import CONFIG, read_config
 from launch.exchange.matching import ExchangeError, Ours, ours_of, their_shape
-from launch.exchange.rules import Member, Rules, members, put
+from launch.exchange.rules import Member, members, put
 from launch.exchange.same import differences
 from launch.exchange.writing import arriving, write_tensors, writing
 from tasks import vocabularies
@@ -64,27 +64,25 @@ def give(
         CheckpointError: the checkpoint cannot be read.
         TensorsError: the folder is there already, or cannot be written.
     """
-    name, said = _described(config, family)
-    model = config.settings.model
+    name, said, scale = _described(config, family)
     vocabulary = vocabulary_of(config)
     kept = Path(config.settings.loop.model_dir, VOCABULARY)
     came = read_config(kept) if (kept / CONFIG).is_file() else {}
     said = {
-        **said,
         "bos_token_id": None,
         "eos_token_id": vocabulary.eos_id,
         "max_position_embeddings": config.settings.data.length,
+        **said,
         **{word: came[word] for word in _OF_NO_MODEL if word in came},
         "dtype": config.settings.execution.param_dtype if dtype == "same" else dtype,
     }
     manifest = read_manifest(path)
-    plan = _planned(config, FAMILIES[name].readings()[0])
+    plan = _planned(config, FAMILIES[name])
     arrays = _Layers(Arrays(path, manifest), plan)
     forms = {
         theirs: Form(_type(pieces[0][0], arrays, dtype), their_shape(pieces))
         for theirs, pieces in plan.items()
     }
-    scale = model.embed_scale or math.sqrt(model.model_dim)
 
     def tensor(theirs: str) -> np.ndarray:
         made = np.empty(forms[theirs].shape, forms[theirs].dtype)
@@ -114,27 +112,37 @@ def _type(ours: Ours, arrays: "_Layers", dtype: str) -> np.dtype:
     return arrays.dtype(ours) if dtype == "same" else _DTYPES[dtype]
 
 
-def _described(config: ResolvedConfig, family: str | None) -> tuple[str, Config]:
-    """Finds a family that has such a model, and its config.json."""
+def _described(config: ResolvedConfig, family: str | None) -> tuple[str, Config, float]:
+    """Finds a family that has such a model.
+
+    Returns:
+        It; its config.json; and the factor that its embedding has in itself, and ours
+        beside it.
+    """
     if family is not None and family not in FAMILIES:
         raise ExchangeError(
             f"--family={family} is not known: there are {', '.join(FAMILIES)}"
         )
     settings, lines = config.settings, []
+    model, stacks = settings.model, settings.layers.stacks
     for name in FAMILIES if family is None else (family,):
-        if settings.model.shape != "decoder":
-            lines.append(f"{name}: ARCHITECTURE {settings.model.shape!r} → 'decoder'")
+        if set(stacks) != set(FAMILIES[name].layers):
+            wanted = "_".join(FAMILIES[name].layers)
+            lines.append(f"{name}: ARCHITECTURE {model.shape!r} → {wanted!r}")
             continue
-        said = config_of(name, settings.model, settings.router)
+        said = config_of(name, model, settings.router)
         try:
             _, knobs = knobs_of(said, CONFIG)
-            if not settings.model.tie_embeddings:  # `give` scales the table
-                knobs |= {"EMBED_SCALE": settings.model.embed_scale}
+            scale = 1.0
+            if not model.tie_embeddings:  # `give` scales the table
+                ours = model.embed_scale or math.sqrt(model.model_dim)
+                scale = ours / knobs["EMBED_SCALE"]
+                knobs |= {"EMBED_SCALE": model.embed_scale}
             found = differences(config, knobs)
         except ExchangeError as error:  # that config.json is no model of the family
             found = [" ".join(str(error).split())]
         if not found:
-            return name, said
+            return name, said, scale
         more = len(found) - _MOST_DIFFERENCES
         found = found[:_MOST_DIFFERENCES] + [f"{more} more"] * (more > 0)
         lines.append(f"{name}: {', '.join(found)}")
@@ -145,7 +153,7 @@ def _described(config: ResolvedConfig, family: str | None) -> tuple[str, Config]
     )
 
 
-def _planned(config: ResolvedConfig, rules: Rules) -> dict[str, _Pieces]:
+def _planned(config: ResolvedConfig, family: Family) -> dict[str, _Pieces]:
     """Says of what each of their arrays is made; layer by layer, rule by rule."""
     plan: dict[str, _Pieces] = collections.defaultdict(list)
 
@@ -153,11 +161,12 @@ def _planned(config: ResolvedConfig, rules: Rules) -> dict[str, _Pieces]:
         return tuple(map(int, re.findall(r"\d+", each.prefix)))
 
     missing = []
-    for each in sorted(ours_of(config.settings.layers), key=order):
-        if each.rule not in rules:
+    rules = family.readings()[0]
+    for each in sorted(ours_of(config.settings.layers, family.layers), key=order):
+        if (rule := each.rule_in(rules)) is None:
             missing.append(f"{each.prefix}{each.rule}")
             continue
-        for member in members(rules[each.rule], each.shape):
+        for member in members(rule, each.shape):
             plan[each.prefix + member.name].append((each, member))
     if missing:
         raise ExchangeError(f"nothing is said of {', '.join(missing[:3])}")

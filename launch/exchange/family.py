@@ -4,15 +4,14 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from launch.exchange import tables
 from launch.exchange.rules import Rules
 from moe.settings import ModelSettings, RouterSettings
 
 Config = Mapping[str, Any]
 Knobs = dict[str, Any]
 Said = dict[str, Any]
-# Of rotary positions, which follow from the base; old files have them.
-FOLLOWING = r".*\.rotary_emb\.inv_freq"
+
+_LARGEST, _MOST_EXPERTS = 2**31, 1_000_000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,27 +22,56 @@ class Family:
         architecture: its class, as config.json names it.
         defaults: what config.json need not say. A family has its own.
         must_be: what it may say, and what of it is understood here.
+        also: other words of config.json, each with that by which it is known here.
         knobs: function of config.json; returns our knobs.
         config: function of our settings; returns what config.json says besides that
             which is common.
-        memory: rules of its arrays in memory, beside those of `tables.RULES`.
-        files: rules of its arrays in files, beside those.
-        ignored: pattern of arrays that may be there, and are not read.
+        layers: what the names of a layer's arrays begin with, by stack; {} is the
+            layer's number in it.
+        memory: rules of its arrays in memory.
+        files: rules of its arrays in files, where they are others.
+        ignored: function of config.json; returns a pattern of arrays that may be there,
+            and are not read.
+        renamed: function of an array's name in a file; returns that of the rules, where
+            files have several.
+        data: gin file of what a run reads that is made of such a model.
     """
 
     architecture: str
     defaults: Config
     knobs: Callable[[Config], Knobs]
     config: Callable[[ModelSettings, RouterSettings], Said]
-    must_be: Config = dataclasses.field(default_factory=dict)
-    memory: Rules = dataclasses.field(default_factory=dict)
+    layers: Mapping[str, str]
+    memory: Rules
+    ignored: Callable[[Config], str]
     files: Rules = dataclasses.field(default_factory=dict)
-    ignored: str = FOLLOWING
+    must_be: Config = dataclasses.field(default_factory=dict)
+    also: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    renamed: Callable[[str], str] = str
+    data: str = "data/here.gin"
 
     def readings(self) -> list[Rules]:
         """Returns the rules, those of files first, by which its arrays are written."""
-        in_memory = tables.RULES | self.memory
-        return [in_memory | self.files, in_memory]
+        return [self.memory | self.files, self.memory]
+
+    def said(self, config: Config) -> dict[str, Any]:
+        """Returns what a config.json says, or means by saying nothing, in its words."""
+        said = dict(self.defaults) | {self.also.get(k, k): v for k, v in config.items()}
+        return {key: value for key, value in said.items() if value is not None}
+
+
+def refuse_excess(knobs: Knobs) -> None:
+    """Refuses numbers that no model has, before anything is counted by them.
+
+    Raises:
+        ValueError: one is such a number.
+    """
+    for macro, value in knobs.items():
+        for one in value if isinstance(value, tuple) else (value,):
+            if isinstance(one, int | float) and not abs(one) < _LARGEST:
+                raise ValueError(f"{macro} would be {one}")
+    if knobs["NUM_LAYERS"] * knobs.get("NUM_EXPERTS", 1) > _MOST_EXPERTS:
+        raise ValueError(f"it has more than {_MOST_EXPERTS:,} experts in all layers")
 
 
 def renormalized(yes: bool) -> str:

@@ -1,7 +1,8 @@
 """gpt-oss (arXiv:2508.10925): clamped experts with biases, sinks, windows by turns."""
 
 from launch.exchange import tables
-from launch.exchange.family import Config, Family, Knobs, Said
+from launch.exchange.family import Config, Knobs, Said
+from launch.exchange.like_llama import like_llama
 from moe.settings import ModelSettings, RouterSettings
 
 _KINDS = {"sliding_attention", "full_attention"}
@@ -62,7 +63,7 @@ def _config(model: ModelSettings, router: RouterSettings) -> Said:
     }
 
 
-GPT_OSS = Family(
+GPT_OSS = like_llama(
     architecture="GptOssForCausalLM",
     defaults={
         "num_hidden_layers": 36,

@@ -25,14 +25,14 @@ from launch.checkpoints.trained import VOCABULARY, keep_vocabulary
 from launch.checkpoints.writing import manifest_written, writing
 from launch.config.edit import with_values
 from launch.config.reader import ResolvedConfig
-from launch.exchange.families import FAMILIES, ignored_of, knobs_of
-from launch.exchange.family import Config, Knobs
+from launch.exchange.families import FAMILIES, knobs_of
+from launch.exchange.family import Config, Family, Knobs
 from launch.exchange.header import parsed_json
 from launch.exchange.matching import ExchangeError, Ours, matched, ours_of, their_shape
 from launch.exchange.numbers import Numbers, numbers_of
 from launch.exchange.rules import Member, Rule, members, read
 from launch.exchange.same import differences
-from launch.exchange.tensors import open_tensors
+from launch.exchange.tensors import Tensor, open_tensors
 from partitioning.settings import MeshSettings
 from tasks import vocabularies
 from tasks.vocabularies import Vocabulary
@@ -63,11 +63,19 @@ def read_config(source: Path) -> Config:
     return parsed_json(content, str(file))
 
 
-def knobs_for(source: Path, to: Path) -> Knobs:
-    """Returns what a run that is made of a public model must have."""
-    _, knobs = knobs_of(read_config(source), str(source / CONFIG))
+def knobs_for(source: Path, to: Path) -> tuple[str, Knobs]:
+    """Returns what a run that is made of a public model begins with.
+
+    Args:
+        source: folder of the model.
+        to: that of the run.
+    Returns:
+        A gin file, and the knobs that the run must have.
+    """
+    name, knobs = knobs_of(read_config(source), str(source / CONFIG))
     tokenizer = to / VOCABULARY / _name_kept(_tokenizer_of(source))
-    return knobs | {"MODEL_DIR": str(to), "VOCABULARY": str(tokenizer)}
+    more = {"MODEL_DIR": str(to), "VOCABULARY": str(tokenizer)}
+    return FAMILIES[name].data, knobs | more
 
 
 def take_over(
@@ -107,9 +115,10 @@ def take_over(
     text = _finished(config, to, vocabulary)
     param_dtype = config.settings.execution.param_dtype
     dtype = _DTYPES[param_dtype]
-    family, theirs = FAMILIES[name], numbers_of(open_tensors(source), said, dtype)
-    ours = list(ours_of(config.settings.layers))
-    ignored = ignored_of(said, tied=config.settings.model.tie_embeddings)
+    family = FAMILIES[name]
+    theirs = numbers_of(_tensors_of(source, family), said, dtype)
+    ours = list(ours_of(config.settings.layers, family.layers))
+    ignored = family.ignored(family.said(said))
     rules, left = matched(ours, family.readings(), theirs, ignored, str(source))
     chosen = list(zip(ours, rules, strict=True))
     _refuse_other_shapes(chosen, theirs)
@@ -149,6 +158,17 @@ def take_over(
                     shutil.copyfile(source / beside, to / VOCABULARY / beside)
             (to / "config.gin").write_text(text, encoding="utf-8")
     return folder_of(to) / "0", left
+
+
+def _tensors_of(source: Path, family: Family) -> dict[str, Tensor]:
+    """Returns what the files hold, under the names that rules have."""
+    found: dict[str, Tensor] = {}
+    for name, tensor in open_tensors(source).items():
+        known = family.renamed(name)
+        if known in found:
+            raise ExchangeError(f"{source} has {known} twice, once as {name}")
+        found[known] = tensor
+    return found
 
 
 def _tokenizer_of(source: Path) -> str:

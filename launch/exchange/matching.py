@@ -2,7 +2,7 @@
 
 import collections
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -25,7 +25,8 @@ class Ours(NamedTuple):
     Attributes:
         path: path in the tree of parameters.
         layer: place in the first dim of it; None if it is of no layer.
-        rule: path of its rules.
+        stack: "encoder" or "decoder"; "" if it is of no layer.
+        rule: path of its rules; one of a stack alone has the stack before it.
         prefix: what stands before their names.
         shape: shape without the dim of layers.
         dtype: type that it is kept in whatever a run's is; "" is that of the run.
@@ -33,25 +34,36 @@ class Ours(NamedTuple):
 
     path: str
     layer: int | None
+    stack: str
     rule: str
     prefix: str
     shape: tuple[int, ...]
     dtype: str
 
+    def rule_in(self, rules: Rules) -> Rule | None:
+        """Returns what rules say of it."""
+        return rules.get(f"{self.stack}/{self.rule}", rules.get(self.rule))
 
-def ours_of(layers: Layers) -> Iterator[Ours]:
-    """Yields all parameters of a decoder, each layer of an array by itself."""
-    segments = layers.stacks["decoder"].segments
+
+def ours_of(layers: Layers, names: Mapping[str, str]) -> Iterator[Ours]:
+    """Yields all parameters, each layer of an array by itself.
+
+    Args:
+        layers: what the model is.
+        names: what those of a layer begin with, as `Family.layers` has it.
+    """
     found, _ = jax.tree_util.tree_flatten_with_path(inventory.specs(layers))
     for keys, spec in found:
         path = jax.tree_util.keystr(keys, simple=True, separator="/")
-        if not path.startswith("decoder/layers/"):
-            yield Ours(path, None, path, "", spec.shape, spec.dtype)
+        stack, _, within = path.partition("/layers/")
+        if not within:
+            yield Ours(path, None, "", path, "", spec.shape, spec.dtype)
             continue
-        _, _, segment, block, rule = path.split("/", 4)
+        segment, block, rule = within.split("/", 2)
+        segments = layers.stacks[stack].segments
         for place, number in enumerate(segments[int(segment)].numbers(int(block))):
-            prefix = f"model.layers.{number}."
-            yield Ours(path, place, rule, prefix, spec.shape[1:], spec.dtype)
+            prefix = names[stack].format(number)
+            yield Ours(path, place, stack, rule, prefix, spec.shape[1:], spec.dtype)
 
 
 def matched(
@@ -80,10 +92,10 @@ def matched(
     missing: list[str] = []
     used: set[str] = set()
     for each in ours:
-        known = [rules[each.rule] for rules in readings if each.rule in rules]
         wanted = [
             (rule, [each.prefix + one.name for one in members(rule, each.shape)])
-            for rule in known
+            for rules in readings
+            if (rule := each.rule_in(rules))
         ]
         if not wanted:
             missing.append(

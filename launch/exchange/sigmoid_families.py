@@ -3,7 +3,8 @@
 import math
 
 from launch.exchange import tables
-from launch.exchange.family import Config, Family, Knobs, Said, renormalized
+from launch.exchange.family import Config, Knobs, Said, renormalized
+from launch.exchange.like_llama import like_llama
 from launch.exchange.rotary import mscale, rope_of, rope_parameters
 from moe.settings import ModelSettings, RouterSettings
 
@@ -135,7 +136,7 @@ def _to_deepseek_v3(model: ModelSettings, router: RouterSettings) -> Said:
     return said
 
 
-GLM4_MOE = Family(
+GLM4_MOE = like_llama(
     architecture="Glm4MoeForCausalLM",
     defaults={
         "vocab_size": 151552,
@@ -165,7 +166,7 @@ GLM4_MOE = Family(
     files=tables.EXPERTS,
 )
 
-MINIMAX_M2 = Family(
+MINIMAX_M2 = like_llama(
     architecture="MiniMaxM2ForCausalLM",
     defaults={
         "vocab_size": 200064,
@@ -193,7 +194,7 @@ MINIMAX_M2 = Family(
     files=tables.EXPERTS_OF_MIXTRAL | tables.BIAS_OF_MIXTRAL,
 )
 
-DEEPSEEK_V3 = Family(
+DEEPSEEK_V3 = like_llama(
     architecture="DeepseekV3ForCausalLM",
     defaults={
         "vocab_size": 129280,

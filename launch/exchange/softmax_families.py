@@ -1,7 +1,8 @@
 """Families whose routers choose by a softmax: Mixtral, OLMoE, Qwen3-MoE."""
 
 from launch.exchange import tables
-from launch.exchange.family import Config, Family, Knobs, Said, renormalized
+from launch.exchange.family import Config, Knobs, Said, renormalized
+from launch.exchange.like_llama import like_llama
 from moe.settings import ModelSettings, RouterSettings
 
 # --------------------------------------------------------------------------- Mixtral
@@ -77,7 +78,7 @@ def _to_qwen3_moe(model: ModelSettings, router: RouterSettings) -> Said:
     }
 
 
-MIXTRAL = Family(
+MIXTRAL = like_llama(
     architecture="MixtralForCausalLM",
     defaults={
         "vocab_size": 32000,
@@ -96,7 +97,7 @@ MIXTRAL = Family(
     files=tables.EXPERTS_OF_MIXTRAL,
 )
 
-OLMOE = Family(
+OLMOE = like_llama(
     architecture="OlmoeForCausalLM",
     defaults={
         "vocab_size": 50304,
@@ -117,7 +118,7 @@ OLMOE = Family(
     files=tables.EXPERTS,
 )
 
-QWEN3_MOE = Family(
+QWEN3_MOE = like_llama(
     architecture="Qwen3MoeForCausalLM",
     defaults={
         "vocab_size": 151936,

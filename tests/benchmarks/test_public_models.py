@@ -86,7 +86,7 @@ def test_an_array_that_no_rule_reads_is_an_error():
     model, all_rules = ours.described(family), family.all_rules()
     theirs = {
         each.prefix + member.name: numbered(*rules.shape_of(member.dims, sizes))
-        for each in ours_of(model.layers)
+        for each in ours_of(model.layers, ours.LAYERS)
         for member in rules.members(all_rules[each.rule], each.shape)
         for sizes in [
             {"N": HEADS, "D": HEAD_DIM, "U": KV_HEADS, "V": VOCAB}

@@ -167,7 +167,13 @@ def parser(name: str, command: Command, width: int | None = None) -> "_Parser":
     """
     made = _Parser(
         prog=f"switchyard {name}",
-        usage=f"switchyard {name} [OPTION=VALUE ...] [--gin.MACRO=VALUE ...]",
+        usage=" ".join(
+            [
+                f"switchyard {name}",
+                *(word.upper() for word in command.words),
+                "[OPTION=VALUE ...] [--gin.MACRO=VALUE ...]",
+            ]
+        ),
         description=command.description,
         epilog=_epilog(command),
         formatter_class=functools.partial(
@@ -178,7 +184,7 @@ def parser(name: str, command: Command, width: int | None = None) -> "_Parser":
     kinds = typing.get_type_hints(command.options)
     fields = dataclasses.fields(command.options)
     for field in sorted(fields, key=lambda f: f.name in Options.__dataclass_fields__):
-        _add_flag(made, field, kinds[field.name])
+        _add_flag(made, field, kinds[field.name], command.words)
     return made
 
 
@@ -198,6 +204,11 @@ def parse(
     found, unknown = reads.parse_known_args(
         [word for word in words if not _is_binding(word)]
     )
+    left = [word for word in command.words if getattr(found, word) is None]
+    bare = [word for word in unknown if not word.startswith("-")]
+    for field, word in zip(left, bare, strict=False):
+        setattr(found, field, word)
+        unknown.remove(word)
     if unknown:
         word = unknown[0]
         known = [flag for flag in reads._option_string_actions if flag[:2] == "--"]
@@ -207,6 +218,8 @@ def parse(
         elif word.lstrip("-").partition("=")[0].isupper():
             hint = f"; knobs are written --gin.{word.lstrip('-')}"
         reads.error(f"{word!r} is not an option of {name}{hint}")
+    if missing := [word for word in command.words if getattr(found, word) is None]:
+        reads.error(f"{' and '.join(word.upper() for word in missing)} must be given")
     values = {
         key: tuple(value) if isinstance(value, list) else value
         for key, value in vars(found).items()
@@ -215,14 +228,20 @@ def parse(
 
 
 def _add_flag(
-    parser: argparse.ArgumentParser, field: dataclasses.Field[Any], kind: Any
+    parser: argparse.ArgumentParser,
+    field: dataclasses.Field[Any],
+    kind: Any,
+    words: Sequence[str],
 ) -> None:
-    """Adds the flag of a field of an options record."""
+    """Adds the flag of a field of an options record; `words` may come without it."""
     given: dict[str, Any] = {"help": field.metadata["help"]}
     if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
         (kind,) = (part for part in typing.get_args(kind) if part is not type(None))
     required = field.default is dataclasses.MISSING
-    given |= {"required": True} if required else {"default": field.default}
+    if not required:
+        given["default"] = field.default
+    elif field.name not in words:
+        given["required"] = True
     if field.metadata["metavar"] or field.metadata["macro"]:
         given["metavar"] = field.metadata["metavar"] or "X"
     if kind is bool:

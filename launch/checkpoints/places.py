@@ -14,6 +14,7 @@ from typing import Any
 from launch.errors import UserError
 
 FOLDER = "checkpoints"
+VOCABULARY = "vocabulary"  # folder of it beside them
 # What a later version tells apart: it goes up when names, shapes or meanings of arrays
 # change, and then this folder learns to read what came before.
 FORMAT = 1

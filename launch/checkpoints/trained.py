@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from launch.checkpoints.places import VOCABULARY
 from launch.checkpoints.store import Checkpoints
 from launch.checkpoints.there import place_of
 from launch.config.diff import changes, told
@@ -18,8 +19,6 @@ from launch.run.assemble import Run
 from launch.terminal.lines import waiting
 from tasks import vocabularies
 from tasks.vocabularies import Vocabulary
-
-VOCABULARY = "vocabulary"  # folder of it beside a run's checkpoints
 
 
 @contextlib.contextmanager

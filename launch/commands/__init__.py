@@ -85,6 +85,7 @@ class Command:
         description: what `switchyard VERB --help` says, with examples.
         run: function of the configuration and the options; returns the exit code.
         options: record of the flags.
+        words: options that may be given as bare words too, in this order.
         ending: text of help after the flags.
         exit_codes: codes with which it ends, and what they mean where that is not
             what `errors.EXIT_CODES` says.
@@ -106,6 +107,7 @@ class Command:
     description: str
     run: Callable[["ResolvedConfig", Any], int]
     options: type[Options]
+    words: tuple[str, ...] = ()
     ending: str = ""
     exit_codes: Mapping[int, str] = dataclasses.field(
         default_factory=lambda: dict.fromkeys(

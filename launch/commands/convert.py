@@ -5,10 +5,13 @@ import sys
 from typing import TYPE_CHECKING, Literal
 
 from launch.commands import Command, Options, RunOptions, kept_by_run, option
-from launch.errors import EXIT_DONE, UsageError
+from launch.errors import EXIT_DONE, EXIT_FAULT, EXIT_USER_ERROR, UsageError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from launch.config.reader import ResolvedConfig
+    from launch.exchange.checking import Side
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -19,6 +22,10 @@ class ConvertOptions(Options):
         "folder of a model of Hugging Face, or of a run", ..., metavar="DIR"
     )
     to: str = option("folder of the other kind that is made", ..., metavar="DIR")
+    check: bool = option(
+        "make nothing: compare both folders, which may be of either kind", False
+    )
+    unchecked: bool = option("do not compare what is made with the source", False)
     step: int | None = option(
         "checkpoint of a run to take; default: the newest", metavar="N"
     )
@@ -35,61 +42,153 @@ class ConvertOptions(Options):
 
 def reads(options: ConvertOptions) -> tuple[list[str], list[str]]:
     """Returns the configuration that a run has kept, or that one of a model has."""
-    from pathlib import Path
-
-    source = Path(options.source).expanduser()
+    source, to = _folders(options)
+    if options.check:
+        of_making = ("unchecked", "dtype", "family")
+        if given := _given(options, of_making):
+            raise UsageError(f"{given}: nothing is made with --check; leave it out")
+        _refuse_neither(to)
     if (source / "config.gin").is_file():
         return kept_by_run(RunOptions(model_dir=str(source)))
-    if not (source / "config.json").is_file():
+    _refuse_neither(source)
+    if given := _given(options, ("step", "dtype", "family")):
         raise UsageError(
-            f"{source} holds neither config.json, as a model of Hugging Face does, nor "
-            "config.gin, as a run does"
+            f"{given}: of {source}, which is no run, config.json says the family, and "
+            "--gin.PARAM_DTYPE the type; leave it out"
         )
-    of_runs = ("step", "dtype", "family")
-    if given := [
-        f"--{field.name}"
-        for field in dataclasses.fields(options)
-        if field.name in of_runs and getattr(options, field.name) != field.default
-    ]:
-        raise UsageError(
-            f"{', '.join(given)}: of {source}, which is no run, config.json says the "
-            "family, and --gin.PARAM_DTYPE the type; leave it out"
-        )
-    from launch.exchange.importing import knobs_for
+    from launch.exchange.folder import knobs_for
 
-    data, knobs = knobs_for(source, Path(options.to).expanduser())
+    data, knobs = knobs_for(source, to)
     bindings = [f"{macro}={value!r}" for macro, value in knobs.items()]
     return ["hardware/here.gin", data], bindings
 
 
-def run(config: "ResolvedConfig", options: ConvertOptions) -> int:
-    """Makes a run of a public model, or a public model of a run."""
-    from pathlib import Path
+def devices(config: "ResolvedConfig", options: ConvertOptions) -> "ResolvedConfig":
+    """Returns a configuration of one CPU, on which both are compared."""
+    from launch.config.settings import PlatformSettings
+    from partitioning.settings import MeshSettings
 
+    del options
+    settings = dataclasses.replace(
+        config.settings, platform=PlatformSettings(name="cpu"), mesh=MeshSettings()
+    )
+    return dataclasses.replace(config, settings=settings)
+
+
+def run(config: "ResolvedConfig", options: ConvertOptions) -> int:
+    """Makes a run of a public model, or a public model of a run, and compares them."""
+    source, to = _folders(options)
+    if options.check:
+        return _compare(source, to, options)
+    if (source / "config.gin").is_file():
+        return _give(source, to, config, options)
+    return _take_over(source, to, config, options)
+
+
+def _take_over(
+    source: "Path", to: "Path", config: "ResolvedConfig", options: ConvertOptions
+) -> int:
     from launch.checkpoints.provenance import code
+    from launch.exchange import checking, importing
     from launch.terminal.lines import waiting
 
-    source, to = (Path(p).expanduser() for p in (options.source, options.to))
-    if not (source / "config.gin").is_file():
-        from launch.exchange import importing
-
-        with waiting(f"reading {source}", quiet=options.quiet):
-            path, left = importing.take_over(source, to, config, code())
-        for line in left:
-            print(f"left out: {line}", file=sys.stderr)
-        print(path)
+    with waiting(f"reading {source}", quiet=options.quiet):
+        path, left = importing.take_over(source, to, config, code())
+    for line in left:
+        print(f"left out: {line}", file=sys.stderr)
+    print(path)
+    if options.unchecked:
         return EXIT_DONE
+    with waiting("comparing", quiet=options.quiet):
+        right, why = checking.elsewhere(source)
+        made = None if right is None else checking.of_run(to)
+    if right is None or made is None:
+        print(
+            f"not compared: {why}; or take a folder with {checking.FINGERPRINT}",
+            file=sys.stderr,
+        )
+        return EXIT_DONE
+    return _said(right, made)
+
+
+def _give(
+    source: "Path", to: "Path", config: "ResolvedConfig", options: ConvertOptions
+) -> int:
     from launch.checkpoints.there import There
-    from launch.exchange import exporting
+    from launch.exchange import checking, exporting
+    from launch.terminal.lines import waiting
 
     there = There(source)
     step = there.step(options.step)
+    found: list[Side] = []
+
+    def observe() -> "checking.Seen":
+        found.append(checking.of_run(source, step))
+        return found[0].seen
+
     with (
         waiting(f"writing step {step}", quiet=options.quiet),
         there.held(step) as (path, _),
     ):
-        print(exporting.give(path, to, config, options.dtype, options.family))
-    return EXIT_DONE
+        look = None if options.unchecked else observe
+        given = path, to, config, options.dtype, options.family
+        print(exporting.give(*given, look))
+    if not found:
+        return EXIT_DONE
+    with waiting("comparing", quiet=options.quiet):
+        made = checking.of_public(to)
+    return _said(found[0], made)
+
+
+def _compare(source: "Path", to: "Path", options: ConvertOptions) -> int:
+    from launch.exchange import checking
+    from launch.terminal.lines import waiting
+
+    def side(folder: "Path", step: int | None) -> "Side":
+        with waiting(f"computing {folder}", quiet=options.quiet):
+            if (folder / "config.gin").is_file():
+                return checking.of_run(folder, step)
+            return checking.of_public(folder)
+
+    return _said(side(source, options.step), side(to, None))
+
+
+def _said(right: "Side", made: "Side") -> int:
+    """Says how far two are apart."""
+    from launch.exchange import checking
+
+    found, allowed = checking.compared(right, made)
+    print(f"{right.by} and {made.by}: {found}", file=sys.stderr)
+    if found.relative <= allowed:
+        return EXIT_DONE
+    print(
+        f"they are not the same: {allowed:.0e} of the largest logit is allowed",
+        file=sys.stderr,
+    )
+    return EXIT_USER_ERROR
+
+
+def _folders(options: ConvertOptions) -> tuple["Path", "Path"]:
+    from pathlib import Path
+
+    return Path(options.source).expanduser(), Path(options.to).expanduser()
+
+
+def _given(options: ConvertOptions, names: tuple[str, ...]) -> str:
+    """Names those of some options that are given."""
+    return ", ".join(
+        f"--{field.name}"
+        for field in dataclasses.fields(options)
+        if field.name in names and getattr(options, field.name) != field.default
+    )
+
+
+def _refuse_neither(folder: "Path") -> None:
+    if not any((folder / name).is_file() for name in ("config.json", "config.gin")):
+        raise UsageError(
+            f"{folder} holds neither config.json, as a model of Hugging Face does, nor "
+            "config.gin, as a run does"
+        )
 
 
 COMMAND = Command(
@@ -100,18 +199,30 @@ Makes a run folder of a model in the layout of Hugging Face: config.json, safete
 and a tokenizer. Or such a folder of a run. docs/weights.md says which families there
 are, and what is kept.
 
-  switchyard convert --source=OLMoE-1B-7B --to=runs/olmoe
+  switchyard convert OLMoE-1B-7B runs/olmoe
   switchyard generate --model_dir=runs/olmoe --prompt='def main('
   switchyard train --gin_file=runs/olmoe/config.gin --gin_file=mine.gin --allow_changes
-  switchyard convert --source=runs/olmoe --to=olmoe_tuned --dtype=bfloat16
+  switchyard convert runs/olmoe olmoe_tuned --dtype=bfloat16
+  switchyard convert --check olmoe_tuned runs/olmoe
 
 Of a model that comes in, gin files and knobs given here say everything but the model:
 data, learning, PARAM_DTYPE. Every tensor must be used and every parameter made, or
 nothing is written. No devices are needed, and memory for one layer of one array.
+
+Then both are asked for the logits of the same few tokens, in float32, and are compared
+layer by layer: a run with memory for one layer; a public model by transformers, if it
+is installed (pip install 'switchyard[convert]'), or by the fingerprint that is written
+beside every model that goes out.
 """,
+    exit_codes={
+        EXIT_DONE: "",
+        EXIT_USER_ERROR: "it cannot be converted, or the two are not the same",
+        EXIT_FAULT: "",
+    },
     options=ConvertOptions,
+    words=("source", "to"),
     reads=reads,
-    devices=None,
+    devices=devices,
     keeps_nothing=True,
     about=lambda config, options: [options.source, options.to],
     run=run,

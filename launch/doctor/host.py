@@ -3,6 +3,7 @@
 import contextlib
 import os
 import resource
+from collections.abc import Mapping
 from pathlib import Path
 
 from launch.doctor.line import Line, Verdict
@@ -24,12 +25,12 @@ def memory(proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cgroup")) ->
         advice = "this system does not say how much there is: see that it suffices"
         return Line("host", "memory", "unknown", "note", advice)
     total = table["MemTotal"]
-    free = table.get("MemAvailable", total)
-    value = f"{compact(total, 'B')}, {compact(free, 'B')} free"
+    value = f"{compact(total, 'B')}, {compact(_available(table), 'B')} free"
     limit, used = cgroup_memory(proc, groups)
     if limit is not None and limit < total:
         value += f"; limited to {compact(limit, 'B')}, {compact(used, 'B')} used"
-        free = min(free, max(limit - used, 0))
+    free = free_bytes(proc, groups)
+    assert free is not None
     if free < _LEAST_BYTES:
         advice = "a run is likely to be killed: free some, or raise the limit"
         return Line("host", "memory", value, "problem", advice)
@@ -37,6 +38,22 @@ def memory(proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cgroup")) ->
         advice = "large models and compilers need more than this"
         return Line("host", "memory", value, "note", advice)
     return Line("host", "memory", value)
+
+
+def free_bytes(
+    proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cgroup")
+) -> int | None:
+    """Returns the memory that a process may still have; None if nobody says so."""
+    table = _meminfo(proc / "meminfo")
+    if "MemTotal" not in table:
+        return None
+    limit, used = cgroup_memory(proc, groups)
+    free = _available(table)
+    return free if limit is None else min(free, max(limit - used, 0))
+
+
+def _available(table: Mapping[str, int]) -> int:
+    return table.get("MemAvailable", table["MemTotal"])
 
 
 def cgroup_memory(proc: Path, groups: Path) -> tuple[int | None, int]:

@@ -9,6 +9,7 @@ import json
 import math
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +17,18 @@ import ml_dtypes
 import numpy as np
 
 from launch.checkpoints.arrays import Arrays
-from launch.checkpoints.places import DamagedError, read_manifest
+from launch.checkpoints.places import VOCABULARY, DamagedError, read_manifest
 from launch.checkpoints.sums import Digest
-from launch.checkpoints.trained import VOCABULARY, vocabulary_of
+from launch.checkpoints.trained import vocabulary_of
 from launch.config.reader import ResolvedConfig
 from launch.exchange.families import FAMILIES, config_of, knobs_of
-from launch.exchange.family import Config, Family
+from launch.exchange.family import Config, ExchangeError, Family
+from launch.exchange.folder import CONFIG, read_config
 from launch.exchange.header import Form
-from launch.exchange.importing import CONFIG, read_config
-from launch.exchange.matching import ExchangeError, Ours, ours_of, their_shape
+from launch.exchange.matching import Ours, ours_of, their_shape
 from launch.exchange.rules import Member, members, put
 from launch.exchange.same import differences
+from launch.exchange.seen import Seen, keep
 from launch.exchange.writing import arriving, write_tensors, writing
 from tasks import vocabularies
 
@@ -47,7 +49,12 @@ _NAMES = {"vocabulary.model": "tokenizer.model"}
 
 
 def give(
-    path: Path, to: Path, config: ResolvedConfig, dtype: str, family: str | None
+    path: Path,
+    to: Path,
+    config: ResolvedConfig,
+    dtype: str,
+    family: str | None,
+    observe: Callable[[], Seen] | None,
 ) -> Path:
     """Writes the model of a checkpoint as a public one.
 
@@ -57,6 +64,8 @@ def give(
         config: configuration of the run.
         dtype: type of what is written; "same" keeps that of the run.
         family: key of `FAMILIES`; None takes the first that has such models.
+        observe: function that says what the model makes of tokens, which is kept as
+            its fingerprint; None keeps none.
     Returns:
         The folder.
     Raises:
@@ -102,6 +111,8 @@ def give(
                     shutil.copyfile(file, part / _NAMES.get(file.name, file.name))
         write_tensors(part, forms, tensor)
         arrays.refuse_damaged()
+        if observe is not None:
+            keep(part, observe())
     return to
 
 

@@ -5,9 +5,14 @@ knobs, and one back. What it does not know is an error: of config.json by `must_
 a run of ours because what is written is read again, and must be the same model.
 """
 
-from launch.exchange.family import Config, Family, Knobs, refuse_excess
+from launch.exchange.family import (
+    Config,
+    ExchangeError,
+    Family,
+    Knobs,
+    refuse_excess,
+)
 from launch.exchange.gpt_oss import GPT_OSS
-from launch.exchange.matching import ExchangeError
 from launch.exchange.sigmoid_families import DEEPSEEK_V3, GLM4_MOE, MINIMAX_M2
 from launch.exchange.softmax_families import MIXTRAL, OLMOE, QWEN3_MOE
 from moe.settings import ModelSettings, RouterSettings

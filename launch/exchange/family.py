@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from launch.errors import UserError
 from launch.exchange.rules import Rules
 from moe.settings import ModelSettings, RouterSettings
 
@@ -12,6 +13,10 @@ Knobs = dict[str, Any]
 Said = dict[str, Any]
 
 _LARGEST, _MOST_EXPERTS = 2**31, 1_000_000
+
+
+class ExchangeError(UserError):
+    """A model that cannot be taken over, or given away; the message says why."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

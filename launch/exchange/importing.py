@@ -11,7 +11,7 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -19,63 +19,68 @@ import tensorstore as ts
 
 from launch.checkpoints import copying
 from launch.checkpoints.arrays import Index, spec_of
-from launch.checkpoints.places import FORMAT, folder_of, sealed
+from launch.checkpoints.places import FORMAT, VOCABULARY, folder_of, sealed
 from launch.checkpoints.sums import Digest
-from launch.checkpoints.trained import VOCABULARY, keep_vocabulary
+from launch.checkpoints.trained import keep_vocabulary
 from launch.checkpoints.writing import manifest_written, writing
 from launch.config.edit import with_values
 from launch.config.reader import ResolvedConfig
-from launch.exchange.families import FAMILIES, knobs_of
-from launch.exchange.family import Config, Family, Knobs
-from launch.exchange.header import parsed_json
-from launch.exchange.matching import ExchangeError, Ours, matched, ours_of, their_shape
+from launch.exchange.families import FAMILIES, family_of, knobs_of
+from launch.exchange.family import ExchangeError, Family
+from launch.exchange.folder import BESIDE, CONFIG, read_config, tokenizer_of
+from launch.exchange.matching import Ours, matched, ours_of, their_shape
 from launch.exchange.numbers import Numbers, numbers_of
 from launch.exchange.rules import Member, Rule, members, read
 from launch.exchange.same import differences
 from launch.exchange.tensors import Tensor, open_tensors
+from moe.layers import Layers
 from partitioning.settings import MeshSettings
 from tasks import vocabularies
 from tasks.vocabularies import Vocabulary
 
-CONFIG = "config.json"
-TOKENIZERS = ("tokenizer.json", "tokenizer.model")
-# What goes with a tokenizer, and is kept for whoever gets the model back.
-BESIDE = (
-    CONFIG,
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "generation_config.json",
-    "chat_template.jinja",
-)
 _STORE = "MODEL_DIR/store"  # in configs/data/here.gin: that of no run yet
 _CHUNK_ELEMENTS = 2**24
 _DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 _ZARR = {"float32": "<f4", "int32": "<i4", "bfloat16": "bfloat16"}
 
 
-def read_config(source: Path) -> Config:
-    """Reads the config.json of a folder."""
-    file = source / CONFIG
-    try:
-        content = file.read_bytes()
-    except OSError as error:
-        raise ExchangeError(f"cannot read {file}: {error.strerror}") from error
-    return parsed_json(content, str(file))
+class Public(NamedTuple):
+    """A public model, found to be what its config.json says.
+
+    Attributes:
+        family: key of `FAMILIES`.
+        chosen: our arrays, each with the rule by which it is made.
+        theirs: its arrays.
+        left: kinds of its arrays that are not read.
+    """
+
+    family: str
+    chosen: Sequence[tuple[Ours, Rule]]
+    theirs: Numbers
+    left: list[str]
 
 
-def knobs_for(source: Path, to: Path) -> tuple[str, Knobs]:
-    """Returns what a run that is made of a public model begins with.
+def opened(source: Path, layers: Layers, dtype: np.dtype) -> Public:
+    """Opens the files of a public model, and compares all shapes.
 
     Args:
         source: folder of the model.
-        to: that of the run.
-    Returns:
-        A gin file, and the knobs that the run must have.
+        layers: the model that its config.json describes.
+        dtype: type of those arrays that are kept in fewer bits.
+    Raises:
+        ExchangeError: it is not what its config.json says.
+        TensorsError: a file of its cannot be read.
     """
-    name, knobs = knobs_of(read_config(source), str(source / CONFIG))
-    tokenizer = to / VOCABULARY / _name_kept(_tokenizer_of(source))
-    more = {"MODEL_DIR": str(to), "VOCABULARY": str(tokenizer)}
-    return FAMILIES[name].data, knobs | more
+    config = read_config(source)
+    name = family_of(config, str(source / CONFIG))
+    family = FAMILIES[name]
+    theirs = numbers_of(_tensors_of(source, family), config, dtype)
+    ours = list(ours_of(layers, family.layers))
+    ignored = family.ignored(family.said(config))
+    rules, left = matched(ours, family.readings(), theirs, ignored, str(source))
+    chosen = list(zip(ours, rules, strict=True))
+    _refuse_other_shapes(chosen, theirs)
+    return Public(name, chosen, theirs, left)
 
 
 def take_over(
@@ -97,7 +102,7 @@ def take_over(
         CheckpointError: there is a run already, or it cannot be written.
     """
     said = read_config(source)
-    name, knobs = knobs_of(said, str(source / CONFIG))
+    _, knobs = knobs_of(said, str(source / CONFIG))
     if changed := differences(config, knobs):
         raise ExchangeError(
             f"{config.where} makes another model of {source}: "
@@ -105,7 +110,7 @@ def take_over(
         )
     data = config.settings.data
     vocabulary = vocabularies.from_file(
-        source / _tokenizer_of(source), data.extra_ids, data.eos_token
+        source / tokenizer_of(source), data.extra_ids, data.eos_token
     )
     if vocabulary.size > config.settings.model.vocab_size:
         raise ExchangeError(
@@ -114,23 +119,11 @@ def take_over(
         )
     text = _finished(config, to, vocabulary)
     param_dtype = config.settings.execution.param_dtype
-    dtype = _DTYPES[param_dtype]
-    family = FAMILIES[name]
-    theirs = numbers_of(_tensors_of(source, family), said, dtype)
-    ours = list(ours_of(config.settings.layers, family.layers))
-    ignored = family.ignored(family.said(said))
-    rules, left = matched(ours, family.readings(), theirs, ignored, str(source))
-    chosen = list(zip(ours, rules, strict=True))
-    _refuse_other_shapes(chosen, theirs)
+    public = opened(source, config.settings.layers, _DTYPES[param_dtype])
     if (to / "config.gin").exists():
         raise ExchangeError(f"{to} holds a run already: take another folder")
     with copying.arriving(to, 0) as part:
-        kept = _written(
-            chosen,
-            theirs,
-            param_dtype,
-            part / "state",
-        )
+        kept = _written(public, param_dtype, part / "state")
         manifest = {
             "format": FORMAT,
             "step": 0,
@@ -140,7 +133,7 @@ def take_over(
             "mesh": dataclasses.asdict(MeshSettings()),
             "saved_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "parents": [],
-            "made_of": {"path": str(source.absolute()), "family": name},
+            "made_of": {"path": str(source.absolute()), "family": public.family},
             # Nothing of it was trained here, so that no optimizer has a state of it.
             "config": with_values(text, {"TRAINABLE": (), "FROZEN": ("*",)}),
             "data_fingerprint": "none",
@@ -157,7 +150,7 @@ def take_over(
                 if (source / beside).is_file():
                     shutil.copyfile(source / beside, to / VOCABULARY / beside)
             (to / "config.gin").write_text(text, encoding="utf-8")
-    return folder_of(to) / "0", left
+    return folder_of(to) / "0", public.left
 
 
 def _tensors_of(source: Path, family: Family) -> dict[str, Tensor]:
@@ -169,19 +162,6 @@ def _tensors_of(source: Path, family: Family) -> dict[str, Tensor]:
             raise ExchangeError(f"{source} has {known} twice, once as {name}")
         found[known] = tensor
     return found
-
-
-def _tokenizer_of(source: Path) -> str:
-    """Returns the name of a folder's tokenizer."""
-    for name in TOKENIZERS:
-        if (source / name).is_file():
-            return name
-    raise ExchangeError(f"{source} has no tokenizer: {' or '.join(TOKENIZERS)}")
-
-
-def _name_kept(tokenizer: str) -> str:
-    """The name by which a run keeps it."""
-    return tokenizer.replace("tokenizer.model", "vocabulary.model")
 
 
 def _finished(config: ResolvedConfig, to: Path, vocabulary: Vocabulary) -> str:
@@ -213,20 +193,15 @@ def _refuse_other_shapes(chosen: Sequence[tuple[Ours, Rule]], theirs: Numbers) -
         )
 
 
-def _written(
-    chosen: Sequence[tuple[Ours, Rule]],
-    theirs: Mapping[str, np.ndarray],
-    param_dtype: str,
-    state: Path,
-) -> dict[str, Any]:
+def _written(public: Public, param_dtype: str, state: Path) -> dict[str, Any]:
     """Writes all arrays of a state without an optimizer; returns what they are."""
     kept = {}
     counts = ("step", "data_index", "skipped_steps", "skipped_in_a_row")
     for name in counts:
         kept[name] = _Written(state, name, (), "int32").add((), np.zeros((), np.int32))
-    layers = collections.Counter(each.path for each, _ in chosen)
+    layers = collections.Counter(each.path for each, _ in public.chosen)
     open_arrays: dict[str, _Written] = {}
-    for each, rule in chosen:
+    for each, rule in public.chosen:
         dtype = each.dtype or param_dtype
         name = f"params/{each.path}"
         shape = each.shape
@@ -234,7 +209,7 @@ def _written(
             shape = (layers[each.path], *shape)
         if name not in open_arrays:
             open_arrays[name] = _Written(state, name, shape, dtype)
-        array = read(theirs, each.prefix, rule, each.shape, _DTYPES[dtype])
+        array = read(public.theirs, each.prefix, rule, each.shape, _DTYPES[dtype])
         place = tuple(slice(0, size) for size in each.shape)
         if each.layer is not None:
             array, place = array[None], (slice(each.layer, each.layer + 1), *place)

@@ -7,16 +7,12 @@ from typing import NamedTuple
 
 import jax
 
-from launch.errors import UserError
+from launch.exchange.family import ExchangeError
 from launch.exchange.rules import Member, Rule, Rules, members, shape_of, sizes_of
 from moe.layers import Layers
 from moe.model import inventory
 
 _MOST_LINES = 40
-
-
-class ExchangeError(UserError):
-    """A model that cannot be taken over, or given away; the message says why."""
 
 
 class Ours(NamedTuple):

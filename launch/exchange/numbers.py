@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from launch.exchange.family import ExchangeError
 from launch.exchange.header import shown
-from launch.exchange.matching import ExchangeError
 from launch.exchange.quantised import from_fp8_blocks, from_mxfp4
 from launch.exchange.tensors import Tensor
 

@@ -18,7 +18,8 @@ from benchmarks.public_models.families import (
     WIDTH,
 )
 from launch.exchange import rules
-from launch.exchange.matching import ExchangeError, ours_of
+from launch.exchange.family import ExchangeError
+from launch.exchange.matching import ours_of
 
 pytestmark = pytest.mark.fast
 

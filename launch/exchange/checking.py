@@ -1,0 +1,214 @@
+"""Whether a run and a public model, or two of either, make the same of some tokens.
+
+A public model is computed by `transformers`, where it is installed; else its arrays are
+read by our rules, and computed as a run is; or what is known of it is its fingerprint,
+which whoever wrote it has left beside it.
+"""
+
+import importlib.util
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from launch.checkpoints.arrays import Arrays
+from launch.checkpoints.places import read_manifest
+from launch.checkpoints.there import There
+from launch.commands import RunOptions, kept_by_run
+from launch.config import reader
+from launch.config.reader import ResolvedConfig
+from launch.doctor.host import free_bytes
+from launch.exchange import importing, observing, seen
+from launch.exchange.families import FAMILIES, family_of
+from launch.exchange.family import ExchangeError
+from launch.exchange.folder import CONFIG, knobs_for, read_config
+from launch.exchange.rules import read
+from launch.exchange.seen import FINGERPRINT, Difference, Seen
+from launch.exchange.tensors import open_tensors
+
+__all__ = ["FINGERPRINT", "Seen", "Side"]
+EXACT, ROUNDED = 1e-4, 5e-2  # over the largest number, where types hold it or round it
+_ROOM = 1.5  # memory that transformers needs, over the bytes of a model in float32
+
+
+class Side(NamedTuple):
+    """One of two models that are compared.
+
+    Attributes:
+        seen: what it makes of the tokens.
+        by: what has computed it.
+        types: names of the types of its parameters.
+    """
+
+    seen: Seen
+    by: str
+    types: frozenset[str]
+
+
+def of_run(folder: Path, step: int | None = None) -> Side:
+    """Computes what a checkpoint of a run makes of the tokens.
+
+    Raises:
+        ExchangeError: its routers do not choose token by token.
+        CheckpointError: it cannot be read.
+    """
+    config = reader.read(*kept_by_run(RunOptions(model_dir=str(folder))))
+    _refuse_others(config, folder)
+    layers, there = config.settings.layers, There(folder)
+    tokens = seen.tokens_for(layers.stacks, config.settings.model.vocab_size)
+    with there.held(there.step(step)) as (path, _):
+        arrays = Arrays(path, read_manifest(path))
+
+        def array(name: str, place: int | None) -> np.ndarray:
+            at = f"params/{name}"
+            found = arrays.opened(at)
+            if place is not None:  # one of all layers, if they share it
+                found = found[min(place, found.shape[0] - 1)]
+            return np.asarray(arrays.result(at, found.read()), np.float32)
+
+        made = observing.observe(layers, array, tokens)
+        types = {
+            said["dtype"]
+            for name, said in arrays.saved.items()
+            if name.startswith("params/") and not name.endswith("selection_bias")
+        }
+    return Side(made, f"step {path.name} of {folder}", frozenset(types))
+
+
+def of_public(folder: Path) -> Side:
+    """Computes what a public model makes of the tokens, by what is installed.
+
+    Raises:
+        ExchangeError: it is not what its config.json says.
+        TensorsError: a file of its cannot be read.
+    """
+    why = _why_not_transformers(folder)
+    if not why:
+        try:
+            return by_transformers(folder)
+        except ExchangeError as error:
+            why = str(error)
+    made = by_rules(folder)
+    return made._replace(by=f"{made.by} ({why})")
+
+
+def by_transformers(folder: Path) -> Side:
+    """Lets `transformers` compute what a public model makes of the tokens.
+
+    Raises:
+        ExchangeError: it cannot.
+    """
+    from launch.exchange import theirs
+
+    said = read_config(folder)
+    family = FAMILIES[family_of(said, str(folder / CONFIG))]
+    architecture = (said.get("architectures") or [family.architecture])[0]
+    tokens = seen.tokens_for(family.layers, family.said(said)["vocab_size"])
+    try:
+        made = theirs.observe(folder, str(architecture), family, tokens)
+    except Exception as error:  # whatever another package raises
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise ExchangeError(
+            f"transformers {theirs.VERSION} cannot: {type(error).__name__}: {reason}"
+        ) from error
+    return Side(made, f"transformers {theirs.VERSION}", _types(folder))
+
+
+def by_rules(folder: Path) -> Side:
+    """Computes what a public model makes of the tokens, its arrays read by our rules.
+
+    Raises:
+        ExchangeError: it is not what its config.json says.
+        TensorsError: a file of its cannot be read.
+    """
+    data, knobs = knobs_for(folder, Path("unused"))
+    bindings = [f"{macro}={value!r}" for macro, value in knobs.items()]
+    settings = reader.read(["hardware/here.gin", data], bindings).settings
+    public = importing.opened(folder, settings.layers, np.dtype(np.float32))
+    chosen = {(each.path, each.layer): (each, rule) for each, rule in public.chosen}
+
+    def array(name: str, place: int | None) -> np.ndarray:
+        each, rule = chosen[name, place]
+        float32 = np.dtype(np.float32)
+        return read(public.theirs, each.prefix, rule, each.shape, float32)
+
+    tokens = seen.tokens_for(settings.layers.stacks, settings.model.vocab_size)
+    made = observing.observe(settings.layers, array, tokens)
+    return Side(made, f"{folder} as it is read here", _types(folder))
+
+
+def by_fingerprint(folder: Path) -> Side | None:
+    """Returns what a public model is known to make of the tokens, if it is known.
+
+    Raises:
+        ExchangeError: the fingerprint is damaged.
+    """
+    try:
+        made = seen.kept(folder)
+    except ValueError as error:
+        raise ExchangeError(str(error)) from error
+    if made is None:
+        return None
+    return Side(made, f"the fingerprint in {folder}", _types(folder))
+
+
+def elsewhere(folder: Path) -> tuple[Side | None, str]:
+    """Returns what somebody else makes of the tokens with a public model.
+
+    Returns:
+        By `transformers`, else by its fingerprint, else None; and why not by the first.
+    """
+    why = _why_not_transformers(folder)
+    if not why:
+        try:
+            return by_transformers(folder), ""
+        except ExchangeError as error:
+            why = str(error)
+    return by_fingerprint(folder), why
+
+
+def compared(one: Side, other: Side) -> tuple[Difference, float]:
+    """Compares two, the second made of the first; returns what is allowed, too."""
+    holds_all = other.types <= one.types or other.types == {"float32"}
+    allowed = EXACT if holds_all else ROUNDED
+    return seen.difference(one.seen, other.seen, allowed), allowed
+
+
+def _types(folder: Path) -> frozenset[str]:
+    found = open_tensors(folder)
+    return frozenset(
+        tensor.form.dtype.name
+        for name, tensor in found.items()
+        if "correction_bias" not in name
+    )
+
+
+def _why_not_transformers(folder: Path) -> str:
+    """Says what keeps `transformers` from computing a model; "" if nothing does."""
+    for name in ("torch", "transformers"):
+        if importlib.util.find_spec(name) is None:
+            return f"{name} is not installed: pip install 'switchyard[convert]'"
+    elements = sum(
+        int(np.prod(one.form.shape, dtype=np.int64))
+        for one in open_tensors(folder).values()
+    )
+    needed, free = int(_ROOM * 4 * elements), free_bytes()
+    if free is not None and needed > free:
+        return f"transformers needs {needed:,} bytes of memory, and {free:,} are free"
+    return ""
+
+
+def _refuse_others(config: ResolvedConfig, folder: Path) -> None:
+    """Refuses what is not computed token by token."""
+    lines = [
+        f"ROUTER {place.sublayer.settings.router.family!r}"
+        for place in config.settings.layers.sparse()
+        if place.sublayer.settings.router.family not in ("token_choice", "hashed")
+    ]
+    if config.settings.model.image_size:
+        lines.append(f"IMAGE_SIZE {config.settings.model.image_size}")
+    if lines:
+        raise ExchangeError(
+            f"{folder} has {', '.join(dict.fromkeys(lines))}: what it makes of a token "
+            "depends on more than the tokens before it, so it is not compared"
+        )

@@ -1,6 +1,6 @@
 """A Mixtral-shaped train step beside the same step of `transformers` in PyTorch.
 
-    pip install -e '.[bench]'    # PyTorch; without it our step is timed alone
+    pip install -e '.[convert]'    # PyTorch; without it our step is timed alone
     python -m benchmarks.mixtral [--steps 6] [--gin.MACRO=VALUE ...]
 
 55 million parameters: width 512, 4 layers, 8 heads of 64, in every layer 8 SwiGLU
@@ -101,7 +101,7 @@ def prepare_torch_step(config: reader.ResolvedConfig) -> Callable[[], None] | No
     if missing:
         print(
             f"PyTorch's step is left out, {' and '.join(missing)} not being installed: "
-            "pip install -e '.[bench]'"
+            "pip install -e '.[convert]'"
         )
         return None
     import torch

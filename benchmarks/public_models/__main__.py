@@ -1,6 +1,6 @@
 """Logits of whole public models, as `transformers` computes them, beside ours.
 
-    pip install -e '.[bench]'
+    pip install -e '.[convert]'
     python -m benchmarks.public_models [FAMILY ...]
 
 A model of each family with random weights, of 2 layers, or 4 of Llama 4, and width 32,
@@ -38,7 +38,7 @@ def main() -> None:
     if unknown := [name for name in chosen if name not in FAMILIES]:
         parser.error(f"no family {', '.join(unknown)}: there are {', '.join(FAMILIES)}")
     if importlib.util.find_spec("transformers") is None:
-        raise SystemExit("this compares with transformers: pip install -e '.[bench]'")
+        raise SystemExit("this compares with transformers: pip install -e '.[convert]'")
     prepare_environment(PlatformSettings(name="cpu"))
     from benchmarks.public_models import theirs
 

@@ -157,6 +157,8 @@ def _said(right: "Side", made: "Side") -> int:
     """Says how far two are apart."""
     from launch.exchange import checking
 
+    for why in filter(None, (right.why, made.why)):
+        print(f"not by transformers: {why}", file=sys.stderr)
     found, allowed = checking.compared(right, made)
     print(f"{right.by} and {made.by}: {found}", file=sys.stderr)
     if found.relative <= allowed:

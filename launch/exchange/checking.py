@@ -38,11 +38,13 @@ class Side(NamedTuple):
         seen: what it makes of the tokens.
         by: what has computed it.
         types: names of the types of its parameters.
+        why: why not by `transformers`; "" if by it, or if it is a run.
     """
 
     seen: Seen
     by: str
     types: frozenset[str]
+    why: str = ""
 
 
 def of_run(folder: Path, step: int | None = None) -> Side:
@@ -88,8 +90,7 @@ def of_public(folder: Path) -> Side:
             return by_transformers(folder)
         except ExchangeError as error:
             why = str(error)
-    made = by_rules(folder)
-    return made._replace(by=f"{made.by} ({why})")
+    return by_rules(folder)._replace(why=why)
 
 
 def by_transformers(folder: Path) -> Side:
@@ -156,7 +157,9 @@ def elsewhere(folder: Path) -> tuple[Side | None, str]:
     """Returns what somebody else makes of the tokens with a public model.
 
     Returns:
-        By `transformers`, else by its fingerprint, else None; and why not by the first.
+        It, by `transformers`, else by its fingerprint, else None; and why it is None.
+    Raises:
+        ExchangeError: the fingerprint is damaged.
     """
     why = _why_not_transformers(folder)
     if not why:
@@ -164,7 +167,8 @@ def elsewhere(folder: Path) -> tuple[Side | None, str]:
             return by_transformers(folder), ""
         except ExchangeError as error:
             why = str(error)
-    return by_fingerprint(folder), why
+    made = by_fingerprint(folder)
+    return None if made is None else made._replace(why=why), why
 
 
 def compared(one: Side, other: Side) -> tuple[Difference, float]:

@@ -62,7 +62,7 @@ def observed(model: Any, layers: Mapping[str, str], tokens: Tokens) -> Seen:
                 module.register_forward_pre_hook(
                     _keep_input(streams, above), with_kwargs=True
                 )
-        elif rest.endswith("experts"):
+        elif rest.rpartition(".")[2] == "experts":
             module.register_forward_pre_hook(_keep_choices(choices, at))
     given = {
         _WORDS[tuple(tokens)][name]: torch.from_numpy(token_BL.astype(np.int64))

@@ -1,6 +1,7 @@
 """Public models become runs, and runs public models, without a bit of difference."""
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,10 +18,12 @@ from benchmarks.public_models.families import FAMILIES as SMALL
 from launch.checkpoints.arrays import Arrays
 from launch.checkpoints.places import read_manifest, sealed
 from launch.config import reader
-from launch.exchange import tensors, writing
+from launch.exchange import checking, seen, tensors, writing
 from launch.exchange.families import FAMILIES, config_of, knobs_of
+from launch.exchange.family import ExchangeError
 from launch.exchange.header import Form
 from launch.exchange.numbers import numbers_of
+from launch.exchange.seen import Seen
 
 
 def arrays_of(name: str, dtype: np.dtype) -> dict[str, np.ndarray]:
@@ -62,7 +65,11 @@ def model(folder: Path, name: str, arrays: Mapping[str, np.ndarray]) -> Path:
 
 
 def convert(source: Path, to: Path, *words: str) -> commands.Done:
-    return commands.inline("convert", f"--source={source}", f"--to={to}", *words)
+    return commands.inline("convert", str(source), str(to), "--unchecked", *words)
+
+
+def checked(source: Path, to: Path, *words: str) -> commands.Done:
+    return commands.inline("convert", str(source), str(to), *words)
 
 
 def bits(arrays: Mapping[str, np.ndarray]) -> dict[str, tuple[object, ...]]:
@@ -371,3 +378,77 @@ def test_text_is_drawn_with_a_model_that_came_in(tmp_path):
     )
     assert done.code == 0, done.err
     assert done.out.startswith("a b")
+
+
+def test_who_gets_a_model_can_tell_whether_it_is_the_same(tmp_path):
+    arrays = arrays_of("qwen3_moe", np.dtype(np.float32))
+    source = model(tmp_path / "public", "qwen3_moe", arrays)
+    done = checked(source, tmp_path / "run")
+    assert done.code == 0, done.err
+    if "transformers" not in done.err:
+        assert "not compared: torch is not installed: pip install" in done.err
+    done = checked(tmp_path / "run", tmp_path / "back")
+    assert (done.code, "logits differ by" in done.err) == (0, True), done.err
+    assert (tmp_path / "back" / "fingerprint.npz").stat().st_size < 100_000
+    # Whoever has one of both kinds, or two of either, compares them.
+    done = checked(tmp_path / "back", tmp_path / "run", "--check")
+    assert (done.code, "0.0e+00 of the largest; 96 of 96 choices" in done.err) == (
+        0,
+        True,
+    ), done.err
+    changed = read(tmp_path / "back")
+    changed["model.layers.1.self_attn.o_proj.weight"][0, 0] += 0.5
+    shutil.copytree(tmp_path / "back", tmp_path / "other")
+    for file in (tmp_path / "other").glob("model*"):
+        file.unlink()
+    write(tmp_path / "other", changed)
+    done = commands.inline(
+        "convert", "--check", f"--to={tmp_path / 'other'}", str(tmp_path / "run")
+    )
+    assert done.code == 1
+    assert "; first at decoder layer 1, by " in done.err
+    assert "they are not the same: 1e-04 of the largest logit is allowed" in done.err
+
+
+def test_a_fingerprint_tells_where_a_model_was_changed(tmp_path):
+    arrays = arrays_of("mixtral", np.dtype(np.float32))
+    source = model(tmp_path / "public", "mixtral", arrays)
+    run, tokens = tmp_path / "run", seen.tokens_for(["decoder"], VOCAB)
+    assert convert(source, run).code == 0
+    right = checking.of_run(run)
+    assert (len(right.seen.streams), right.seen.logits.shape) == (3, (24, VOCAB))
+    for chosen in right.seen.choices.values():
+        assert chosen.sum() == 2 * tokens["decoder"].size
+    seen.keep(source, right.seen)
+    again = checking.by_fingerprint(source)
+    assert again is not None
+    assert again.seen.sampled
+    assert checking.compared(right, again)[0].logits == 0
+    other = {name: x.copy() for name, x in right.seen.streams.items()}
+    other["decoder layer 0"][3, 0] += 1.0
+    choices = {name: ~c for name, c in right.seen.choices.items()}
+    found = seen.difference(again.seen, Seen(other, choices, right.seen.logits), 1e-4)
+    assert (found.first, found.same, found.chosen) == ("decoder layer 0", 0, 96)
+    none = with_no_number(right.seen)
+    assert seen.difference(right.seen, none, 1e-4).logits == float("inf")
+    file = source / "fingerprint.npz"
+    for content in (b"", file.read_bytes()[:-40], b"PK" + bytes(100)):
+        file.write_bytes(content)
+        with pytest.raises(ExchangeError, match=r"fingerprint\.npz is damaged"):
+            checking.by_fingerprint(source)
+
+
+def with_no_number(one: Seen) -> Seen:
+    """The same, but that a logit is no number."""
+    logits = one.logits.copy()
+    logits[0, 0] = np.nan
+    return one._replace(logits=logits)
+
+
+def test_both_folders_must_be_named():
+    done = commands.inline("convert", "one")
+    assert (done.code, "TO must be given" in done.err) == (1, True)
+    done = commands.inline("convert", "one", "two", "three")
+    assert (done.code, "'three' is not an option of convert" in done.err) == (1, True)
+    done = commands.inline("convert", "none", "nothing", "--check", "--unchecked")
+    assert (done.code, "--unchecked: nothing is made" in done.err) == (1, True)

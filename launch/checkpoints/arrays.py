@@ -24,7 +24,7 @@ Index = tuple[slice, ...]
 BLOCK_ELEMENTS = 2**22
 # Codes with which TensorStore says that what is there is not what was written.
 _DAMAGE = ("DATA_LOSS", "NOT_FOUND", "OUT_OF_RANGE", "INVALID_ARGUMENT")
-_CACHE_BYTES = 2**27  # for the nodes of the database
+_CACHE_BYTES = 2**24  # for the nodes of the database
 
 
 class Arrays:
@@ -84,7 +84,7 @@ class Arrays:
         """
         array = self.opened(name)
         chunk = array.spec().to_json()["metadata"]["chunks"]
-        places = _cut(array.shape, chunk)
+        places = cut(array.shape, chunk)
         ahead: tuple[Index, ts.Future] | None = None
         for place in places:
             begun = place, array[place].read()
@@ -107,8 +107,13 @@ def spec_of(state: Path, name: str) -> dict[str, Any]:
     }
 
 
-def _cut(shape: tuple[int, ...], chunk: Sequence[int]) -> Iterator[Index]:
-    """Cuts an array along its chunks, into pieces of about BLOCK_ELEMENTS."""
+def cut(shape: tuple[int, ...], chunk: Sequence[int]) -> Iterator[Index]:
+    """Cuts an array along its chunks, into pieces of about BLOCK_ELEMENTS.
+
+    Args:
+        shape: shape of the array.
+        chunk: that of a chunk.
+    """
     size = [max(1, min(n, c)) for n, c in zip(shape, chunk, strict=True)]
     for dim in reversed(range(len(shape))):
         others = int(np.prod(size)) // size[dim]

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tensorstore as ts
 
 from launch.checkpoints import copying
-from launch.checkpoints.arrays import Arrays, spec_of
+from launch.checkpoints.arrays import Arrays
 from launch.checkpoints.places import (
     FORMAT,
     CheckpointError,
@@ -23,7 +22,8 @@ from launch.checkpoints.places import (
     sealed,
 )
 from launch.checkpoints.sums import Digest
-from launch.checkpoints.writing import manifest_written, writing
+from launch.checkpoints.writing import manifest_written
+from launch.checkpoints.written import Written
 from launch.config.diff import changes
 from launch.config.places import sections
 
@@ -119,16 +119,8 @@ def _mean(name: str, sources: Sequence[Arrays], state: Path) -> str:
     What is read is digested on the way, so that no damaged array is averaged.
     """
     opened = [source.opened(name) for source in sources]
-    like = opened[0].spec().to_json()["metadata"]
-    keys = ("shape", "chunks", "dtype", "compressor", "order", "dimension_separator")
-    metadata = {key: like[key] for key in keys if key in like}
-    shape = opened[0].shape
-    with writing(state):
-        target = ts.open(
-            spec_of(state, name) | {"metadata": metadata}, create=True
-        ).result()
-    sums = [Digest(shape) for _ in sources]
-    mean = Digest(shape)
+    written = Written(state, name, opened[0].spec().to_json()["metadata"])
+    sums = [Digest(opened[0].shape) for _ in sources]
     for place, values in sources[0].blocks(name):
         total = np.asarray(values, np.float32)
         sums[0].add(place, values)
@@ -137,11 +129,8 @@ def _mean(name: str, sources: Sequence[Arrays], state: Path) -> str:
             others = np.asarray(sources[number].result(name, read))
             sums[number].add(place, others)
             total = total + np.asarray(others, np.float32)
-        result = (total / np.float32(len(sources))).astype(values.dtype)
-        mean.add(place, result)
-        with writing(state):
-            target[place].write(result).result()
+        written.add(place, (total / np.float32(len(sources))).astype(values.dtype))
     for source, found in zip(sources, sums, strict=True):
         if found.digest() != source.saved[name]["digest"]:
             raise DamagedError(source.path, f"{name} is not what was saved")
-    return mean.digest()
+    return written.digest()

@@ -8,10 +8,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-import tensorstore as ts
-
 from launch.checkpoints import copying
-from launch.checkpoints.arrays import Arrays, spec_of
+from launch.checkpoints.arrays import Arrays
 from launch.checkpoints.places import (
     CheckpointError,
     DamagedError,
@@ -20,7 +18,8 @@ from launch.checkpoints.places import (
     sealed,
 )
 from launch.checkpoints.sums import Digest
-from launch.checkpoints.writing import manifest_written, writing
+from launch.checkpoints.writing import manifest_written
+from launch.checkpoints.written import Written
 from launch.config.edit import with_values
 from moe.layers import Layers
 
@@ -94,24 +93,17 @@ def _copied(source: Arrays, name: str, copies: int, state: Path) -> dict[str, An
     What is read is digested on the way, so that no damaged array goes on.
     """
     said = source.saved[name]
-    like = source.opened(name).spec().to_json()["metadata"]
-    keys = ("chunks", "dtype", "compressor", "order", "dimension_separator")
     shape = list(said["shape"])
     if copies > 1:
         shape[0] = copies
-    metadata = {key: like[key] for key in keys if key in like} | {"shape": shape}
-    with writing(state):
-        target = ts.open(
-            spec_of(state, name) | {"metadata": metadata}, create=True
-        ).result()
-    read, written = Digest(tuple(said["shape"])), Digest(tuple(shape))
+    like = source.opened(name).spec().to_json()["metadata"]
+    written = Written(state, name, like | {"shape": shape})
+    read = Digest(tuple(said["shape"]))
     for place, values in source.blocks(name):
         read.add(place, values)
         for copy in range(copies):
             there = (slice(copy, copy + 1), *place[1:]) if copies > 1 else place
             written.add(there, values)
-            with writing(state):
-                target[there].write(values).result()
     if read.digest() != said["digest"]:
         raise DamagedError(source.path, f"{name} is not what was saved")
     return said | {"shape": shape, "digest": written.digest()}

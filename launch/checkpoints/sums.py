@@ -6,6 +6,8 @@ import numpy as np
 
 from launch.checkpoints.arrays import Index
 
+_MOST = 2**20  # elements that are digested at a time
+
 
 def digest_of(
     shape: tuple[int, ...], blocks: Iterable[tuple[Index, np.ndarray]]
@@ -16,10 +18,10 @@ def digest_of(
         shape: shape of the array.
         blocks: every piece once, with its place.
     """
-    total = 0
+    digest = Digest(shape)
     for place, values in blocks:
-        total += _sum(shape, [part.start for part in place], values)
-    return f"{total % 2**32:08x}"
+        digest.add(place, values)
+    return digest.digest()
 
 
 class Digest:
@@ -35,7 +37,7 @@ class Digest:
 
     def add(self, place: Index, values: np.ndarray) -> None:
         """Adds a piece, by its place."""
-        self._total += int(digest_of(self._shape, [(place, values)]), 16)
+        self._total += _sum(self._shape, [part.start for part in place], values)
 
     def digest(self) -> str:
         """The digest of the pieces so far, in hexadecimal."""
@@ -43,6 +45,12 @@ class Digest:
 
 
 def _sum(shape: tuple[int, ...], starts: list[int], values: np.ndarray) -> int:
+    if values.size > _MOST and max(values.shape) > 1:  # what follows takes memory
+        dim = next(dim for dim, length in enumerate(values.shape) if length > 1)
+        parts = np.array_split(values, 2, axis=dim)
+        later = list(starts)
+        later[dim] += parts[0].shape[dim]
+        return _sum(shape, starts, parts[0]) + _sum(shape, later, parts[1])
     word = {1: np.uint8, 2: np.uint16, 4: np.uint32}[values.dtype.itemsize]
     # Not of numbers: of those NumPy warns when they wrap.
     values, shape, starts = (

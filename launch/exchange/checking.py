@@ -130,8 +130,8 @@ def by_rules(folder: Path) -> Side:
 
     def array(name: str, place: int | None) -> np.ndarray:
         each, rule = chosen[name, place]
-        float32 = np.dtype(np.float32)
-        return read(public.theirs, each.prefix, rule, each.shape, float32)
+        found = read(public.theirs, each.prefix, rule, each.shape)
+        return np.asarray(found, np.float32)
 
     tokens = seen.tokens_for(settings.layers.stacks, settings.model.vocab_size)
     made = observing.observe(settings.layers, array, tokens)

@@ -11,7 +11,6 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -99,7 +98,7 @@ def give(
             part = arrays.read(ours)[member.taken]
             if ours.path == "embedding" and scale != 1.0:
                 part = part.astype(np.float32) * np.float32(scale)
-            put(part.astype(made.dtype), made, member.dims)
+            put(part, made, member.dims)
         return made
 
     with arriving(to) as part:
@@ -185,19 +184,19 @@ def _planned(config: ResolvedConfig, family: Family) -> dict[str, _Pieces]:
 
 
 class _Layers:
-    """Layers of the arrays of a checkpoint; what is read is digested once.
+    """Layers of the arrays of a checkpoint; what is read is digested.
 
     Args:
         arrays: those of the checkpoint.
-        plan: what is asked for, in that order.
+        plan: what is asked for: a layer is read once, and kept as long as it is needed.
     """
 
     def __init__(self, arrays: Arrays, plan: dict[str, _Pieces]) -> None:
         self._arrays = arrays
-        self._last: collections.OrderedDict[tuple[str, int | None], Any] = (
-            collections.OrderedDict()
+        self._kept: dict[tuple[str, int | None], np.ndarray] = {}
+        self._left = collections.Counter(
+            (ours.path, ours.layer) for each in plan.values() for ours, _ in each
         )
-        self._seen: set[tuple[str, int | None]] = set()
         self._digests: dict[str, Digest] = {}
         layers = {
             (ours.path, ours.layer): ours for each in plan.values() for ours, _ in each
@@ -217,26 +216,24 @@ class _Layers:
         return _DTYPES[self._arrays.saved[f"params/{ours.path}"]["dtype"]]
 
     def read(self, ours: Ours) -> np.ndarray:
-        """Returns a layer; the last two are remembered."""
+        """Returns a layer."""
         key = (ours.path, ours.layer)
-        if key in self._last:
-            self._last.move_to_end(key)
-            return self._last[key]
+        found = self._kept.pop(key) if key in self._kept else self._read(ours)
+        self._left[key] -= 1
+        if self._left[key]:
+            self._kept[key] = found
+        return found
+
+    def _read(self, ours: Ours) -> np.ndarray:
         name = f"params/{ours.path}"
         array = self._arrays.opened(name)
         place = tuple(slice(0, size) for size in ours.shape)
         if ours.layer is not None:
             place = (slice(ours.layer, ours.layer + 1), *place)
         values = np.asarray(self._arrays.result(name, array[place].read()))
-        if key not in self._seen:
-            self._seen.add(key)
-            shape = tuple(array.shape)
-            self._digests.setdefault(name, Digest(shape)).add(place, values)
-        found = values.reshape(ours.shape)
-        self._last[key] = found
-        if len(self._last) > 2:
-            self._last.popitem(last=False)
-        return found
+        shape = tuple(array.shape)
+        self._digests.setdefault(name, Digest(shape)).add(place, values)
+        return values.reshape(ours.shape)
 
     def refuse_damaged(self) -> None:
         """Raises that an array is not what was saved, if one is."""

@@ -7,6 +7,7 @@ optimizer: `train` begins one.
 import collections
 import dataclasses
 import json
+import math
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -15,14 +16,13 @@ from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
-import tensorstore as ts
 
 from launch.checkpoints import copying
-from launch.checkpoints.arrays import Index, spec_of
+from launch.checkpoints.arrays import Index
 from launch.checkpoints.places import FORMAT, VOCABULARY, folder_of, sealed
-from launch.checkpoints.sums import Digest
 from launch.checkpoints.trained import keep_vocabulary
 from launch.checkpoints.writing import manifest_written, writing
+from launch.checkpoints.written import Written
 from launch.config.edit import with_values
 from launch.config.reader import ResolvedConfig
 from launch.exchange.families import FAMILIES, family_of, knobs_of
@@ -39,7 +39,7 @@ from tasks import vocabularies
 from tasks.vocabularies import Vocabulary
 
 _STORE = "MODEL_DIR/store"  # in configs/data/here.gin: that of no run yet
-_CHUNK_ELEMENTS = 2**24
+_CHUNK_ELEMENTS = 2**22
 _DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 _ZARR = {"float32": "<f4", "int32": "<i4", "bfloat16": "bfloat16"}
 
@@ -195,68 +195,43 @@ def _refuse_other_shapes(chosen: Sequence[tuple[Ours, Rule]], theirs: Numbers) -
 
 def _written(public: Public, param_dtype: str, state: Path) -> dict[str, Any]:
     """Writes all arrays of a state without an optimizer; returns what they are."""
-    kept = {}
-    counts = ("step", "data_index", "skipped_steps", "skipped_in_a_row")
-    for name in counts:
-        kept[name] = _Written(state, name, (), "int32").add((), np.zeros((), np.int32))
+    kept: dict[str, Any] = {}
+    open_arrays: dict[str, Written] = {}
+
+    def put(
+        name: str, shape: tuple[int, ...], dtype: str, place: Index, x: Any
+    ) -> None:
+        if name not in open_arrays:
+            metadata = _metadata(shape, dtype, layered="/layers/" in name)
+            open_arrays[name] = Written(state, name, metadata)
+        open_arrays[name].add(place, x)
+        digest = open_arrays[name].digest()
+        kept[name] = {"shape": list(shape), "dtype": dtype, "digest": digest}
+
+    for name in ("step", "data_index", "skipped_steps", "skipped_in_a_row"):
+        put(name, (), "int32", (), np.zeros((), np.int32))
     layers = collections.Counter(each.path for each, _ in public.chosen)
-    open_arrays: dict[str, _Written] = {}
     for each, rule in public.chosen:
         dtype = each.dtype or param_dtype
-        name = f"params/{each.path}"
-        shape = each.shape
+        array = read(public.theirs, each.prefix, rule, each.shape)
+        shape, place = each.shape, tuple(slice(0, size) for size in each.shape)
         if each.layer is not None:
             shape = (layers[each.path], *shape)
-        if name not in open_arrays:
-            open_arrays[name] = _Written(state, name, shape, dtype)
-        array = read(public.theirs, each.prefix, rule, each.shape, _DTYPES[dtype])
-        place = tuple(slice(0, size) for size in each.shape)
-        if each.layer is not None:
             array, place = array[None], (slice(each.layer, each.layer + 1), *place)
-        kept[name] = open_arrays[name].add(place, array)
+        put(f"params/{each.path}", shape, dtype, place, array)
+        del array  # before the next is read
     return kept
 
 
-class _Written:
-    """An array of a checkpoint that is written piece by piece, and digested.
-
-    Args:
-        state: folder of the database.
-        name: name of the array in it.
-        shape: its shape.
-        dtype: its type.
-    """
-
-    def __init__(
-        self, state: Path, name: str, shape: tuple[int, ...], dtype: str
-    ) -> None:
-        self._said = {"shape": list(shape), "dtype": dtype}
-        self._digest = Digest(shape)
-        self._state = state
-        metadata = {
-            "shape": shape,
-            "chunks": _chunks(shape),
-            "dtype": _ZARR[dtype],
-            "compressor": {"id": "zstd", "level": 1},
-        }
-        with writing(state):
-            self._target = ts.open(
-                spec_of(state, name) | {"metadata": metadata}, create=True
-            ).result()
-
-    def add(self, place: Index, values: np.ndarray) -> dict[str, Any]:
-        """Writes a piece; returns what a manifest says of all so far."""
-        self._digest.add(place, values)
-        with writing(self._state):
-            self._target[place].write(values).result()
-        return self._said | {"digest": self._digest.digest()}
-
-
-def _chunks(shape: tuple[int, ...]) -> list[int]:
-    """Cuts the first dims, until what is left is small enough to hold."""
-    chunks = list(shape)
-    for dim in range(len(shape)):
-        if int(np.prod(chunks)) <= _CHUNK_ELEMENTS and dim:
-            break
-        chunks[dim] = 1 if len(shape) > 1 else min(shape[0], _CHUNK_ELEMENTS)
-    return chunks
+def _metadata(shape: tuple[int, ...], dtype: str, *, layered: bool) -> dict[str, Any]:
+    """Says how an array is kept: layer by layer, and cut until chunks are small."""
+    chunks, inner = [], math.prod(shape)
+    for size in shape:
+        inner //= size
+        chunks.append(min(size, max(1, _CHUNK_ELEMENTS // inner)))
+    return {
+        "shape": shape,
+        "chunks": [1, *chunks[1:]] if layered else chunks,
+        "dtype": _ZARR[dtype],
+        "compressor": {"id": "zstd", "level": 1},
+    }

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +20,12 @@ from moe.routing.assignment import RouterSums
 from moe.settings import ExecutionSettings
 from partitioning.mesh import make_mesh
 from partitioning.settings import MeshSettings
+
+_BELOW = ("embedding", "positions", "token_types", "embedding_norm", "patches")
+_ABOVE = {  # by whether the output is the embedding
+    True: ("embedding", "output_bias", "transform"),
+    False: ("head", "output_bias", "transform"),
+}
 
 # Function of a path in the tree of parameters and of a place in the array's first dim,
 # None where all of it is wanted.
@@ -56,10 +62,14 @@ def observe(layers: Layers, read: Reader, tokens: Tokens) -> Seen:
     choices: dict[str, np.ndarray] = {}
     x_BLM: jax.Array | None = None
     with jax.default_matmul_precision("highest"):
-        whole = _of_no_layer(layers, read)
+        tables = _of_no_layer(layers, read, _BELOW)
+        embedded = {
+            name: _embedded(model, name, tables, batch) for name in layers.stacks
+        }
+        del tables  # which are large
+        whole = _of_no_layer(layers, read, layers.stacks)
         for name, each in layers.stacks.items():
-            source = x_BLM
-            x_BLM = _embedded(model, name, whole, batch)
+            source, x_BLM = x_BLM, embedded[name]
             streams[EMBEDDED.format(name)] = _flat(x_BLM)
             for one in _each_layer(name, each):
                 w = _weights(one, each.width, read)
@@ -71,7 +81,10 @@ def observe(layers: Layers, read: Reader, tokens: Tokens) -> Seen:
                 if chosen_TE is not None:
                     choices[place] = np.asarray(chosen_TE) > 0
             x_BLM = _normed(model, name, whole, x_BLM)
-        logits_BLV = _logits(model, whole, x_BLM)
+        above = _of_no_layer(layers, read, _ABOVE[layers.embedding.tied])
+        if "transform" in above:
+            x_BLM = _transformed(model, above, x_BLM)
+        logits_BLV = _logits(model, above, x_BLM)
     return Seen(streams, choices, _flat(logits_BLV))
 
 
@@ -95,14 +108,15 @@ def _batch(tokens: Tokens) -> Batch:
 # --------------------------------------------------------------------- what is read
 
 
-def _of_no_layer(layers: Layers, read: Reader) -> dict[str, Any]:
-    """Reads what no layer has: tables, norms on top, the output projection."""
+def _of_no_layer(layers: Layers, read: Reader, names: Iterable[str]) -> dict[str, Any]:
+    """Reads what no layer has, of the names that there are."""
+    found = inventory.specs(layers)
     specs = {
-        name: {key: value for key, value in tree.items() if key != "layers"}
+        name: {key: value for key, value in found[name].items() if key != "layers"}
         if name in layers.stacks
-        else tree
-        for name, tree in inventory.specs(layers).items()
-        if name != "ahead"
+        else found[name]
+        for name in names
+        if name in found
     }
     return jax.tree_util.tree_map_with_path(
         lambda keys, _: read(_name(keys), None), specs
@@ -139,13 +153,13 @@ def _on_device(model: Model, function: Callable[..., Any], *given: Any) -> Any:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _embedded(model: Model, name: str, whole: Any, batch: Batch) -> jax.Array:
-    def run(whole: Any, batch: Batch) -> jax.Array:
-        seen = view_of(model, name, whole, batch, _rows(batch, name))
+def _embedded(model: Model, name: str, tables: Any, batch: Batch) -> jax.Array:
+    def run(tables: Any, batch: Batch) -> jax.Array:
+        seen = view_of(model, name, {name: {}}, batch, _rows(batch, name))
         ids, s = batch[f"{name}_input_tokens"], model.layers.embedding
-        return embedding.embed(whole, ids, seen, s, model.execution)
+        return embedding.embed(tables, ids, seen, s, model.execution)
 
-    return _on_device(model, run, whole, batch)
+    return _on_device(model, run, tables, batch)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -179,16 +193,18 @@ def _through(
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _normed(model: Model, name: str, whole: Any, x_BLM: jax.Array) -> jax.Array:
-    """What is on top of a stack: a norm, and of the last one BERT's dense layer."""
-    norm, s = model.layers.stacks[name].norm, model.layers.embedding
-    if norm is not None:
-        x_BLM = norms.normalise(whole[name]["norm"], x_BLM, norm)
-    if s.transform and name == model.layers.scored:
-        given = whole["transform"], x_BLM, s, model.execution
-        return _on_device(
-            model, lambda w, x: head.transform(w, x, *given[2:]), *given[:2]
-        )
-    return x_BLM
+    norm = model.layers.stacks[name].norm
+    if norm is None:
+        return x_BLM
+    return norms.normalise(whole[name]["norm"], x_BLM, norm)
+
+
+@functools.partial(jax.jit, static_argnums=(0,))
+def _transformed(model: Model, above: Any, x_BLM: jax.Array) -> jax.Array:
+    def run(w: Any, x_BLM: jax.Array) -> jax.Array:
+        return head.transform(w, x_BLM, model.layers.embedding, model.execution)
+
+    return _on_device(model, run, above["transform"], x_BLM)
 
 
 @functools.partial(jax.jit, static_argnums=(0,))

@@ -65,7 +65,6 @@ def read(
     prefix: str,
     rule: Rule,
     shape: tuple[int, ...],
-    dtype: Any = None,
 ) -> np.ndarray:
     """Returns one of our arrays, made of theirs.
 
@@ -74,7 +73,6 @@ def read(
         prefix: what stands before the names of the rule.
         rule: names and dims.
         shape: sizes of our dims, from which those of theirs follow.
-        dtype: type of ours; None takes theirs.
     Raises:
         KeyError: there is no array of that name.
         ValueError: its shape is not what the rule says.
@@ -82,16 +80,20 @@ def read(
     made: np.ndarray | None = None
     for member in members(rule, shape):
         array = theirs[prefix + member.name]
-        if made is None:
-            made = np.empty(shape, dtype or array.dtype)
-        part = made[member.taken]
+        sizes = zip(shape, member.taken, strict=True)
+        of_part = tuple(size for size, taken in sizes if isinstance(taken, slice))
         try:
-            part[...] = arranged(array, member.dims, part.shape)
+            part = arranged(array, member.dims, of_part)
         except ValueError as error:
             raise ValueError(
                 f"{prefix}{member.name} of shape {array.shape} is no {member.dims!r} "
-                f"of {part.shape}"
+                f"of {of_part}"
             ) from error
+        if part.shape == shape:  # all of it, and not copied
+            return part
+        if made is None:
+            made = np.empty(shape, array.dtype)
+        made[member.taken] = part
     assert made is not None, rule
     return made
 

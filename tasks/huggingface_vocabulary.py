@@ -57,6 +57,16 @@ class HuggingFaceVocabulary:
         described = self.tokenizer + f" {self.eos_id} {self.extra_ids}".encode()
         return hashlib.sha256(described).hexdigest()[:32]
 
+    def id_of(self, token: str) -> int | None:
+        """Returns the id of a token by its name; None if it is none."""
+        return self._loaded.token_to_id(token)
+
+    def piece_of(self, token_id: int) -> str | None:
+        """Returns the name of a token; None if there is none."""
+        if not 0 <= token_id < self._size_of_tokenizer:
+            return None
+        return self._loaded.id_to_token(token_id)
+
     def encode(self, text: str) -> list[int]:
         """Returns the tokens' ids."""
         try:

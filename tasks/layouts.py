@@ -151,6 +151,17 @@ def decoder(rows: Rows, *, bidirectional: bool = False) -> dict[str, np.ndarray]
     return batch
 
 
+def started(features: dict[str, np.ndarray], start_id: int) -> dict[str, np.ndarray]:
+    """Returns the features of a decoder that reads another id than 0 as a start."""
+    if not start_id:
+        return features
+    inside_BL = features["decoder_segment_ids"] > 0
+    first_BL = inside_BL & (features["decoder_positions"] == 0)
+    input_BL = features["decoder_input_tokens"]
+    read_BL = np.where(first_BL, np.int32(start_id), input_BL)
+    return features | {"decoder_input_tokens": read_BL}
+
+
 def captions(
     rows: Rows, image_BN: np.ndarray, num_patches: int, *, bidirectional: bool = False
 ) -> dict[str, np.ndarray]:

@@ -278,6 +278,7 @@ def _refuse_unsuited_vocabulary(work: str, data: DataSettings) -> None:
         if data.asks is not None:
             data.asks.make(data, vocabulary)
         masked_tokens.masking(data, vocabulary)
+        vocabularies.start_id(vocabulary, data.start_token)
     except ValueError as error:
         raise StoreError(str(error)) from error
 

@@ -12,6 +12,7 @@ from tasks.errors import StoreError
 from tasks.objectives import Asked, Maker, Objective
 from tasks.settings import DataSettings
 from tasks.store import Split
+from tasks.vocabularies import start_id
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +109,18 @@ class TaskRows:
             raise StoreError(str(error)) from error
 
     @functools.cached_property
+    def start_id(self) -> int:
+        """What a decoder reads before a text.
+
+        Raises:
+            StoreError: the vocabulary has no such START_TOKEN.
+        """
+        try:
+            return start_id(self.part.vocabulary, self.data.start_token)
+        except ValueError as error:
+            raise StoreError(str(error)) from error
+
+    @functools.cached_property
     def index(self) -> packing.Pack | packing.Stream | packing.Captions:
         """Which stored tokens share a row.
 
@@ -156,13 +169,14 @@ class TaskRows:
                 self.data.num_patches,
                 bidirectional=self.data.prefix_attention == "bidirectional",
             )
-        if inputs:
-            return layouts.encoder_decoder(inputs[0], targets)
         if read_BL is not None:
             return layouts.encoder(targets, read_BL)
-        return layouts.decoder(
-            targets, bidirectional=self.data.prefix_attention == "bidirectional"
-        )
+        if inputs:
+            found = layouts.encoder_decoder(inputs[0], targets)
+        else:
+            bidirectional = self.data.prefix_attention == "bidirectional"
+            found = layouts.decoder(targets, bidirectional=bidirectional)
+        return layouts.started(found, self.start_id)
 
     def documents(self, rows: np.ndarray, epochs: np.ndarray, seed: int) -> np.ndarray:
         """Returns int64[B, L]: of which document each predicted token is; else -1.

@@ -48,6 +48,8 @@ class DataSettings:
         eos_token: the piece of a `tokenizer.json` that ends a document; "" asks the
             files beside it, its post-processor, and then which of its special tokens
             has a usual name.
+        start_token: the piece of a tokenizer's file that a decoder reads before the
+            first token of a text; "" reads id 0.
         train_split: split that is learnt.
         heldout_split: split that is only scored.
         shuffle: visit rows in a keyed random order, another one each epoch.
@@ -90,6 +92,7 @@ class DataSettings:
     vocabulary_model: Literal["bpe", "unigram"] = "bpe"
     extra_ids: int = 0
     eos_token: str = ""
+    start_token: str = ""
     train_split: str = "train"
     heldout_split: str = "validation"
     shuffle: bool = True
@@ -302,6 +305,18 @@ def _vocabulary_problems(data: DataSettings) -> list[str]:
             f"EOS_TOKEN = {data.eos_token!r} would be ignored with VOCABULARY = "
             f"{data.vocabulary!r}, which says itself what ends a document: set it to ''"
         )
+    if data.start_token:
+        start = f"START_TOKEN = {data.start_token!r}"
+        if data.vocabulary in ("bytes", "sentencepiece", "task"):
+            found.append(
+                f"{start} is no piece of VOCABULARY = {data.vocabulary!r}, only of a "
+                "tokenizer's file: set it to ''"
+            )
+        if data.layout == "encoder" or data.image_size:
+            found.append(
+                f"{start} means nothing to an encoder, or where texts begin with "
+                "images: set it to ''"
+            )
     if data.bad_utf8 == "replace" and data.vocabulary == "task":
         found.append(
             "BAD_UTF8 = 'replace' cannot mend text with VOCABULARY = 'task', whose "

@@ -66,6 +66,29 @@ class Vocabulary(Protocol):
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text of any ids."""
 
+    def id_of(self, token: str) -> int | None:
+        """Returns the id of a piece by its name; None if it is none."""
+
+    def piece_of(self, token_id: int) -> str | None:
+        """Returns the name of a piece; None if there is none."""
+
+
+def start_id(vocabulary: Vocabulary, start_token: str) -> int:
+    """Returns what a decoder reads before a text: the id of START_TOKEN, or 0.
+
+    Raises:
+        ValueError: there is no such piece.
+    """
+    if not start_token:
+        return 0
+    found = vocabulary.id_of(start_token)
+    if found is None:
+        raise ValueError(
+            f"START_TOKEN = {start_token!r} is no piece of the vocabulary: set it to "
+            "one of its pieces, or to ''"
+        )
+    return found
+
 
 @dataclasses.dataclass(frozen=True)
 class ByteVocabulary:
@@ -94,6 +117,16 @@ class ByteVocabulary:
     def encode(self, text: str) -> list[int]:
         """Returns each byte + 3."""
         return (np.frombuffer(text.encode(), np.uint8).astype(np.int32) + 3).tolist()
+
+    def id_of(self, token: str) -> int | None:
+        """Returns None: bytes have no names."""
+        del token
+        return None
+
+    def piece_of(self, token_id: int) -> str | None:
+        """Returns None: bytes have no names."""
+        del token_id
+        return None
 
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text of those ids that are bytes."""
@@ -137,6 +170,17 @@ class SentencePieceVocabulary:
     def fingerprint(self) -> str:
         """Digest of the model and the number of extra ids."""
         return _digest(self.model + f" {self.extra_ids}".encode())
+
+    def id_of(self, token: str) -> int | None:
+        """Returns the id of a piece by its name; None if it is none."""
+        found = self._processor.piece_to_id(token)
+        return found if self._processor.id_to_piece(found) == token else None
+
+    def piece_of(self, token_id: int) -> str | None:
+        """Returns the name of a piece; None if there is none."""
+        if not 0 <= token_id < self._processor.get_piece_size():
+            return None
+        return str(self._processor.id_to_piece(token_id))
 
     def encode(self, text: str) -> list[int]:
         """Returns the pieces' ids.

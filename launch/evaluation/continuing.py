@@ -15,6 +15,7 @@ from launch.run.assemble import Run
 from moe.model import beam, decoding
 from moe.model.memories import Encoded
 from partitioning import rules
+from tasks import vocabularies
 from tasks.vocabularies import Vocabulary
 
 
@@ -32,7 +33,8 @@ def continuation(
         num_tokens: tokens to draw at most.
     """
     whole_prompt = run.settings.data.prefix_attention == "bidirectional"
-    model = run.learner.model
+    model, start_token = run.learner.model, run.settings.data.start_token
+    start_id = vocabularies.start_id(vocabulary, start_token)
 
     def follow(
         params: Any,
@@ -61,6 +63,7 @@ def continuation(
                 first_id=int(vocabulary.has_padding),
                 eos_id=vocabulary.eos_id,
                 whole_prompt=whole_prompt,
+                start_id=start_id,
             )
             return token_BKT[:, 0]
         return decoding.generate(
@@ -79,6 +82,7 @@ def continuation(
             first_id=int(vocabulary.has_padding),
             eos_id=vocabulary.eos_id,
             whole_prompt=whole_prompt,
+            start_id=start_id,
         )
 
     return jax.jit(follow, out_shardings=rules.replicated(run.mesh))

@@ -23,6 +23,7 @@ from tasks import files, layouts, scoring
 from tasks.errors import StoreError
 from tasks.scoring import ScoredTask
 from tasks.store import TokenStore
+from tasks.vocabularies import start_id
 
 Waiting = Callable[[str], contextlib.AbstractContextManager]
 
@@ -130,10 +131,11 @@ class TaskMetrics:
         """Log-likelihood of each example's targets, given its inputs."""
         data, rows = self._run.settings.data, self._run.settings.train.batch_size
         eval_step, scores = self.eval_step(), []
+        start = start_id(self._store.vocabulary, data.start_token)
         for some in _cut(list(zip(task.inputs, task.targets, strict=True)), rows):
             self._check()
             pairs = [[pair] for pair in some] + [[]] * (rows - len(some))
-            batch = layouts.of_pairs(pairs, data)
+            batch = layouts.started(layouts.of_pairs(pairs, data), start)
             placed = {k: self._place(v, ("batch", "length")) for k, v in batch.items()}
             _, nats_BL = jax.device_get(eval_step(params, placed))
             scores.append(-nats_BL[: len(some)].sum(axis=1, dtype=np.float64))

@@ -35,7 +35,6 @@ _MOST_DIFFERENCES = 3
 _DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 # Of the config.json of a model that came in, what goes out as it was.
 _OF_NO_MODEL = (
-    "bos_token_id",
     "eos_token_id",
     "pad_token_id",
     "max_position_embeddings",
@@ -73,15 +72,15 @@ def give(
         TensorsError: the folder is there already, or cannot be written.
     """
     name, said, scale = _described(config, family)
-    vocabulary = vocabulary_of(config)
+    vocabulary, start = vocabulary_of(config), config.settings.data.start_token
     kept = Path(config.settings.loop.model_dir, VOCABULARY)
     came = read_config(kept) if (kept / CONFIG).is_file() else {}
     said = {
-        "bos_token_id": None,
         "eos_token_id": vocabulary.eos_id,
         "max_position_embeddings": config.settings.data.length,
         **said,
         **{word: came[word] for word in _OF_NO_MODEL if word in came},
+        "bos_token_id": vocabularies.start_id(vocabulary, start) if start else None,
         "dtype": config.settings.execution.param_dtype if dtype == "same" else dtype,
     }
     manifest = read_manifest(path)

@@ -117,7 +117,7 @@ def take_over(
             f"the tokenizer of {source} has {vocabulary.size:,} ids, and the model an "
             f"embedding of {config.settings.model.vocab_size:,} rows"
         )
-    text = _finished(config, to, vocabulary)
+    text = _finished(config, to, vocabulary, said.get("bos_token_id"))
     param_dtype = config.settings.execution.param_dtype
     public = opened(source, config.settings.layers, _DTYPES[param_dtype])
     if (to / "config.gin").exists():
@@ -164,13 +164,18 @@ def _tensors_of(source: Path, family: Family) -> dict[str, Tensor]:
     return found
 
 
-def _finished(config: ResolvedConfig, to: Path, vocabulary: Vocabulary) -> str:
+def _finished(
+    config: ResolvedConfig, to: Path, vocabulary: Vocabulary, start_id: object
+) -> str:
     """The configuration, with what is known only now."""
     values: dict[str, Any] = {}
+    data = config.settings.data
+    if data.layout == "decoder" and not data.start_token and type(start_id) is int:
+        values["START_TOKEN"] = vocabulary.piece_of(start_id) or ""
     if vocabulary.kind == "huggingface":
         description = vocabularies.to_files(vocabulary)[vocabularies.DESCRIPTION]
         values["EOS_TOKEN"] = json.loads(description)["eos_token"]
-    if config.settings.data.store_dir == _STORE:
+    if data.store_dir == _STORE:
         values["STORE_DIR"] = str(to / "store")
     return with_values(config.operative, values)
 

@@ -49,15 +49,10 @@ def observe(layers: Layers, read: Reader, tokens: Tokens) -> Seen:
         read: function that gives an array of it.
         tokens: int32[B, L] of each stack.
     """
-    layers = with_routers(
-        layers,
-        lambda router: dataclasses.replace(
-            router, group_size=1, capacity_factor=0.0, eval_capacity_factor=0.0
-        ),
-    )
+    layers = token_by_token(layers)
     settings = ExecutionSettings(dtype="float32", attention_block=0, remat="none")
     model = Model(layers, Execution(settings, make_mesh(MeshSettings())))
-    batch = _batch(tokens)
+    batch = batch_of(tokens)
     streams: dict[str, np.ndarray] = {}
     choices: dict[str, np.ndarray] = {}
     x_BLM: jax.Array | None = None
@@ -88,12 +83,22 @@ def observe(layers: Layers, read: Reader, tokens: Tokens) -> Seen:
     return Seen(streams, choices, _flat(logits_BLV))
 
 
+def token_by_token(layers: Layers) -> Layers:
+    """Returns the layers with experts that are never full, and a group a token."""
+    return with_routers(
+        layers,
+        lambda router: dataclasses.replace(
+            router, group_size=1, capacity_factor=0.0, eval_capacity_factor=0.0
+        ),
+    )
+
+
 def _flat(x: Any) -> np.ndarray:
     return np.asarray(x).reshape(-1, x.shape[-1])
 
 
-def _batch(tokens: Tokens) -> Batch:
-    """Rows of one segment each, as the model's features."""
+def batch_of(tokens: Tokens) -> Batch:
+    """Returns a model's features of rows of one segment each."""
     batch: Batch = {}
     for name, token_BL in tokens.items():
         place_L = jnp.arange(token_BL.shape[1], dtype=jnp.int32)

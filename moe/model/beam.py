@@ -26,6 +26,7 @@ def search(
     first_id: int = 1,
     eos_id: int = -1,
     whole_prompt: bool = False,
+    start_id: int = 0,
 ) -> tuple[jax.Array, jax.Array]:
     """Finds continuations of high probability.
 
@@ -48,6 +49,7 @@ def search(
         first_id: ids before it are never drawn.
         eos_id: id that ends a continuation; -1 for none.
         whole_prompt: whether the tokens of a prompt see one another whole.
+        start_id: what is read before a prompt.
     Returns:
         int32 tokens [B, K, num_tokens], the best first, 0 after an end of sequence; and
         their scores [B, K]. Where nothing ended, those that were cut off.
@@ -63,6 +65,7 @@ def search(
         image_BN,
         num_tokens=num_tokens,
         whole_prompt=whole_prompt,
+        start_id=start_id,
     )
 
     def each_beam(array: Any) -> Any:

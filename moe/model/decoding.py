@@ -42,6 +42,7 @@ def begin(
     *,
     num_tokens: int,
     whole_prompt: bool,
+    start_id: int,
 ) -> Begun:
     """Reads prompts, and what the encoder is given.
 
@@ -54,14 +55,14 @@ def begin(
     if source is not None and source.id_BT is not None:
         source_room = source.id_BT.shape[1]
         remembered = dataclasses.replace(source, id_BT=None)
-    # Inputs are the tokens shifted right: position 0 sees the start, 0.
+    # Inputs are the tokens shifted right: position 0 sees the start.
     first_B = L - prompt_length_B
     position_BL = jnp.arange(L + 1) - first_B[:, None]
     token_BL = jnp.take_along_axis(prompt_BL, jnp.maximum(position_BL - 1, 0), axis=1)
     logits_B1V, memories = extend(
         grouped(model, L + 1),
         params,
-        jnp.where(position_BL > 0, token_BL, 0),
+        jnp.where(position_BL > 0, token_BL, start_id),
         position_BL >= 0,
         jnp.int32(0),
         first_B,
@@ -98,6 +99,7 @@ def generate(
     first_id: int = 1,
     eos_id: int = -1,
     whole_prompt: bool = False,
+    start_id: int = 0,
 ) -> jax.Array:
     """Continues prompts, remembering what came before; by default nothing is dropped.
 
@@ -123,6 +125,7 @@ def generate(
         eos_id: id after which a row is done; -1 for none.
         whole_prompt: whether the tokens of a prompt, and the start before them, see one
             another whole, as those of SeqIO's `decoder_causal_attention`.
+        start_id: what is read before a prompt.
     Returns:
         int32 tokens [B, num_tokens]; 0 after an end of sequence.
     """
@@ -136,6 +139,7 @@ def generate(
         image_BN,
         num_tokens=num_tokens,
         whole_prompt=whole_prompt,
+        start_id=start_id,
     )
     key_B = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(B))
 

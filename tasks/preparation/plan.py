@@ -20,6 +20,7 @@ PLAN = "plan.json"
 # Knobs that do not decide what is stored.
 _FREE = {
     "store_dir",
+    "start_token",
     "task_feature_lengths",
     "objective",
     "objective_options",

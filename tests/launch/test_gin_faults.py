@@ -436,6 +436,11 @@ def test_rules_do_not_speak_of_values_that_were_never_given(leaf):
             "'span_corruption', 'masked_lm' and 'masked_entities': leave it at 0.15",
         ),
         (
+            ["START_TOKEN=<s>", "VOCABULARY=bytes"],
+            "START_TOKEN = '<s>' is no piece of VOCABULARY = 'bytes', only of a "
+            "tokenizer's file: set it to ''",
+        ),
+        (
             ["MEAN_NOISE_SPAN_LENGTH=4.0"],
             "MEAN_NOISE_SPAN_LENGTH = 4.0 means nothing to OBJECTIVE = 'causal_lm'",
         ),

@@ -265,7 +265,7 @@ def continue_prompt(length: int, **choices) -> np.ndarray:
 
 
 def likeliest_tokens(
-    name: str, prompt_BL, length_B, drawn_BL, *, first_id=1, **features
+    name: str, prompt_BL, length_B, drawn_BL, *, first_id=1, start_id=0, **features
 ) -> list[np.ndarray]:
     """What a full forward pass over prompt and continuation finds likeliest.
 
@@ -275,7 +275,7 @@ def likeliest_tokens(
     for input_L, prompt_L, length, drawn_L in zip(
         input_BL, prompt_BL, length_B, drawn_BL, strict=True
     ):
-        tokens = [0, *prompt_L[: max(length, 0)], *drawn_L][:L]
+        tokens = [start_id, *prompt_L[: max(length, 0)], *drawn_L][:L]
         input_L[: len(tokens)] = tokens
     logits_BLV = full_forward(name, input_BL, **features)
     likeliest_BL = first_id + logits_BLV[..., first_id:VOCABULARY_PIECES].argmax(-1)
@@ -286,7 +286,7 @@ def likeliest_tokens(
 
 
 GREEDY = {"name": "top1", "temperature": 0.0}
-TOP_K_1 = {"name": "dense", "temperature": 5.0, "top_k": 1}
+TOP_K_1 = {"name": "dense", "temperature": 5.0, "top_k": 1, "start_id": 7}
 
 
 @pytest.mark.parametrize("choices", [GREEDY, TOP_K_1], ids=["temperature_0", "top_k_1"])
@@ -294,7 +294,10 @@ TOP_K_1 = {"name": "dense", "temperature": 5.0, "top_k": 1}
 def test_greedy_decoding_takes_the_likeliest_token_of_the_full_forward(choices, length):
     length_B, name = np.full(B, length), choices["name"]
     drawn_BL = continue_prompt(length, **choices)
-    expected_BL = np.array(likeliest_tokens(name, PROMPT_BL, length_B, drawn_BL))
+    start = {"start_id": choices.get("start_id", 0)}
+    expected_BL = np.array(
+        likeliest_tokens(name, PROMPT_BL, length_B, drawn_BL, **start)
+    )
     checked = expected_BL.shape[1]
     assert checked == min(NUM_TOKENS, L - length)
     np.testing.assert_array_equal(drawn_BL[:, :checked], expected_BL)

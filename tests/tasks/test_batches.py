@@ -18,6 +18,7 @@ from tasks.errors import StoreError
 from tasks.layouts import FEATURES
 from tasks.settings import MixtureSettings
 from tasks.store import open_store
+from tasks.vocabularies import ByteVocabulary
 
 pytestmark = pytest.mark.fast
 
@@ -71,6 +72,18 @@ def test_a_batch_is_the_same_whoever_reads_which_rows(objective):
         shape = (BATCH, data.length)
         assert all(v.shape == shape and v.dtype == np.int32 for v in whole.values())
     assert ("decoder_causal_attention" in data.features) == (objective != "causal_lm")
+
+
+@pytest.mark.parametrize("objective", ["causal_lm", "seq2seq"])
+def test_each_text_is_read_from_a_start(objective, monkeypatch):
+    monkeypatch.setattr(ByteVocabulary, "id_of", lambda self, token: {"<s>": 7}[token])
+    usual = batches(objective).read(3, 0, BATCH)
+    other = batches(objective, start_token="<s>").read(3, 0, BATCH)
+    begins_BL = (usual["decoder_positions"] == 0) & (usual["decoder_segment_ids"] > 0)
+    assert begins_BL.any()
+    assert (usual["decoder_input_tokens"][begins_BL] == 0).all()
+    usual["decoder_input_tokens"][begins_BL] = 7
+    assert same(usual, other)
 
 
 def test_every_epoch_visits_every_row_once_in_another_order():

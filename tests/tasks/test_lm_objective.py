@@ -2,7 +2,15 @@ import numpy as np
 import pytest
 from memory_store import settings
 
-from tasks.layouts import FEATURES, Rows, decoder, encoder_decoder, features, joined
+from tasks.layouts import (
+    FEATURES,
+    Rows,
+    decoder,
+    encoder_decoder,
+    features,
+    joined,
+    started,
+)
 
 pytestmark = pytest.mark.fast
 
@@ -34,6 +42,14 @@ def test_text_by_hand():
         "decoder_segment_ids": [1, 1, 1, 1, 2, 2, 3, 3, 3, 0, 0, 0],
         "decoder_positions": [0, 1, 2, 3, 0, 1, 0, 1, 2, 0, 0, 0],
     }
+
+
+def test_a_start_of_another_id_stands_before_each_piece():
+    row = started(our_row(PIECES), 4)
+    wanted = [4, 5, 6, 7, 4, 8, 4, 9, 3, 0, 0, 0]
+    assert row["decoder_input_tokens"].tolist() == wanted
+    assert row["decoder_input_tokens"].dtype == np.int32
+    assert started(row, 0) is row
 
 
 def test_an_empty_row_and_a_full_one():

@@ -19,6 +19,7 @@ from tasks.vocabularies import (
     SentencePieceVocabulary,
     from_file,
     from_files,
+    start_id,
     to_files,
 )
 
@@ -255,6 +256,18 @@ def test_a_tokenizer_needs_an_end_of_document(tmp_path):
         from_file(tmp_path / "tokenizer.json", eos_token="[EOS]")
     named = from_file(tmp_path / "tokenizer.json", eos_token="[SEP]")
     assert named.eos_id == 1
+    assert start_id(named, "[SEP]") == named.id_of("[SEP]") == 1
+    assert (start_id(named, ""), named.piece_of(1)) == (0, "[SEP]")
+    assert named.piece_of(-1) is named.piece_of(named.size) is None
+
+
+def test_a_start_is_a_piece_by_its_name(trained):
+    third = trained.piece_of(3)
+    assert start_id(trained, third) == 3
+    assert trained.piece_of(trained.size) is None
+    for vocabulary in (trained, ByteVocabulary()):
+        with pytest.raises(ValueError, match="START_TOKEN = '<none>' is no piece of"):
+            start_id(vocabulary, "<none>")
 
 
 def test_a_piece_as_id_0_is_not_padding():

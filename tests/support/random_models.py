@@ -1,0 +1,101 @@
+"""Public models with random weights and odd sizes, as `transformers` saves them."""
+
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import models, pre_tokenizers
+
+VOCAB = 77
+_SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": 36,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "intermediate_size": 22,
+    "max_position_embeddings": 128,
+    "tie_word_embeddings": False,
+}
+_SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+_DEEPSEEK = {
+    "n_routed_experts": 6,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 14,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 1.7,
+}
+# The class, and the fields of its configuration beside or in place of those above.
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "mixtral": ("MixtralForCausalLM", {"num_local_experts": 6}),
+    "olmoe": ("OlmoeForCausalLM", {"num_experts": 6, "num_experts_per_tok": 3}),
+    "qwen3_moe": (
+        "Qwen3MoeForCausalLM",
+        {
+            "num_experts": 6,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 14,
+            "head_dim": 10,
+            "norm_topk_prob": True,
+        },
+    ),
+    "glm4_moe": (
+        "Glm4MoeForCausalLM",
+        {**_DEEPSEEK, "head_dim": 12, "use_qk_norm": True, "n_shared_experts": 1},
+    ),
+    "minimax_m2": (
+        "MiniMaxM2ForCausalLM",
+        {"num_local_experts": 6, "num_experts_per_tok": 2, "head_dim": 12},
+    ),
+    "deepseek_v3": (
+        "DeepseekV3ForCausalLM",
+        {
+            **_DEEPSEEK,
+            "n_group": 3,
+            "topk_group": 2,
+            "q_lora_rank": 10,
+            "kv_lora_rank": 14,
+            "qk_rope_head_dim": 6,
+            "qk_nope_head_dim": 7,
+            "v_head_dim": 5,
+            "num_key_value_heads": 6,
+        },
+    ),
+    "gpt_oss": (
+        "GptOssForCausalLM",
+        {
+            "num_local_experts": 6,
+            "num_experts_per_tok": 2,
+            "head_dim": 10,
+            "sliding_window": 5,
+        },
+    ),
+}
+
+
+def save(name: str, folder: Path) -> Any:
+    """Draws a model, and saves it with a tokenizer of words; returns it."""
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    kind, fields = MODELS[name]
+    kind = getattr(transformers, kind)
+    wanted = _SIZES | _SPECIAL | fields
+    config = kind.config_class(**wanted, attn_implementation="eager")
+    config._experts_implementation = "eager"  # the fast one refuses odd widths
+    model = kind(config).eval()
+    for path, parameter in model.named_parameters():
+        torch.nn.init.normal_(parameter, float("norm" in path.lower()), 0.25)
+    for path, buffer in model.named_buffers():
+        if "correction_bias" in path:
+            buffer.normal_(0, 0.2)
+    model.save_pretrained(folder)
+    words = ["<pad>", "<s>", "</s>", *(f"w{n}" for n in range(VOCAB - 3))]
+    ids = {word: n for n, word in enumerate(words)}
+    made = tokenizers.Tokenizer(models.WordLevel(ids, unk_token="w0"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    made.add_special_tokens(words[:3])
+    (folder / "tokenizer.json").write_text(made.to_str())
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    return model

@@ -9,6 +9,7 @@ import tokenizers
 
 from tasks import end_of_document
 from tasks.errors import StoreError
+from tasks.sentinels import extra_outside
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +22,8 @@ class HuggingFaceVocabulary:
         tokenizer: the bytes of tokenizer.json.
         eos_token: ends a document; "" takes the one that the file says, or that has a
             usual name.
-        extra_ids: ids after the tokenizer's own that stand for no text.
+        extra_ids: ids at the end that stand for no text: sentinels that the tokenizer
+            has there itself, or ids after its own.
     """
 
     tokenizer: bytes = dataclasses.field(repr=False)
@@ -32,8 +34,8 @@ class HuggingFaceVocabulary:
 
     @functools.cached_property
     def size(self) -> int:
-        """Ids up to the largest, and extra ids."""
-        return self._size_of_tokenizer + self.extra_ids
+        """Ids up to the largest, and extra ids that are none of them."""
+        return self._size_of_tokenizer + self._outside
 
     @functools.cached_property
     def has_padding(self) -> bool:
@@ -53,8 +55,10 @@ class HuggingFaceVocabulary:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Digest of the file, the end of a document and the number of extra ids."""
-        described = self.tokenizer + f" {self.eos_id} {self.extra_ids}".encode()
+        """Digest of the file, the end of a document and the extra ids."""
+        inside = " inside" if self._outside < self.extra_ids else ""
+        described = f" {self.eos_id} {self.extra_ids}{inside}".encode()
+        described = self.tokenizer + described
         return hashlib.sha256(described).hexdigest()[:32]
 
     def id_of(self, token: str) -> int | None:
@@ -79,12 +83,18 @@ class HuggingFaceVocabulary:
 
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text of those ids that are tokens, special ones left out."""
-        known = [int(i) for i in ids if 0 <= int(i) < self._size_of_tokenizer]
+        text_ids = self.size - self.extra_ids
+        known = [int(i) for i in ids if 0 <= int(i) < text_ids]
         return self._loaded.decode(known, skip_special_tokens=True)
 
     @functools.cached_property
     def _size_of_tokenizer(self) -> int:
         return max(self._loaded.get_vocab(with_added_tokens=True).values()) + 1
+
+    @functools.cached_property
+    def _outside(self) -> int:
+        size, token_of = self._size_of_tokenizer, self._loaded.id_to_token
+        return extra_outside(self.extra_ids, size, token_of)
 
     @functools.cached_property
     def end(self) -> str:

@@ -19,6 +19,7 @@ import sentencepiece
 from tasks import end_of_document, files
 from tasks.errors import StoreError
 from tasks.huggingface_vocabulary import HuggingFaceVocabulary
+from tasks.sentinels import extra_outside
 
 DESCRIPTION = "vocabulary.json"
 _MODEL = "vocabulary.model"
@@ -143,7 +144,8 @@ class SentencePieceVocabulary:
 
     Attributes:
         model: the bytes of the .model file.
-        extra_ids: ids after the pieces that stand for no text.
+        extra_ids: ids at the end that stand for no text: sentinels that the model has
+            there itself (mT5), or ids after its pieces.
     """
 
     model: bytes = dataclasses.field(repr=False)
@@ -151,10 +153,10 @@ class SentencePieceVocabulary:
     kind = "sentencepiece"
     pad_id = 0
 
-    @property
+    @functools.cached_property
     def size(self) -> int:
-        """Pieces and extra ids."""
-        return self._processor.get_piece_size() + self.extra_ids
+        """Pieces, and extra ids that are none of them."""
+        return self._processor.get_piece_size() + self._outside
 
     @property
     def has_padding(self) -> bool:
@@ -168,8 +170,9 @@ class SentencePieceVocabulary:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Digest of the model and the number of extra ids."""
-        return _digest(self.model + f" {self.extra_ids}".encode())
+        """Digest of the model and the extra ids."""
+        inside = " inside" if self._outside < self.extra_ids else ""
+        return _digest(self.model + f" {self.extra_ids}{inside}".encode())
 
     def id_of(self, token: str) -> int | None:
         """Returns the id of a piece by its name; None if it is none."""
@@ -198,7 +201,7 @@ class SentencePieceVocabulary:
 
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text of those ids that are pieces or bytes."""
-        table = self._bytes_of_id
+        table = self._bytes_of_id[: self.size - self.extra_ids]
         known = b"".join(table[int(i)] for i in ids if 0 <= int(i) < len(table))
         text = known.decode(errors="replace")
         return text.removeprefix(" ") if self._prefixes_a_space else text
@@ -211,6 +214,12 @@ class SentencePieceVocabulary:
     @functools.cached_property
     def _processor(self) -> sentencepiece.SentencePieceProcessor:
         return sentencepiece.SentencePieceProcessor(model_proto=self.model)
+
+    @functools.cached_property
+    def _outside(self) -> int:
+        model = self._processor
+        size = model.get_piece_size()
+        return extra_outside(self.extra_ids, size, model.id_to_piece)
 
     @functools.cached_property
     def _prefixes_a_space(self) -> bool:
@@ -336,6 +345,9 @@ def _from_content(
     try:
         eos_id = vocabulary.eos_id
         _ = vocabulary.has_padding, vocabulary._id_of_byte, vocabulary.encode("a\u2581")
+        _ = vocabulary.size
+    except StoreError as error:
+        raise StoreError(f"{path}: {error}") from None
     except (RuntimeError, ValueError, IndexError):  # the last two of its pieces
         raise StoreError(
             f"{path} is not a SentencePiece model, and no tokenizer.json either"

@@ -43,7 +43,7 @@ _OF_NO_MODEL = (
 )
 _NOT_COPIED = (vocabularies.DESCRIPTION, CONFIG)
 _Pieces = list[tuple[Ours, Member]]
-_NAMES = {"vocabulary.model": "tokenizer.model"}
+_SENTENCEPIECE = "vocabulary.model"  # as a run keeps it
 
 
 def give(
@@ -71,10 +71,10 @@ def give(
         CheckpointError: the checkpoint cannot be read.
         TensorsError: the folder is there already, or cannot be written.
     """
-    name, said, scale = _described(config, family)
     vocabulary, start = vocabulary_of(config), config.settings.data.start_token
     kept = Path(config.settings.loop.model_dir, VOCABULARY)
     came = read_config(kept) if (kept / CONFIG).is_file() else {}
+    name, said, scale = _described(config, family, came.get("model_type"))
     said = {
         "eos_token_id": vocabulary.eos_id,
         "max_position_embeddings": config.settings.data.length,
@@ -106,7 +106,9 @@ def give(
             (part / CONFIG).write_text(f"{text}\n", encoding="utf-8")
             for file in sorted(kept.iterdir()) if kept.is_dir() else ():
                 if file.name not in _NOT_COPIED and file.is_file():
-                    shutil.copyfile(file, part / _NAMES.get(file.name, file.name))
+                    is_model = file.name == _SENTENCEPIECE
+                    as_theirs = FAMILIES[name].sentencepiece if is_model else file.name
+                    shutil.copyfile(file, part / as_theirs)
         write_tensors(part, forms, tensor)
         arrays.refuse_damaged()
         if observe is not None:
@@ -121,9 +123,15 @@ def _type(ours: Ours, arrays: "_Layers", dtype: str) -> np.dtype:
     return arrays.dtype(ours) if dtype == "same" else _DTYPES[dtype]
 
 
-def _described(config: ResolvedConfig, family: str | None) -> tuple[str, Config, float]:
+def _described(
+    config: ResolvedConfig, family: str | None, first: object
+) -> tuple[str, Config, float]:
     """Finds a family that has such a model.
 
+    Args:
+        config: configuration of the run.
+        family: the one to take; None tries all.
+        first: the one to try first.
     Returns:
         It; its config.json; and the factor that its embedding has in itself, and ours
         beside it.
@@ -134,19 +142,23 @@ def _described(config: ResolvedConfig, family: str | None) -> tuple[str, Config,
         )
     settings, lines = config.settings, []
     model, stacks = settings.model, settings.layers.stacks
-    for name in FAMILIES if family is None else (family,):
+    all_families = sorted(FAMILIES, key=lambda name: name != first)
+    for name in all_families if family is None else (family,):
         if set(stacks) != set(FAMILIES[name].layers):
-            wanted = "_".join(FAMILIES[name].layers)
-            lines.append(f"{name}: ARCHITECTURE {model.shape!r} → {wanted!r}")
+            shape = "_".join(FAMILIES[name].layers)
+            lines.append(f"{name}: ARCHITECTURE {model.shape!r} → {shape!r}")
             continue
         said = config_of(name, model, settings.router)
         try:
             _, knobs = knobs_of(said, CONFIG)
-            scale = 1.0
-            if not model.tie_embeddings:  # `give` scales the table
-                ours = model.embed_scale or math.sqrt(model.model_dim)
-                scale = ours / knobs["EMBED_SCALE"]
-                knobs |= {"EMBED_SCALE": model.embed_scale}
+            # `give` scales the table. If that is the head too, logits are larger so.
+            ours = model.embed_scale or math.sqrt(model.model_dim)
+            scale = ours / knobs["EMBED_SCALE"]
+            knobs |= {"EMBED_SCALE": model.embed_scale}
+            if model.tie_embeddings:
+                wanted = knobs.get("LOGIT_SCALE", 1.0) * scale
+                same = math.isclose(wanted, model.logit_scale, rel_tol=1e-6)
+                knobs |= {"LOGIT_SCALE": model.logit_scale if same else wanted}
             found = differences(config, knobs)
         except ExchangeError as error:  # that config.json is no model of the family
             found = [" ".join(str(error).split())]

@@ -15,6 +15,7 @@ from launch.exchange.family import (
 from launch.exchange.gpt_oss import GPT_OSS
 from launch.exchange.sigmoid_families import DEEPSEEK_V3, GLM4_MOE, MINIMAX_M2
 from launch.exchange.softmax_families import MIXTRAL, OLMOE, QWEN3_MOE
+from launch.exchange.two_stacks import MT5, SWITCH_TRANSFORMERS, T5
 from moe.settings import ModelSettings, RouterSettings
 
 FAMILIES: dict[str, Family] = {
@@ -25,6 +26,9 @@ FAMILIES: dict[str, Family] = {
     "minimax_m2": MINIMAX_M2,
     "deepseek_v3": DEEPSEEK_V3,
     "gpt_oss": GPT_OSS,
+    "t5": T5,
+    "mt5": MT5,
+    "switch_transformers": SWITCH_TRANSFORMERS,
 }
 
 

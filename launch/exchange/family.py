@@ -1,6 +1,7 @@
 """What a family of public models is: rules for arrays, words for its config.json."""
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -37,6 +38,9 @@ class Family:
         files: rules of its arrays in files, where they are others.
         ignored: function of config.json; returns a pattern of arrays that may be there,
             and are not read.
+        copies: arrays that are others again where they are not read by a rule, each
+            with the name of the other.
+        sentencepiece: name of a tokenizer that is a SentencePiece model.
         renamed: function of an array's name in a file; returns that of the rules, where
             files have several.
         data: gin file of what a run reads that is made of such a model.
@@ -48,16 +52,23 @@ class Family:
     config: Callable[[ModelSettings, RouterSettings], Said]
     layers: Mapping[str, str]
     memory: Rules
-    ignored: Callable[[Config], str]
+    ignored: Callable[[Config], str] = lambda config: ""
     files: Rules = dataclasses.field(default_factory=dict)
     must_be: Config = dataclasses.field(default_factory=dict)
     also: Mapping[str, str] = dataclasses.field(default_factory=dict)
     renamed: Callable[[str], str] = str
+    copies: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    sentencepiece: str = "tokenizer.model"
     data: str = "data/here.gin"
 
     def readings(self) -> list[Rules]:
         """Returns the rules, those of files first, by which its arrays are written."""
         return [self.memory | self.files, self.memory]
+
+    def left_out(self, config: Config) -> str:
+        """Returns a pattern of arrays that may be there, and make none of ours."""
+        patterns = [self.ignored(config), *map(re.escape, self.copies)]
+        return "|".join(f"(?:{one})" for one in patterns if one)
 
     def said(self, config: Config) -> dict[str, Any]:
         """Returns what a config.json says, or means by saying nothing, in its words."""
@@ -75,7 +86,8 @@ def refuse_excess(knobs: Knobs) -> None:
         for one in value if isinstance(value, tuple) else (value,):
             if isinstance(one, int | float) and not abs(one) < _LARGEST:
                 raise ValueError(f"{macro} would be {one}")
-    if knobs["NUM_LAYERS"] * knobs.get("NUM_EXPERTS", 1) > _MOST_EXPERTS:
+    layers = knobs["NUM_LAYERS"] + knobs.get("NUM_ENCODER_LAYERS", 0)
+    if layers * knobs.get("NUM_EXPERTS", 1) > _MOST_EXPERTS:
         raise ValueError(f"it has more than {_MOST_EXPERTS:,} experts in all layers")
 
 

@@ -76,10 +76,11 @@ def opened(source: Path, layers: Layers, dtype: np.dtype) -> Public:
     family = FAMILIES[name]
     theirs = numbers_of(_tensors_of(source, family), config, dtype)
     ours = list(ours_of(layers, family.layers))
-    ignored = family.ignored(family.said(config))
+    ignored = family.left_out(family.said(config))
     rules, left = matched(ours, family.readings(), theirs, ignored, str(source))
     chosen = list(zip(ours, rules, strict=True))
     _refuse_other_shapes(chosen, theirs)
+    _refuse_false_copies(chosen, theirs, family.copies)
     return Public(name, chosen, theirs, left)
 
 

@@ -39,6 +39,7 @@ def like_llama(
         memory=tables.RULES | (memory or {}),
         files=files or {},
         ignored=_ignored,
+        copies={"lm_head.weight": "model.embed_tokens.weight"},
     )
 
 
@@ -86,8 +87,6 @@ def _ignored(c: Config) -> str:
     that comes in does not learn to.
     """
     patterns = [_FOLLOWING]
-    if c["tie_word_embeddings"]:
-        patterns.append(r"lm_head\.weight")  # the embedding's other name
     above = max(_count(c.get(key)) for key in _AHEAD)
     if above:
         last = c["num_hidden_layers"]

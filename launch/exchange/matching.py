@@ -22,7 +22,8 @@ class Ours(NamedTuple):
         path: path in the tree of parameters.
         layer: place in the first dim of it; None if it is of no layer.
         stack: "encoder" or "decoder"; "" if it is of no layer.
-        rule: path of its rules; one of a stack alone has the stack before it.
+        rule: path of its rules; one of a stack alone has the stack before it, and one
+            of arrays of so many dims alone " of " and their number behind it.
         prefix: what stands before their names.
         shape: shape without the dim of layers.
         dtype: type that it is kept in whatever a run's is; "" is that of the run.
@@ -38,7 +39,10 @@ class Ours(NamedTuple):
 
     def rule_in(self, rules: Rules) -> Rule | None:
         """Returns what rules say of it."""
-        return rules.get(f"{self.stack}/{self.rule}", rules.get(self.rule))
+        dims = f" of {len(self.shape)}"
+        paths = (f"{self.stack}/{self.rule}", self.rule)
+        found = (rules.get(path + end) for path in paths for end in (dims, ""))
+        return next(filter(None, found), None)
 
 
 def ours_of(layers: Layers, names: Mapping[str, str]) -> Iterator[Ours]:
@@ -141,10 +145,13 @@ def _together(names: Sequence[str]) -> list[str]:
     """Lists names that differ in numbers alone as one, with how many there are."""
     kinds: dict[str, list[list[str]]] = collections.defaultdict(list)
     for name in names:
-        kinds[re.sub(r"(?<=\.)\d+(?=\.)", "N", name)].append(name.split("."))
+        kinds[re.sub(r"(?<=[._])\d+(?=\.)", "N", name)].append(name.split("."))
     lines = []
     for each in kinds.values():
-        parts = [at[0] if len(set(at)) == 1 else "N" for at in zip(*each, strict=True)]
+        parts = [
+            at[0] if len(set(at)) == 1 else re.sub(r"\d+$", "N", at[0])
+            for at in zip(*each, strict=True)
+        ]
         number = f" ({len(each):,} of them)" if len(each) > 1 else ""
         lines.append(f"{'.'.join(parts)}{number}")
     return lines

@@ -32,7 +32,11 @@ def differences(config: ResolvedConfig, knobs: Mapping[str, Any]) -> list[str]:
         if section[knob.macro] not in _OF_THE_MODEL
         or _OF_LEARNING.fullmatch(knob.macro)
     ]
-    described = [f"{macro}={value!r}" for macro, value in knobs.items()]
+    described = [
+        f"{macro}={value!r}"
+        for macro, value in knobs.items()
+        if not _OF_LEARNING.fullmatch(macro)
+    ]
     try:
         other = reader.read([], [*kept, *described])
     except ConfigError as error:

@@ -7,9 +7,10 @@ from typing import Any
 
 from launch.exchange import tables
 from launch.exchange.rules import Rules
+from launch.exchange.two_stacks import MT5, SWITCH_TRANSFORMERS, T5
 from moe.settings import ModelSettings, RouterSettings
 
-ROWS, LENGTH = 2, 12
+ROWS, LENGTH, ENCODER_LENGTH = 2, 12, 15
 VOCAB, WIDTH, HEADS, KV_HEADS, HEAD_DIM = 64, 32, 4, 2, 8
 DENSE_DIM, EXPERT_DIM, WINDOW = 48, 24, 5
 BASE, EPSILON = 100.0, 1e-3
@@ -20,20 +21,26 @@ class Family:
     """One public model, small.
 
     Attributes:
-        theirs: its classes in `transformers`, without ForCausalLM.
-        config: fields of their configuration, beside the sizes that all share; "rope"
-            is what its `rope_parameters` have more.
+        theirs: its classes in `transformers`, without what their names end in.
+        head: end of the name of the one that has logits.
+        config: fields of their configuration, beside the sizes that all share, which
+            two stacks do not; "rope" is what its `rope_parameters` have more.
         ours: fields of `ModelSettings`, beside those.
         router: fields of `RouterSettings`; None where no layer is sparse.
         rules: names and shapes of its arrays, where they are not those of
             `tables.RULES`.
+        layers: what the names of a layer's arrays begin with, by stack.
     """
 
     theirs: str
+    head: str = "ForCausalLM"
     config: Mapping[str, Any]
     ours: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     router: Mapping[str, Any] | None = None
     rules: Rules = dataclasses.field(default_factory=dict)
+    layers: Mapping[str, str] = dataclasses.field(
+        default_factory=lambda: {"decoder": "model.layers.{}."}
+    )
 
     def model_settings(self) -> ModelSettings:
         """Returns what the model is in our words."""
@@ -59,6 +66,11 @@ class Family:
         """Returns its router; each token is a group, whose sums are its choices."""
         fields = {"num_selected": 2, "capacity_factor": 0.0, "group_size": 1}
         return RouterSettings(**fields | dict(self.router or {}))
+
+    def lengths(self) -> dict[str, int]:
+        """Returns how many tokens a row of each stack has."""
+        lengths = {"encoder": ENCODER_LENGTH, "decoder": LENGTH}
+        return {stack: lengths[stack] for stack in self.layers}
 
     def all_rules(self) -> Rules:
         """Returns the rules of all its arrays."""
@@ -106,6 +118,48 @@ THEIR_YARN = {
     "beta_slow": 1.0,
 }
 MSCALE = 0.1 * math.log(YARN_FACTOR) + 1  # of mscale = mscale_all_dim = 1
+THEIR_T5 = {
+    "vocab_size": 67,
+    "d_model": 35,
+    "d_kv": 7,
+    "d_ff": 45,
+    "num_layers": 4,
+    "num_decoder_layers": 3,
+    "num_heads": 5,
+    "relative_attention_num_buckets": 10,
+    "relative_attention_max_distance": 11,
+    "layer_norm_epsilon": EPSILON,
+    "decoder_start_token_id": 0,
+}
+OUR_T5 = {
+    "shape": "encoder_decoder",
+    "vocab_size": 67,
+    "model_dim": 35,
+    "head_dim": 7,
+    "mlp_dim": 45,
+    "num_encoder_layers": 4,
+    "num_layers": 3,
+    "num_heads": 5,
+    "num_kv_heads": 0,
+    "positions": "relative",
+    "relative_buckets": 10,
+    "relative_max_distance": 11,
+    "attention_scale": 1.0,
+}
+TIED = {"tie_embeddings": True, "logit_scale": 35**-0.5}
+THEIR_SWITCH = {
+    "num_experts": 5,
+    "num_sparse_encoder_layers": 2,
+    "num_sparse_decoder_layers": 3,
+}
+OUR_SWITCH = {
+    "activation": "relu",
+    "num_experts": 5,
+    "expert_mlp_dim": 45,
+    "moe_every": 1,
+    "encoder_moe_every": 2,
+}
+OUR_SLOTS = {"num_selected": 1, "capacity_factor": 1e-6, "eval_capacity_factor": 1e-6}
 
 FAMILIES: dict[str, Family] = {
     "mixtral": Family(
@@ -325,5 +379,48 @@ FAMILIES: dict[str, Family] = {
             "tie_embeddings": True,
         },
         rules=tables.NORMS_ON_BOTH_SIDES,
+    ),
+    "t5": Family(
+        theirs="T5",
+        head="ForConditionalGeneration",
+        config=THEIR_T5 | {"feed_forward_proj": "relu"},
+        ours=OUR_T5 | TIED | {"activation": "relu"},
+        rules=T5.memory,
+        layers=T5.layers,
+    ),
+    "t5_1_1": Family(  # and Flan-T5
+        theirs="T5",
+        head="ForConditionalGeneration",
+        config=THEIR_T5
+        | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+        ours=OUR_T5 | {"activation": "geglu"},
+        rules=T5.memory | T5.files,
+        layers=T5.layers,
+    ),
+    "mt5": Family(
+        theirs="MT5",
+        head="ForConditionalGeneration",
+        config=THEIR_T5 | {"feed_forward_proj": "gated-gelu"},
+        ours=OUR_T5 | {"activation": "geglu"},
+        rules=MT5.memory | MT5.files,
+        layers=MT5.layers,
+    ),
+    "switch_transformers": Family(
+        theirs="SwitchTransformers",
+        head="ForConditionalGeneration",
+        config=THEIR_T5 | THEIR_SWITCH,
+        ours=OUR_T5 | TIED | OUR_SWITCH,
+        router=OUR_SLOTS | {"min_capacity": 64},
+        rules=SWITCH_TRANSFORMERS.memory,
+        layers=SWITCH_TRANSFORMERS.layers,
+    ),
+    "switch_that_drops": Family(  # an expert takes two tokens of a row
+        theirs="SwitchTransformers",
+        head="ForConditionalGeneration",
+        config=THEIR_T5 | THEIR_SWITCH | {"expert_capacity": 2},
+        ours=OUR_T5 | TIED | OUR_SWITCH,
+        router=OUR_SLOTS | {"min_capacity": 2, "group_size": LENGTH},
+        rules=SWITCH_TRANSFORMERS.memory,
+        layers=SWITCH_TRANSFORMERS.layers,
     ),
 }

@@ -8,7 +8,7 @@ from launch.exchange.family import Config, ExchangeError, Knobs
 from launch.exchange.header import parsed_json
 
 CONFIG = "config.json"
-TOKENIZERS = ("tokenizer.json", "tokenizer.model")
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model")
 # What goes with a tokenizer, and is kept for whoever gets the model back.
 BESIDE = (
     CONFIG,
@@ -54,4 +54,4 @@ def tokenizer_of(source: Path) -> str:
 
 def name_kept(tokenizer: str) -> str:
     """The name by which a run keeps it."""
-    return tokenizer.replace("tokenizer.model", "vocabulary.model")
+    return tokenizer if tokenizer.endswith(".json") else "vocabulary.model"

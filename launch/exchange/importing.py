@@ -199,6 +199,27 @@ def _refuse_other_shapes(chosen: Sequence[tuple[Ours, Rule]], theirs: Numbers) -
         )
 
 
+def _refuse_false_copies(
+    chosen: Sequence[tuple[Ours, Rule]],
+    theirs: Numbers,
+    copies: Mapping[str, str],
+) -> None:
+    """Raises that an array is not another again, and would be lost."""
+    used = {
+        each.prefix + member.name
+        for each, rule in chosen
+        for member in members(rule, each.shape)
+    }
+    for name, original in copies.items():
+        if name not in theirs or name in used:
+            continue
+        if not np.array_equal(theirs[name], theirs[original]):
+            raise ExchangeError(
+                f"{CONFIG} makes {name} the same as {original}, and it is another; if "
+                'it is an output projection, "tie_word_embeddings" is false'
+            )
+
+
 def _written(public: Public, param_dtype: str, state: Path) -> dict[str, Any]:
     """Writes all arrays of a state without an optimizer; returns what they are."""
     kept: dict[str, Any] = {}

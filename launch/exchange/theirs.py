@@ -49,7 +49,10 @@ def observed(model: Any, layers: Mapping[str, str], tokens: Tokens) -> Seen:
     """
     streams: dict[str, np.ndarray] = {}
     choices: dict[str, np.ndarray] = {}
+    token_count = max(token_BL.shape[1] for token_BL in tokens.values())
     for name, module in model.named_modules():
+        if hasattr(module, "expert_capacity"):  # ours are compared without
+            module.expert_capacity = token_count
         place = _place(name, layers)
         if place is None:
             continue
@@ -133,6 +136,8 @@ def chosen(experts: Any, given: tuple[Any, ...]) -> np.ndarray:
         # Llama 4 gives every expert all tokens, and zeros for those of others.
         x_ETM = x_TM.reshape(experts.num_experts, -1, x_TM.shape[-1])
         return x_ETM.ne(0).any(-1).T.numpy()
+    if ids[0].dim() == 3:  # Switch marks them, but for those that found no slot
+        return ids[0].bool().any(1).numpy()
     one_hot_TKE = torch.nn.functional.one_hot(ids[0], experts.num_experts)
     return one_hot_TKE.sum(-2).bool().numpy()
 

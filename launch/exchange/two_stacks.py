@@ -174,7 +174,7 @@ def _every(number: int, sparse: int, stack: str) -> int:
     """Returns MOE_EVERY of a stack."""
     layers = _sparse(number, sparse)
     for every in range(1, number + 1):
-        if layers == set(range(every - 1, number, every)):
+        if number % every == 0 and layers == set(range(every - 1, number, every)):
             return every
     raise ValueError(
         f"num_sparse_{stack}_layers = {sparse} of {number}: layers {sorted(layers)} "

@@ -19,7 +19,7 @@ from benchmarks.public_models.families import (
 )
 from launch.exchange import rules
 from launch.exchange.family import ExchangeError
-from launch.exchange.matching import ours_of
+from launch.exchange.matching import Ours, ours_of
 
 pytestmark = pytest.mark.fast
 
@@ -76,10 +76,14 @@ def test_every_array_of_a_family_has_a_rule_of_its_dims(name):
     of_specs, _ = jax.tree_util.tree_flatten_with_path(model.specs)
     for keys, spec in of_specs:
         path = jax.tree_util.keystr(keys, simple=True, separator="/")
-        of_layer = path.startswith("decoder/layers/")
-        _, dims = rules[path.split("/", 4)[4] if of_layer else path]
+        stack, _, within = path.partition("/layers/")
+        of_layer = bool(within)
+        shape = spec.shape[of_layer:]
+        name = within.split("/", 2)[2] if of_layer else path
+        found = Ours(path, None, stack if of_layer else "", name, "", shape, "")
+        _, dims = found.rule_in(rules)
         rank = len(dims.rpartition(" -> ")[2].split(","))
-        assert rank == len(spec.shape) - of_layer, path
+        assert rank == len(shape), path
 
 
 def test_an_array_that_no_rule_reads_is_an_error():
@@ -87,17 +91,17 @@ def test_an_array_that_no_rule_reads_is_an_error():
     model, all_rules = ours.described(family), family.all_rules()
     theirs = {
         each.prefix + member.name: numbered(*rules.shape_of(member.dims, sizes))
-        for each in ours_of(model.layers, ours.LAYERS)
+        for each in ours_of(model.layers, family.layers)
         for member in rules.members(all_rules[each.rule], each.shape)
         for sizes in [
             {"N": HEADS, "D": HEAD_DIM, "U": KV_HEADS, "V": VOCAB}
             | {"M": WIDTH, "F": DENSE_DIM}
         ]
     }
-    params = ours.parameters(model, all_rules, theirs)
+    params = ours.parameters(family, model, theirs)
     assert params["head"].shape == (WIDTH, VOCAB)
     with pytest.raises(ExchangeError, match="not used: more"):
-        ours.parameters(model, all_rules, {**theirs, "more": numbered(1)})
+        ours.parameters(family, model, {**theirs, "more": numbered(1)})
     del theirs["model.layers.1.self_attn.q_proj.weight"]
     with pytest.raises(ExchangeError, match=r"missing: model\.layers\.1\.self_attn"):
-        ours.parameters(model, all_rules, theirs)
+        ours.parameters(family, model, theirs)

@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import tokenizers
-from published import LAYERS, NUMBERS, VOCAB, D, E, F, M, N, Shapes
+from published import LAYERS, NUMBERS, OTHERS, SENTINELS, VOCAB, D, E, F, M, N, Shapes
 from tokenizers import models, pre_tokenizers
 
 from benchmarks.public_models import ours as small
@@ -24,6 +24,7 @@ from launch.exchange.family import ExchangeError
 from launch.exchange.header import Form
 from launch.exchange.numbers import numbers_of
 from launch.exchange.seen import Seen
+from moe.routing.capacity import capacity
 
 
 def arrays_of(name: str, dtype: np.dtype) -> dict[str, np.ndarray]:
@@ -33,8 +34,9 @@ def arrays_of(name: str, dtype: np.dtype) -> dict[str, np.ndarray]:
         "model.norm.weight": (M,),
         "lm_head.weight": (VOCAB, M),
     }
-    for number in range(2):
+    for number in range(2) if name in LAYERS else ():
         shapes |= LAYERS[name][0](f"model.layers.{number}")
+    shapes = OTHERS[name][0] if name in OTHERS else shapes
     draw = np.random.default_rng(0)
     return {
         name: draw.normal(size=shape).astype(
@@ -53,9 +55,13 @@ def model(folder: Path, name: str, arrays: Mapping[str, np.ndarray]) -> Path:
     """A folder as they publish it, with a tokenizer."""
     folder.mkdir()
     write(folder, arrays)
-    said = {"model_type": name} | NUMBERS | LAYERS[name][1]
+    said = OTHERS[name][1] if name in OTHERS else NUMBERS | LAYERS[name][1]
+    said = {"model_type": name} | said
     (folder / "config.json").write_text(json.dumps(said))
     words = {word: i for i, word in enumerate(["<pad>", "</s>", *"abcdefgh"])}
+    if "shared.weight" in arrays:  # T5's sentinels are the last, in falling order
+        sentinels = (f"<extra_id_{n}>" for n in reversed(range(SENTINELS)))
+        words |= {word: len(words) + i for i, word in enumerate(sentinels)}
     made = tokenizers.Tokenizer(models.WordLevel(words, unk_token="a"))
     made.pre_tokenizer = pre_tokenizers.Whitespace()
     made.add_special_tokens(["<pad>", "</s>"])
@@ -80,7 +86,7 @@ def read(folder: Path) -> dict[str, np.ndarray]:
     return {name: one.read() for name, one in tensors.open_tensors(folder).items()}
 
 
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", [*LAYERS, *OTHERS])
 def test_what_goes_in_comes_out_again(name, tmp_path):
     arrays = arrays_of(name, np.dtype(ml_dtypes.bfloat16))
     source = model(tmp_path / "public", name, arrays)
@@ -303,11 +309,117 @@ def test_a_table_that_is_also_the_head_is_written_once(tmp_path):
     (source / "config.json").write_text(
         json.dumps(config | {"tie_word_embeddings": True})
     )
-    assert convert(source, tmp_path / "run").code == 0
+    done = convert(source, tmp_path / "run")
+    assert done.code == 1
+    assert "lm_head.weight the same as model.embed_tokens.weight, and" in done.err
+    arrays["lm_head.weight"] = arrays["model.embed_tokens.weight"]
+    source = model(tmp_path / "tied", "mixtral", arrays)
+    config |= {"tie_word_embeddings": True}
+    (source / "config.json").write_text(json.dumps(config))
+    done = convert(source, tmp_path / "run")
+    assert (done.code, "left out: lm_head.weight" in done.err) == (0, True), done.err
     done = convert(tmp_path / "run", tmp_path / "back")
     assert done.code == 0, done.err
     del arrays["lm_head.weight"]
     assert bits(read(tmp_path / "back")) == bits(arrays)
+
+
+def test_experts_of_both_stacks_are_in_their_places(tmp_path):
+    arrays = arrays_of("switch_transformers", np.dtype(np.float32))
+    source = model(tmp_path / "public", "switch_transformers", arrays)
+    done = convert(source, tmp_path / "run", "--unchecked")
+    assert done.code == 0, done.err
+    path = tmp_path / "run/checkpoints/0"
+    opened = Arrays(path, read_manifest(path)).opened
+    for stack, last, layers in (("encoder", 1, (1, 3)), ("decoder", 2, (1,))):
+        at = f"params/{stack}/layers/0"
+        name = f"{at}/1/sparse/experts/down"
+        down_PEFM = np.asarray(opened(name).read().result())
+        for place, e in np.ndindex(len(layers), E):
+            theirs = f"{stack}.block.{layers[place]}.layer.{last}.mlp.experts.expert_"
+            wanted_MF = arrays[f"{theirs}{e}.wo.weight"]
+            assert np.array_equal(down_PEFM[place, e], wanted_MF.T)
+        table = np.asarray(opened(f"params/{stack}/distance").read().result())
+        theirs = f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+        assert np.array_equal(table, arrays[theirs])
+    settings = reader.read([f"{tmp_path}/run/config.gin"], []).settings
+    router = settings.router
+    assert capacity(router, E, train=False) == capacity(router, E, train=True) == 7
+    assert router.group_size == settings.data.length
+
+
+def test_other_names_of_a_table_are_that_table(tmp_path):
+    arrays = arrays_of("t5", np.dtype(np.float32))
+    names = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+    arrays |= dict.fromkeys((*names, "lm_head.weight"), arrays["shared.weight"])
+    done = convert(model(tmp_path / "a", "t5", arrays), tmp_path / "run", "--unchecked")
+    assert (done.code, done.err.count("left out: ")) == (0, 3), done.err
+    arrays[names[0]] = arrays["shared.weight"] + 1
+    done = convert(model(tmp_path / "b", "t5", arrays), tmp_path / "other")
+    assert done.code == 1
+    assert f"makes {names[0]} the same as shared.weight, and it is another" in done.err
+
+
+def test_of_t5_newer_files_say_otherwise_that_the_head_is_another(tmp_path):
+    # They say of all models that the embedding is the head, and of these
+    # scale_decoder_outputs = false; the head is in the files, if it is another.
+    for name, head in (("with", True), ("without", False)):
+        arrays = arrays_of("t5_1_1", np.dtype(np.float32))
+        wanted = arrays["lm_head.weight" if head else "shared.weight"]
+        if not head:
+            del arrays["lm_head.weight"]
+        source = model(tmp_path / name, "t5_1_1", arrays)
+        said = json.loads((source / "config.json").read_text())
+        said |= {"tie_word_embeddings": True, "scale_decoder_outputs": False}
+        (source / "config.json").write_text(json.dumps(said))
+        done = convert(source, tmp_path / f"run_{name}", "--unchecked")
+        assert done.code == 0, done.err
+        path = tmp_path / f"run_{name}/checkpoints/0"
+        opened = Arrays(path, read_manifest(path)).opened("params/head")
+        assert np.array_equal(np.asarray(opened.read().result()), wanted.T)
+
+
+@pytest.mark.parametrize(
+    ("said", "answer"),
+    [
+        ({"num_sparse_encoder_layers": 1}, "encoder_layers = 1 of 4: layers [1] alone"),
+        ({"num_sparse_decoder_layers": 2}, "not used: decoder.block.0.layer.2.mlp"),
+        ({"router_bias": True}, "router_bias = True: only False is known"),
+        ({"decoder_start_token_id": 1}, "decoder_start_token_id = 1: only 0"),
+        ({"dense_act_fn": "tanh"}, "dense_act_fn = 'tanh' is none of relu"),
+        ({"expert_capacity": 0}, "expert_capacity = 0 is no number of slots"),
+    ],
+)  # fmt: skip
+def test_what_two_stacks_cannot_have_is_refused(said, answer, tmp_path):
+    arrays = arrays_of("switch_transformers", np.dtype(np.float32))
+    source = model(tmp_path / "public", "switch_transformers", arrays)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | said))
+    done = convert(source, tmp_path / "run")
+    assert (done.code, answer in done.err) == (1, True), done.err
+
+
+def test_a_run_whose_embedding_is_scaled_and_is_the_head_goes_out_so(tmp_path):
+    # As the models of configs/ have it: EMBED_SCALE is the root of the width, and
+    # logits are not scaled. In T5's files the table is larger, and logits are scaled.
+    arrays = arrays_of("t5", np.dtype(np.float32))
+    source = model(tmp_path / "public", "t5", arrays)
+    assert convert(source, tmp_path / "run", "--unchecked").code == 0
+    config = tmp_path / "run" / "config.gin"
+
+    def change(old: str, new: str) -> None:
+        assert f"\n{old}" in config.read_text()
+        config.write_text(config.read_text().replace(f"\n{old}", f"\n{new}"))
+
+    change("EMBED_SCALE = 1.0", "EMBED_SCALE = 0.0")
+    change("LOGIT_SCALE = 0.25", "LOGIT_SCALE = 1.0")
+    done = convert(tmp_path / "run", tmp_path / "back")
+    assert done.code == 0, done.err
+    arrays["shared.weight"] *= 4  # the root of M
+    assert bits(read(tmp_path / "back")) == bits(arrays)
+    change("LOGIT_SCALE = 1.0", "LOGIT_SCALE = 2.0")
+    done = convert(tmp_path / "run", tmp_path / "other")
+    assert "t5: LOGIT_SCALE 2.0 → 1.0" in done.err
 
 
 def test_a_run_that_no_family_has_is_refused_by_its_knobs(tmp_path):
@@ -353,7 +465,9 @@ def test_knobs_are_those_whose_logits_are_the_same(name):
     assert found == name
     bindings = [f"{macro}={value!r}" for macro, value in knobs.items()]
     bindings += ["MODEL_DIR=a", "GROUP_SIZE=1", "VOCABULARY=some/tokenizer.json"]
-    layers = reader.read(["data/here.gin"], bindings).settings.layers
+    bindings += ["ENCODER_GROUP_SIZE=1"]
+    of_data = [] if "d_model" in family.config else ["data/here.gin"]
+    layers = reader.read([FAMILIES[name].data, *of_data], bindings).settings.layers
     assert layers == small.described(family).layers
     # Of the words that `transformers` was given there, all are understood alike.
     theirs = dict(family.config)

@@ -161,3 +161,86 @@ LAYERS: dict[str, tuple[Callable[[str], Shapes], dict[str, object]]] = {
         {"intermediate_size": F, "num_local_experts": E, "head_dim": D},
     ),
 }
+
+
+def t5_attention(at: str) -> Shapes:
+    shapes: Shapes = {f"{at}.{name}.weight": (N * D, M) for name in "qkv"}
+    return shapes | {f"{at}.o.weight": (M, N * D)}
+
+
+def matrices(at: str, *ups: str) -> Shapes:
+    return {f"{at}.{up}.weight": (F, M) for up in ups} | {f"{at}.wo.weight": (M, F)}
+
+
+def two_stacks(feed_forward: Callable[[str, int], Shapes], layers: int = 3) -> Shapes:
+    """So many layers of the encoder, and 2 of the decoder."""
+    shapes: Shapes = {"shared.weight": (SENTINELS + VOCAB, M)}
+    for stack, number_of_layers in (("encoder", layers), ("decoder", 2)):
+        table = f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+        shapes |= {f"{stack}.final_layer_norm.weight": (M,), table: (8, N)}
+        for number in range(number_of_layers):
+            at = f"{stack}.block.{number}.layer"
+            shapes |= t5_attention(f"{at}.0.SelfAttention")
+            if stack == "decoder":
+                shapes |= t5_attention(f"{at}.1.EncDecAttention")
+            last = 1 if stack == "encoder" else 2
+            norms = range(last + 1)
+            shapes |= {f"{at}.{n}.layer_norm.weight": (M,) for n in norms}
+            shapes |= feed_forward(f"{at}.{last}", number)
+    return shapes
+
+
+def relu(at: str, number: int) -> Shapes:
+    return matrices(f"{at}.DenseReluDense", "wi")
+
+
+def gated_gelu(at: str, number: int) -> Shapes:
+    return matrices(f"{at}.DenseReluDense", "wi_0", "wi_1")
+
+
+def switch(at: str, number: int) -> Shapes:
+    if number % 2 == 0:
+        return matrices(f"{at}.mlp", "wi")
+    shapes: Shapes = {f"{at}.mlp.router.classifier.weight": (E, M)}
+    for e in range(E):
+        shapes |= matrices(f"{at}.mlp.experts.expert_{e}", "wi")
+    return shapes
+
+
+SENTINELS = 100
+HEAD: Shapes = {"lm_head.weight": (SENTINELS + VOCAB, M)}
+TWO_STACKS: dict[str, object] = {
+    "vocab_size": SENTINELS + VOCAB,
+    "d_model": M,
+    "d_kv": D,
+    "d_ff": F,
+    "num_layers": 3,
+    "num_decoder_layers": 2,
+    "num_heads": N,
+    "relative_attention_num_buckets": 8,
+    "relative_attention_max_distance": 20,
+    "layer_norm_epsilon": 1e-5,
+    "is_encoder_decoder": True,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "decoder_start_token_id": 0,
+}
+UNTIED = TWO_STACKS | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
+# Those that share neither names nor words with the others: all arrays, and config.json.
+OTHERS: dict[str, tuple[Shapes, dict[str, object]]] = {
+    "t5": (two_stacks(relu), {**TWO_STACKS, "feed_forward_proj": "relu"}),
+    "t5_1_1": (two_stacks(gated_gelu) | HEAD, {**UNTIED, "model_type": "t5"}),
+    "mt5": (two_stacks(gated_gelu) | HEAD, UNTIED),
+    "switch_transformers": (
+        two_stacks(switch, 4),
+        {
+            **TWO_STACKS,
+            "num_layers": 4,
+            "num_experts": E,
+            "num_sparse_encoder_layers": 2,
+            "num_sparse_decoder_layers": 1,
+            "expert_capacity": 7,
+            "dense_act_fn": "relu",
+        },
+    ),
+}

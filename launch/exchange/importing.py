@@ -114,9 +114,10 @@ def take_over(
         source / tokenizer_of(source), data.extra_ids, data.eos_token
     )
     if vocabulary.size > config.settings.model.vocab_size:
+        extra = f" with EXTRA_IDS = {data.extra_ids}" if data.extra_ids else ""
         raise ExchangeError(
-            f"the tokenizer of {source} has {vocabulary.size:,} ids, and the model an "
-            f"embedding of {config.settings.model.vocab_size:,} rows"
+            f"the tokenizer of {source} has {vocabulary.size:,} ids{extra}, and the "
+            f"model an embedding of {config.settings.model.vocab_size:,} rows"
         )
     text = _finished(config, to, vocabulary, said.get("bos_token_id"))
     param_dtype = config.settings.execution.param_dtype

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from tasks import files, train_vocabulary
+from tasks.sentinels import extra_outside
 from tasks.store import StoreError
 from tasks.train_vocabulary import train_sentencepiece
 from tasks.vocabularies import (
@@ -295,3 +296,41 @@ def test_an_end_that_is_no_special_token_never_comes_from_text():
     assert vocabulary.eos_id == 1
     assert 1 not in vocabulary.encode("a</s>b")
     assert vocabulary.decode([*vocabulary.encode("a</s>b"), 1]) == "a</s>b"
+
+
+def with_sentinels(number):
+    """A tokenizer.json whose last tokens are sentinels, as T5's."""
+    model = tokenizers.Tokenizer.from_str(train_tokenizer([ENGLISH]).decode())
+    names = [f"<extra_id_{n}>" for n in reversed(range(number))]
+    model.add_special_tokens(names)
+    return model.to_str().encode(), model.get_vocab_size()
+
+
+def test_sentinels_at_the_end_of_a_vocabulary_are_its_extra_ids(tmp_path):
+    content, size = with_sentinels(4)
+    files.write(tmp_path / "tokenizer.json", content)
+    found = {n: from_file(tmp_path / "tokenizer.json", extra_ids=n) for n in (0, 3, 4)}
+    assert [each.size for each in found.values()] == [size] * 3
+    text = "a <extra_id_0> b"
+    ids = found[4].encode(text)
+    assert max(ids) < size - 4
+    sentinels = [size - 1, size - 3]
+    assert found[4].decode([*sentinels, *ids, *sentinels]) == text
+    assert len({each.fingerprint for each in found.values()}) == 3
+    appended = dataclasses.replace(found[4], tokenizer=train_tokenizer([ENGLISH]))
+    assert appended.size == size  # 4 more than its own
+    with pytest.raises(StoreError, match=r"EXTRA_IDS = 5: .* ends with 4 sentinels"):
+        from_file(tmp_path / "tokenizer.json", extra_ids=5)
+    kept = to_files(found[4])
+    assert from_files(kept.get, "a store").fingerprint == found[4].fingerprint
+
+
+def test_sentinels_are_counted_from_the_end():
+    names = ["a", "\u2581<extra_id_2>", "<extra_id_1>", "\u2581<extra_id_0>"]
+    assert extra_outside(2, 4, names.__getitem__) == 0
+    assert extra_outside(2, 3, names.__getitem__) == 2  # the last is not the first
+    with pytest.raises(StoreError, match=r"EXTRA_IDS = 9: .* ends with 3 sentinels"):
+        extra_outside(9, 4, names.__getitem__)
+    with pytest.raises(StoreError, match=r"EXTRA_IDS = 9: .* ends with 3 sentinels"):
+        extra_outside(9, 3, names[1:].__getitem__)
+    assert extra_outside(2, 0, names.__getitem__) == 2

@@ -327,7 +327,7 @@ def test_a_table_that_is_also_the_head_is_written_once(tmp_path):
 def test_experts_of_both_stacks_are_in_their_places(tmp_path):
     arrays = arrays_of("switch_transformers", np.dtype(np.float32))
     source = model(tmp_path / "public", "switch_transformers", arrays)
-    done = convert(source, tmp_path / "run", "--unchecked")
+    done = convert(source, tmp_path / "run")
     assert done.code == 0, done.err
     path = tmp_path / "run/checkpoints/0"
     opened = Arrays(path, read_manifest(path)).opened
@@ -352,7 +352,7 @@ def test_other_names_of_a_table_are_that_table(tmp_path):
     arrays = arrays_of("t5", np.dtype(np.float32))
     names = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
     arrays |= dict.fromkeys((*names, "lm_head.weight"), arrays["shared.weight"])
-    done = convert(model(tmp_path / "a", "t5", arrays), tmp_path / "run", "--unchecked")
+    done = convert(model(tmp_path / "a", "t5", arrays), tmp_path / "run")
     assert (done.code, done.err.count("left out: ")) == (0, 3), done.err
     arrays[names[0]] = arrays["shared.weight"] + 1
     done = convert(model(tmp_path / "b", "t5", arrays), tmp_path / "other")
@@ -372,7 +372,7 @@ def test_of_t5_newer_files_say_otherwise_that_the_head_is_another(tmp_path):
         said = json.loads((source / "config.json").read_text())
         said |= {"tie_word_embeddings": True, "scale_decoder_outputs": False}
         (source / "config.json").write_text(json.dumps(said))
-        done = convert(source, tmp_path / f"run_{name}", "--unchecked")
+        done = convert(source, tmp_path / f"run_{name}")
         assert done.code == 0, done.err
         path = tmp_path / f"run_{name}/checkpoints/0"
         opened = Arrays(path, read_manifest(path)).opened("params/head")
@@ -404,7 +404,7 @@ def test_a_run_whose_embedding_is_scaled_and_is_the_head_goes_out_so(tmp_path):
     # logits are not scaled. In T5's files the table is larger, and logits are scaled.
     arrays = arrays_of("t5", np.dtype(np.float32))
     source = model(tmp_path / "public", "t5", arrays)
-    assert convert(source, tmp_path / "run", "--unchecked").code == 0
+    assert convert(source, tmp_path / "run").code == 0
     config = tmp_path / "run" / "config.gin"
 
     def change(old: str, new: str) -> None:

@@ -1,5 +1,6 @@
 """Public models become runs, and runs public models, without a bit of difference."""
 
+import io
 import json
 import shutil
 from collections.abc import Mapping
@@ -9,6 +10,7 @@ import commands
 import ml_dtypes
 import numpy as np
 import pytest
+import sentencepiece
 import tokenizers
 from published import LAYERS, NUMBERS, OTHERS, SENTINELS, VOCAB, D, E, F, M, N, Shapes
 from tokenizers import models, pre_tokenizers
@@ -346,6 +348,27 @@ def test_experts_of_both_stacks_are_in_their_places(tmp_path):
     router = settings.router
     assert capacity(router, E, train=False) == capacity(router, E, train=True) == 7
     assert router.group_size == settings.data.length
+
+
+def test_a_tokenizer_keeps_the_name_that_its_family_has_for_it(tmp_path):
+    source = model(tmp_path / "public", "t5", arrays_of("t5", np.dtype(np.float32)))
+    made = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["abcdefgh"]),
+        model_writer=made,
+        model_type="char",
+        vocab_size=12,
+        **{"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1, "minloglevel": 2},
+    )
+    (source / "tokenizer.json").unlink()
+    (source / "spiece.model").write_bytes(made.getvalue())
+    done = convert(source, tmp_path / "run")
+    assert done.code == 0, done.err
+    assert convert(tmp_path / "run", tmp_path / "back").code == 0
+    kept = tmp_path / "run/vocabulary/vocabulary.model", tmp_path / "back/spiece.model"
+    assert [file.read_bytes() for file in kept] == [made.getvalue()] * 2
+    done = convert(source, tmp_path / "other", "--gin.EXTRA_IDS=113")
+    assert "has 125 ids with EXTRA_IDS = 113, and the model an embedding" in done.err
 
 
 def test_other_names_of_a_table_are_that_table(tmp_path):

@@ -24,10 +24,8 @@ from launch.checkpoints.places import (
 from launch.checkpoints.sums import Digest
 from launch.checkpoints.writing import manifest_written
 from launch.checkpoints.written import Written
-from launch.config.diff import changes
+from launch.config.diff import OF_THE_MODEL, changes
 from launch.config.places import sections
-
-_OF_THE_MODEL = ("the model", "the sparse layers")
 
 
 def average(
@@ -95,7 +93,7 @@ def refuse_others(paths: Sequence[Path], manifests: Sequence[dict[str, Any]]) ->
         model = [
             str(change)
             for change in found
-            if change.fixed and section.get(change.macro) in _OF_THE_MODEL
+            if change.fixed and section.get(change.macro) in OF_THE_MODEL
         ]
         if manifests[0]["vocabulary_fingerprint"] != manifest["vocabulary_fingerprint"]:
             model.append("its vocabulary")

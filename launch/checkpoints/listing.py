@@ -70,6 +70,11 @@ def of_step(there: There, step: int) -> list[str]:
             ("parent", f"{parent['path']} (step {parent['step']:,})")
             for parent in manifest.get("parents", [])
         ),
+        *(
+            ("began with", f"{begun['path']}, {', '.join(begun['patterns'])}")
+            for begun in [manifest.get("start_from")]
+            if begun
+        ),
         ("arrays", f"{len(arrays):,}, {_count(arrays):,} bytes uncompressed"),
         ("files", f"{num_bytes:,} bytes"),
     ]

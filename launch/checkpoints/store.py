@@ -49,6 +49,10 @@ class Checkpoints:
         keep_best: how many with the least held-out loss are kept; 0: none for that.
         bucket: CHECKPOINT_DIR, where they are kept; "": in the folder of the run.
         read_only: create no checkpoint, delete none.
+
+    Attributes:
+        folder: where they are, or the newest of them.
+        parents: path and step of what the next one that is saved comes from.
     Raises:
         CheckpointError: the folder cannot be read or made; or the run's checkpoints
             were deleted and its metrics were not.
@@ -69,7 +73,7 @@ class Checkpoints:
         self._number = next(_OPENED)
         self._asked = itertools.count()
         self._manifests: dict[int, dict[str, Any]] = {}
-        self._parents: list[dict[str, Any]] = []
+        self.parents: list[dict[str, Any]] = []
         self._saving: int | None = None
         self._manager: ocp.CheckpointManager | None = None
         self._steps: list[int] = []
@@ -186,7 +190,7 @@ class Checkpoints:
         assert self._manager is not None, "what only reads saves nothing"
         self.wait()
         step, arrays = int(state.step), named_arrays(state)
-        manifest = manifest_of(state, arrays, run, self._parents, provenance)
+        manifest = manifest_of(state, arrays, run, self.parents, provenance)
         if retention.is_stalled(manifest):
             self._retention.stalled.add(step)
         self._saving = step
@@ -275,14 +279,8 @@ class Checkpoints:
         wanted = named_arrays(run.placed_shapes())
         arrays = self._arrays(step, wanted, now, allow_changes=allow_changes)
         if len(arrays) < len(wanted):
-            params = {n: a for n, a in arrays.items() if n.startswith("params/")}
-            begin = jax.jit(
-                lambda named: run.learner.optimizer.init(
-                    unnamed(named, {"params": run.shapes.params})["params"]
-                ),
-                out_shardings=run.shardings.opt_state,
-            )
-            fresh = named_arrays({"opt_state": begin(params)})
+            params = unnamed(arrays, {"params": run.shapes.params})["params"]
+            fresh = named_arrays({"opt_state": run.init_optimizer(params)})
             arrays = fresh | arrays
         return unnamed(arrays, run.shapes)
 
@@ -352,12 +350,28 @@ class Checkpoints:
             partial=partial,
             allow_changes=allow_changes,
         )
-        arrays = Arrays(self.path(step), manifest)
-        there = {name: like for name, like in wanted.items() if name in arrays.saved}
-        restored = self._agreed(step, lambda: placed(arrays, there))
+        saved = manifest["arrays"]
+        there = {name: like for name, like in wanted.items() if name in saved}
+        restored = self.arrays(step, there)
+        self.parents = [{"path": str(self.path(step)), "step": step}]
+        return restored
+
+    def arrays(
+        self, step: int, wanted: Mapping[str, jax.ShapeDtypeStruct]
+    ) -> dict[str, jax.Array]:
+        """Restores some arrays by name, and compares each with its digest.
+
+        Args:
+            step: which one.
+            wanted: the shape and the type in which each was saved, and its place.
+        Raises:
+            DamagedError: one of them is damaged.
+            CheckpointError: it cannot be read.
+        """
+        arrays = Arrays(self.path(step), self.manifest(step))
+        restored = self._agreed(step, lambda: placed(arrays, wanted))
         names = changed(arrays, restored)
         self._agreed(step, lambda: refuse_changed(arrays, names))
-        self._parents = [{"path": str(self.path(step)), "step": step}]
         return restored
 
     def _agreed(self, step: int, work: Any) -> Any:

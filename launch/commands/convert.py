@@ -203,9 +203,10 @@ are, and what is kept.
 
   switchyard convert OLMoE-1B-7B runs/olmoe
   switchyard generate --model_dir=runs/olmoe --prompt='def main('
-  switchyard train --gin_file=runs/olmoe/config.gin --gin_file=mine.gin --allow_changes
-  switchyard convert runs/olmoe olmoe_tuned --dtype=bfloat16
-  switchyard convert --check olmoe_tuned runs/olmoe
+  switchyard train --gin_file=runs/olmoe/config.gin --gin_file=mine.gin \\
+      --gin.MODEL_DIR=runs/tuned --gin.START_FROM=runs/olmoe
+  switchyard convert runs/tuned olmoe_tuned --dtype=bfloat16
+  switchyard convert --check olmoe_tuned runs/tuned
 
 Of a model that comes in, gin files and knobs given here say everything but the model:
 data, learning, PARAM_DTYPE. Every tensor must be used and every parameter made, or

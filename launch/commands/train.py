@@ -109,6 +109,11 @@ def run(config: "ResolvedConfig", options: TrainOptions) -> int:
         from launch.planning.hardware import described
         from launch.run import dry_run
 
+        if config.settings.loop.start_from:
+            from launch.checkpoints import beginning  # with all that restores
+
+            allowed = options.allow_changes
+            print("\n".join(beginning.described(config, allow_changes=allowed)))
         return dry_run.show(config, *described.devices(config))
     from launch.training import start
 
@@ -150,6 +155,9 @@ if it had never stopped. It may run on another mesh. What has changed since is s
 change to another model, or other data, is refused without --allow_changes. Take another
 MODEL_DIR to start afresh. --restarts=5 does that by itself, up to five times, and gives
 up when two starts in a row save nothing new.
+
+START_FROM begins a new run with parameters of another run: all, or those that
+START_PATTERNS match. What becomes of each array is printed: loaded, new or ignored.
 """,
     exit_codes=dict.fromkeys(
         (

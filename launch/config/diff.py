@@ -1,16 +1,22 @@
 """What changed between two configurations, and what may change while a run goes on."""
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from typing import Any
 
 from launch.config.places import sections
 from launch.config.syntax import Binding, MacroUse, statements
 
-# Sections of `base.gin` whose knobs say what is learnt, and from what.
+OF_THE_MODEL = ("the model", "the sparse layers")  # sections of `base.gin`
+# Of these, what only learning sees, or what becomes of choices when experts are full.
+_OF_LEARNING = re.compile(
+    r"(ENCODER_)?(\w*CAPACITY\w*|SLOT_ORDER|OVERFLOW)|(EXPERT_)?DROPOUT_RATE"
+    r"|JITTER_NOISE|LOGIT_NOISE|INIT_SCALE|ALLOW_FUTURE_LEAK|ROUTER_BIAS_\w+"
+)
+# Sections whose knobs say what is learnt, and from what.
 _FIXED_SECTIONS = (
-    "the model",
-    "the sparse layers",
+    *OF_THE_MODEL,
     "the data",
     "the mixture",
     "what is left out",
@@ -94,6 +100,12 @@ def values(text: str, macros: Sequence[str]) -> dict[str, Any]:
     """Returns what knobs come to in a configuration, of those that it sets."""
     given = _given(text)
     return {macro: _value(given, macro) for macro in macros if macro in given}
+
+
+def is_of_model(macro: str) -> bool:
+    """Whether a knob says what a model computes, where no expert is full."""
+    inside = sections().get(macro) in OF_THE_MODEL
+    return inside and not _OF_LEARNING.fullmatch(macro)
 
 
 def told(found: Sequence[Change]) -> str:

@@ -72,7 +72,7 @@ RENAMED = {"VOCABULARY_SIZE": "VOCABULARY_PIECES"}  # by what they were called
 T5X = {
     "BASE_LEARNING_RATE": "LEARNING_RATE, the peak: base / sqrt(WARMUP_STEPS)",
     "EVAL_STEPS": "EVAL_BATCHES",
-    "INITIAL_CHECKPOINT_PATH": "not to be had: a run starts from weights of its own",
+    "INITIAL_CHECKPOINT_PATH": "START_FROM, a run of Switchyard or a checkpoint of one",
     "NUM_DECODER_LAYERS": "NUM_LAYERS",
     "NUM_EMBEDDINGS": "VOCAB_SIZE",
     "RANDOM_SEED": "SEED",

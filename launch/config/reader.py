@@ -40,7 +40,13 @@ _KINDS = {
     "models": ("the model", "the sparse layers"),
     "hardware": ("the hardware",),
 }
-_PATHS = ("MODEL_DIR", "STORE_DIR", "VOCABULARY", "COMPILATION_CACHE_DIR")
+_PATHS = (
+    "MODEL_DIR",
+    "START_FROM",
+    "STORE_DIR",
+    "VOCABULARY",
+    "COMPILATION_CACHE_DIR",
+)
 _WHAT_TO_GIVE = {
     "MODEL_DIR": "the folder of the run, such as 'runs/mine'",
     "STORE_DIR": "the folder of the tokens, such as 'runs/stores/mine'",

@@ -194,6 +194,7 @@ def _text_problems(settings: Settings) -> list[str]:
         **texts,
         "COMPILATION_CACHE_DIR": platform.compilation_cache_dir,
         "CHECKPOINT_DIR": checkpoint_dir,
+        "START_FROM": settings.loop.start_from,
     }
     found += [
         f"{macro} = {text!r} holds a NUL, which no path or name may: take it out"
@@ -212,6 +213,7 @@ def _text_problems(settings: Settings) -> list[str]:
             "or a folder in a bucket, such as 'gs://bucket/runs/mine' or "
             "'s3://bucket/runs/mine'"
         )
+    found += _start_problems(settings.loop)
     for macro in ("STORE_DIR", "VOCABULARY"):
         scheme, there, _ = texts[macro].partition("://")
         if there and scheme not in ("gs", "s3"):
@@ -236,6 +238,32 @@ def _text_problems(settings: Settings) -> list[str]:
             for flag in values
             if not flag.startswith("--") or flag.split() != [flag]
         ]
+    return found
+
+
+def _start_problems(loop: LoopSettings) -> list[str]:
+    """What is wrong with where the first parameters come from."""
+    start, patterns = loop.start_from, loop.start_patterns
+    found, unused = [], LoopSettings.start_patterns
+    if start and not start.strip():
+        found.append(
+            f"START_FROM = {start!r} names nothing: give a run's folder, or ''"
+        )
+    if "://" in start:
+        found.append(
+            f"START_FROM = {start!r}: must be a run's folder on this machine, or a "
+            "checkpoint in one; of a run whose checkpoints are in a bucket too"
+        )
+    if not start and patterns != unused:
+        found.append(
+            f"START_PATTERNS = {patterns} means nothing to START_FROM = '': leave it "
+            f"at {unused}, or name a run"
+        )
+    if start and not patterns:
+        found.append(
+            "START_PATTERNS = () takes nothing: leave it at ('*',), or set START_FROM "
+            "to ''"
+        )
     return found
 
 

@@ -60,6 +60,9 @@ class LoopSettings:
     Attributes:
         model_dir: checkpoints, metrics and the report of this run.
         checkpoint_dir: folder of a bucket that has the checkpoints; "": `model_dir`.
+        start_from: another run, or a checkpoint in one, from which a run that has no
+            checkpoint takes its first parameters; "": they are drawn.
+        start_patterns: patterns of names of parameters that are taken from there.
         checkpoint_period_steps: between checkpoints; the last step always saves.
         checkpoint_minutes: between checkpoints at most; 0 leaves it to steps.
         keep_checkpoints: how many of the newest are kept.
@@ -99,6 +102,8 @@ class LoopSettings:
 
     model_dir: str
     checkpoint_dir: str = ""
+    start_from: str = ""
+    start_patterns: tuple[str, ...] = ("*",)
     checkpoint_period_steps: int = 1000
     checkpoint_minutes: float = 0.0
     keep_checkpoints: int = 3

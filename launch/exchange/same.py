@@ -1,21 +1,13 @@
 """In what a configuration is another model than one that is described by knobs."""
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
-from launch.config import places, reader
-from launch.config.diff import changes
+from launch.config import reader
+from launch.config.diff import OF_THE_MODEL, changes, is_of_model
+from launch.config.places import sections
 from launch.config.reader import ResolvedConfig
 from launch.errors import ConfigError
-
-_OF_THE_MODEL = ("the model", "the sparse layers")
-# Of these sections, what only learning sees, or what becomes of choices when experts
-# are full; public models have nothing of it.
-_OF_LEARNING = re.compile(
-    r"(ENCODER_)?(\w*CAPACITY\w*|SLOT_ORDER|OVERFLOW)|(EXPERT_)?DROPOUT_RATE"
-    r"|JITTER_NOISE|LOGIT_NOISE|INIT_SCALE|ALLOW_FUTURE_LEAK|ROUTER_BIAS_\w+"
-)
 
 
 def differences(config: ResolvedConfig, knobs: Mapping[str, Any]) -> list[str]:
@@ -25,12 +17,10 @@ def differences(config: ResolvedConfig, knobs: Mapping[str, Any]) -> list[str]:
         config: configuration of a run.
         knobs: all of a model that is not a default.
     """
-    section = places.sections()
     kept = [
         f"{knob.macro}={knob.text}"
         for knob in config.knobs
-        if section[knob.macro] not in _OF_THE_MODEL
-        or _OF_LEARNING.fullmatch(knob.macro)
+        if not is_of_model(knob.macro)
     ]
     described = [
         f"{macro}={value!r}"
@@ -46,5 +36,5 @@ def differences(config: ResolvedConfig, knobs: Mapping[str, Any]) -> list[str]:
     return [
         str(change)
         for change in changes(config.operative, other.operative)
-        if section[change.macro] in _OF_THE_MODEL
+        if sections()[change.macro] in OF_THE_MODEL
     ]

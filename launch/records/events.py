@@ -21,6 +21,7 @@ Event = dict[str, Any]
 KINDS = {
     "start": "a life of the run begins",
     "resume": "it goes on from a checkpoint",
+    "taken": "it began with parameters of another run's checkpoint",
     "changes": "knobs that are not as they were",
     "saved": "the state was copied, to be written as a checkpoint",
     "scored": "held-out text was scored",

@@ -75,6 +75,8 @@ def _words(event: Mapping[str, Any]) -> str:
     if kind == "resume":
         lost = event.get("lost_steps", 0)
         return f"resumed; {lost:,} steps since the checkpoint were lost" if lost else ""
+    if kind == "taken":
+        return f"began with parameters of {event.get('path', '?')}"
     if kind == "changes":
         return f"changed: {', '.join(map(str, _listed(event.get('knobs'))))}"
     if kind == "rollback":

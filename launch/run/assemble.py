@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 
@@ -61,6 +62,11 @@ class Run:
             optimizer=self.learner.optimizer,
         )
         return jax.jit(draw, out_shardings=self.shardings)(key)
+
+    def init_optimizer(self, params: Any) -> Any:
+        """Begins the optimizer's state of parameters, where it lives."""
+        begin = self.learner.optimizer.init
+        return jax.jit(begin, out_shardings=self.shardings.opt_state)(params)
 
     def of_batches(self, rows: int) -> "Run":
         """Returns the run as if all its batches had so many rows, to compile for."""

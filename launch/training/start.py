@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 
+from launch.checkpoints import beginning
 from launch.checkpoints import provenance as saving
 from launch.checkpoints.newest import from_newest
 from launch.checkpoints.store import Checkpoints
@@ -58,12 +59,14 @@ class _Begun(NamedTuple):
         state: state of that step, or a first one; None if the run is complete.
         changed: knobs that are not as they were.
         kept: what the checkpoint kept for `loop`.
+        source: what it begins with of another run; None if it draws all, or goes on.
     """
 
     step: int | None
     state: TrainState | None
     changed: Sequence[Change] = ()
     kept: Mapping[str, Any] | None = None
+    source: beginning.Source | None = None
 
 
 def train(
@@ -137,9 +140,15 @@ def _train(
 
         def begin(found: int | None) -> _Begun:
             """The state of a step, or a first one; None if the run is complete."""
-            if found is None:  # drawing cannot fail, so compiling need not wait for it
-                programs.begin()
-                return _Begun(found, _initialised(run, quiet=quiet))
+            if found is None:
+                vocabulary = now["vocabulary_fingerprint"]
+                source = beginning.source_of(
+                    config, vocabulary, allow_changes=allow_changes
+                )
+                if source is None:  # drawing cannot fail: compiling need not wait
+                    programs.begin()
+                state = _initialised(run, source, quiet=quiet)
+                return _Begun(found, state, source=source)
             changed = saved.compare(found, run, now, allow_changes=allow_changes)
             if found >= last:
                 complete(life, found)
@@ -156,6 +165,7 @@ def _train(
         begun = from_newest(saved, begin)
         if begun.state is None:
             return EXIT_DONE
+        now |= beginning.origin(saved, begun.step, begun.source)
         programs.begin(int(begun.state.data_index))
         if together.is_first():
             keep(model_dir, config, begun.step or 0, store.vocabulary)
@@ -165,7 +175,9 @@ def _train(
             score=score,
             measure=measure,
             data_facts=_data_facts(batches, store),
-            go_back=functools.partial(_newest, run, saved, now, itertools.count(1)),
+            go_back=functools.partial(
+                _newest, run, saved, now, begun.source, itertools.count(1)
+            ),
             provenance=now,
             still_ours=still_ours,
             prepare=programs.prepare,
@@ -191,6 +203,10 @@ def _learn(
         programs.during = books.waiting("compile")
         if life.measure is not None:
             life.measure.during = books.progress.waiting
+        if begun.source is not None:
+            part = begun.source.part
+            facts = {"path": str(part.path), "digest": part.digest}
+            books.note("taken", 0, **facts, parameters=part.counts())
         _check(run, books, quiet=quiet)
         programs.wait()
         signals.check()  # of several processes one may have been asked meanwhile
@@ -317,20 +333,30 @@ def _scorer(
 
 
 def _newest(
-    run: Run, saved: Checkpoints, now: Record, numbers: Iterator[int]
+    run: Run,
+    saved: Checkpoints,
+    now: Record,
+    source: beginning.Source | None,
+    numbers: Iterator[int],
 ) -> tuple[TrainState, Mapping[str, Any] | None]:
     """The state of the newest checkpoint, and what it kept; else that of the start."""
     what = f"the checkpoint of rollback {next(numbers)}"  # said once in a job
     found = together.as_first_finds(what, saved.latest)
     if found is None:
-        return run.init_state(), None
+        return beginning.first_state(run, source), None
     state = saved.restore(found, run, now, allow_changes=True)
     return state, saved.manifest(found).get("watch")
 
 
-def _initialised(run: Run, *, quiet: bool) -> TrainState:
-    with waiting("initialising the parameters", quiet=quiet):
-        return jax.block_until_ready(run.init_state())
+def _initialised(
+    run: Run, source: beginning.Source | None, *, quiet: bool
+) -> TrainState:
+    what = "initialising the parameters"
+    if source is not None:
+        beginning.say(source.part, quiet=quiet)
+        what = f"taking parameters of {source.part.path}"
+    with waiting(what, quiet=quiet):
+        return jax.block_until_ready(beginning.first_state(run, source))
 
 
 def _say_changes(
@@ -341,7 +367,15 @@ def _say_changes(
         return
     if changed and not quiet:
         print(f"  changed since step {step:,}: {told(changed)}", file=sys.stderr)
-    steps = {change.macro: change.before for change in changed}.get("TRAIN_STEPS")
+    macros = {change.macro: change.before for change in changed}
+    asked = macros.keys() & {"START_FROM", "START_PATTERNS"}
+    if asked and settings.loop.start_from:
+        print(
+            "warning: START_FROM says how a run begins: this one goes on from its own "
+            f"step {step:,}, and takes nothing from there",
+            file=sys.stderr,
+        )
+    steps = macros.get("TRAIN_STEPS")
     optimizer = settings.optimizer
     falls = {"cosine": "cosine", "wsd": "schedule"}.get(optimizer.schedule)
     if steps is None or falls is None or optimizer.schedule_steps:

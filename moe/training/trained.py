@@ -7,6 +7,7 @@ gradients, clipping and the optimizer's state are of what is trained, and of no 
 import difflib
 import fnmatch
 import math
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax
@@ -22,9 +23,9 @@ def is_trained(name: str, settings: OptimizerSettings) -> bool:
         settings: patterns of what is trained, and of what is not.
     """
     chosen = not settings.trainable or any(
-        _matches(name, pattern) for pattern in settings.trainable
+        matches(name, pattern) for pattern in settings.trainable
     )
-    return chosen and not any(_matches(name, pattern) for pattern in settings.frozen)
+    return chosen and not any(matches(name, pattern) for pattern in settings.frozen)
 
 
 def trained_of(tree: Any, settings: OptimizerSettings) -> Any:
@@ -62,13 +63,7 @@ def problems(specs: Any, settings: OptimizerSettings) -> list[str]:
     given = {"TRAINABLE": settings.trainable, "FROZEN": settings.frozen}
     found = []
     for macro, patterns in given.items():
-        for pattern in patterns:
-            if not any(_matches(name, pattern) for name in names):
-                near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.0)
-                found.append(
-                    f"{macro} = {patterns}: {pattern!r} matches no parameter; the "
-                    f"nearest are {', '.join(near)}"
-                )
+        found += unmatched(macro, patterns, names)
     if not found and not any(is_trained(name, settings) for name in names):
         found.append(
             f"TRAINABLE = {settings.trainable} and FROZEN = {settings.frozen} leave "
@@ -87,7 +82,29 @@ def counted(specs: Any, settings: OptimizerSettings) -> tuple[int, int]:
     return sum(of_trained), sum(sizes.values())
 
 
-def _matches(name: str, pattern: str) -> bool:
+def unmatched(
+    macro: str, patterns: Sequence[str], names: Collection[str], where: str = ""
+) -> list[str]:
+    """Says of each pattern that matches no name which names are the nearest.
+
+    Args:
+        macro: knob that has the patterns.
+        patterns: its value.
+        names: all parameters.
+        where: words that say which parameters they are, such as " of runs/mine".
+    """
+    found = []
+    for pattern in patterns:
+        if not any(matches(name, pattern) for name in names):
+            near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.0)
+            found.append(
+                f"{macro} = {patterns}: {pattern!r} matches no parameter{where}; the "
+                f"nearest are {', '.join(near)}"
+            )
+    return found
+
+
+def matches(name: str, pattern: str) -> bool:
     """Whether a pattern of a shell matches a name, as it is or as a checkpoint's."""
     return any(fnmatch.fnmatchcase(n, pattern) for n in (name, f"params/{name}"))
 

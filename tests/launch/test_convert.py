@@ -17,6 +17,7 @@ from tokenizers import models, pre_tokenizers
 
 from benchmarks.public_models import ours as small
 from benchmarks.public_models.families import FAMILIES as SMALL
+from launch.checkpoints import beginning
 from launch.checkpoints.arrays import Arrays
 from launch.checkpoints.places import read_manifest, sealed
 from launch.config import reader
@@ -589,3 +590,17 @@ def test_both_folders_must_be_named():
     assert (done.code, "'three' is not an option of convert" in done.err) == (1, True)
     done = commands.inline("convert", "none", "nothing", "--check", "--unchecked")
     assert (done.code, "--unchecked: nothing is made" in done.err) == (1, True)
+
+
+def test_a_run_begins_with_a_model_that_came_in(tmp_path):
+    arrays = arrays_of("olmoe", np.dtype(np.float32))
+    source, there = model(tmp_path / "public", "olmoe", arrays), tmp_path / "run"
+    assert convert(source, there).code == 0
+    knobs = [f"MODEL_DIR={tmp_path}/mine", f"START_FROM={there}", "NUM_LAYERS=2"]
+    config = reader.read([str(there / "config.gin")], knobs)
+    vocabulary = read_manifest(there / "checkpoints/0")["vocabulary_fingerprint"]
+    found = beginning.source_of(config, vocabulary, allow_changes=False)
+    assert found.part.counts().keys() == {"loaded", "new", "ignored"}
+    assert found.part.counts()["loaded"] > 0
+    assert found.part.counts()["new"] == found.part.counts()["ignored"] == 0
+    assert found.part.warnings == ()

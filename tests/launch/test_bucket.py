@@ -14,12 +14,13 @@ import pytest
 from test_checkpoints import PROVENANCE, assert_bit_equal, random_state, tiny
 from test_processes import start, words_of
 
-from launch.checkpoints import faults, remote
+from launch.checkpoints import beginning, faults, remote
 from launch.checkpoints.bucket import Bucket, files_of, new_folder
 from launch.checkpoints.newest import from_newest
 from launch.checkpoints.places import CheckpointError
 from launch.checkpoints.store import Checkpoints
 from launch.checkpoints.there import There
+from launch.config import reader
 from launch.run.assemble import Run
 from tasks import files
 from tasks.errors import StoreError
@@ -468,3 +469,18 @@ def test_a_folder_of_a_bucket_is_asked_for():
             reader.read(["runs/tiny.gin"], [f"CHECKPOINT_DIR={text!r}"])
     kept = reader.read(["runs/tiny.gin"], ["CHECKPOINT_DIR='gs://bucket/x/'"])
     assert kept.settings.loop.checkpoint_dir == "gs://bucket/x/"
+
+
+def test_a_run_begins_with_what_another_has_in_a_bucket(run, server, tmp_path):
+    other = tmp_path / "other"
+    save(run, other, "s3://bucket/runs/one", 1, 2)
+    assert local(other) == ["2"]
+    knobs = [f"START_FROM={other}/checkpoints/1", "START_PATTERNS=('*/router',)"]
+    given = ["BATCH_SIZE=16", "SIMULATED_DEVICES=8", "TIE_EMBEDDINGS=False"]
+    config = reader.read(["runs/tiny.gin"], [*given, *knobs])
+    vocabulary = PROVENANCE["vocabulary_fingerprint"]
+    source = beginning.source_of(config, vocabulary, allow_changes=False)
+    assert source.part.step == 1
+    (array,) = beginning._taken(run, source).values()
+    sparse = random_state(run, 1).params["decoder"]["layers"][0][1]["sparse"]
+    assert_bit_equal({"": array}, {"": sparse["router"]})

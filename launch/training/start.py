@@ -176,7 +176,7 @@ def _train(
             measure=measure,
             data_facts=_data_facts(batches, store),
             go_back=functools.partial(
-                _newest, run, saved, now, begun.source, itertools.count(1)
+                _newest, run, saved, now, itertools.count(1), begun.source
             ),
             provenance=now,
             still_ours=still_ours,
@@ -336,8 +336,8 @@ def _newest(
     run: Run,
     saved: Checkpoints,
     now: Record,
-    source: beginning.Source | None,
     numbers: Iterator[int],
+    source: beginning.Source | None = None,
 ) -> tuple[TrainState, Mapping[str, Any] | None]:
     """The state of the newest checkpoint, and what it kept; else that of the start."""
     what = f"the checkpoint of rollback {next(numbers)}"  # said once in a job

@@ -84,7 +84,7 @@ def test_what_is_taken_is_the_other_s_and_the_rest_is_as_drawn(
         monkeypatch.setattr(type(run), "init_state", lambda run: copies())
         state = beginning.first_state(run, source)
         again, kept = start._newest(
-            run, NoCheckpoints(), {}, source, itertools.count(1)
+            run, NoCheckpoints(), {}, itertools.count(1), source
         )
     made, before = arrays_of(state.params), arrays_of(drawn.params)
     arrays = Arrays(other / "checkpoints/5", read_manifest(other / "checkpoints/5"))

@@ -41,6 +41,48 @@ class Source:
     saved: Checkpoints
     part: Part
 
+    def say(self, *, quiet: bool) -> None:
+        """Prints every fate once, and warnings however quiet a run is."""
+        if not together.is_first():
+            return
+        if not quiet:
+            for line in self.part.lines():
+                print(f"  {line}", file=sys.stderr, flush=True)
+        for words in self.part.warnings:
+            print(f"warning: START_FROM: {words}", file=sys.stderr, flush=True)
+
+    def first_state(self, run: Run) -> TrainState:
+        """Draws the state of step 0, and takes parameters in the place of drawn ones.
+
+        The optimizer's state begins with the parameters as they then are.
+
+        Args:
+            run: the run, assembled; its mesh is set.
+        Raises:
+            DamagedError: the checkpoint is damaged.
+        """
+        state = run.init_state()
+        params = named_arrays(state.params)
+        replaced = [params[name] for name in self.part.loaded]
+        for array in [*replaced, *jax.tree.leaves(state.opt_state)]:
+            array.delete()  # what comes in its place needs the memory
+        try:
+            params |= _taken(run, self)
+        except DamagedError as damage:
+            raise _damaged(damage) from damage
+        whole = unnamed(params, run.shapes.params)
+        opt_state = run.init_optimizer(whole)
+        return dataclasses.replace(state, params=whole, opt_state=opt_state)
+
+    def told(self, saved: Checkpoints) -> dict[str, Any]:
+        """Returns what the next checkpoints of a run say of where it began.
+
+        Args:
+            saved: those of the run, which hear of their parent.
+        """
+        saved.parents = [{"path": str(self.part.path), "step": self.part.step}]
+        return {"start_from": self.part.origin()}
+
 
 def place(start_from: str) -> tuple[Path, int | None]:
     """Returns the run that START_FROM names, and the step; None is the newest."""
@@ -52,22 +94,18 @@ def place(start_from: str) -> tuple[Path, int | None]:
 
 def source_of(
     config: ResolvedConfig, vocabulary: str, *, allow_changes: bool
-) -> Source | None:
+) -> Source:
     """Finds what a run begins with; reads no array.
 
     Args:
         config: configuration of the run.
         vocabulary: fingerprint of its vocabulary.
         allow_changes: whether embeddings may be those of another one.
-    Returns:
-        None if all is drawn: START_FROM is "".
     Raises:
         CheckpointError: there is no such checkpoint.
         ConfigError: it does not fit, with all that does not.
     """
     start_from = config.settings.loop.start_from
-    if not start_from:
-        return None
     folder, step = place(start_from)
     bucket = place_of(folder, "")
     saved = Checkpoints(str(folder), keep=1, bucket=bucket, read_only=True)
@@ -108,62 +146,6 @@ def described(config: ResolvedConfig, *, allow_changes: bool) -> list[str]:
         vocabulary = opening.open_checked(config).manifest.vocabulary_fingerprint
     part = part_of(config, name, manifest, vocabulary, allow_changes=allow_changes)
     return [*part.lines(), *(f"  warning: {words}" for words in part.warnings)]
-
-
-def say(part: Part, *, quiet: bool) -> None:
-    """Prints every fate once, and warnings however quiet a run is."""
-    if not together.is_first():
-        return
-    if not quiet:
-        for line in part.lines():
-            print(f"  {line}", file=sys.stderr, flush=True)
-    for words in part.warnings:
-        print(f"warning: START_FROM: {words}", file=sys.stderr, flush=True)
-
-
-def first_state(run: Run, source: Source | None) -> TrainState:
-    """Draws the state of step 0, and takes of a checkpoint what a run begins with.
-
-    The optimizer's state begins with the parameters as they then are.
-
-    Args:
-        run: the run, assembled; its mesh is set.
-        source: what it begins with; None draws all.
-    Raises:
-        DamagedError: the checkpoint is damaged.
-    """
-    state = run.init_state()
-    if source is None:
-        return state
-    params = named_arrays(state.params)
-    opt_state: Any = state.opt_state
-    replaced = [params[name] for name in source.part.loaded]
-    for array in [*replaced, *jax.tree.leaves(opt_state)]:
-        array.delete()  # what comes in its place needs the memory
-    try:
-        params |= _taken(run, source)
-    except DamagedError as damage:
-        raise _damaged(damage) from damage
-    whole = unnamed(params, run.shapes.params)
-    opt_state = run.init_optimizer(whole)
-    return dataclasses.replace(state, params=whole, opt_state=opt_state)
-
-
-def origin(
-    saved: Checkpoints, step: int | None, source: Source | None
-) -> dict[str, Any]:
-    """Returns what the next checkpoints of a run say of where it began.
-
-    Args:
-        saved: those of the run, which hear of their parent.
-        step: the one that it goes on from; None if it begins.
-        source: what it then begins with; None if all is drawn.
-    """
-    if source is not None:
-        saved.parents = [{"path": str(source.part.path), "step": source.part.step}]
-        return {"start_from": source.part.origin()}
-    said = {} if step is None else saved.manifest(step)
-    return {name: said[name] for name in ("start_from",) if name in said}
 
 
 def _taken(run: Run, source: Source) -> dict[str, jax.Array]:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 
-from launch.checkpoints import beginning
 from launch.checkpoints import provenance as saving
 from launch.checkpoints.newest import from_newest
 from launch.checkpoints.store import Checkpoints
@@ -48,6 +47,7 @@ from tasks.batches import Batches
 from tasks.store import TokenStore, is_there
 
 if TYPE_CHECKING:
+    from launch.checkpoints.beginning import Source
     from launch.evaluation.task_metrics import TaskMetrics
 
 
@@ -66,7 +66,7 @@ class _Begun(NamedTuple):
     state: TrainState | None
     changed: Sequence[Change] = ()
     kept: Mapping[str, Any] | None = None
-    source: beginning.Source | None = None
+    source: "Source | None" = None
 
 
 def train(
@@ -141,10 +141,7 @@ def _train(
         def begin(found: int | None) -> _Begun:
             """The state of a step, or a first one; None if the run is complete."""
             if found is None:
-                vocabulary = now["vocabulary_fingerprint"]
-                source = beginning.source_of(
-                    config, vocabulary, allow_changes=allow_changes
-                )
+                source = _source(config, now, allow_changes=allow_changes)
                 if source is None:  # drawing cannot fail: compiling need not wait
                     programs.begin()
                 state = _initialised(run, source, quiet=quiet)
@@ -165,7 +162,7 @@ def _train(
         begun = from_newest(saved, begin)
         if begun.state is None:
             return EXIT_DONE
-        now |= beginning.origin(saved, begun.step, begun.source)
+        now |= _told(begun, saved)
         programs.begin(int(begun.state.data_index))
         if together.is_first():
             keep(model_dir, config, begun.step or 0, store.vocabulary)
@@ -337,26 +334,48 @@ def _newest(
     saved: Checkpoints,
     now: Record,
     numbers: Iterator[int],
-    source: beginning.Source | None = None,
+    source: "Source | None" = None,
 ) -> tuple[TrainState, Mapping[str, Any] | None]:
     """The state of the newest checkpoint, and what it kept; else that of the start."""
     what = f"the checkpoint of rollback {next(numbers)}"  # said once in a job
     found = together.as_first_finds(what, saved.latest)
     if found is None:
-        return beginning.first_state(run, source), None
+        return _first(run, source), None
     state = saved.restore(found, run, now, allow_changes=True)
     return state, saved.manifest(found).get("watch")
 
 
-def _initialised(
-    run: Run, source: beginning.Source | None, *, quiet: bool
-) -> TrainState:
+def _initialised(run: Run, source: "Source | None", *, quiet: bool) -> TrainState:
     what = "initialising the parameters"
     if source is not None:
-        beginning.say(source.part, quiet=quiet)
+        source.say(quiet=quiet)
         what = f"taking parameters of {source.part.path}"
     with waiting(what, quiet=quiet):
-        return jax.block_until_ready(beginning.first_state(run, source))
+        return jax.block_until_ready(_first(run, source))
+
+
+def _first(run: Run, source: "Source | None") -> TrainState:
+    return run.init_state() if source is None else source.first_state(run)
+
+
+def _source(
+    config: ResolvedConfig, now: Record, *, allow_changes: bool
+) -> "Source | None":
+    """What a new run takes of another; all that does not fit is said here."""
+    if not config.settings.loop.start_from:
+        return None
+    from launch.checkpoints import beginning  # which few runs need
+
+    vocabulary = now["vocabulary_fingerprint"]
+    return beginning.source_of(config, vocabulary, allow_changes=allow_changes)
+
+
+def _told(begun: _Begun, saved: Checkpoints) -> Record:
+    """What checkpoints say of where the run began: of this start, or of the first."""
+    if begun.source is not None:
+        return begun.source.told(saved)
+    said = {} if begun.step is None else saved.manifest(begun.step)
+    return {name: said[name] for name in ("start_from",) if name in said}
 
 
 def _say_changes(

@@ -55,9 +55,7 @@ def other(tmp_path_factory) -> Path:
 def source_of(
     config: ResolvedConfig, *, allow_changes: bool = False
 ) -> beginning.Source:
-    found = beginning.source_of(config, VOCABULARY, allow_changes=allow_changes)
-    assert found is not None
-    return found
+    return beginning.source_of(config, VOCABULARY, allow_changes=allow_changes)
 
 
 def faults(*knobs: str, vocabulary: str = VOCABULARY) -> list[str]:
@@ -82,7 +80,7 @@ def test_what_is_taken_is_the_other_s_and_the_rest_is_as_drawn(
         drawn = run.init_state()  # which compiles each time
         copies = functools.partial(jax.tree.map, jax.numpy.copy, drawn)
         monkeypatch.setattr(type(run), "init_state", lambda run: copies())
-        state = beginning.first_state(run, source)
+        state = source.first_state(run)
         again, kept = start._newest(
             run, NoCheckpoints(), {}, itertools.count(1), source
         )
@@ -126,7 +124,7 @@ def test_parameters_of_another_type_are_rounded_and_copies_of_them_follow(other)
     config = config_of(*knobs, "START_PATTERNS=('*/attention/*',)", "MESH_EXPERT=4")
     run, source = assemble(config), source_of(config)
     with jax.set_mesh(run.mesh):
-        state = beginning.first_state(run, source)
+        state = source.first_state(run)
     path = other / "checkpoints/5"
     saved = Arrays(path, read_manifest(path))
     made, masters = arrays_of(state.params), arrays_of(state.opt_state.master)
@@ -272,7 +270,7 @@ def test_a_checkpoint_that_is_not_there_or_is_damaged_is_said(other, tmp_path):
         if file.is_file() and "/d/" in str(file):
             file.unlink()
     with jax.set_mesh(run.mesh), pytest.raises(DamagedError) as damaged:
-        beginning.first_state(run, source)
+        source.first_state(run)
     assert str(damaged.value).endswith("names: name another checkpoint")
     (folder / "checkpoints/5/manifest/metadata").unlink()
     with pytest.raises(DamagedError, match=r"START_FROM names"):

@@ -89,6 +89,7 @@ def _take_over(
     source: "Path", to: "Path", config: "ResolvedConfig", options: ConvertOptions
 ) -> int:
     from launch.checkpoints.provenance import code
+    from launch.doctor.host import free_bytes
     from launch.exchange import checking, importing
     from launch.terminal.lines import waiting
 
@@ -100,8 +101,8 @@ def _take_over(
     if options.unchecked:
         return EXIT_DONE
     with waiting("comparing", quiet=options.quiet):
-        right, why = checking.elsewhere(source)
-        made = None if right is None else checking.of_run(to)
+        right, why = checking.elsewhere(source, free_bytes())
+        made = None if right is None else checking.of_run(_config_of(to))
     if right is None or made is None:
         print(
             f"not compared: {why}; or take a folder with {checking.FINGERPRINT}",
@@ -115,6 +116,7 @@ def _give(
     source: "Path", to: "Path", config: "ResolvedConfig", options: ConvertOptions
 ) -> int:
     from launch.checkpoints.there import There
+    from launch.doctor.host import free_bytes
     from launch.exchange import checking, exporting
     from launch.terminal.lines import waiting
 
@@ -123,7 +125,7 @@ def _give(
     found: list[Side] = []
 
     def observe() -> "checking.Seen":
-        found.append(checking.of_run(source, step))
+        found.append(checking.of_run(config, step))
         return found[0].seen
 
     with (
@@ -136,21 +138,28 @@ def _give(
     if not found:
         return EXIT_DONE
     with waiting("comparing", quiet=options.quiet):
-        made = checking.of_public(to)
+        made = checking.of_public(to, free_bytes())
     return _said(found[0], made)
 
 
 def _compare(source: "Path", to: "Path", options: ConvertOptions) -> int:
+    from launch.doctor.host import free_bytes
     from launch.exchange import checking
     from launch.terminal.lines import waiting
 
     def side(folder: "Path", step: int | None) -> "Side":
         with waiting(f"computing {folder}", quiet=options.quiet):
             if (folder / "config.gin").is_file():
-                return checking.of_run(folder, step)
-            return checking.of_public(folder)
+                return checking.of_run(_config_of(folder), step)
+            return checking.of_public(folder, free_bytes())
 
     return _said(side(source, options.step), side(to, None))
+
+
+def _config_of(run: "Path") -> "ResolvedConfig":
+    from launch.config import reader
+
+    return reader.read(*kept_by_run(RunOptions(model_dir=str(run))))
 
 
 def _said(right: "Side", made: "Side") -> int:

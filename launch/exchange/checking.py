@@ -14,10 +14,8 @@ import numpy as np
 from launch.checkpoints.arrays import Arrays
 from launch.checkpoints.places import read_manifest
 from launch.checkpoints.there import There
-from launch.commands import RunOptions, kept_by_run
 from launch.config import reader
 from launch.config.reader import ResolvedConfig
-from launch.doctor.host import free_bytes
 from launch.exchange import importing, observing, seen
 from launch.exchange.families import FAMILIES, family_of
 from launch.exchange.family import ExchangeError
@@ -47,14 +45,17 @@ class Side(NamedTuple):
     why: str = ""
 
 
-def of_run(folder: Path, step: int | None = None) -> Side:
+def of_run(config: ResolvedConfig, step: int | None = None) -> Side:
     """Computes what a checkpoint of a run makes of the tokens.
 
+    Args:
+        config: configuration of the run.
+        step: the checkpoint's; None takes the newest.
     Raises:
         ExchangeError: its routers do not choose token by token.
         CheckpointError: it cannot be read.
     """
-    config = reader.read(*kept_by_run(RunOptions(model_dir=str(folder))))
+    folder = Path(config.settings.loop.model_dir)
     _refuse_others(config, folder)
     layers, there = config.settings.layers, There(folder)
     tokens = seen.tokens_for(layers.stacks, config.settings.model.vocab_size)
@@ -77,14 +78,17 @@ def of_run(folder: Path, step: int | None = None) -> Side:
     return Side(made, f"step {path.name} of {folder}", frozenset(types))
 
 
-def of_public(folder: Path) -> Side:
+def of_public(folder: Path, free: int | None) -> Side:
     """Computes what a public model makes of the tokens, by what is installed.
 
+    Args:
+        folder: that of the model.
+        free: bytes of memory that `transformers` may have; None if nobody knows.
     Raises:
         ExchangeError: it is not what its config.json says.
         TensorsError: a file of its cannot be read.
     """
-    why = _why_not_transformers(folder)
+    why = _why_not_transformers(folder, free)
     if not why:
         try:
             return by_transformers(folder)
@@ -153,15 +157,18 @@ def by_fingerprint(folder: Path) -> Side | None:
     return Side(made, f"the fingerprint in {folder}", _types(folder))
 
 
-def elsewhere(folder: Path) -> tuple[Side | None, str]:
+def elsewhere(folder: Path, free: int | None) -> tuple[Side | None, str]:
     """Returns what somebody else makes of the tokens with a public model.
 
+    Args:
+        folder: that of the model.
+        free: bytes of memory that `transformers` may have; None if nobody knows.
     Returns:
         It, by `transformers`, else by its fingerprint, else None; and why it is None.
     Raises:
         ExchangeError: the fingerprint is damaged.
     """
-    why = _why_not_transformers(folder)
+    why = _why_not_transformers(folder, free)
     if not why:
         try:
             return by_transformers(folder), ""
@@ -187,7 +194,7 @@ def _types(folder: Path) -> frozenset[str]:
     )
 
 
-def _why_not_transformers(folder: Path) -> str:
+def _why_not_transformers(folder: Path, free: int | None) -> str:
     """Says what keeps `transformers` from computing a model; "" if nothing does."""
     for name in ("torch", "transformers"):
         if importlib.util.find_spec(name) is None:
@@ -196,7 +203,7 @@ def _why_not_transformers(folder: Path) -> str:
         int(np.prod(one.form.shape, dtype=np.int64))
         for one in open_tensors(folder).values()
     )
-    needed, free = int(_ROOM * 4 * elements), free_bytes()
+    needed = int(_ROOM * 4 * elements)
     if free is not None and needed > free:
         return f"transformers needs {needed:,} bytes of memory, and {free:,} are free"
     return ""

@@ -23,9 +23,7 @@ def differences(config: ResolvedConfig, knobs: Mapping[str, Any]) -> list[str]:
         if not is_of_model(knob.macro)
     ]
     described = [
-        f"{macro}={value!r}"
-        for macro, value in knobs.items()
-        if not _OF_LEARNING.fullmatch(macro)
+        f"{macro}={value!r}" for macro, value in knobs.items() if is_of_model(macro)
     ]
     try:
         other = reader.read([], [*kept, *described])

@@ -553,7 +553,7 @@ def test_a_fingerprint_tells_where_a_model_was_changed(tmp_path):
     source = model(tmp_path / "public", "mixtral", arrays)
     run, tokens = tmp_path / "run", seen.tokens_for(["decoder"], VOCAB)
     assert convert(source, run).code == 0
-    right = checking.of_run(run)
+    right = checking.of_run(reader.read([str(run / "config.gin")]))
     assert (len(right.seen.streams), right.seen.logits.shape) == (3, (24, VOCAB))
     for chosen in right.seen.choices.values():
         assert chosen.sum() == 2 * tokens["decoder"].size

@@ -289,6 +289,7 @@ def read_config(
     files, knobs = list(options.gin_file), list(bindings)
     if command.reads is not None:
         first, more = command.reads(options)
+        _refuse_twice(knobs, more)
         files, knobs = [*first, *files], [*knobs, *more]
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)
@@ -301,6 +302,18 @@ def read_config(
             "--gin_file=configs/runs/demo.gin"
         )
     return reader.read(files, knobs)
+
+
+def _refuse_twice(given: Sequence[str], more: Sequence[str]) -> None:
+    """Refuses knobs on the command line that would be ignored."""
+    fixed = dict(binding.split("=", 1) for binding in more)
+    for binding in given:
+        macro, value = binding.split("=", 1)
+        if fixed.get(macro, value).strip("'\"") != value.strip("'\""):
+            raise UsageError(
+                f"--gin.{binding} would be ignored: {macro} = {fixed[macro]} is what "
+                "the folder that is named says; leave it out"
+            )
 
 
 # ---------------------------------------------------------------------- what is said

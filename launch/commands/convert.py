@@ -101,7 +101,8 @@ def _take_over(
     if options.unchecked:
         return EXIT_DONE
     with waiting("comparing", quiet=options.quiet):
-        right, why = checking.elsewhere(source, free_bytes())
+        rounds = checking.is_rounded(path)
+        right, why = checking.elsewhere(source, free_bytes(), rounds=rounds)
         made = None if right is None else checking.of_run(_config_of(to))
     if right is None or made is None:
         print(
@@ -125,7 +126,8 @@ def _give(
     found: list[Side] = []
 
     def observe() -> "checking.Seen":
-        found.append(checking.of_run(config, step))
+        rounds = options.dtype == "bfloat16"
+        found.append(checking.of_run(config, step, rounds=rounds))
         return found[0].seen
 
     with (
@@ -143,17 +145,29 @@ def _give(
 
 
 def _compare(source: "Path", to: "Path", options: ConvertOptions) -> int:
+    from launch.checkpoints.places import MANIFEST
+    from launch.checkpoints.there import There
     from launch.doctor.host import free_bytes
     from launch.exchange import checking
     from launch.terminal.lines import waiting
 
-    def side(folder: "Path", step: int | None) -> "Side":
+    def side(folder: "Path", step: int | None, *, rounds: bool) -> "Side":
         with waiting(f"computing {folder}", quiet=options.quiet):
             if (folder / "config.gin").is_file():
-                return checking.of_run(_config_of(folder), step)
-            return checking.of_public(folder, free_bytes())
+                return checking.of_run(_config_of(folder), step, rounds=rounds)
+            return checking.of_public(folder, free_bytes(), rounds=rounds)
 
-    return _said(side(source, options.step), side(to, None))
+    def is_rounded(folder: "Path", step: int | None) -> bool:
+        if not (folder / "config.gin").is_file():
+            return checking.is_rounded(folder)
+        there = There(folder)
+        with there.held(there.step(step), MANIFEST) as (path, _):
+            return checking.is_rounded(path)
+
+    # Either may be made of the other.
+    rounds = is_rounded(source, options.step) or is_rounded(to, None)
+    right = side(source, options.step, rounds=rounds)
+    return _said(right, side(to, None, rounds=rounds))
 
 
 def _config_of(run: "Path") -> "ResolvedConfig":
@@ -168,12 +182,13 @@ def _said(right: "Side", made: "Side") -> int:
 
     for why in filter(None, (right.why, made.why)):
         print(f"not by transformers: {why}", file=sys.stderr)
-    found, allowed = checking.compared(right, made)
+    found = checking.compared(right, made)
     print(f"{right.by} and {made.by}: {found}", file=sys.stderr)
-    if found.relative <= allowed:
+    if found.relative <= checking.ALLOWED:
         return EXIT_DONE
     print(
-        f"they are not the same: {allowed:.0e} of the largest logit is allowed",
+        f"they are not the same: {checking.ALLOWED:.0e} of the largest logit is "
+        "allowed",
         file=sys.stderr,
     )
     return EXIT_USER_ERROR

@@ -9,10 +9,11 @@ import importlib.util
 from pathlib import Path
 from typing import NamedTuple
 
+import ml_dtypes
 import numpy as np
 
 from launch.checkpoints.arrays import Arrays
-from launch.checkpoints.places import read_manifest
+from launch.checkpoints.places import MANIFEST, read_manifest
 from launch.checkpoints.there import There
 from launch.config import reader
 from launch.config.reader import ResolvedConfig
@@ -25,7 +26,9 @@ from launch.exchange.seen import FINGERPRINT, Difference, Seen
 from launch.exchange.tensors import open_tensors
 
 __all__ = ["FINGERPRINT", "Seen", "Side"]
-EXACT, ROUNDED = 1e-4, 5e-2  # over the largest number, where types hold it or round it
+ALLOWED = 1e-4  # over the largest number
+_ROUNDED = np.dtype(ml_dtypes.bfloat16)
+_NEVER_ROUNDED = ("selection_bias", "correction_bias")
 _ROOM = 1.5  # memory that transformers needs, over the bytes of a model in float32
 
 
@@ -35,22 +38,23 @@ class Side(NamedTuple):
     Attributes:
         seen: what it makes of the tokens.
         by: what has computed it.
-        types: names of the types of its parameters.
         why: why not by `transformers`; "" if by it, or if it is a run.
     """
 
     seen: Seen
     by: str
-    types: frozenset[str]
     why: str = ""
 
 
-def of_run(config: ResolvedConfig, step: int | None = None) -> Side:
+def of_run(
+    config: ResolvedConfig, step: int | None = None, *, rounds: bool = False
+) -> Side:
     """Computes what a checkpoint of a run makes of the tokens.
 
     Args:
         config: configuration of the run.
         step: the checkpoint's; None takes the newest.
+        rounds: whether parameters are rounded to bfloat16 first.
     Raises:
         ExchangeError: its routers do not choose token by token.
         CheckpointError: it cannot be read.
@@ -67,23 +71,20 @@ def of_run(config: ResolvedConfig, step: int | None = None) -> Side:
             found = arrays.opened(at)
             if place is not None:  # one of all layers, if they share it
                 found = found[min(place, found.shape[0] - 1)]
-            return np.asarray(arrays.result(at, found.read()), np.float32)
+            values = np.asarray(arrays.result(at, found.read()))
+            return _as_kept(values, rounds=rounds and not at.endswith(_NEVER_ROUNDED))
 
         made = observing.observe(layers, array, tokens)
-        types = {
-            said["dtype"]
-            for name, said in arrays.saved.items()
-            if name.startswith("params/") and not name.endswith("selection_bias")
-        }
-    return Side(made, f"step {path.name} of {folder}", frozenset(types))
+    return Side(made, f"step {path.name} of {folder}")
 
 
-def of_public(folder: Path, free: int | None) -> Side:
+def of_public(folder: Path, free: int | None, *, rounds: bool = False) -> Side:
     """Computes what a public model makes of the tokens, by what is installed.
 
     Args:
         folder: that of the model.
         free: bytes of memory that `transformers` may have; None if nobody knows.
+        rounds: whether parameters are rounded to bfloat16 first.
     Raises:
         ExchangeError: it is not what its config.json says.
         TensorsError: a file of its cannot be read.
@@ -91,15 +92,18 @@ def of_public(folder: Path, free: int | None) -> Side:
     why = _why_not_transformers(folder, free)
     if not why:
         try:
-            return by_transformers(folder)
+            return by_transformers(folder, rounds=rounds)
         except ExchangeError as error:
             why = str(error)
-    return by_rules(folder)._replace(why=why)
+    return by_rules(folder, rounds=rounds)._replace(why=why)
 
 
-def by_transformers(folder: Path) -> Side:
+def by_transformers(folder: Path, *, rounds: bool = False) -> Side:
     """Lets `transformers` compute what a public model makes of the tokens.
 
+    Args:
+        folder: that of the model.
+        rounds: whether parameters are rounded to bfloat16 first.
     Raises:
         ExchangeError: it cannot.
     """
@@ -110,18 +114,22 @@ def by_transformers(folder: Path) -> Side:
     architecture = (said.get("architectures") or [family.architecture])[0]
     tokens = seen.tokens_for(family.layers, family.said(said)["vocab_size"])
     try:
-        made = theirs.observe(folder, str(architecture), family, tokens)
+        given = folder, str(architecture), family, tokens
+        made = theirs.observe(*given, rounds=rounds)
     except Exception as error:  # whatever another package raises
         reason = (str(error).strip().splitlines() or [""])[0]
         raise ExchangeError(
             f"transformers {theirs.VERSION} cannot: {type(error).__name__}: {reason}"
         ) from error
-    return Side(made, f"transformers {theirs.VERSION}", _types(folder))
+    return Side(made, f"transformers {theirs.VERSION}")
 
 
-def by_rules(folder: Path) -> Side:
+def by_rules(folder: Path, *, rounds: bool = False) -> Side:
     """Computes what a public model makes of the tokens, its arrays read by our rules.
 
+    Args:
+        folder: that of the model.
+        rounds: whether parameters are rounded to bfloat16 first.
     Raises:
         ExchangeError: it is not what its config.json says.
         TensorsError: a file of its cannot be read.
@@ -135,11 +143,11 @@ def by_rules(folder: Path) -> Side:
     def array(name: str, place: int | None) -> np.ndarray:
         each, rule = chosen[name, place]
         found = read(public.theirs, each.prefix, rule, each.shape)
-        return np.asarray(found, np.float32)
+        return _as_kept(found, rounds=rounds and not name.endswith(_NEVER_ROUNDED))
 
     tokens = seen.tokens_for(settings.layers.stacks, settings.model.vocab_size)
     made = observing.observe(settings.layers, array, tokens)
-    return Side(made, f"{folder} as it is read here", _types(folder))
+    return Side(made, f"{folder} as it is read here")
 
 
 def by_fingerprint(folder: Path) -> Side | None:
@@ -154,15 +162,18 @@ def by_fingerprint(folder: Path) -> Side | None:
         raise ExchangeError(str(error)) from error
     if made is None:
         return None
-    return Side(made, f"the fingerprint in {folder}", _types(folder))
+    return Side(made, f"the fingerprint in {folder}")
 
 
-def elsewhere(folder: Path, free: int | None) -> tuple[Side | None, str]:
+def elsewhere(
+    folder: Path, free: int | None, *, rounds: bool
+) -> tuple[Side | None, str]:
     """Returns what somebody else makes of the tokens with a public model.
 
     Args:
         folder: that of the model.
         free: bytes of memory that `transformers` may have; None if nobody knows.
+        rounds: whether parameters are rounded to bfloat16 first.
     Returns:
         It, by `transformers`, else by its fingerprint, else None; and why it is None.
     Raises:
@@ -171,27 +182,46 @@ def elsewhere(folder: Path, free: int | None) -> tuple[Side | None, str]:
     why = _why_not_transformers(folder, free)
     if not why:
         try:
-            return by_transformers(folder), ""
+            return by_transformers(folder, rounds=rounds), ""
         except ExchangeError as error:
             why = str(error)
     made = by_fingerprint(folder)
+    if made is not None and rounds and not is_rounded(folder):
+        return None, f"{why}; and {made.by} is of numbers that are not rounded"
     return None if made is None else made._replace(why=why), why
 
 
-def compared(one: Side, other: Side) -> tuple[Difference, float]:
-    """Compares two, the second made of the first; returns what is allowed, too."""
-    holds_all = other.types <= one.types or other.types == {"float32"}
-    allowed = EXACT if holds_all else ROUNDED
-    return seen.difference(one.seen, other.seen, allowed), allowed
+def compared(one: Side, other: Side) -> Difference:
+    """Compares what is right with what may be wrong."""
+    return seen.difference(one.seen, other.seen, ALLOWED)
 
 
-def _types(folder: Path) -> frozenset[str]:
-    found = open_tensors(folder)
-    return frozenset(
-        tensor.form.dtype.name
-        for name, tensor in found.items()
-        if "correction_bias" not in name
+def is_rounded(folder: Path) -> bool:
+    """Whether no parameter of a model needs more than bfloat16.
+
+    Args:
+        folder: that of a public model, or of a step of a run.
+    """
+    if (folder / MANIFEST).is_file():
+        arrays = read_manifest(folder)["arrays"]
+        types = {
+            name: said["dtype"]
+            for name, said in arrays.items()
+            if name.startswith("params/")
+        }
+    else:
+        found = open_tensors(folder)
+        types = {name: tensor.form.dtype.name for name, tensor in found.items()}
+    return not any(
+        kind in ("float32", "float64", "float16")
+        for name, kind in types.items()
+        if not name.endswith(_NEVER_ROUNDED)
     )
+
+
+def _as_kept(values: np.ndarray, *, rounds: bool) -> np.ndarray:
+    """Returns numbers in float32, as the rounded ones of a file are."""
+    return np.asarray(values.astype(_ROUNDED) if rounds else values, np.float32)
 
 
 def _why_not_transformers(folder: Path, free: int | None) -> str:

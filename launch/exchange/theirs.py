@@ -15,7 +15,9 @@ from launch.exchange.seen import EMBEDDED, Seen, Tokens
 VERSION = transformers.__version__
 
 
-def observe(source: Path, architecture: str, family: Family, tokens: Tokens) -> Seen:
+def observe(
+    source: Path, architecture: str, family: Family, tokens: Tokens, *, rounds: bool
+) -> Seen:
     """Computes in float32 what each layer of a model makes of tokens.
 
     Args:
@@ -23,6 +25,7 @@ def observe(source: Path, architecture: str, family: Family, tokens: Tokens) -> 
         architecture: its class.
         family: where its layers are.
         tokens: int32[B, L] of each stack.
+        rounds: whether parameters are rounded to bfloat16 first.
     """
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
@@ -36,6 +39,8 @@ def observe(source: Path, architecture: str, family: Family, tokens: Tokens) -> 
         trust_remote_code=False,
         use_safetensors=True,
     ).eval()
+    for parameter in model.parameters() if rounds else ():
+        parameter.data = parameter.data.bfloat16().float()
     return observed(model, family.layers, tokens)
 
 

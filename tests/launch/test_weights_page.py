@@ -30,7 +30,6 @@ def test_from_a_public_model_to_one_that_is_tuned_and_back(tmp_path, monkeypatch
     assert said["generate --model_dir=runs/olmoe"].out.startswith("def main(")
     told = said["train --gin_file=runs/olmoe/config.gin"]
     assert re.search(r"loaded .*experts/up", told.out + told.err)
-    assert "logits differ by 0.0e+00 at most" not in said["convert runs/tuned"].err
     tuned = read(tmp_path / "olmoe_tuned")
     assert tuned.keys() == arrays.keys()
     name = "model.layers.1.mlp.experts.2.up_proj.weight"

@@ -11,6 +11,7 @@ import dataclasses
 import numpy as np
 
 from tasks.draws import bits
+from tasks.huggingface_vocabulary import HuggingFaceVocabulary
 from tasks.settings import DataSettings
 from tasks.vocabularies import Vocabulary
 from tasks.words import Units, units
@@ -24,9 +25,10 @@ class Masking:
 
     Attributes:
         density: fraction of the tokens that are chosen; at least one is.
-        vocabulary_size: V; the last id stands for a masked token.
+        vocabulary_size: V.
         extra_ids: ids at its end that are no text, and replace nothing.
         eos_id: end of a document, which is never chosen.
+        mask_id: stands for a masked token; None: the last id.
         units: what is chosen as one; None: each token by itself.
     """
 
@@ -34,6 +36,7 @@ class Masking:
     vocabulary_size: int
     extra_ids: int
     eos_id: int
+    mask_id: int | None = None
     units: Units | None = None
 
     def __call__(self, tokens: np.ndarray, *key: int) -> tuple[np.ndarray, np.ndarray]:
@@ -61,7 +64,8 @@ class Masking:
         text = self.vocabulary_size - self.extra_ids
         # Id 0 is padding.
         other = 1 + (kind // _TENTHS % max(text - 1, 1)).astype(tokens.dtype)
-        read = np.where(chosen & (tenth < 8), self.vocabulary_size - 1, tokens)
+        mask = self.vocabulary_size - 1 if self.mask_id is None else self.mask_id
+        read = np.where(chosen & (tenth < 8), mask, tokens)
         return np.where(chosen & (tenth == 8), other, read), chosen
 
 
@@ -93,14 +97,31 @@ def masking(data: DataSettings, vocabulary: Vocabulary) -> Masking | None:
     """Returns how tokens are masked, if the objective masks them by themselves.
 
     Raises:
-        ValueError: the list of entities does not suit.
+        ValueError: the list of entities does not suit, or the vocabulary has no such
+            MASK_TOKEN.
     """
     if data.objective not in ("masked_lm", "masked_entities"):
         return None
     found = Masking(
-        data.noise_density, vocabulary.size, vocabulary.extra_ids, vocabulary.eos_id
+        data.noise_density,
+        vocabulary.size,
+        vocabulary.extra_ids,
+        vocabulary.eos_id,
+        _mask_id(data.mask_token, vocabulary) if data.mask_token else None,
     )
     if data.objective == "masked_lm":
         return found
     most = max(int(np.rint(data.noise_density * data.length)), 1)
     return dataclasses.replace(found, units=units(vocabulary, data.entities, most))
+
+
+def _mask_id(token: str, vocabulary: Vocabulary) -> int:
+    """Returns the id of MASK_TOKEN, if the vocabulary has it."""
+    if isinstance(vocabulary, HuggingFaceVocabulary):
+        found = vocabulary.id_of(token)
+        if found is not None:
+            return found
+    raise ValueError(
+        f"MASK_TOKEN = {token!r} is no piece of the vocabulary: set it to one of a "
+        "tokenizer.json, such as '[MASK]' of BERT's, or to '', and EXTRA_IDS to 1"
+    )

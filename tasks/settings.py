@@ -45,6 +45,8 @@ class DataSettings:
         vocabulary_model: kind of pieces of a vocabulary that is trained.
         extra_ids: ids after the vocabulary's own: sentinels of the denoising
             objectives, from the top down.
+        mask_token: the piece of a `tokenizer.json` that stands for a masked token; ""
+            takes the last of the extra ids.
         eos_token: the piece of a `tokenizer.json` that ends a document; "" asks the
             files beside it, its post-processor, and then which of its special tokens
             has a usual name.
@@ -91,6 +93,7 @@ class DataSettings:
     vocabulary_size: int = 2048
     vocabulary_model: Literal["bpe", "unigram"] = "bpe"
     extra_ids: int = 0
+    mask_token: str = ""
     eos_token: str = ""
     start_token: str = ""
     train_split: str = "train"
@@ -272,6 +275,11 @@ def _noise_problems(data: DataSettings) -> list[str]:
         found.append(f"NOISE_DENSITY = {density}: must be in (0, 1)")
     if length < 1:
         found.append(f"MEAN_NOISE_SPAN_LENGTH = {length}: must be at least 1")
+    if data.mask_token and data.vocabulary in ("bytes", "sentencepiece", "task"):
+        found.append(
+            f"MASK_TOKEN = {data.mask_token!r} is no piece of VOCABULARY = "
+            f"{data.vocabulary!r}, only of a tokenizer.json: set it to ''"
+        )
     default = {field.name: field.default for field in dataclasses.fields(data)}
     for macro, field, value, owners in (
         (
@@ -283,6 +291,10 @@ def _noise_problems(data: DataSettings) -> list[str]:
             ("span_corruption",),
         ),
         ("ENTITIES", "entities", data.entities, ("masked_entities",)),
+        (
+            *("MASK_TOKEN", "mask_token", data.mask_token),
+            ("masked_lm", "masked_entities"),
+        ),
     ):
         if data.objective not in owners and value != default[field]:
             found.append(
@@ -324,13 +336,13 @@ def _vocabulary_problems(data: DataSettings) -> list[str]:
         )
     if data.extra_ids < 0:
         found.append(f"EXTRA_IDS = {data.extra_ids}: cannot be negative")
-    needed = data.asks.sentinels if data.asks else 0
+    needed = data.asks.sentinels if data.asks and not data.mask_token else 0
     if data.extra_ids < needed:
         uses = "marks what it asks for with sentinels"
         remedy = f"set it to {needed} or more (T5 has 100)"
         if data.objective in ("masked_lm", "masked_entities"):
             uses = "puts the last of EXTRA_IDS in the place of masked tokens"
-            remedy = "set it to 1"
+            remedy = "set it to 1, or MASK_TOKEN to a piece of a tokenizer.json"
         found.append(
             f"OBJECTIVE = {data.objective!r} {uses}, and EXTRA_IDS = {data.extra_ids} "
             f"has {'too few' if data.extra_ids > 0 else 'none'}: {remedy}"

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from launch.exchange import tables
+from launch.exchange.bert import BERT
+from launch.exchange.gpt2 import GPT2
 from launch.exchange.rules import Rules
 from launch.exchange.two_stacks import MT5, SWITCH_TRANSFORMERS, T5
 from moe.settings import ModelSettings, RouterSettings
@@ -101,6 +103,18 @@ OUR_DENSE_LAYER = {
     "num_experts": 8,
     "first_dense_layers": 1,
     "shared_expert_mlp_dim": EXPERT_DIM,
+}
+ODD = {"vocab_size": 67, "hidden_size": 35, "num_attention_heads": 5}
+OUR_ODD = {"vocab_size": 67, "model_dim": 35, "num_heads": 5, "head_dim": 7}
+WITH_BIASES = {
+    "num_kv_heads": 0,
+    "norm": "layer",
+    "mlp_biases": True,
+    "attention_biases": True,
+    "attention_output_bias": True,
+    "positions": "learned",
+    "max_positions": 64,
+    "tie_embeddings": True,
 }
 HALF_TURNED = {"rope": {"partial_rotary_factor": 0.5}}
 YARN_FACTOR = 4.0
@@ -337,10 +351,13 @@ FAMILIES: dict[str, Family] = {
         router={"num_selected": 1, "scores": "sigmoid", "gate_place": "input"},
         rules=tables.LLAMA_4,
     ),
-    "granite_moe": Family(
+    "granitemoe": Family(
         theirs="GraniteMoe",
         config={
             **FOUR,
+            "vocab_size": 67,
+            "num_attention_heads": 6,
+            "num_key_value_heads": 3,
             "embedding_multiplier": 3.0,
             "attention_multiplier": 0.2,
             "residual_multiplier": 0.4,
@@ -348,6 +365,9 @@ FAMILIES: dict[str, Family] = {
             "tie_word_embeddings": True,
         },
         ours={
+            "vocab_size": 67,
+            "num_heads": 6,
+            "num_kv_heads": 3,
             "embed_scale": 3.0,
             "attention_scale": 0.2,
             "residual_scale": 0.4,
@@ -356,6 +376,65 @@ FAMILIES: dict[str, Family] = {
         },
         router=RENORMALIZED,
         rules=tables.GRANITE,
+    ),
+    "ernie4_5_moe": Family(
+        theirs="Ernie4_5_Moe",
+        config={
+            "vocab_size": 67,
+            "num_attention_heads": 6,
+            "num_key_value_heads": 3,
+            "intermediate_size": DENSE_DIM,
+            "moe_intermediate_size": EXPERT_DIM,
+            "moe_num_experts": 5,
+            "moe_k": 2,
+            "moe_num_shared_experts": 1,
+            "moe_layer_start_index": 1,
+            "tie_word_embeddings": True,
+        },
+        ours={
+            "vocab_size": 67,
+            "num_heads": 6,
+            "num_kv_heads": 3,
+            **OUR_DENSE_LAYER,
+            "num_experts": 5,
+            "rope_pairs": "neighbours",
+            "tie_embeddings": True,
+        },
+        router=RENORMALIZED | {"selection_bias": True},
+        rules=tables.BIAS_OF_ERNIE,
+    ),
+    "gpt2": Family(
+        theirs="GPT2",
+        head="LMHeadModel",
+        config=ODD
+        | {"n_inner": DENSE_DIM, "layer_norm_epsilon": EPSILON}
+        | {"activation_function": "gelu_new", "tie_word_embeddings": True}
+        | {"max_position_embeddings": 64},
+        ours=OUR_ODD | WITH_BIASES | {"activation": "gelu"},
+        rules=GPT2.memory,
+        layers=GPT2.layers,
+    ),
+    "bert": Family(
+        theirs="Bert",
+        head="ForMaskedLM",
+        config=ODD
+        | {"intermediate_size": DENSE_DIM, "layer_norm_eps": 1e-12}
+        | {"hidden_act": "gelu", "tie_word_embeddings": True}
+        | {"max_position_embeddings": 64},
+        ours=OUR_ODD
+        | WITH_BIASES
+        | {
+            "shape": "encoder",
+            "activation": "gelu_exact",
+            "norm_place": "after",
+            "norm_epsilon": 1e-12,
+            "token_types": 2,
+            "embedding_norm": True,
+            "output_transform": True,
+            "output_bias": True,
+        },
+        rules=BERT.memory,
+        layers=BERT.layers,
     ),
     "gemma2": Family(
         theirs="Gemma2",
@@ -424,3 +503,16 @@ FAMILIES: dict[str, Family] = {
         layers=SWITCH_TRANSFORMERS.layers,
     ),
 }
+DEEPSEEK_V3 = FAMILIES["deepseek_v3"]
+FAMILIES["kimi_k2"] = dataclasses.replace(
+    DEEPSEEK_V3,
+    config={
+        **DEEPSEEK_V3.config,
+        "n_group": 1,
+        "topk_group": 1,
+        "rope": {**DEEPSEEK_V3.config["rope"], "beta_fast": 1.0},
+    },
+    # As many as ROPE_SLOW_TURNS.
+    ours={**DEEPSEEK_V3.ours, "rope_fast_turns": 1.0},
+    router={**SIGMOID, "gate_scale": 2.5},
+)

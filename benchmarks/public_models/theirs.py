@@ -1,5 +1,6 @@
 """A public model with random weights, and what it makes of tokens."""
 
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -84,7 +85,8 @@ def _model(family: Family) -> Any:
         model.lm_head.weight = torch.nn.Parameter(torch.clone(model.lm_head.weight))
     centred = family.ours.get("norm") == "rms_plus_one"
     for name, parameter in model.named_parameters():
-        mean = float("norm" in name and not centred)
+        is_norm = re.search(r"norm|ln_", name, re.IGNORECASE)
+        mean = float(is_norm is not None and name.endswith("weight") and not centred)
         torch.nn.init.normal_(parameter, mean, 0.3)
         if name.endswith("Attention.q.weight"):  # T5 does not scale scores
             parameter.data *= config.d_kv**-0.5

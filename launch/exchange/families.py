@@ -5,6 +5,7 @@ knobs, and one back. What it does not know is an error: of config.json by `must_
 a run of ours because what is written is read again, and must be the same model.
 """
 
+from launch.exchange.bert import BERT
 from launch.exchange.family import (
     Config,
     ExchangeError,
@@ -12,9 +13,16 @@ from launch.exchange.family import (
     Knobs,
     refuse_excess,
 )
+from launch.exchange.gpt2 import GPT2
 from launch.exchange.gpt_oss import GPT_OSS
 from launch.exchange.sigmoid_families import DEEPSEEK_V3, GLM4_MOE, MINIMAX_M2
-from launch.exchange.softmax_families import MIXTRAL, OLMOE, QWEN3_MOE
+from launch.exchange.softmax_families import (
+    ERNIE4_5_MOE,
+    GRANITEMOE,
+    MIXTRAL,
+    OLMOE,
+    QWEN3_MOE,
+)
 from launch.exchange.two_stacks import MT5, SWITCH_TRANSFORMERS, T5
 from moe.settings import ModelSettings, RouterSettings
 
@@ -29,6 +37,11 @@ FAMILIES: dict[str, Family] = {
     "t5": T5,
     "mt5": MT5,
     "switch_transformers": SWITCH_TRANSFORMERS,
+    "granitemoe": GRANITEMOE,
+    "ernie4_5_moe": ERNIE4_5_MOE,
+    "kimi_k2": DEEPSEEK_V3,  # by another name
+    "gpt2": GPT2,
+    "bert": BERT,
 }
 
 

@@ -17,6 +17,7 @@ BESIDE = (
     "generation_config.json",
     "chat_template.jinja",
 )
+_ROW = 1024  # tokens, in configs/data/here.gin
 
 
 def read_config(source: Path) -> Config:
@@ -40,7 +41,9 @@ def knobs_for(source: Path, to: Path) -> tuple[str, Knobs]:
     """
     name, knobs = knobs_of(read_config(source), str(source / CONFIG))
     tokenizer = to / VOCABULARY / name_kept(tokenizer_of(source))
-    more = {"MODEL_DIR": str(to), "VOCABULARY": str(tokenizer)}
+    more: Knobs = {"MODEL_DIR": str(to), "VOCABULARY": str(tokenizer)}
+    if most := knobs.get("MAX_POSITIONS"):  # rows of the family's file may be longer
+        more["TASK_FEATURE_LENGTHS"] = {"targets": min(most, _ROW)}
     return FAMILIES[name].data, knobs | more
 
 

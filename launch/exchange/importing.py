@@ -35,7 +35,7 @@ from launch.exchange.same import differences
 from launch.exchange.tensors import Tensor, open_tensors
 from moe.layers import Layers
 from partitioning.settings import MeshSettings
-from tasks import vocabularies
+from tasks import masked_tokens, vocabularies
 from tasks.vocabularies import Vocabulary
 
 _STORE = "MODEL_DIR/store"  # in configs/data/here.gin: that of no run yet
@@ -113,6 +113,10 @@ def take_over(
     vocabulary = vocabularies.from_file(
         source / tokenizer_of(source), data.extra_ids, data.eos_token
     )
+    try:
+        masked_tokens.masking(data, vocabulary)
+    except ValueError as error:
+        raise ExchangeError(f"{source}: {error}") from error
     if vocabulary.size > config.settings.model.vocab_size:
         extra = f" with EXTRA_IDS = {data.extra_ids}" if data.extra_ids else ""
         raise ExchangeError(

@@ -1,6 +1,6 @@
 """What most families share with Llama: decoders with RMS norms, SwiGLU and RoPE."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from launch.exchange import tables
@@ -25,20 +25,25 @@ def like_llama(
     must_be: Config | None = None,
     memory: Rules | None = None,
     files: Rules | None = None,
+    also: Mapping[str, str] | None = None,
+    ignored: str = "",
 ) -> Family:
-    """Describes a family by what it has besides, or otherwise; as `Family` has them."""
+    """Describes a family by what it has besides, or otherwise; as `Family` has them.
+
+    Of `ignored` it is the pattern alone.
+    """
     own = next((word for word in _EXPERTS if word in defaults), None)
     return Family(
         architecture=architecture,
         defaults={"tie_word_embeddings": False, "hidden_act": "silu"} | dict(defaults),
         must_be={"hidden_act": "silu"} | dict(must_be or {}),
-        also={word: own for word in _EXPERTS if own},
+        also={word: own for word in _EXPERTS if own} | dict(also or {}),
         knobs=lambda c: _knobs(c) | knobs(c),
         config=lambda model, router: _config(model, router) | config(model, router),
         layers={"decoder": "model.layers.{}."},
         memory=tables.RULES | (memory or {}),
         files=files or {},
-        ignored=_ignored,
+        ignored=lambda c: _ignored(c) + (ignored and f"|{ignored}"),
         copies={"lm_head.weight": "model.embed_tokens.weight"},
     )
 

@@ -3,7 +3,8 @@
 A rule stands under the path of one of our arrays. It is the name of theirs and what is
 done to its dims, "ND,M -> M,N,D": a letter is a dim; letters side by side are one dim
 of theirs that ours keeps as several. "[D|W]" is two blocks of one dim, one after the
-other, of which the right side names the one taken. Without an arrow both are the same.
+other, of which the right side names the one taken; "[1/3]" is the first of three of one
+size. Without an arrow both are the same.
 
 Several of theirs may be one of ours: names joined by " + " are parts of a new dim c,
 and where a name holds "{E}" there is one array for each expert. These dims stand first
@@ -123,8 +124,12 @@ def shape_of(dims: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
     """Returns the shape of an array of theirs, from the sizes of all its letters."""
     return tuple(
         math.prod(
-            sizes[letter] if letter else sizes[first] + sizes[second]
-            for first, second, letter in _found(dim)
+            int(number)
+            if number
+            else sizes[letter]
+            if letter
+            else sizes[first] + sizes[second]
+            for _, number, first, second, letter in _found(dim)
         )
         for dim in _sides(dims)[0]
     )
@@ -142,7 +147,7 @@ def _sides(dims: str) -> tuple[list[str], list[str]]:
 
 def _split(
     theirs: tuple[int, ...], dims: str, ours: tuple[int, ...]
-) -> tuple[list[int], tuple[slice, ...], list[str]]:
+) -> tuple[list[int], tuple[slice | int, ...], list[str]]:
     """Takes a shape of theirs apart: sizes, what of them is ours, and our letters."""
     left, order = _sides(dims)
     sizes = dict(zip(order, ours, strict=True))
@@ -151,32 +156,47 @@ def _split(
         for size, dim in zip(theirs, left, strict=True)
         for part in _parts(dim, size, sizes)
     ]
-    taken = tuple(slice(start, start + sizes[letter]) for letter, _, start in parts)
-    return [room for _, room, _ in parts], taken, [letter for letter, _, _ in parts]
+    taken = tuple(
+        slice(start, start + sizes[letter]) if letter else start
+        for letter, _, start in parts
+    )
+    letters = [letter for letter, _, _ in parts if letter]
+    return [room for _, room, _ in parts], taken, letters
 
 
-def _found(dim: str) -> list[tuple[str, str, str]]:
-    """The letters of a dim of theirs: both of two blocks, or one alone at the end."""
-    return re.findall(r"\[(\w)\|(\w)\]|(\w)", dim)
+def _found(dim: str) -> list[tuple[str, str, str, str, str]]:
+    """The parts of a dim of theirs.
+
+    Returns:
+        Which of how many blocks; the letters of both of two; or one alone, at the end.
+    """
+    return re.findall(r"\[(\d)/(\d)\]|\[(\w)\|(\w)\]|(\w)", dim)
 
 
 def _parts(dim: str, size: int, sizes: dict[str, int]) -> list[tuple[str, int, int]]:
     """Takes one dim of theirs apart.
 
     Returns:
-        Of each part our letter, its size there, and where ours begins in it.
+        Of each part our letter, its size there, and where ours begins in it. A part of
+        blocks of one size has no letter, and their number for its size.
     """
     found = _found(dim)
-    room = size // math.prod(sizes[letter] for _, _, letter in found if letter)
+    room = size // math.prod(
+        int(number) if number else sizes[letter]
+        for _, number, _, _, letter in found
+        if number or letter
+    )
     parts = []
-    for first, second, letter in found:
-        if letter:
+    for block, number, first, second, letter in found:
+        if number:
+            parts.append(("", int(number), int(block) - 1))
+        elif letter:
             parts.append((letter, sizes[letter], 0))
         elif first in sizes:
             parts.append((first, room, 0))
         else:
             parts.append((second, room, room - sizes[second]))
-    fits = all(sizes[letter] <= there for letter, there, _ in parts)
+    fits = all(sizes[letter] <= there for letter, there, _ in parts if letter)
     if not fits or math.prod(there for _, there, _ in parts) != size:
         raise ValueError(f"a dim of {size} is no {dim}")
     return parts

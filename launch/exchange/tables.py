@@ -31,6 +31,14 @@ def norms(**names: str) -> Rules:
     return rules
 
 
+def layer_norm(ours: str, theirs: str) -> Rules:
+    """Returns the rules of a norm that has a bias."""
+    return {
+        f"{ours}/scale": (f"{theirs}.weight", "M"),
+        f"{ours}/bias": (f"{theirs}.bias", "M"),
+    }
+
+
 # Most families name and shape these so. A rule of what a model lacks is not used.
 RULES: Rules = {
     "embedding": ("model.embed_tokens.weight", "V,M"),
@@ -135,4 +143,27 @@ EXPERTS_OF_MIXTRAL: Rules = {
 }
 BIAS_OF_MIXTRAL: Rules = {
     "sparse/selection_bias": ("block_sparse_moe.e_score_correction_bias", "E"),
+}
+GRANITE_IN_FILES: Rules = {
+    "sparse/router": ("block_sparse_moe.router.layer.weight", "E,M -> M,E"),
+    "sparse/experts/up": (
+        "block_sparse_moe.input_linear.weight",
+        "E,cF,M -> E,M,c,F",
+    ),
+    "sparse/experts/down": (
+        "block_sparse_moe.output_linear.weight",
+        "E,M,F -> E,F,M",
+    ),
+}
+BIAS_OF_ERNIE: Rules = {
+    "sparse/selection_bias": (
+        "mlp.gate.moe_statics.e_score_correction_bias",
+        "[1/1],E -> E",
+    ),
+}
+BIAS_OF_ERNIE_IN_FILES: Rules = {
+    "sparse/selection_bias": (
+        "mlp.moe_statics.e_score_correction_bias",
+        "[1/1],E -> E",
+    ),
 }

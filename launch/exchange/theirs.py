@@ -30,18 +30,35 @@ def observe(
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     kind = getattr(transformers, architecture)
-    model = kind.from_pretrained(
+    config = kind.config_class.from_pretrained(source, local_files_only=True)
+    # By the name of its class; what has another of its own is not all read.
+    config.model_type = kind.config_class.model_type
+    model, found = kind.from_pretrained(
         source,
+        config=config,
+        output_loading_info=True,
         dtype=torch.float32,
         attn_implementation="eager",
         experts_implementation="eager",  # the fast one refuses odd widths
         local_files_only=True,
         trust_remote_code=False,
         use_safetensors=True,
-    ).eval()
+    )
+    if drawn := sorted(set(found["missing_keys"]) - _unneeded(model, family)):
+        raise ValueError(f"{len(drawn)} arrays would be random, such as {drawn[0]}")
     for parameter in model.parameters() if rounds else ():
         parameter.data = parameter.data.bfloat16().float()
-    return observed(model, family.layers, tokens)
+    return observed(model.eval(), family.layers, tokens)
+
+
+def _unneeded(model: Any, family: Family) -> set[str]:
+    """Returns arrays of a model that change nothing that is compared."""
+    pattern = family.left_out(family.said(model.config.to_dict()))
+    return {
+        name
+        for name in model.state_dict()
+        if re.fullmatch(pattern, family.renamed(name))
+    }
 
 
 def observed(model: Any, layers: Mapping[str, str], tokens: Tokens) -> Seen:
@@ -78,7 +95,7 @@ def observed(model: Any, layers: Mapping[str, str], tokens: Tokens) -> Seen:
     }
     with torch.no_grad():
         made = model(**given, **_NO_CACHE[tuple(tokens)])
-    logits = getattr(made, "logits", None)
+    logits = getattr(made, "logits", getattr(made, "prediction_logits", None))
     if logits is None:  # of a model without a head
         embedding = model.get_input_embeddings().weight
         logits = made.last_hidden_state @ embedding.T

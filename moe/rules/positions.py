@@ -73,10 +73,12 @@ def _scaling_problems(model: ModelSettings) -> list[str]:
             f"ROPE_ORIGINAL_LENGTH = {model.rope_original_length}: ROPE_SCALING = "
             f"{scaling!r} needs the tokens of the length that was learnt"
         )
-    if not 0 < model.rope_slow_turns < model.rope_fast_turns:
+    slow, fast = model.rope_slow_turns, model.rope_fast_turns
+    at_once = scaling == "yarn" and slow == fast  # Kimi K2
+    if not 0 < slow < fast and not (at_once and slow > 0):
         found.append(
-            f"ROPE_SLOW_TURNS = {model.rope_slow_turns} and ROPE_FAST_TURNS = "
-            f"{model.rope_fast_turns}: must be above 0, and the first the less"
+            f"ROPE_SLOW_TURNS = {slow} and ROPE_FAST_TURNS = {fast}: must be above 0, "
+            "and the first the less"
         )
     if model.rope_base <= 1:
         found.append(

@@ -33,6 +33,7 @@ _FREE = {
     "patch_size",
     "image_channels",
     "mean_noise_span_length",
+    "mask_token",
     "shuffle",
     "read_retries",
 }

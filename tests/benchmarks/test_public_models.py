@@ -47,6 +47,20 @@ def test_one_of_two_blocks_is_taken():
         assert list(second[r, n]) == list(x[5 * n + 3 : 5 * n + 5, r])
 
 
+def test_one_of_three_blocks_is_taken_and_put_back():
+    x = numbered(5, 18)  # of queries, of keys, of values: two heads of 3
+    made = np.zeros_like(x)
+    for block in range(3):
+        dims = f"M,[{block + 1}/3]ND -> M,N,D"
+        found = rules.arranged(x, dims, (5, 2, 3))
+        for m, n, d in np.ndindex(5, 2, 3):
+            assert found[m, n, d] == x[m, 6 * block + 3 * n + d]
+        rules.put(found, made, dims)
+        sizes = {"M": 5, "N": 2, "D": 3}
+        assert rules.shape_of(dims, sizes) == (5, 18)
+    assert np.array_equal(made, x)
+
+
 def test_two_arrays_are_stacked():
     theirs = {"at.a": numbered(3, 5), "at.b": -numbered(3, 5)}
     found = rules.read(theirs, "at.", ("a + b", "c,F,M -> M,c,F"), (5, 2, 3))
@@ -62,6 +76,7 @@ def test_two_arrays_are_stacked():
         ("F", (6,)),  # a dim too few
         ("N[D|W],M -> M,N,D", (5, 4, 1)),  # 6 are no 4 heads
         ("[D|W],M -> M,D", (5, 7)),  # more than there are
+        ("[2/4]F,M -> M,F", (5, 2)),  # 6 are no 4 blocks of 2
     ],
 )
 def test_what_a_rule_does_not_fit_is_refused_by_name(dims, shape):

@@ -61,13 +61,14 @@ def model(folder: Path, name: str, arrays: Mapping[str, np.ndarray]) -> Path:
     said = OTHERS[name][1] if name in OTHERS else NUMBERS | LAYERS[name][1]
     said = {"model_type": name} | said
     (folder / "config.json").write_text(json.dumps(said))
-    words = {word: i for i, word in enumerate(["<pad>", "</s>", *"abcdefgh"])}
+    special = ["<pad>", "</s>", "[MASK]"]
+    words = {word: i for i, word in enumerate([*special, *"abcdefgh"])}
     if "shared.weight" in arrays:  # T5's sentinels are the last, in falling order
         sentinels = (f"<extra_id_{n}>" for n in reversed(range(SENTINELS)))
         words |= {word: len(words) + i for i, word in enumerate(sentinels)}
     made = tokenizers.Tokenizer(models.WordLevel(words, unk_token="a"))
     made.pre_tokenizer = pre_tokenizers.Whitespace()
-    made.add_special_tokens(["<pad>", "</s>"])
+    made.add_special_tokens(special)
     (folder / "tokenizer.json").write_text(made.to_str())
     (folder / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
     return folder
@@ -256,7 +257,7 @@ def test_another_shape_is_refused_and_nothing_is_left(tmp_path):
 @pytest.mark.parametrize(
     ("said", "answer"),
     [
-        ({"model_type": "bert"}, "of the family 'bert'; known are mixtral"),
+        ({"model_type": "bart"}, "of the family 'bart'; known are mixtral"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu': only 'silu' is known"),
         ({"model_type": "olmoe", "clip_qkv": 8.0, "num_experts": E}, "clip_qkv = 8.0"),
         (
@@ -266,7 +267,7 @@ def test_another_shape_is_refused_and_nothing_is_left(tmp_path):
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type 'dynamic'"),
         ({"num_experts": E + 1}, "_moe.experts.3.w1.weight (2 of them)\n  missing"),
         ({"num_attention_heads": "four"}, "cannot be understood"),
-        ({"vocab_size": 8}, "has 10 ids, and the model an embedding of 8"),
+        ({"vocab_size": 8}, "has 11 ids, and the model an embedding of 8"),
     ],
 )
 def test_what_is_not_known_is_refused(said, answer, tmp_path):
@@ -461,8 +462,8 @@ def test_a_run_that_no_family_has_is_refused_by_its_knobs(tmp_path):
     config.write_text(config.read_text().replace("LOGIT_CAP = 9.0", "LOGIT_CAP = 0.0"))
     done = convert(tmp_path / "run", tmp_path / "back")
     assert "has the shape [2, 16, 2, 4], and by config.gin [1, 16, 2, 4]" in done.err
-    done = convert(tmp_path / "run", tmp_path / "back", "--family=bert")
-    assert (done.code, "--family=bert is not known" in done.err) == (1, True)
+    done = convert(tmp_path / "run", tmp_path / "back", "--family=bart")
+    assert (done.code, "--family=bart is not known" in done.err) == (1, True)
 
 
 def test_a_damaged_array_does_not_go_out(tmp_path):
@@ -479,6 +480,95 @@ def test_a_damaged_array_does_not_go_out(tmp_path):
     assert not (tmp_path / "back").exists()
 
 
+def test_other_names_on_disk_are_the_same_model(tmp_path):
+    float32, at = np.dtype(np.float32), "cls.predictions"
+    for name, other, more, copies in (
+        (
+            "gpt2",
+            lambda name: name.removeprefix("transformer."),
+            {"h.1.attn.bias": (1, 1, 77, 77), "h.0.attn.masked_bias": ()},
+            {"lm_head.weight": "wte.weight"},
+        ),
+        (
+            "bert",
+            lambda name: name.replace("Norm.weight", "Norm.gamma").replace(
+                "Norm.bias", "Norm.beta"
+            ),
+            {"bert.pooler.dense.weight": (M, M), "cls.seq_relationship.bias": (2,)},
+            {
+                f"{at}.decoder.weight": "bert.embeddings.word_embeddings.weight",
+                f"{at}.decoder.bias": f"{at}.bias",
+            },
+        ),
+        (
+            "bert_without_a_head",
+            lambda name: name.removeprefix("bert."),
+            {"pooler.dense.bias": (M,), "embeddings.position_ids": (1, 77)},
+            {},
+        ),
+    ):
+        arrays = arrays_of(name, float32)
+        odd = {other(key): array for key, array in arrays.items()}
+        assert odd.keys() != arrays.keys()
+        odd |= {key: np.ones(shape, float32) for key, shape in more.items()}
+        odd |= {key: odd[original] for key, original in copies.items()}
+        plain = model(tmp_path / name, name, arrays)
+        done = convert(plain, tmp_path / f"run_{name}")
+        assert (done.code, "left out" in done.err) == (0, False), done.err
+        done = convert(
+            model(tmp_path / f"odd_{name}", name, odd), tmp_path / f"run_odd_{name}"
+        )
+        assert (done.code, done.err.count("left out: ")) == (
+            0,
+            len(more | copies),
+        ), done.err
+        first, second = (
+            read_manifest(tmp_path / run / "checkpoints/0")["arrays"]
+            for run in (f"run_{name}", f"run_odd_{name}")
+        )
+        assert first == second
+
+
+def test_a_name_that_is_there_twice_is_refused(tmp_path):
+    arrays = arrays_of("gpt2", np.dtype(np.float32))
+    arrays["wte.weight"] = arrays["transformer.wte.weight"]
+    done = convert(model(tmp_path / "public", "gpt2", arrays), tmp_path / "run")
+    assert done.code == 1
+    assert "has transformer.wte.weight twice, once as " in done.err
+
+
+def test_another_name_of_a_family_is_that_family(tmp_path):
+    arrays = arrays_of("deepseek_v3", np.dtype(np.float32))
+    source = model(tmp_path / "public", "deepseek_v3", arrays)
+    said = json.loads((source / "config.json").read_text())
+    # Angles of Kimi K2, whose two numbers of turns are one.
+    rope = {"type": "yarn", "factor": 32.0, "beta_fast": 1.0, "beta_slow": 1.0} | {
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+        "original_max_position_embeddings": 64,
+    }
+    said |= {"model_type": "kimi_k2", "rope_theta": 50000.0, "rope_scaling": rope}
+    (source / "config.json").write_text(json.dumps(said))
+    done = convert(source, tmp_path / "run")
+    assert done.code == 0, done.err
+    for words, name in (([], "kimi_k2"), (["--family=deepseek_v3"], "deepseek_v3")):
+        done = convert(tmp_path / "run", tmp_path / name, *words)
+        assert done.code == 0, done.err
+        assert bits(read(tmp_path / name)) == bits(arrays)
+        out = json.loads((tmp_path / name / "config.json").read_text())
+        assert out["model_type"] == name
+        found = knobs_of(out, "config.json")[1]
+        assert found == knobs_of(said, "config.json")[1]
+
+
+def test_what_stands_for_a_masked_token_must_be_in_the_vocabulary(tmp_path):
+    source = model(tmp_path / "public", "bert", arrays_of("bert", np.dtype(np.float32)))
+    done = convert(source, tmp_path / "run", "--gin.MASK_TOKEN=<mask>")
+    assert done.code == 1
+    assert "MASK_TOKEN = '<mask>' is no piece of the vocabulary" in done.err
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("name", sorted(FAMILIES))
 def test_knobs_are_those_whose_logits_are_the_same(name):
     # `benchmarks.public_models` compares the logits of these settings with theirs.
@@ -491,6 +581,8 @@ def test_knobs_are_those_whose_logits_are_the_same(name):
     bindings += ["MODEL_DIR=a", "GROUP_SIZE=1", "VOCABULARY=some/tokenizer.json"]
     bindings += ["ENCODER_GROUP_SIZE=1"]
     of_data = [] if "d_model" in family.config else ["data/here.gin"]
+    if "MAX_POSITIONS" in knobs:
+        bindings.append("TASK_FEATURE_LENGTHS={'targets': 64}")
     layers = reader.read([FAMILIES[name].data, *of_data], bindings).settings.layers
     assert layers == small.described(family).layers
     # Of the words that `transformers` was given there, all are understood alike.

@@ -94,6 +94,16 @@ def test_every_knob_of_base_stands_under_a_comment():
 # ----------------------------------------------------------------------- leaves
 
 
+# Those that are only for some models, with such a one.
+SUITED = {
+    "data/here_spans.gin": ("runs/t5_small.gin", ("VOCABULARY=some/tokenizer.json",)),
+    "data/here_masked.gin": (
+        "runs/demo_bert.gin",
+        ("VOCABULARY=some/tokenizer.json", "MAX_POSITIONS=1024", "MOE_EVERY=0"),
+    ),
+}
+
+
 @pytest.mark.parametrize("name", WHOLE)
 def test_every_config_is_read_without_a_fault(name):
     large = name.startswith("hardware/") and "cpu" not in name
@@ -102,7 +112,8 @@ def test_every_config_is_read_without_a_fault(name):
         run = "runs/glam_64b_64e.gin" if large else "runs/demo.gin"
         own = name.replace("models/", "runs/")
         run = own if own != name and own in LEAVES else run
-    config = reader.read([run] if run == name else [run, name])
+    run, bindings = SUITED.get(name, (run, ()))
+    config = reader.read([run] if run == name else [run, name], bindings)
     assert config.settings.train.batch_size >= 1
     assert config.where.endswith(name)
 

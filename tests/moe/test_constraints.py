@@ -544,6 +544,10 @@ def test_a_dense_model_is_not_asked_about_its_routers():
             SCALED | {"rope_slow_turns": 32.0},
             "ROPE_SLOW_TURNS = 32.0 and ROPE_FAST_TURNS = 32.0: must be above 0",
         ),
+        (
+            SCALED | {"rope_scaling": "yarn", "rope_slow_turns": 33.0},
+            "ROPE_SLOW_TURNS = 33.0 and ROPE_FAST_TURNS = 32.0: must be above 0",
+        ),
         (SCALED | {"rope_base": 1.0}, "ROPE_BASE = 1.0: ROPE_SCALING = 'by_parts'"),
         (
             SCALED | {"rope_truncate": False},

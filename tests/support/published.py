@@ -117,6 +117,25 @@ def gpt_oss(at: str) -> Shapes:
     return attention(at, {}) | biases(at, "qkvo") | fused
 
 
+def granitemoe(at: str) -> Shapes:
+    moe = f"{at}.block_sparse_moe"
+    return attention(at, {}) | {
+        f"{moe}.router.layer.weight": (E, M),
+        f"{moe}.input_linear.weight": (E, 2 * F, M),
+        f"{moe}.output_linear.weight": (E, M, F),
+    }
+
+
+def ernie4_5_moe(at: str) -> Shapes:
+    found = attention(at, {}) | of_deepseek(at)
+    bias: Shapes = {f"{at}.mlp.moe_statics.e_score_correction_bias": (1, E)}
+    return found if ".0" in at else without_bias(found) | bias
+
+
+def without_bias(shapes: Shapes) -> Shapes:
+    return {name: s for name, s in shapes.items() if "correction_bias" not in name}
+
+
 OF_DEEPSEEK = {
     "intermediate_size": F,
     "moe_intermediate_size": F,
@@ -154,6 +173,30 @@ LAYERS: dict[str, tuple[Callable[[str], Shapes], dict[str, object]]] = {
             "qk_rope_head_dim": 2,
             "qk_nope_head_dim": D,
             "v_head_dim": 5,
+        },
+    ),
+    "granitemoe": (
+        granitemoe,
+        {
+            "intermediate_size": F,
+            "num_local_experts": E,
+            "attention_multiplier": 0.3,
+            "embedding_multiplier": 12.0,
+            "residual_multiplier": 0.22,
+            "logits_scaling": 49.0,
+        },
+    ),
+    "ernie4_5_moe": (
+        ernie4_5_moe,
+        {
+            "intermediate_size": F,
+            "moe_intermediate_size": F,
+            "moe_num_experts": E,
+            "moe_k": 2,
+            "moe_num_shared_experts": 1,
+            "moe_layer_start_index": 1,
+            "moe_layer_end_index": 1,
+            "tie_word_embeddings": False,
         },
     ),
     "gpt_oss": (
@@ -226,6 +269,70 @@ TWO_STACKS: dict[str, object] = {
     "decoder_start_token_id": 0,
 }
 UNTIED = TWO_STACKS | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
+
+
+def norm(name: str) -> Shapes:
+    return {f"{name}.weight": (M,), f"{name}.bias": (M,)}
+
+
+def gpt2() -> Shapes:
+    shapes: Shapes = {
+        "transformer.wte.weight": (VOCAB, M),
+        "transformer.wpe.weight": (77, M),
+        **norm("transformer.ln_f"),
+    }
+    for number in range(2):
+        at = f"transformer.h.{number}"
+        shapes |= norm(f"{at}.ln_1") | norm(f"{at}.ln_2")
+        for name, (inputs, outputs) in {
+            "attn.c_attn": (M, 3 * N * D),
+            "attn.c_proj": (N * D, M),
+            "mlp.c_fc": (M, F),
+            "mlp.c_proj": (F, M),
+        }.items():
+            shapes[f"{at}.{name}.weight"] = (inputs, outputs)
+            shapes[f"{at}.{name}.bias"] = (outputs,)
+    return shapes
+
+
+def linear(name: str, inputs: int, outputs: int) -> Shapes:
+    return {f"{name}.weight": (outputs, inputs), f"{name}.bias": (outputs,)}
+
+
+def bert(head: bool) -> Shapes:
+    at = "bert.embeddings"
+    shapes: Shapes = {
+        f"{at}.word_embeddings.weight": (VOCAB, M),
+        f"{at}.position_embeddings.weight": (77, M),
+        f"{at}.token_type_embeddings.weight": (2, M),
+        **norm(f"{at}.LayerNorm"),
+    }
+    for number in range(2):
+        at = f"bert.encoder.layer.{number}"
+        for name in ("query", "key", "value"):
+            shapes |= linear(f"{at}.attention.self.{name}", M, N * D)
+        shapes |= linear(f"{at}.attention.output.dense", N * D, M)
+        shapes |= linear(f"{at}.intermediate.dense", M, F)
+        shapes |= linear(f"{at}.output.dense", F, M)
+        shapes |= norm(f"{at}.attention.output.LayerNorm")
+        shapes |= norm(f"{at}.output.LayerNorm")
+    at = "cls.predictions"
+    of_head = linear(f"{at}.transform.dense", M, M) | norm(f"{at}.transform.LayerNorm")
+    return shapes | (of_head | {f"{at}.bias": (VOCAB,)} if head else {})
+
+
+BERT: dict[str, object] = {
+    "vocab_size": VOCAB,
+    "hidden_size": M,
+    "num_hidden_layers": 2,
+    "num_attention_heads": N,
+    "intermediate_size": F,
+    "hidden_act": "gelu",
+    "max_position_embeddings": 77,
+    "type_vocab_size": 2,
+    "layer_norm_eps": 1e-12,
+    "pad_token_id": 0,
+}
 # Those that share neither names nor words with the others: all arrays, and config.json.
 OTHERS: dict[str, tuple[Shapes, dict[str, object]]] = {
     "t5": (two_stacks(relu), {**TWO_STACKS, "feed_forward_proj": "relu"}),
@@ -242,5 +349,26 @@ OTHERS: dict[str, tuple[Shapes, dict[str, object]]] = {
             "expert_capacity": 7,
             "dense_act_fn": "relu",
         },
+    ),
+    "gpt2": (
+        gpt2(),
+        {
+            "vocab_size": VOCAB,
+            "n_embd": M,
+            "n_layer": 2,
+            "n_head": N,
+            "n_inner": F,
+            "n_positions": 77,
+            "n_ctx": 77,
+            "activation_function": "gelu_new",
+            "layer_norm_epsilon": 1e-3,
+            "bos_token_id": 1,
+            "eos_token_id": 1,
+        },
+    ),
+    "bert": (bert(True), {**BERT, "architectures": ["BertForMaskedLM"]}),
+    "bert_without_a_head": (
+        bert(False),
+        {**BERT, "architectures": ["BertModel"], "model_type": "bert"},
     ),
 }

@@ -1,13 +1,17 @@
 """Masked tokens: how many, which, what is read in their place, and the two sides."""
 
+import dataclasses
+
 import numpy as np
 import pytest
+import tokenizers
 from memory_store import MemorySplit, MemoryStore, documents, settings
 
 from tasks import layouts
 from tasks.batches import training
-from tasks.masked_tokens import Masking
-from tasks.settings import MixtureSettings
+from tasks.huggingface_vocabulary import HuggingFaceVocabulary
+from tasks.masked_tokens import Masking, masking
+from tasks.settings import MixtureSettings, problems
 
 pytestmark = pytest.mark.fast
 
@@ -36,6 +40,24 @@ def test_fifteen_percent_are_chosen_of_which_eight_tenths_are_masked():
     assert others.min() >= 1
     assert others.max() < V - EXTRA
     assert len(np.unique(others)) > 80
+
+
+def test_a_piece_of_a_tokenizer_can_stand_for_masked_tokens():
+    named = {"[PAD]": 0, "</s>": 1, "[MASK]": 2}
+    words = named | {f"w{i}": i for i in range(3, V)}
+    model = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w3"))
+    model.add_special_tokens(list(named))
+    vocabulary = HuggingFaceVocabulary(model.to_str().encode(), "</s>")
+    data = settings("masked_lm", layout="encoder", extra_ids=0, mask_token="[MASK]")
+    data = dataclasses.replace(data, vocabulary="some/tokenizer.json")
+    assert not problems(data)
+    found = masking(data, vocabulary)
+    tokens = tokens_of(2_000)
+    read, chosen = found(tokens, 1)
+    assert np.mean(read[chosen] == 2) == pytest.approx(0.8, abs=0.06)
+    assert (read[chosen] == V - 1).sum() <= 3  # one in ten of so many ids
+    with pytest.raises(ValueError, match=r"MASK_TOKEN = '\[M\]' is no piece"):
+        masking(dataclasses.replace(data, mask_token="[M]"), vocabulary)
 
 
 def test_a_choice_is_a_function_of_its_key():
@@ -113,13 +135,17 @@ def test_both_sides_have_the_pairs_that_one_row_joins(objective):
             {"objective": "masked_lm", "layout": "encoder", "extra_ids": 0},
             "in the place of masked tokens, and EXTRA_IDS = 0 has none",
         ),
+        (
+            {"mask_token": "[MASK]"},
+            "MASK_TOKEN = '[MASK]' means nothing to OBJECTIVE = 'causal_lm'",
+        ),
+        (
+            {"objective": "masked_lm", "layout": "encoder", "mask_token": "[MASK]"},
+            "MASK_TOKEN = '[MASK]' is no piece of VOCABULARY = 'sentencepiece'",
+        ),
     ],
 )
 def test_objectives_that_do_not_suit_the_shape_are_refused(changes, said):
-    import dataclasses
-
-    from tasks.settings import problems
-
     data = dataclasses.replace(settings("causal_lm"), **changes)
     assert any(said in problem for problem in problems(data))
     assert not problems(settings("causal_lm"))

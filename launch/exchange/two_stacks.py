@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Mapping
 
-from launch.exchange.family import Config, Family, Knobs, Said
+from launch.exchange.family import Config, Family, Knobs, Said, refuse_excess
 from launch.exchange.rules import Rule, Rules
 from moe.routing.capacity import capacity
 from moe.settings import ModelSettings, RouterSettings
@@ -161,48 +161,35 @@ def _to_t5(model: ModelSettings, router: RouterSettings, *, scales: bool) -> Sai
 # ------------------------------------------------------------------------------ Switch
 
 
-def _sparse(number: int, sparse: int) -> set[int]:
-    """Returns which layers are sparse, in a stack of a number, by their count.
-
-    A count of 0 has some, too, and counts that do not divide have others.
-    """
-    step = number // sparse if sparse > 0 else number
-    return {n for n in range(number) if step == 1 or (step > 0 and n % step == 1)}
-
-
-def _every(number: int, sparse: int, stack: str) -> int:
+def _every(c: Config, stack: str) -> int:
     """Returns MOE_EVERY of a stack."""
-    layers = _sparse(number, sparse)
+    number, count = _layers(c)[stack], c[f"num_sparse_{stack}_layers"]
+    # A count of 0 makes one layer sparse, too, and one that does not divide others.
+    step = c.get(f"{stack}_sparse_step", number // count if count > 0 else number)
+    layers = [n for n in range(number) if step == 1 or (step > 0 and n % step == 1)]
     for every in range(1, number + 1):
-        if number % every == 0 and layers == set(range(every - 1, number, every)):
+        if number % every == 0 and layers == list(range(every - 1, number, every)):
             return every
+    if not layers:
+        return 0
     raise ValueError(
-        f"num_sparse_{stack}_layers = {sparse} of {number}: layers {sorted(layers)} "
-        "alone are sparse, which is no pattern that MOE_EVERY has"
+        f"{stack}_sparse_step = {step} makes layers {layers} of {number} sparse, which "
+        "is no pattern that MOE_EVERY has"
     )
 
 
-def _count(number: int, every: int) -> int:
-    """Returns how many layers they call sparse; any number where they have no word."""
-    wanted = set(range(every - 1, number, every)) if every > 0 else set()
-    fits = (n for n in range(number, -1, -1) if _sparse(number, n) == wanted)
-    return next(fits, 0)
-
-
 def _switch(c: Config) -> Knobs:
-    every = {
-        stack: _every(number, c[f"num_sparse_{stack}_layers"], stack)
-        for stack, number in _layers(c).items()
-    }
+    knobs = _knobs(c)
+    refuse_excess(knobs)
     slots = c["expert_capacity"]
     if type(slots) is not int or slots < 1:
         raise ValueError(f"expert_capacity = {slots!r} is no number of slots")
     return {
-        **_knobs(c),
+        **knobs,
         **_as_head(c["tie_word_embeddings"], c),
         "ACTIVATION": _known("dense_act_fn", c["dense_act_fn"], _PLAIN),
-        "MOE_EVERY": every["decoder"],
-        "ENCODER_MOE_EVERY": every["encoder"],
+        "MOE_EVERY": _every(c, "decoder"),
+        "ENCODER_MOE_EVERY": _every(c, "encoder"),
         "NUM_EXPERTS": c["num_experts"],
         "EXPERT_MLP_DIM": c["d_ff"],
         "NUM_SELECTED_EXPERTS": 1,
@@ -217,7 +204,9 @@ def _to_switch(model: ModelSettings, router: RouterSettings) -> Said:
     if every["encoder"] < 0:
         every["encoder"] = model.moe_every
     for stack, number in _layers(said).items():
-        said[f"num_sparse_{stack}_layers"] = _count(number, every[stack])
+        step = every[stack]
+        said[f"num_sparse_{stack}_layers"] = number // step if step else 0
+        said[f"{stack}_sparse_step"] = step
     return said | {
         "d_ff": model.expert_mlp_dim,
         "num_experts": model.num_experts,

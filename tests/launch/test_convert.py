@@ -407,7 +407,10 @@ def test_of_t5_newer_files_say_otherwise_that_the_head_is_another(tmp_path):
 @pytest.mark.parametrize(
     ("said", "answer"),
     [
-        ({"num_sparse_encoder_layers": 1}, "encoder_layers = 1 of 4: layers [1] alone"),
+        ({"num_sparse_encoder_layers": 1}, "sparse_step = 4 makes layers [1] of"),
+        ({"encoder_sparse_step": 3}, "encoder_sparse_step = 3 makes layers [1] of 4"),
+        ({"encoder_sparse_step": 1}, "missing: encoder.block.N.layer.1.mlp.router."),
+        ({"encoder_sparse_step": 0}, "not used: encoder.block.N.layer.1.mlp.router."),
         ({"num_sparse_decoder_layers": 2}, "not used: decoder.block.0.layer.2.mlp"),
         ({"router_bias": True}, "router_bias = True: only False is known"),
         ({"decoder_start_token_id": 1}, "decoder_start_token_id = 1: only 0"),

@@ -33,18 +33,25 @@ FLOAT32 = ("--gin.DTYPE=float32", "--gin.SELF_CHECK=off")
 def test_a_model_comes_in_draws_and_goes_out(name, tmp_path):
     source, run, back = tmp_path / "public", tmp_path / "run", tmp_path / "back"
     model = random_models.save(name, source)
-    done = commands.inline("convert", str(source), str(run), *FLOAT32)
+    two = "decoder_start_token_id" in random_models.MODELS[name][1]
+    more = [f"--gin.EXTRA_IDS={random_models.SENTINELS}"] * two
+    done = commands.inline("convert", str(source), str(run), *FLOAT32, *more)
     assert done.code == 0, done.err
     assert f"transformers {transformers.__version__} and step 0 of" in done.err
     agreed = re.search(r"([\d,]+) of ([\d,]+) choices of experts agree", done.err)
     assert agreed is None or agreed[1] == agreed[2]
     right = checking.by_transformers(source).seen.logits
     assert np.abs(on_eight_devices(run) - right).max() <= 1e-4
-    if type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")):
-        ids = torch.tensor([[1, 5, 9, 20]])
-        made = model.generate(ids, max_new_tokens=DRAWN, do_sample=False)[0].tolist()
-        wanted = [f"w{n - 3}" for n in made if n > 2]
-        options = (f"--num_tokens={DRAWN}", "--temperature=0", "--prompt=w2 w6 w17")
+    if two or type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")):
+        ids = torch.tensor([[5, 9, 20, 2] if two else [1, 5, 9, 20]])
+        (made,) = model.generate(
+            ids, max_new_tokens=DRAWN, do_sample=False, suppress_tokens=[0]
+        ).tolist()
+        made = [5, 9, 20, *made] if two else made
+        words = random_models.VOCAB - random_models.SENTINELS * two
+        wanted = [f"w{n - 3}" for n in made if 2 < n < words]
+        options = [f"--num_tokens={DRAWN}", "--temperature=0", "--prompt=w2 w6 w17"]
+        options += ["--gin.OBJECTIVE=seq2seq"] * two
         drawn = commands.inline("generate", f"--model_dir={run}", *options)
         assert drawn.code == 0, drawn.err
         assert drawn.out.split() == wanted

@@ -25,6 +25,18 @@ _DEEPSEEK = {
     "first_k_dense_replace": 1,
     "routed_scaling_factor": 1.7,
 }
+SENTINELS = 30  # at the end of the vocabulary of those of two stacks
+_TWO_STACKS = {
+    "d_model": 36,
+    "d_kv": 7,
+    "d_ff": 22,
+    "num_layers": 4,  # no fewer than the decoder has, or their cache has no room
+    "num_decoder_layers": 2,
+    "num_heads": 6,
+    "relative_attention_num_buckets": 6,
+    "relative_attention_max_distance": 9,
+    "decoder_start_token_id": 0,
+}
 # The class, and the fields of its configuration beside or in place of those above.
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("MixtralForCausalLM", {"num_local_experts": 6}),
@@ -70,6 +82,21 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "sliding_window": 5,
         },
     ),
+    "t5": (
+        "T5ForConditionalGeneration",
+        {**_TWO_STACKS, "tie_word_embeddings": True},
+    ),
+    "mt5": ("MT5ForConditionalGeneration", _TWO_STACKS),
+    "switch_transformers": (
+        "SwitchTransformersForConditionalGeneration",
+        {
+            **_TWO_STACKS,
+            "tie_word_embeddings": True,
+            "num_experts": 6,
+            "num_sparse_encoder_layers": 2,
+            "num_sparse_decoder_layers": 2,
+        },
+    ),
 }
 
 
@@ -85,13 +112,19 @@ def save(name: str, folder: Path) -> Any:
     config = kind.config_class(**wanted, attn_implementation="eager")
     config._experts_implementation = "eager"  # the fast one refuses odd widths
     model = kind(config).eval()
+    if name == "mt5":  # its class ties, unless the files have another head
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
     for path, parameter in model.named_parameters():
         torch.nn.init.normal_(parameter, float("norm" in path.lower()), 0.25)
+        if path.endswith("Attention.q.weight"):  # T5 does not scale scores
+            parameter.data *= _TWO_STACKS["d_kv"] ** -0.5
     for path, buffer in model.named_buffers():
         if "correction_bias" in path:
             buffer.normal_(0, 0.2)
     model.save_pretrained(folder)
     words = ["<pad>", "<s>", "</s>", *(f"w{n}" for n in range(VOCAB - 3))]
+    if "d_model" in fields:
+        words[-SENTINELS:] = [f"<extra_id_{n}>" for n in reversed(range(SENTINELS))]
     ids = {word: n for n, word in enumerate(words)}
     made = tokenizers.Tokenizer(models.WordLevel(ids, unk_token="w0"))
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

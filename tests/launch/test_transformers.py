@@ -35,6 +35,7 @@ def test_a_model_comes_in_draws_and_goes_out(name, tmp_path):
     model = random_models.save(name, source)
     two = "decoder_start_token_id" in random_models.MODELS[name][1]
     more = [f"--gin.EXTRA_IDS={random_models.SENTINELS}"] * two
+    more += ["--gin.MASK_TOKEN=w5"] * (name == "bert")
     done = commands.inline("convert", str(source), str(run), *FLOAT32, *more)
     assert done.code == 0, done.err
     assert f"transformers {transformers.__version__} and step 0 of" in done.err

@@ -82,6 +82,45 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "sliding_window": 5,
         },
     ),
+    "granitemoe": (
+        "GraniteMoeForCausalLM",
+        {
+            "num_local_experts": 6,
+            "num_experts_per_tok": 3,
+            "embedding_multiplier": 1.5,
+            "attention_multiplier": 0.3,
+            "residual_multiplier": 0.7,
+            "logits_scaling": 2.5,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "ernie4_5_moe": (
+        "Ernie4_5_MoeForCausalLM",
+        {
+            "moe_num_experts": 6,
+            "moe_k": 2,
+            "moe_intermediate_size": 14,
+            "moe_num_shared_experts": 1,
+            "moe_layer_start_index": 1,
+            "moe_layer_interval": 1,
+            "moe_layer_end_index": 1,
+        },
+    ),
+    "gpt2": (
+        "GPT2LMHeadModel",
+        {
+            "n_embd": 35,
+            "n_layer": 2,
+            "n_head": 5,
+            "n_inner": 22,
+            "n_positions": 64,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "bert": (
+        "BertForMaskedLM",
+        {"hidden_size": 35, "num_attention_heads": 5, "tie_word_embeddings": True},
+    ),
     "t5": (
         "T5ForConditionalGeneration",
         {**_TWO_STACKS, "tie_word_embeddings": True},

@@ -30,7 +30,8 @@ class ConvertOptions(Options):
         "checkpoint of a run to take; default: the newest", metavar="N"
     )
     dtype: Literal["same", "float32", "bfloat16"] = option(
-        "type of what a run's parameters are written as; default: that of the run",
+        "type of what a run's parameters are written as; default: that of the run, or "
+        "of the model that it was made of",
         "same",
     )
     family: str | None = option(
@@ -126,8 +127,7 @@ def _give(
     found: list[Side] = []
 
     def observe() -> "checking.Seen":
-        rounds = options.dtype == "bfloat16"
-        found.append(checking.of_run(config, step, rounds=rounds))
+        found.append(checking.of_run(config, step, rounds=dtype == "bfloat16"))
         return found[0].seen
 
     with (
@@ -135,7 +135,9 @@ def _give(
         there.held(step) as (path, _),
     ):
         look = None if options.unchecked else observe
-        given = path, to, config, options.dtype, options.family
+        same = options.dtype == "same"
+        dtype = exporting.dtype_of(path, config) if same else options.dtype
+        given = path, to, config, dtype, options.family
         print(exporting.give(*given, look))
     if not found:
         return EXIT_DONE

@@ -60,7 +60,7 @@ def give(
         path: folder of a step.
         to: folder that is made.
         config: configuration of the run.
-        dtype: type of what is written; "same" keeps that of the run.
+        dtype: type of what is written.
         family: key of `FAMILIES`; None takes the first that has such models.
         observe: function that says what the model makes of tokens, which is kept as
             its fingerprint; None keeps none.
@@ -81,13 +81,13 @@ def give(
         **said,
         **{word: came[word] for word in _OF_NO_MODEL if word in came},
         "bos_token_id": vocabularies.start_id(vocabulary, start) if start else None,
-        "dtype": config.settings.execution.param_dtype if dtype == "same" else dtype,
+        "dtype": dtype,
     }
     manifest = read_manifest(path)
     plan = _planned(config, FAMILIES[name])
     arrays = _Layers(Arrays(path, manifest), plan)
     forms = {
-        theirs: Form(_type(pieces[0][0], arrays, dtype), their_shape(pieces))
+        theirs: Form(_DTYPES[pieces[0][0].dtype or dtype], their_shape(pieces))
         for theirs, pieces in plan.items()
     }
 
@@ -116,11 +116,13 @@ def give(
     return to
 
 
-def _type(ours: Ours, arrays: "_Layers", dtype: str) -> np.dtype:
-    """The type to write; others, too, keep in float32 what a router adds to scores."""
-    if ours.dtype:
-        return _DTYPES[ours.dtype]
-    return arrays.dtype(ours) if dtype == "same" else _DTYPES[dtype]
+def dtype_of(path: Path, config: ResolvedConfig) -> str:
+    """Returns the type that a checkpoint goes out in, unless told otherwise.
+
+    It is the run's; of a model that came in, and was not trained, that in which it came.
+    """
+    came = read_manifest(path).get("made_of", {})
+    return str(came.get("dtype") or config.settings.execution.param_dtype)
 
 
 def _described(

@@ -52,12 +52,14 @@ class Public(NamedTuple):
         chosen: our arrays, each with the rule by which it is made.
         theirs: its arrays.
         left: kinds of its arrays that are not read.
+        dtype: the type of all its arrays; "" if they have several, or fewer bits.
     """
 
     family: str
     chosen: Sequence[tuple[Ours, Rule]]
     theirs: Numbers
     left: list[str]
+    dtype: str
 
 
 def opened(source: Path, layers: Layers, dtype: np.dtype) -> Public:
@@ -74,14 +76,21 @@ def opened(source: Path, layers: Layers, dtype: np.dtype) -> Public:
     config = read_config(source)
     name = family_of(config, str(source / CONFIG))
     family = FAMILIES[name]
-    theirs = numbers_of(_tensors_of(source, family), config, dtype)
+    tensors = _tensors_of(source, family)
+    theirs = numbers_of(tensors, config, dtype)
     ours = list(ours_of(layers, family.layers))
     ignored = family.left_out(family.said(config))
     rules, left = matched(ours, family.readings(), theirs, ignored, str(source))
     chosen = list(zip(ours, rules, strict=True))
     _refuse_other_shapes(chosen, theirs)
     _refuse_false_copies(chosen, theirs, family.copies)
-    return Public(name, chosen, theirs, left)
+    types = {
+        tensor.form.dtype.name
+        for key, tensor in tensors.items()
+        if not key.endswith("correction_bias")  # which is never rounded
+    }
+    only = types.pop() if len(types) == 1 else ""
+    return Public(name, chosen, theirs, left, only if only in _DTYPES else "")
 
 
 def take_over(
@@ -139,7 +148,11 @@ def take_over(
             "mesh": dataclasses.asdict(MeshSettings()),
             "saved_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "parents": [],
-            "made_of": {"path": str(source.absolute()), "family": public.family},
+            "made_of": {
+                "path": str(source.absolute()),
+                "family": public.family,
+                "dtype": public.dtype,
+            },
             # Nothing of it was trained here, so that no optimizer has a state of it.
             "config": with_values(text, {"TRAINABLE": (), "FROZEN": ("*",)}),
             "data_fingerprint": "none",

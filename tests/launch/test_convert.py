@@ -98,7 +98,7 @@ def test_what_goes_in_comes_out_again(name, tmp_path):
     assert done.code == 0, done.err
     verified = commands.inline("checkpoint", "verify", f"--model_dir={tmp_path}/run")
     assert verified.code == 0, verified.out
-    done = convert(tmp_path / "run", tmp_path / "back", "--dtype=bfloat16")
+    done = convert(tmp_path / "run", tmp_path / "back")
     assert done.code == 0, done.err
     assert bits(read(tmp_path / "back")) == bits(arrays)
     before, after = (

@@ -119,7 +119,8 @@ def give(
 def dtype_of(path: Path, config: ResolvedConfig) -> str:
     """Returns the type that a checkpoint goes out in, unless told otherwise.
 
-    It is the run's; of a model that came in, and was not trained, that in which it came.
+    It is the run's; or, of a model that came in and was not trained, that in which it
+    came.
     """
     came = read_manifest(path).get("made_of", {})
     return str(came.get("dtype") or config.settings.execution.param_dtype)
@@ -223,10 +224,6 @@ class _Layers:
                     f"params/{ours.path} of {arrays.path} has the shape {said}, and by "
                     f"config.gin {[*stacked, *ours.shape]}"
                 )
-
-    def dtype(self, ours: Ours) -> np.dtype:
-        """Returns the type of an array."""
-        return _DTYPES[self._arrays.saved[f"params/{ours.path}"]["dtype"]]
 
     def read(self, ours: Ours) -> np.ndarray:
         """Returns a layer."""

@@ -69,3 +69,12 @@ def test_runs_that_are_disturbed_end_as_one_that_is_not(trained):
         r"^\| kill -9 (?:of|while).*\| (\d+) \|$", done.stdout, re.M
     )
     assert others_lost == ["0", "0", "0"]
+
+
+@pytest.mark.fast
+def test_the_page_that_is_kept_has_all_that_is_counted():
+    kept = page.PAGE.read_text(encoding="utf-8").splitlines()
+    made = page.text(soak.Tally(), [], Counter(), Counter()).splitlines()
+    assert [line for line in kept if line.startswith("## ")] == [
+        line for line in made if line.startswith("## ")
+    ]

@@ -126,12 +126,17 @@ _OWN_WORD = re.compile(rf"\b({'|'.join(_ENCODERS_OWN)})\b")
 
 def _update_problems(routers: Sequence[RouterSettings]) -> list[str]:
     """How a bias follows the loads, where no router has one."""
-    update = routers[0].bias_update
-    if update == "sign" or any(router.selection_bias for router in routers):
+    if any(router.selection_bias for router in routers):
         return []
+    given, usual = routers[0], RouterSettings()
     return [
-        f"ROUTER_BIAS_UPDATE = {update!r} means nothing to ROUTER_BIAS = False: leave "
-        "it at 'sign', or set ROUTER_BIAS"
+        f"{macro} = {value!r} means nothing to ROUTER_BIAS = False: leave it at "
+        f"{default!r}, or set ROUTER_BIAS"
+        for macro, value, default in (
+            ("ROUTER_BIAS_UPDATE", given.bias_update, usual.bias_update),
+            ("ROUTER_BIAS_RATE", given.bias_update_rate, usual.bias_update_rate),
+        )
+        if value != default
     ]
 
 

@@ -191,6 +191,16 @@ class Layers(NamedTuple):
         order = sorted(range(len(layers)), key=layers.__getitem__)
         return tuple(order) if order != list(range(len(order))) else ()
 
+    @property
+    def hashed(self) -> tuple[bool, ...]:
+        """Of each sparse layer, from the bottom up, whether a table chooses."""
+        found = [
+            place.sublayer.settings.router.family == "hashed"
+            for place in self.sparse()
+            for _ in place.numbers
+        ]
+        return tuple(found[place] for place in self.sparse_order or range(len(found)))
+
 
 def with_routers(
     layers: Layers, change: Callable[[RouterSettings], RouterSettings]

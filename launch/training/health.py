@@ -5,7 +5,7 @@ held at three. Each is said in one line when it begins, and when it is over.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -104,9 +104,14 @@ class Alarm:
 
 
 class Health:
-    """Looks at the routers of a run now and then."""
+    """Looks at the routers of a run now and then.
 
-    def __init__(self) -> None:
+    Args:
+        hashed: whether a table chooses, of each sparse layer; () where none does.
+    """
+
+    def __init__(self, hashed: Sequence[bool] = ()) -> None:
+        self._hashed = np.array(hashed, bool)
         self._states: dict[str, _State] = {}
         self._steps: list[int] = []  # of the looks
         self._alive: np.ndarray | None = None  # number of the look with tokens
@@ -140,12 +145,15 @@ class Health:
             return np.atleast_1d(np.asarray(metrics[f"router/{name}"], float))
 
         even_P = np.log(np.maximum(experts_P, 2))
+        entropy_P = 100 * of("entropy_nats_per_layer") / even_P
+        if self._hashed.any():  # a table has no probabilities
+            entropy_P = np.where(self._hashed, 100, entropy_P)
         return {
             "drops": 100 * of("dropped_fraction_per_layer"),
             "tokens without an expert": 100 * of("tokens_without_expert_fraction"),
             "uneven load": load_PE.max(axis=1) * experts_P,
             "dead experts": self._dead(load_PE > 0, there_PE),
-            "entropy collapse": 100 * of("entropy_nats_per_layer") / even_P,
+            "entropy collapse": entropy_P,
             "large logits": of("logit_rms"),
         }
 

@@ -93,7 +93,8 @@ def train(
         StoreError: the data cannot be read on.
     """
     loop = run.settings.loop
-    watch = Watch(loop, books.events, books.progress.say, kept)
+    hashed = run.settings.layers.hashed
+    watch = Watch(loop, books.events, books.progress.say, kept, hashed)
     watchdog = Watchdog(loop.step_timeout_seconds)
     log = Log(
         books.writer,

@@ -1,7 +1,7 @@
 """What is looked at after every step: whether it was kept, and how its loss is."""
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -23,6 +23,7 @@ class Watch:
         say: shows a line.
         kept: what the checkpoint that the run goes on from kept of this; None if there
             is none.
+        hashed: whether a table chooses, of each sparse layer; () where none does.
 
     Attributes:
         skipped_in_a_row: steps at the end that were left out.
@@ -38,11 +39,12 @@ class Watch:
         events: EventLog,
         say: Callable[[str], None],
         kept: Mapping[str, Any] | None,
+        hashed: Sequence[bool] = (),
     ) -> None:
         self._loop = loop
         self._events = events
         self._say = say
-        self._health = Health()
+        self._health = Health(hashed)
         self._asks_step = loop.spike_action == "skip"
         self.restore(kept)
         self.rollbacks = 0 if kept is None else int(kept["rollbacks"])

@@ -42,7 +42,7 @@ def begin(
     *,
     num_tokens: int,
     whole_prompt: bool,
-    start_id: int,
+    start_id: int = 0,
 ) -> Begun:
     """Reads prompts, and what the encoder is given.
 

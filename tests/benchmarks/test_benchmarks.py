@@ -43,7 +43,7 @@ def test_no_benchmark_is_left_out():
     files = {path.stem for path in (ROOT / "benchmarks").glob("*.py")}
     # Beside what is timed, what is compiled for slices that are not here.
     # And what takes minutes to say anything, or needs another library to compare with.
-    others = {"__init__", "weak_scaling", "large_store", "attention"}
+    others = {"__init__", "weak_scaling", "large_store", "convert"}
     assert files - others == SMALL.keys()
 
 

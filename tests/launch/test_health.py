@@ -22,14 +22,21 @@ def metrics(**changes) -> dict:
     return well | {f"router/{name}": value for name, value in changes.items()}
 
 
-def alarms(looks: list[dict], period: int = 10) -> list[tuple[int, str]]:
+def alarms(looks: list[dict], period: int = 10, hashed=()) -> list[tuple[int, str]]:
     """Step and words of everything that is said."""
-    health = Health()
+    health = Health(hashed)
     return [
         (step, alarm.words)
         for step, found in zip(range(period, 10**6, period), looks, strict=False)
         for alarm in health.look(step, found)
     ]
+
+
+def test_a_table_that_chooses_does_not_collapse():
+    looks = [metrics(entropy_nats_per_layer=[0.0, 1.0, 0.0])] * 5
+    assert alarms(looks, hashed=[True, False, True]) == []
+    ((_, words),) = alarms(looks, hashed=[True, False, False])
+    assert "in sparse layer 2, since step 10" in words
 
 
 def test_a_run_that_is_well_says_nothing_and_one_bad_look_neither():

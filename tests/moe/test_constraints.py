@@ -231,7 +231,15 @@ def test_settings_that_obey_the_rules(changes):
             "EVAL_CAPACITY_FACTOR = -1.0: cannot be negative",
         ),
         ({"min_capacity": -1}, "MIN_EXPERT_CAPACITY = -1: cannot be negative"),
-        ({"bias_update_rate": -1.0}, "ROUTER_BIAS_RATE = -1.0: cannot be negative"),
+        (
+            {"selection_bias": True, "bias_update_rate": -1.0},
+            "ROUTER_BIAS_RATE = -1.0: cannot be negative",
+        ),
+        (
+            {"bias_update_rate": 0.01},
+            "ROUTER_BIAS_RATE = 0.01 means nothing to ROUTER_BIAS = False: leave it at "
+            "0.001, or set ROUTER_BIAS",
+        ),
         (
             {"bias_update": "quantile"},
             "ROUTER_BIAS_UPDATE = 'quantile' means nothing to ROUTER_BIAS = False",

@@ -139,7 +139,9 @@ def _explained(path: Path, name: str, error: ValueError) -> CheckpointError:
     file = located.fault_in_files(path, name) or _named_file(path, text)
     if file is not None:
         return DamagedError(path, f"{file}, so the array {name} cannot be read")
-    return DamagedError(path, f"{name} cannot be decoded: {_reason(text)}")
+    files = located.files_of(path, name)
+    of_files = f", of which {' and '.join(files)} hold the numbers" if files else ""
+    return DamagedError(path, f"{name} cannot be decoded: {_reason(text)}{of_files}")
 
 
 def _named_file(path: Path, text: str) -> str | None:

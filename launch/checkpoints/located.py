@@ -1,5 +1,6 @@
 """In which files of a checkpoint which array is, by the nodes of its database."""
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
@@ -71,6 +72,14 @@ def fault_in_files(path: Path, array: str) -> str | None:
     except ValueError:
         return None  # the error that brought us here names the node
     return None
+
+
+def files_of(path: Path, array: str) -> list[str]:
+    """Lists the files that hold an array's numbers, as far as nodes can be read."""
+    found: set[str] = set()
+    with contextlib.suppress(ValueError):
+        found.update(piece.file for piece in pieces(path) if piece.array == array)
+    return sorted(found)
 
 
 def fault_of(path: Path, piece: Piece) -> str | None:

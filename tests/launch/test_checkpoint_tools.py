@@ -152,6 +152,19 @@ def test_a_damaged_checkpoint_is_found_and_neither_copied_nor_averaged(here, tmp
     assert said("copy", f"--model_dir={run}", "--step=7", "--to=x").code == 1
 
 
+def test_numbers_that_cannot_be_decoded_are_told_with_their_file(here, tmp_path):
+    run = shutil.copytree(here / "runs" / "demo", tmp_path / "run")
+    path = run / "checkpoints" / "20"
+    largest = max(path.rglob("d/*"), key=lambda file: file.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    first = content.index(b"\x28\xb5\x2f\xfd")  # of a frame of zstd
+    content[first + 4 : first + 16] = bytes([255] * 12)
+    largest.write_bytes(content)
+    done = said("verify", f"--model_dir={run}")
+    assert done.code == 1
+    assert str(largest.relative_to(path)) in done.out
+
+
 def test_a_copy_does_not_mix_runs(here, tmp_path):
     (tmp_path / "config.gin").write_text("SEED = 5\n")
     done = said("copy", f"--model_dir={here / 'runs/demo'}", f"--to={tmp_path}")

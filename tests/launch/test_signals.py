@@ -202,6 +202,7 @@ class Recorder:
         spec = jax.sharding.PartitionSpec()
         run = types.SimpleNamespace(
             settings=types.SimpleNamespace(
+                layers=types.SimpleNamespace(hashed=()),
                 loop=LoopSettings(
                     model_dir="",
                     log_period_steps=1,

@@ -169,11 +169,11 @@ CASES = {
     "d2e2m2-fsdp": case(
         "biased", {"data": 2, "expert": 2, "model": 2}, fsdp="data_expert"
     ),
+}
+SLOW = {
     "c2e2m2-ring-fsdp-two": case(
         "two", {"context": 2, "expert": 2, "model": 2}, 2, fsdp="data", **RING
     ),
-}
-SLOW = {
     "d2c2m2-ring-fsdp-x2": case(
         "biased", {"data": 2, "context": 2, "model": 2}, 2, fsdp="data", **RING
     ),

@@ -4,7 +4,7 @@ import dataclasses
 import json
 
 import pytest
-from commands import Place
+from commands import Place, inline
 
 from launch.config import reader
 from launch.config.reader import ConfigError
@@ -46,16 +46,16 @@ def test_an_encoder_decoder_trains_goes_on_scores_and_fills_a_blank(tmp_path):
     place, folder = Place(tmp_path), tmp_path / "run"
     quick = {"SELF_CHECK": "off", "COMPILE_AHEAD": "train_step", "WARMUP_STEPS": 2}
     given = place.knobs(folder, **SPANS, **quick)
-    begun = place.run("train", *given, "--gin.TRAIN_STEPS=2")
+    begun = inline("train", *given, "--gin.TRAIN_STEPS=2")
     assert begun.code == 0, begun.err
-    done = place.run("train", *given, "--gin.TRAIN_STEPS=4")
+    done = inline("train", *given, "--gin.TRAIN_STEPS=4")
     assert done.code == 0, done.err
     assert "  changed since step 2: TRAIN_STEPS 2 → 4\n" in done.err
     assert "stretches the cosine" in done.err
     assert "--gin.SCHEDULE_STEPS=2 keeps it" in done.err
     lives = sorted(path.name for path in (folder / "configs").iterdir())
     assert lives == ["001_from_step_0.gin", "002_from_step_2.gin"]
-    other = place.run("train", *given, "--gin.TRAIN_STEPS=4", "--gin.ACTIVATION=relu")
+    other = inline("train", *given, "--gin.TRAIN_STEPS=4", "--gin.ACTIVATION=relu")
     assert other.code == 1
     assert "ACTIVATION  'gelu'  'relu'" in other.err
     assert "--allow_changes" in other.err
@@ -66,7 +66,7 @@ def test_an_encoder_decoder_trains_goes_on_scores_and_fills_a_blank(tmp_path):
     assert sorted({r["step"] for r in steps}) == [1, 2, 3, 4]
     layers = {len(r["router/load_variation_per_layer"]) for r in steps}
     assert layers == {2}, "a layer of each stack"
-    filled_in = place.run(
+    filled_in = inline(
         *("generate", f"--model_dir={folder}", "--prompt=def <extra_id_0>(self):"),
         *("--num_beams=2", "--num_tokens=6", "--gin.SELF_CHECK=off"),
     )

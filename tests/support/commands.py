@@ -9,9 +9,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from launch import cli
+from launch.config.settings import PlatformSettings
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = "--gin_file=runs/tiny.gin"
@@ -195,9 +198,21 @@ def inline(*words: str | Path) -> Done:
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
     ):
-        patch.setattr("launch.config.platform.prepare_environment", lambda platform: [])
-        code = cli.main([str(word) for word in words])
+        patch.setattr("launch.config.platform.prepare_environment", _compiled_once)
+        try:
+            code = cli.main([str(word) for word in words])
+        finally:
+            jax.config.update("jax_compilation_cache_dir", None)
+            compilation_cache.reset_cache()
     return Done(code, out.getvalue(), err.getvalue())
+
+
+def _compiled_once(platform: PlatformSettings) -> list[str]:
+    """Keeps what a run compiles where it says, though jax has begun already."""
+    if platform.compilation_cache_dir not in ("", "auto"):
+        jax.config.update("jax_compilation_cache_dir", platform.compilation_cache_dir)
+        compilation_cache.reset_cache()
+    return []
 
 
 def finish(process: subprocess.Popen[str], seconds: float = 150) -> Done:

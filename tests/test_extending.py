@@ -170,6 +170,7 @@ def test_the_objective_of_the_users_own(my_lab):
     assert len(middles) > 10, "cuts differ"
 
 
+@pytest.mark.slow
 def test_all_that_is_the_users_own_is_the_same_on_eight_devices(
     my_lab, monkeypatch, capsys
 ):

@@ -15,7 +15,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from launch.checkpoints.arrays import Arrays
+from launch.checkpoints.arrays import Arrays, cut
 from launch.checkpoints.places import VOCABULARY, DamagedError, read_manifest
 from launch.checkpoints.sums import Digest
 from launch.checkpoints.trained import vocabulary_of
@@ -240,10 +240,20 @@ class _Layers:
         place = tuple(slice(0, size) for size in ours.shape)
         if ours.layer is not None:
             place = (slice(ours.layer, ours.layer + 1), *place)
-        values = np.asarray(self._arrays.result(name, array[place].read()))
         shape = tuple(array.shape)
-        self._digests.setdefault(name, Digest(shape)).add(place, values)
-        return values.reshape(ours.shape)
+        digest = self._digests.setdefault(name, Digest(shape))
+        values = np.empty(ours.shape, array.dtype.numpy_dtype)
+        whole = values if ours.layer is None else values[None]
+        chunk = array.spec().to_json()["metadata"]["chunks"]
+        for part in cut(whole.shape, chunk):
+            there = tuple(
+                slice(first.start + own.start, first.start + own.stop)
+                for first, own in zip(place, part, strict=True)
+            )
+            read = np.asarray(self._arrays.result(name, array[there].read()))
+            digest.add(there, read)
+            whole[part] = read
+        return values
 
     def refuse_damaged(self) -> None:
         """Raises that an array is not what was saved, if one is."""

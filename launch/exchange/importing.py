@@ -256,7 +256,8 @@ def _written(public: Public, param_dtype: str, state: Path) -> dict[str, Any]:
     for name in ("step", "data_index", "skipped_steps", "skipped_in_a_row"):
         put(name, (), "int32", (), np.zeros((), np.int32))
     layers = collections.Counter(each.path for each, _ in public.chosen)
-    for each, rule in public.chosen:
+    # Tables are large: first, while little else has been in memory.
+    for each, rule in sorted(public.chosen, key=lambda one: one[0].layer is not None):
         dtype = each.dtype or param_dtype
         array = read(public.theirs, each.prefix, rule, each.shape)
         shape, place = each.shape, tuple(slice(0, size) for size in each.shape)

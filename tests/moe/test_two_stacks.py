@@ -478,7 +478,7 @@ def beams_in_loops(K: int) -> tuple[list[list[int]], list[float]]:
     return [ids for _, ids in chosen], [score for score, _ in chosen]
 
 
-@pytest.mark.parametrize("mesh", ["d1", "d2e2m2"])
+@pytest.mark.parametrize("mesh", ["d1", pytest.param("d2e2m2", marks=pytest.mark.slow)])
 def test_beams_are_those_of_loops_over_hypotheses(mesh):
     K = 3
     search = functools.partial(

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
     from launch.config.reader import ResolvedConfig
     from launch.exchange.checking import Side
+    from launch.exchange.seen import Seen
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,6 +93,7 @@ def _take_over(
     from launch.checkpoints.provenance import code
     from launch.doctor.host import free_bytes
     from launch.exchange import checking, importing
+    from launch.exchange.seen import FINGERPRINT
     from launch.terminal.lines import waiting
 
     with waiting(f"reading {source}", quiet=options.quiet):
@@ -107,7 +109,7 @@ def _take_over(
         made = None if right is None else checking.of_run(_config_of(to))
     if right is None or made is None:
         print(
-            f"not compared: {why}; or take a folder with {checking.FINGERPRINT}",
+            f"not compared: {why}; or take a folder with {FINGERPRINT}",
             file=sys.stderr,
         )
         return EXIT_DONE
@@ -125,20 +127,19 @@ def _give(
     there = There(source)
     step = there.step(options.step)
     found: list[Side] = []
-
-    def observe() -> "checking.Seen":
-        found.append(checking.of_run(config, step, rounds=dtype == "bfloat16"))
-        return found[0].seen
-
     with (
         waiting(f"writing step {step}", quiet=options.quiet),
         there.held(step) as (path, _),
     ):
-        look = None if options.unchecked else observe
         same = options.dtype == "same"
         dtype = exporting.dtype_of(path, config) if same else options.dtype
+
+        def observe() -> "Seen":
+            found.append(checking.of_run(config, step, rounds=dtype == "bfloat16"))
+            return found[0].seen
+
         given = path, to, config, dtype, options.family
-        print(exporting.give(*given, look))
+        print(exporting.give(*given, None if options.unchecked else observe))
     if not found:
         return EXIT_DONE
     with waiting("comparing", quiet=options.quiet):

@@ -22,10 +22,9 @@ from launch.exchange.families import FAMILIES, family_of
 from launch.exchange.family import ExchangeError
 from launch.exchange.folder import CONFIG, knobs_for, read_config
 from launch.exchange.rules import read
-from launch.exchange.seen import FINGERPRINT, Difference, Seen
+from launch.exchange.seen import Difference, Seen
 from launch.exchange.tensors import open_tensors
 
-__all__ = ["FINGERPRINT", "Seen", "Side"]
 ALLOWED = 1e-4  # over the largest number
 _ROUNDED = np.dtype(ml_dtypes.bfloat16)
 _NEVER_ROUNDED = ("selection_bias", "correction_bias")
@@ -156,13 +155,8 @@ def by_fingerprint(folder: Path) -> Side | None:
     Raises:
         ExchangeError: the fingerprint is damaged.
     """
-    try:
-        made = seen.kept(folder)
-    except ValueError as error:
-        raise ExchangeError(str(error)) from error
-    if made is None:
-        return None
-    return Side(made, f"the fingerprint in {folder}")
+    made = seen.kept(folder)
+    return None if made is None else Side(made, f"the fingerprint in {folder}")
 
 
 def elsewhere(
@@ -192,8 +186,15 @@ def elsewhere(
 
 
 def compared(one: Side, other: Side) -> Difference:
-    """Compares what is right with what may be wrong."""
-    return seen.difference(one.seen, other.seen, ALLOWED)
+    """Compares what is right with what may be wrong.
+
+    Raises:
+        ExchangeError: they are other models.
+    """
+    try:
+        return seen.difference(one.seen, other.seen, ALLOWED)
+    except ExchangeError as error:
+        raise ExchangeError(f"{one.by} and {other.by}: {error}") from error
 
 
 def is_rounded(folder: Path) -> bool:

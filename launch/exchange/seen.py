@@ -1,13 +1,16 @@
 """What a model makes of a few tokens, layer by layer; and in what two models differ."""
 
 import io
+import struct
 import zipfile
-from collections.abc import Mapping
+import zlib
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from launch.exchange.family import ExchangeError
 from launch.exchange.writing import writing
 
 ROWS, LENGTH = 2, 12
@@ -16,6 +19,11 @@ EMBEDDED = "{} embedding"  # of a stack, what its lowest layer reads
 _COLUMNS = 64  # of a row of numbers, how many a fingerprint keeps
 _LOGITS = "logits"
 _MOST_BYTES = 2**28
+# What NumPy and the standard library say of a file that is not what was written.
+_DAMAGE = (
+    *(OSError, KeyError, ValueError, EOFError, NotImplementedError, RuntimeError),
+    *(zipfile.BadZipFile, zlib.error, struct.error, SyntaxError, OverflowError),
+)
 
 Tokens = Mapping[str, np.ndarray]  # int32[B, L] of each stack
 
@@ -71,8 +79,15 @@ class Difference(NamedTuple):
         )
 
 
-def tokens_for(stacks: Any, vocab_size: int) -> Tokens:
-    """Returns the tokens that models are compared on, the same for the same model."""
+def tokens_for(stacks: Iterable[str], vocab_size: int) -> Tokens:
+    """Returns the tokens that models are compared on, the same for the same model.
+
+    Args:
+        stacks: names of the model's stacks.
+        vocab_size: V.
+    Returns:
+        int32[ROWS, LENGTH] of each stack.
+    """
     draw = np.random.default_rng(0)
     lowest = min(3, vocab_size - 1)  # padding and the like are below
     return {
@@ -88,17 +103,17 @@ def difference(one: Seen, other: Seen, allowed: float) -> Difference:
         one: the model that is right.
         other: the model that may be wrong.
         allowed: difference over the largest number, up to which both are the same.
+    Raises:
+        ExchangeError: they have other layers, or layers of other shapes.
     """
-    if one.sampled or other.sampled:
-        one, other = sampled(one), sampled(other)
+    one, other = _alike(one, other)
     first, there = "", 0.0
-    places = {**one.streams, _LOGITS: one.logits}
     others = {**other.streams, _LOGITS: other.logits}
-    for place in (name for name in places if name in others):
-        found = _apart(places[place], others[place])
-        largest = float(np.abs(places[place]).max())
-        if not found <= allowed * max(largest, 1e-30) and not first:
-            first, there = place, found / max(largest, 1e-30)
+    for place, right in {**one.streams, _LOGITS: one.logits}.items():
+        found = _apart(right, others[place])
+        largest = max(float(np.abs(right).max()), 1e-30)
+        if not found <= allowed * largest and not first:
+            first, there = place, found / largest
     same = chosen = 0
     for place, choice in one.choices.items():
         chosen += int(choice.sum())
@@ -113,10 +128,30 @@ def difference(one: Seen, other: Seen, allowed: float) -> Difference:
     )
 
 
+def _alike(one: Seen, other: Seen) -> tuple[Seen, Seen]:
+    """Returns two of one shape, sampled if one of them is."""
+    if one.sampled or other.sampled:
+        one, other = sampled(one), sampled(other)
+    left, right = _shapes(one), _shapes(other)
+    places = [at for at in left | right if left.get(at) != right.get(at)]
+    if places:
+        at = places[0]
+        raise ExchangeError(
+            f"they are other models, in {len(places)} of {len(left | right)} shapes, "
+            f"the first that of {at}: {left.get(at, 'none')} and "
+            f"{right.get(at, 'none')}"
+        )
+    return one, other
+
+
+def _shapes(seen: Seen) -> dict[str, tuple[int, ...]]:
+    choices = {f"the choices of {at}": x.shape for at, x in seen.choices.items()}
+    streams = {at: x.shape for at, x in seen.streams.items()}
+    return streams | choices | {_LOGITS: seen.logits.shape}
+
+
 def _apart(one: np.ndarray, other: np.ndarray) -> float:
     """Largest difference; infinite where one is no number."""
-    if one.shape != other.shape:
-        return float("inf")
     apart = float(np.abs(one.astype(np.float32) - other.astype(np.float32)).max())
     return apart if np.isfinite(apart) else float("inf")
 
@@ -158,7 +193,7 @@ def kept(folder: Path) -> Seen | None:
     """Reads a fingerprint; None if there is none.
 
     Raises:
-        ValueError: it is damaged.
+        ExchangeError: it is damaged.
     """
     path = folder / FINGERPRINT
     if not path.is_file():
@@ -174,9 +209,9 @@ def kept(folder: Path) -> Seen | None:
                 if kind == "stream":
                     streams[place] = arrays[name]
                 elif kind == "choice":
-                    shape = tuple(map(int, arrays[f"shape/{place}"]))
-                    bits = np.unpackbits(arrays[name], count=int(np.prod(shape)))
-                    choices[place] = bits.reshape(shape).astype(bool)
+                    T, E = map(int, arrays[f"shape/{place}"])
+                    bits = np.unpackbits(arrays[name])[: T * E]
+                    choices[place] = bits.reshape(T, E).astype(bool)
             return Seen(streams, choices, arrays[_LOGITS], sampled=True)
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
+    except _DAMAGE as error:
+        raise ExchangeError(f"{path} is damaged: {error}") from error

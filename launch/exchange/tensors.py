@@ -53,30 +53,21 @@ class Tensor:
     begin: int
     stamp: tuple[int, ...]
 
-    def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Reads all of it, or rows of its first dimension, and nothing else.
+    def read(self) -> np.ndarray:
+        """Reads all of it, and nothing else.
 
-        Args:
-            start: first row, from 0 on.
-            stop: row after the last; None for all.
         Returns:
             A new array of its type; its bytes are those of the file.
         Raises:
             TensorsError: the file cannot be read, has changed since its header was
                 read, or holds truth values other than 0 and 1.
         """
-        form, begin = self.form, self.begin
-        if start or stop is not None:
-            stop = form.shape[0] if stop is None else stop
-            assert 0 <= start <= stop <= form.shape[0], (self.name, start, stop)
-            row = Form(form.dtype, form.shape[1:])
-            begin += start * row.num_bytes
-            form = Form(form.dtype, (stop - start, *form.shape[1:]))
+        form = self.form
         content = np.empty(form.num_bytes, np.uint8)
         with _Opened(self.file) as opened:
             if opened.stamp != self.stamp:
                 raise TensorsError(f"{self.file} has changed since it was opened")
-            opened.read_into(content.data, begin)
+            opened.read_into(content.data, self.begin)
         if form.dtype == np.bool_ and (content > 1).any():
             raise TensorsError(
                 f"{self.file} holds tensor {shown(self.name)} as BOOL, with bytes "

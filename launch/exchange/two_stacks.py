@@ -3,13 +3,14 @@
 import functools
 from collections.abc import Mapping
 
+from launch.exchange.activations import activation_knob
 from launch.exchange.family import Config, Family, Knobs, Said, refuse_excess
 from launch.exchange.rules import Rule, Rules
 from moe.routing.capacity import capacity
 from moe.settings import ModelSettings, RouterSettings
 
 # Their words for ours. What is gated has a matrix more.
-_PLAIN = {"relu": "relu", "gelu": "gelu_exact", "gelu_new": "gelu"}
+_PLAIN = {word: activation_knob(word) for word in ("relu", "gelu", "gelu_new")}
 _GATED = {
     "gated-gelu": "geglu",  # by tanh, and so is "gelu_new"
     "gated-gelu_new": "geglu",

@@ -665,10 +665,23 @@ def test_a_fingerprint_tells_where_a_model_was_changed(tmp_path):
     none = with_no_number(right.seen)
     assert seen.difference(right.seen, none, 1e-4).logits == float("inf")
     file = source / "fingerprint.npz"
-    for content in (b"", file.read_bytes()[:-40], b"PK" + bytes(100)):
+    whole = file.read_bytes()
+    for content in (b"", whole[:-40], b"PK" + bytes(100), whole[:200] + whole[201:]):
         file.write_bytes(content)
         with pytest.raises(ExchangeError, match=r"fingerprint\.npz is damaged"):
             checking.by_fingerprint(source)
+
+
+def test_other_models_are_told_apart_by_their_shapes(tmp_path):
+    for name in ("mixtral", "deepseek_v3"):
+        arrays = arrays_of(name, np.dtype(np.float32))
+        source = model(tmp_path / name, name, arrays)
+        assert convert(source, tmp_path / f"run_{name}").code == 0
+    runs = [str(tmp_path / f"run_{name}") for name in ("mixtral", "deepseek_v3")]
+    done = checked(*map(Path, runs), "--check")
+    assert done.code == 1
+    assert "they are other models, in 1 of 6 shapes, the first that of the " in done.err
+    assert "choices of decoder layer 0: (24, 3) and none" in done.err
 
 
 def with_no_number(one: Seen) -> Seen:

@@ -124,21 +124,6 @@ def test_shards_are_no_larger_than_told_and_are_read_as_one(tmp_path):
     assert_same(read_all(tmp_path / INDEX), wanted)
 
 
-@pytest.mark.fast
-def test_rows_are_read_alone(tmp_path):
-    wanted = random_tensors()
-    write_tensors(tmp_path, forms(wanted), wanted.__getitem__)
-    for name, tensor in open_tensors(tmp_path).items():
-        num_rows = len(wanted[name]) if wanted[name].ndim else -1
-        for start, stop in itertools.combinations_with_replacement(
-            range(num_rows + 1), 2
-        ):
-            rows = wanted[name][start:stop]
-            assert_same({"rows": tensor.read(start, stop)}, {"rows": rows})
-        if num_rows > 1:
-            assert_same({"": tensor.read(1)}, {"": wanted[name][1:]})
-
-
 # ------------------------------------------------------------------------------ memory
 
 
@@ -168,8 +153,6 @@ def test_a_tensor_of_a_large_file_takes_its_own_memory_and_no_more(tmp_path, pea
     assert peak() < 1_000_000
     assert not tensors["t24"].read().any()
     assert size <= peak() < size + 100_000
-    assert len(tensors["t24"].read(1000, 3000)) == 2000
-    assert peak() < 100_000
 
 
 @pytest.mark.fast

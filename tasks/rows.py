@@ -115,10 +115,7 @@ class TaskRows:
         Raises:
             StoreError: the vocabulary has no such START_TOKEN.
         """
-        try:
-            return start_id(self.part.vocabulary, self.data.start_token)
-        except ValueError as error:
-            raise StoreError(str(error)) from error
+        return start_id(self.part.vocabulary, self.data.start_token)
 
     @functools.cached_property
     def index(self) -> packing.Pack | packing.Stream | packing.Captions:

@@ -258,6 +258,8 @@ def open_store(
             f"the vocabulary in {path} is not the one the tokens were made with. "
             "Copy the store again from where it is whole, or prepare it again."
         )
+    if data is not None:
+        vocabularies.start_id(store.vocabulary, data.start_token)
     return store
 
 

@@ -78,13 +78,13 @@ def start_id(vocabulary: Vocabulary, start_token: str) -> int:
     """Returns what a decoder reads before a text: the id of START_TOKEN, or 0.
 
     Raises:
-        ValueError: there is no such piece.
+        StoreError: there is no such piece.
     """
     if not start_token:
         return 0
     found = vocabulary.id_of(start_token)
     if found is None:
-        raise ValueError(
+        raise StoreError(
             f"START_TOKEN = {start_token!r} is no piece of the vocabulary: set it to "
             "one of its pieces, or to ''"
         )

@@ -104,7 +104,8 @@ def take_over(
         config: configuration of the run, with the knobs of `knobs_for`.
         code: versions of what makes it, for its manifest.
     Returns:
-        The checkpoint, of step 0; and the kinds of arrays that were not read.
+        The checkpoint, of step 0; and what was left out: kinds of arrays, and a start
+        of texts that no piece of the tokenizer is.
     Raises:
         ExchangeError: it is not what its config.json says, or the configuration is of
             another model.
@@ -124,6 +125,7 @@ def take_over(
     )
     try:
         masked_tokens.masking(data, vocabulary)
+        vocabularies.start_id(vocabulary, data.start_token)
     except ValueError as error:
         raise ExchangeError(f"{source}: {error}") from error
     if vocabulary.size > config.settings.model.vocab_size:
@@ -132,7 +134,9 @@ def take_over(
             f"the tokenizer of {source} has {vocabulary.size:,} ids{extra}, and the "
             f"model an embedding of {config.settings.model.vocab_size:,} rows"
         )
-    text = _finished(config, to, vocabulary, said.get("bos_token_id"))
+    start_id = said.get("bos_token_id")
+    start = vocabulary.piece_of(start_id) if type(start_id) is int else ""
+    text = _finished(config, to, vocabulary, start or "")
     param_dtype = config.settings.execution.param_dtype
     public = opened(source, config.settings.layers, _DTYPES[param_dtype])
     if (to / "config.gin").exists():
@@ -169,7 +173,8 @@ def take_over(
                 if (source / beside).is_file():
                     shutil.copyfile(source / beside, to / VOCABULARY / beside)
             (to / "config.gin").write_text(text, encoding="utf-8")
-    return folder_of(to) / "0", public.left
+    unknown = [f"bos_token_id = {start_id}, which the tokenizer has not"]
+    return folder_of(to) / "0", public.left + unknown * (start is None)
 
 
 def _tensors_of(source: Path, family: Family) -> dict[str, Tensor]:
@@ -184,13 +189,13 @@ def _tensors_of(source: Path, family: Family) -> dict[str, Tensor]:
 
 
 def _finished(
-    config: ResolvedConfig, to: Path, vocabulary: Vocabulary, start_id: object
+    config: ResolvedConfig, to: Path, vocabulary: Vocabulary, start: str
 ) -> str:
     """The configuration, with what is known only now."""
     values: dict[str, Any] = {}
     data = config.settings.data
-    if data.layout == "decoder" and not data.start_token and type(start_id) is int:
-        values["START_TOKEN"] = vocabulary.piece_of(start_id) or ""
+    if data.layout == "decoder" and not data.start_token:
+        values["START_TOKEN"] = start
     if vocabulary.kind == "huggingface":
         description = vocabularies.to_files(vocabulary)[vocabularies.DESCRIPTION]
         values["EOS_TOKEN"] = json.loads(description)["eos_token"]

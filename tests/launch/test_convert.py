@@ -611,6 +611,25 @@ def test_text_is_drawn_with_a_model_that_came_in(tmp_path):
     )
     assert done.code == 0, done.err
     assert done.out.startswith("a b")
+    done = commands.inline(
+        "generate", f"--model_dir={tmp_path / 'run'}", "--gin.START_TOKEN=nope"
+    )
+    assert done.code == 1
+    assert "START_TOKEN = 'nope' is no piece of the vocabulary" in done.err
+
+
+def test_a_start_that_the_tokenizer_has_not_is_said(tmp_path):
+    arrays = arrays_of("olmoe", np.dtype(np.float32))
+    source = model(tmp_path / "public", "olmoe", arrays)
+    done = convert(source, tmp_path / "no", "--gin.START_TOKEN=nope")
+    assert (done.code, "START_TOKEN = 'nope' is no piece" in done.err) == (1, True)
+    assert not (tmp_path / "no" / "config.gin").exists()
+    file = source / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"bos_token_id": 99}))
+    done = convert(source, tmp_path / "run")
+    assert done.code == 0, done.err
+    assert "left out: bos_token_id = 99, which the tokenizer has not\n" in done.err
+    assert "START_TOKEN = ''" in (tmp_path / "run" / "config.gin").read_text()
 
 
 def test_who_gets_a_model_can_tell_whether_it_is_the_same(tmp_path):

@@ -267,7 +267,7 @@ def test_a_start_is_a_piece_by_its_name(trained):
     assert start_id(trained, third) == 3
     assert trained.piece_of(trained.size) is None
     for vocabulary in (trained, ByteVocabulary()):
-        with pytest.raises(ValueError, match="START_TOKEN = '<none>' is no piece of"):
+        with pytest.raises(StoreError, match="START_TOKEN = '<none>' is no piece of"):
             start_id(vocabulary, "<none>")
 
 
